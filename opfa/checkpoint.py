@@ -1,0 +1,175 @@
+"""Resume points and finished models: each is written aside, verified, and only then given its name.
+
+A resume point is a directory `checkpoints/step-NNNNNNNN` with a MANIFEST.json that lists the size
+and SHA-256 of every file. The newest one is found by reading: one that is damaged or half-written
+is passed over with a warning. Masks are stored packed; randomness needs no state, because every
+step seeds its own from (seed, step, rank).
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opfa.models import write_model
+from opfa.recipe import ModelError, RunError
+from opfa.run import write_json
+from opfa.sparsity import masks
+from opfa.sparsity.layers import fuse
+
+MANIFEST = "MANIFEST.json"
+log = logging.getLogger(__name__)
+
+
+def save_point(
+    root: Path,
+    step: int,
+    write: Callable[[Path], None],
+    facts: dict[str, Any],
+    *,
+    keep: int,
+    is_writer: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+) -> None:
+    """Save a resume point.
+
+    Collective: every rank's `write` puts its files in one shared directory.
+    """
+    aside = root / ".incomplete"
+    if is_writer:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    write(aside)
+    barrier()
+    if is_writer:
+        files = {
+            str(p.relative_to(aside)): _digest(p) for p in sorted(aside.rglob("*")) if p.is_file()
+        }
+        (aside / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}))
+        for path in aside.rglob("*"):
+            _fsync(path)
+        final = root / f"step-{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)  # the commit point
+        _fsync(root)
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def newest_point(root: Path) -> Path | None:
+    """The newest complete and undamaged resume point."""
+    for point in sorted(root.glob("step-*"), reverse=True):
+        problem = _problem(point)
+        if problem is None:
+            return point
+        log.warning("%s: passed over, %s", point, problem)
+    return None
+
+
+def facts_of(point: Path) -> dict[str, Any]:
+    """What was saved beside the state: the step, and whatever else the trainer noted."""
+    return json.loads((point / MANIFEST).read_text())
+
+
+def _problem(point: Path) -> str | None:
+    try:
+        files = facts_of(point)["files"]
+        for name, digest in files.items():
+            if _digest(point / name) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"incomplete ({error.__class__.__name__}: {error})"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when the block ends well and is removed when it
+    doesn't.
+    """
+    if final.exists():
+        raise RunError(f"{final}: exists already")
+    aside = final.with_name(f".{final.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    write_more: Callable[[Path], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Fuse a model and save it in plain transformers form with `sparsity.json`, verified from the
+    files.
+
+    Returns the sparsity report. Raises `ModelError`, and leaves nothing, when the files don't hold
+    the zeros of the masks.
+    """
+    with new_directory(directory) as aside:
+        write_more(aside)  # before the layers are plain again
+        report = fuse(model)
+        write_model(model, tokenizer, aside)
+        write_json(aside / "sparsity.json", report)
+        verify(aside, report)
+    return report
+
+
+def verify(directory: Path, report: dict[str, Any]) -> None:
+    """Check that the tensors in a directory have exactly the zeros of a sparsity report."""
+    found: masks.Masks = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in set(file.keys()) & set(report["tensors"]):
+                found[name] = file.get_tensor(name) != 0
+    again = masks.report({name: found[name] for name in report["tensors"] if name in found})
+    for name, expected in report["tensors"].items():
+        if again["tensors"].get(name) != expected:
+            raise ModelError(
+                f"{directory}: {name} has {again['tensors'].get(name)}, not {expected}"
+            )
+    if again["fingerprint"] != report["fingerprint"]:
+        raise ModelError(f"{directory}: the zeros are not where its sparsity.json says")
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 over the names and contents of a model's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
+    return hashlib.sha256("".join(f"{p.name} {_digest(p)}\n" for p in files).encode()).hexdigest()
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch for one step, so that dropout is a function of (seed, step, rank) and a resume
+    needs no state.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,211 @@
+"""Commands: read arguments, call one function.
+
+Exit codes: 0 success, 2 a user's mistake (one message on stderr, no traceback), 1 a fault of ours,
+130 interrupted. Each command imports what it needs when it runs, so that `--help` and a refused
+recipe don't wait for torch.
+"""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from opfa.recipe import OpfaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Once prune for all: sparse pre-trained encoders, and fine-tuning that holds their zeros.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench, name="bench")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
+]
+NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
+def prepare(
+    recipe: RecipeFile,
+    output: Annotated[Path, typer.Option("--output", help="Where the examples go; must be new.")],
+    overrides: Overrides = None,
+) -> None:
+    """Turn documents into tokenized, sharded pre-training examples."""
+    from opfa.upstream.recipe import PretrainRecipe
+
+    checked = PretrainRecipe.read(recipe, overrides or ())
+    from opfa.upstream.corpus import prepare as run
+
+    run(checked.corpus, output)
+
+
+@app.command(
+    epilog="Example: opfa pretrain recipes/upstream/bert-base-90.toml --output runs/bert-base-90"
+)
+def pretrain(
+    recipe: RecipeFile, output: NewRun, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """Train a teacher, or prune a student under one."""
+    from opfa.upstream.recipe import PretrainRecipe
+
+    checked = PretrainRecipe.read(recipe, overrides or ())
+    from opfa.upstream.pretrain import pretrain as run
+
+    run(checked, output, resume)
+
+
+@app.command(
+    epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2 model.init=runs/bert-base-90/model"
+)
+def finetune(
+    recipe: RecipeFile, output: NewRun, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """Fine-tune a sparse model for a task with its zeros held."""
+    from opfa.downstream.recipe import FinetuneRecipe
+
+    checked = FinetuneRecipe.read(recipe, overrides or ())
+    from opfa.downstream.finetune import finetune as run
+
+    _print_json(run(checked, output, resume))
+
+
+@app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="The recipe whose task is evaluated.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write the result here.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a fine-tuned model on its task's validation split."""
+    from opfa.downstream.recipe import FinetuneRecipe
+
+    checked = FinetuneRecipe.read(recipe, overrides or ())
+    from opfa.downstream.finetune import evaluate_model
+
+    result = evaluate_model(model, checked)
+    if output is not None:
+        from opfa.run import write_json
+
+        write_json(output, result)
+    _print_json(result)
+
+
+@app.command(epilog="Example: opfa inspect Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how sparse a checkpoint is: any checkpoint, in total and tensor by tensor."""
+    from opfa.inspection import inspect as look
+
+    result = look(model)
+    if as_json:
+        _print_json(result)
+    else:
+        Console().print(_sparsity_table(model, result))
+
+
+@app.command(epilog="Example: opfa quickstart --output quickstart-out")
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", help="Where everything goes; must be new.")],
+) -> None:
+    """The whole method on a small model and four novelists, in minutes on a laptop."""
+    from opfa.quickstart import quickstart as run
+
+    run(output)
+
+
+@bench.command("masks", epilog="Example: opfa bench masks")
+def bench_masks(as_json: AsJson = False) -> None:
+    """Time and memory of a mask update for 12 BERT-base layers, 85 M weights."""
+    from opfa.bench import bench_masks as run
+
+    result = run()
+    if as_json:
+        _print_json(result)
+    else:
+        table = Table("scope", "seconds (median)", "extra memory, GB", "zeros exact")
+        for row in result["scopes"]:
+            extra = f"{row['extra_bytes'] / 1e9:.2f}"
+            table.add_row(row["scope"], f"{row['seconds']:.2f}", extra, str(row["is_exact"]))
+        Console().print(table)
+
+
+def _sparsity_table(name: str, result: dict[str, Any]) -> Table:
+    total = result["total"]
+    title = f"{name}: {total['zeros']:,} of {total['size']:,} weights are zero ({total['sparsity']:.4%})"
+    dense = f"{len(result['dense'])} linear matrices without zeros: {sum(result['dense'].values()):,} weights"
+    stated = {None: "none", "matches": "matches", "differs": "DIFFERS"}[result["stated"]]
+    caption = (
+        f"{dense}; weight files: {result['bytes']:,} bytes; sparsity.json: {stated}\n"
+        f"fingerprint {result['fingerprint']}"
+    )
+    table = Table("tensor", "shape", "zeros", "sparsity", title=title, caption=caption)
+    for tensor, row in result["tensors"].items():
+        shape = " x ".join(str(extent) for extent in row["shape"])
+        table.add_row(tensor, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}")
+    return table
+
+
+def _print_json(value: Any) -> None:  # Any: what JSON can hold
+    print(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run a command and leave with its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("opfa").setLevel(logging.INFO)
+    _leave(_status(lambda: app(standalone_mode=False)))
+
+
+def _status(command: Callable[[], Any]) -> int:
+    try:
+        status = command()
+    except OpfaError as error:
+        return _refuse(str(error))
+    except typer.TyperException as error:
+        error.show()
+        return 2
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        return _refuse("interrupted; a run continues with --resume", status=130)
+    except OSError as error:
+        if error.errno in FULL:
+            return _refuse(
+                f"no space left to write {error.filename or 'the output'}; nothing half-written is kept"
+            )
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _refuse(message: str, status: int = 2) -> int:
+    print(f"opfa: {message}", file=sys.stderr)
+    return status
+
+
+def _leave(status: int) -> None:
+    """Leave; once a process group was used, without the interpreter's own exit."""
+    if "deepspeed" in sys.modules:
+        from opfa.engine import end_process
+
+        end_process(status)
+    sys.exit(status)

@@ -1,0 +1,148 @@
+"""What a fine-tuning recipe can say: model, task, training, and optionally a teacher, pruning and
+8 bits.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from opfa.recipe import Recipe, Section
+from opfa.schedules import Gradual
+from opfa.sparsity.pattern import Pattern
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "squad_f1"]
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "question-answering": ("exact_match", "squad_f1"),
+}
+
+
+class Model(Section):
+    """Where fine-tuning starts: a directory or a Hub name, and whether its zeros are held.
+
+    `zeros = "held"` refuses a model that has none; `"free"` is for dense models.
+    """
+
+    init: str
+    tokenizer: str | None = None  # default: the model's own
+    zeros: Literal["held", "free"] = "held"
+
+
+class Task(Section):
+    """The examples, by column, and the metrics; the first metric chooses between runs.
+
+    Local files: `train` and `validation` are paths (.jsonl, .csv, .parquet, also .gz). From the
+    Hub: `hub` names the data set, `hub_config` its configuration, and `train` and `validation` are
+    splits.
+    """
+
+    kind: Literal["classification", "regression", "question-answering"] = "classification"
+    hub: str | None = None
+    hub_config: str | None = None
+    train: str = "train"
+    validation: str = "validation"
+    text: str = "sentence"  # for question answering: the column of the question
+    text_pair: str | None = None  # for question answering: the column of the context
+    label: str = "label"  # for question answering: the column of the answers
+    classes: tuple[str, ...] = ()  # names in label order; empty: taken from the training examples
+    metrics: tuple[Metric, ...] = ("accuracy",)
+    sequence_tokens: int = Field(128, ge=8)
+    stride_tokens: int = Field(128, ge=1)  # overlap of neighbouring windows of one context
+    answer_tokens: int = Field(30, ge=1)  # longest answer span
+    n_best: int = Field(20, ge=1)  # start and end positions that are combined to spans
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wrong = set(self.metrics) - set(METRICS[self.kind])
+        if wrong or not self.metrics:
+            allowed = ", ".join(METRICS[self.kind])
+            raise ValueError(
+                f"metrics = {list(self.metrics)}: for {self.kind} these are known: {allowed}"
+            )
+        if self.kind == "question-answering" and self.text_pair is None:
+            raise ValueError("text_pair: question answering needs the column of the context")
+        return self
+
+
+class Training(Section):
+    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
+
+    epochs: float = Field(3.0, gt=0.0)
+    batch: int = Field(32, ge=1)
+    micro_batch: int | None = Field(None, ge=1)  # default: the whole batch in one pass
+    learning_rate: float = Field(gt=0.0)
+    warmup: float = Field(0.1, ge=0.0, lt=1.0)  # fraction of all steps
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch = {self.micro_batch}: must divide batch = {self.batch}")
+        return self
+
+
+class Distillation(Section):
+    """A fine-tuned dense teacher; loss = hard_weight * task + soft_weight * T^2 * KL(teacher ||
+    student).
+    """
+
+    teacher: str
+    hard_weight: float = Field(0.5, ge=0.0)
+    soft_weight: float = Field(0.5, ge=0.0)
+    temperature: float = Field(2.0, gt=0.0)
+
+
+class Pruning(Section):
+    """Pruning during fine-tuning, as a baseline for sparse upstream models.
+
+    `start == end` is one-shot.
+    """
+
+    schedule: Gradual
+    pattern: Pattern = Pattern()
+
+
+class Quantization(Section):
+    """8-bit quantization-aware training of the masked (or, in a dense model, the encoder's) linear
+    layers.
+
+    Ranges of activations are moving averages with this momentum; the first `start` fraction of all
+    steps only observes.
+    """
+
+    bits: Literal[8] = 8
+    start: float = Field(0.0, ge=0.0, lt=1.0)
+    momentum: float = Field(0.05, gt=0.0, le=1.0)  # how much a new batch counts
+
+
+class Logging(Section):
+    """How often a row is logged and a resume point saved, and where else metrics go."""
+
+    every_steps: int = Field(50, ge=1)
+    checkpoint_steps: int = Field(1_000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "opfa"
+
+
+class FinetuneRecipe(Recipe):
+    """One fine-tuning run."""
+
+    name: str
+    seed: int = Field(42, ge=0)
+    model: Model
+    task: Task
+    training: Training
+    distillation: Distillation | None = None
+    pruning: Pruning | None = None
+    quantization: Quantization | None = None
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pruning is not None and self.model.zeros == "held":
+            raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
+        return self

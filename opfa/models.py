@@ -1,0 +1,215 @@
+"""Encoders through plain transformers classes: load, take apart for pre-training, save. Nothing
+subclassed or patched.
+
+Pre-training needs a model in three parts, so that the vocabulary projection can run in chunks: the
+backbone, the head's transform (dense, activation, norm), and the projection. `FAMILIES` says where
+each family keeps them; a new family is one more row.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForPreTraining,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from opfa.recipe import ModelError
+
+Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where a family's masked-language head is, and what its configuration calls dropout."""
+
+    transform: Transform
+    dropouts: tuple[str, ...]
+
+
+FAMILIES = {
+    "bert": Family(
+        transform=lambda m, h: m.cls.predictions.transform(h),
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    ),
+    "distilbert": Family(
+        transform=lambda m, h: m.vocab_layer_norm(m.activation(m.vocab_transform(h))),
+        dropouts=("dropout", "attention_dropout"),
+    ),
+    "roberta": Family(
+        transform=lambda m, h: m.lm_head.layer_norm(nn.functional.gelu(m.lm_head.dense(h))),
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    ),
+    "modernbert": Family(
+        transform=lambda m, h: m.head(h),
+        dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a forward pass gives before the vocabulary projection. B batch, T tokens, H hidden."""
+
+    mlm: Tensor
+    nsp_logits: Tensor | None  # [B, 2]
+    hidden_states: tuple[
+        Tensor, ...
+    ]  # embeddings and every layer, each [B, T, H]; empty unless asked for
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading reports and bars off the console for a while."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def loading(what: str, name: str) -> Iterator[None]:
+    """Turn every way in which a directory or Hub name can't be loaded into one `ModelError`."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or Hub name."""
+    with loading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_pretraining_model(
+    name: str, objective: str, dropout: float | None = None
+) -> PreTrainedModel:
+    """A model with its pre-training head, fp32. Heads that the checkpoint lacks are initialized."""
+    with loading("model", name):
+        config = AutoConfig.from_pretrained(name)
+    cls = _pretraining_class(config, objective)
+    _set_dropout(config, dropout)
+    with loading("model", name):
+        return cls.from_pretrained(name, config=config, dtype=torch.float32)
+
+
+def new_pretraining_model(
+    values: dict[str, Any], objective: str, vocabulary: int, dropout: float | None = None
+) -> PreTrainedModel:
+    """A model from scratch: `values` are those of its configuration; the vocabulary is the
+    tokenizer's.
+    """
+    values = {"vocab_size": vocabulary, **values}
+    kind = values.pop("model_type")
+    with loading("model.config", kind):
+        config = AutoConfig.for_model(kind)
+    unknown = sorted(set(values) - set(config.to_dict()) - set(config.attribute_map))
+    if unknown:
+        raise ModelError(f"model.config.{unknown[0]}: not a value of {type(config).__name__}")
+    with loading("model.config", kind):
+        config = AutoConfig.for_model(kind, **values)
+    cls = _pretraining_class(config, objective)
+    _set_dropout(config, dropout)
+    with loading("model.config", kind):
+        return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
+
+
+def _set_dropout(config: PretrainedConfig, probability: float | None) -> None:
+    if probability is not None:
+        for name in FAMILIES[config.model_type].dropouts:
+            setattr(config, name, probability)
+
+
+def _pretraining_class(
+    config: PretrainedConfig, objective: str
+) -> Any:  # Any: Auto classes share no base
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"model type {config.model_type!r}: known are {', '.join(FAMILIES)}")
+    if objective == "mlm":
+        return AutoModelForMaskedLM
+    if config.model_type != "bert":
+        raise ModelError(
+            f"objective 'mlm+nsp': {config.model_type} has no next-sentence head; use 'mlm'"
+        )
+    return BertForPreTraining
+
+
+def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Refuse a tokenizer with more entries than the model, and sequences longer than its
+    positions.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} entries and the model's embedding only {config.vocab_size}; "
+            "they don't belong together"
+        )
+    positions = config.max_position_embeddings
+    if config.model_type == "roberta":  # its positions are counted from pad_token_id + 1
+        positions -= config.pad_token_id + 1
+    if tokens > positions:
+        raise ModelError(f"sequence_tokens = {tokens}: this model has only {positions} positions")
+
+
+def pretraining_features(
+    model: PreTrainedModel, inputs: dict[str, Tensor], hidden_states: bool = False
+) -> Features:
+    """Run the backbone and the head's transform, but not the vocabulary projection."""
+    outputs = model.base_model(**inputs, output_hidden_states=hidden_states)
+    last = outputs.last_hidden_state
+    nsp = model.cls.seq_relationship(outputs.pooler_output) if has_nsp(model) else None
+    return Features(
+        mlm=FAMILIES[model.config.model_type].transform(model, last),
+        nsp_logits=nsp,
+        hidden_states=outputs.hidden_states if hidden_states else (),
+    )
+
+
+def has_nsp(model: PreTrainedModel) -> bool:
+    """Whether this model has a next-sentence head."""
+    return isinstance(model, BertForPreTraining)
+
+
+def projection(model: PreTrainedModel) -> nn.Module:
+    """The layer from features to vocabulary logits."""
+    layer = model.get_output_embeddings()
+    assert layer is not None, f"{type(model).__name__} has no output embeddings"
+    return layer
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Save in plain transformers form."""
+    with quiet_transformers():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: no decay for biases and norms, that is, for vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,138 @@
+"""Records from local files, read strictly: a bad one is named by file and line, and nothing is
+skipped.
+
+JSON Lines, CSV, TSV, Parquet and plain text (documents parted by empty lines); .gz and .zst where
+the format is text.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow
+import pyarrow.parquet as parquet
+import zstandard
+
+from opfa.recipe import DataError
+
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": zstandard.open}  # Any: stubs disagree
+UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, zstandard.ZstdError)
+UNREADABLE += (pyarrow.ArrowException,)
+Record = dict[str, Any]  # Any: whatever the file holds
+
+
+class Csv(csv.excel):
+    """Comma-separated values; an unfinished quotation is a mistake."""
+
+    strict = True
+
+
+class Tsv(csv.excel_tab):
+    """Tab-separated values as GLUE's: a quotation mark is a character like any other."""
+
+    quoting = csv.QUOTE_NONE
+
+
+def expand(patterns: Iterable[str]) -> list[Path]:
+    """The files that paths or glob patterns name, sorted within a pattern; each must name at least
+    one.
+    """
+    files = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise DataError(f"{pattern}: no such file")
+        files += [Path(match) for match in matches]
+    return files
+
+
+def read_records(file: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with where it stands ("line 7"). Raises `DataError`."""
+    suffixes = [s for s in file.suffixes if s not in COMPRESSED]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in READERS:
+        raise DataError(
+            f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
+        )
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    is_empty = True
+    try:
+        for number, record in READERS[kind](file):
+            is_empty = False
+            yield f"line {number}", record
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{file}: can't be read: {reason[0]}") from error
+    if is_empty:
+        raise DataError(f"{file}: is empty")
+
+
+def _open(file: Path) -> TextIO:
+    stream = COMPRESSED.get(file.suffix, open)(file, "rb")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, Record]]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {number}: malformed JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{file}, line {number}: not a JSON object")
+            yield number, record
+
+
+def _separated(file: Path, dialect: type[csv.Dialect]) -> Iterator[tuple[int, Record]]:
+    with _open(file) as lines:
+        reader = csv.DictReader(lines, dialect=dialect)
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataError(
+                    f"{file}, line {reader.line_num}: not as many values as there are columns"
+                )
+            yield reader.line_num, dict(record)
+
+
+def _text(file: Path) -> Iterator[tuple[int, Record]]:
+    with _open(file) as lines:
+        paragraph: list[str] = []
+        number = start = 1
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                start = start if paragraph else number
+                paragraph.append(line.rstrip("\r\n"))
+            elif paragraph:
+                yield start, {"text": "\n".join(paragraph)}
+                paragraph = []
+        if paragraph:
+            yield start, {"text": "\n".join(paragraph)}
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Record]]:
+    number = 0
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+
+
+READERS = {
+    ".jsonl": _json_lines,
+    ".json": _json_lines,
+    ".csv": lambda file: _separated(file, Csv),
+    ".tsv": lambda file: _separated(file, Tsv),
+    ".parquet": _parquet,
+    ".txt": _text,
+}

@@ -1,0 +1,106 @@
+"""Pictures of a run: the sparsity schedule against the loss, sparsity per layer, learning rate.
+
+Colours are Okabe and Ito's, which readers with colour-blindness can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; needs no display
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+Row = Mapping[str, Any]
+
+
+def pretraining_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
+    training = [row for row in rows if not row.get("eval")]
+    evaluations = [row for row in rows if row.get("eval")]
+    directory.mkdir(parents=True, exist_ok=True)
+    figure, axes = _axes("Step", "Masked-token loss")
+    axes.plot(*_series(training, "mlm_loss"), color=BLUE, linewidth=0.9, label="training")
+    axes.plot(*_series(evaluations, "mlm_loss"), "o-", color=GREEN, markersize=4, label="held out")
+    if sparsity["tensors"]:
+        right = axes.twinx()
+        right.plot(
+            *_series(training, "sparsity"), color=ORANGE, drawstyle="steps-post", label="sparsity"
+        )
+        right.set_ylim(0, 1)
+        right.set_ylabel("Sparsity", color=ORANGE)
+        right.spines["top"].set_visible(False)
+    axes.legend(loc="upper right", frameon=False)
+    _save(figure, directory / "loss.png")
+    learning_rate_picture(training, directory)
+    sparsity_picture(sparsity, directory)
+
+
+def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
+    training = [row for row in rows if not row.get("eval")]
+    evaluations = [row for row in rows if row.get("eval")]
+    directory.mkdir(parents=True, exist_ok=True)
+    figure, axes = _axes("Step", "Training loss")
+    axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
+    if evaluations:
+        right = axes.twinx()
+        metric = next(key for key in evaluations[0] if key not in ("step", "eval"))
+        right.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4)
+        right.set_ylabel(f"Held-out {metric}", color=GREEN)
+        right.spines["top"].set_visible(False)
+    _save(figure, directory / "loss.png")
+    learning_rate_picture(training, directory)
+    sparsity_picture(sparsity, directory)
+
+
+def learning_rate_picture(rows: Sequence[Row], directory: Path) -> None:
+    """Draw the learning rate against step."""
+    figure, axes = _axes("Step", "Learning rate")
+    axes.plot(*_series(rows, "learning_rate"), color=BLUE)
+    axes.set_ylim(bottom=0)
+    _save(figure, directory / "learning_rate.png")
+
+
+def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw one bar per pruned tensor; nothing for a dense model."""
+    tensors = sparsity["tensors"]
+    if not tensors:
+        return
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.16 * len(tensors)), layout="constrained")
+    values = [tensor["sparsity"] for tensor in tensors.values()]
+    axes.barh([name.removesuffix(".weight") for name in tensors], values, color=BLUE, height=0.75)
+    axes.axvline(sparsity["total"]["sparsity"], color=ORANGE, linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"Sparsity (line: all together, {sparsity['total']['sparsity']:.4f})")
+    axes.tick_params(axis="y", labelsize=6)
+    _tidy(axes)
+    _save(figure, directory / "sparsity.png")
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in rows if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color=GREY, alpha=0.2)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

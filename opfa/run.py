@@ -1,0 +1,235 @@
+"""The run directory: what ran, on what, and how it went.
+
+    recipe.toml        resolved and complete
+    environment.json   versions, machine, world size, digests of data and tokenizer
+    metrics.jsonl      one object per logged step; evaluation rows carry "eval": true
+    checkpoints/       resume points
+    model/ report/     what came out
+    done.json          written last: the run is complete
+
+A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opfa.recipe import Recipe, RunError
+
+Row = dict[str, Any]  # step and eval, then numbers
+LIBRARIES = (
+    "opfa",
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "deepspeed",
+    "safetensors",
+    "numpy",
+)
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """An open run.
+
+    Use it as a context manager, so that bars and files are closed whatever happens.
+    """
+
+    def __init__(
+        self, directory: Path, recipe: Recipe, *, steps: int, resume: bool, is_writer: bool = True
+    ) -> None:
+        """Make a new run directory, or reopen one.
+
+        Refuses a directory that holds something else.
+        """
+        self.directory = directory
+        self.recipe = recipe
+        self.is_writer = is_writer
+        self._steps = steps
+        self._wandb: Any = None  # wandb's Run, if any
+        self._progress: Progress | None = None
+        if resume:
+            _check_same_recipe(directory, recipe)
+        elif directory.exists() and any(directory.iterdir()):
+            raise RunError(
+                f"{directory}: holds another run or other files; give a new directory, or --resume"
+            )
+        if is_writer:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(directory / "recipe.toml", recipe.to_toml())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this run finished before."""
+        return (self.directory / "done.json").exists()
+
+    def __enter__(self) -> Self:
+        if self.is_writer and Console(stderr=True).is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(
+                *columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True)
+            )
+            self._task = self._progress.add_task(self.directory.name, total=self._steps, state="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Write `environment.json`: these facts, and everything about the software and the
+        machine.
+        """
+        if self.is_writer:
+            write_json(self.directory / "environment.json", {**environment(), **facts})
+
+    def start_wandb(self, mode: str, project: str, name: str) -> None:
+        """Also send rows to wandb, offline or online."""
+        if mode == "disabled" or not self.is_writer:
+            return
+        import wandb  # only here: it is slow to import, and most runs don't use it
+
+        self._wandb = wandb.init(
+            project=project,
+            name=name,
+            mode="offline" if mode == "offline" else "online",
+            dir=str(self.directory),
+            config=self.recipe.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of steps that are going to be run again."""
+        if self.is_writer:
+            kept = [row for row in self.rows() if row["step"] <= step]
+            write_text(
+                self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
+            )
+
+    def rows(self) -> list[Row]:
+        """All rows so far. A line that a kill cut in half is left out."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, row: Row) -> None:
+        """Write one row everywhere."""
+        if not self.is_writer:
+            return
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            step = row["step"]
+            prefix = "eval/" if row.get("eval") else ""
+            self._wandb.log(
+                {prefix + k: v for k, v in row.items() if k not in ("step", "eval")}, step=step
+            )
+        text = "  ".join(f"{k} {_short(v)}" for k, v in row.items() if k not in ("step", "eval"))
+        kind = "evaluation" if row.get("eval") else "step"
+        if self._progress is not None and not row.get("eval"):
+            self._progress.update(self._task, state=f"loss {_short(row['loss'])}")
+        else:
+            log.info("%s: %s %d/%d  %s", self.directory.name, kind, row["step"], self._steps, text)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Mark the run as complete."""
+        if self.is_writer:
+            write_json(self.directory / "done.json", facts)
+
+
+def _short(value: Any) -> str:  # Any: a number or a text
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _check_same_recipe(directory: Path, recipe: Recipe) -> None:
+    path = directory / "recipe.toml"
+    if not path.exists():
+        raise RunError(f"{directory}: there is no run to resume here")
+    before = type(recipe).read(path).model_dump(mode="json")
+    changed = _changes(before, recipe.model_dump(mode="json"))
+    changed = [c for c in changed if not c.startswith(("logging.", "launch."))]
+    if changed:
+        raise RunError(f"{directory}: --resume with another recipe: " + "; ".join(changed))
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return changes
+
+
+def environment() -> dict[str, Any]:
+    """The software and the machine."""
+    import torch  # only here, so that reading a recipe stays fast
+
+    git = shutil.which("git")
+    commit = None
+    if git:
+        found = subprocess.run(
+            [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        commit = found.stdout.strip() or None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "processors": os.cpu_count(),
+            "accelerators": [
+                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+            ],
+        },
+        "git_commit": commit,
+        "command": sys.argv[1:],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.incomplete")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:  # Any: what JSON can hold
+    """Write a small JSON file so that it is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""Schedules: pure functions of the step, so that a resumed run can't disagree with an unbroken one.
+
+Sparsity follows Zhu & Gupta (2017), eq. 1, from `start` to `end`:
+    s_t = s_f + (s_i - s_f) * (1 - (t - t0) / (t1 - t0)) ** 3
+and then stays at the target. Masks are updated every `every` steps from `start` until `hold_until`:
+after the ramp a mask may still exchange weights at constant sparsity, after `hold_until` it never
+changes again.
+
+The learning rate warms up linearly, then falls linearly to zero. With rewinding (Renda et al.,
+2020; Prune Once for All, section 3) each mask update of the ramp sets the decay back to its
+beginning.
+"""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from opfa.recipe import Section
+
+
+class Gradual(Section):
+    """Gradual sparsity: a cubic ramp, then mask updates at full sparsity, then fixed masks.
+
+    Step t means "after t optimizer steps". `start == end` prunes in one shot.
+    """
+
+    start: int = Field(0, ge=0)
+    end: int = Field(ge=0)
+    hold_until: int | None = Field(None, ge=0)
+    every: int = Field(1, ge=1)
+    initial: float = Field(0.0, ge=0.0, lt=1.0)
+    target: float = Field(ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.end < self.start:
+            raise ValueError(f"end = {self.end}: the ramp must not end before start = {self.start}")
+        if self.last_update < self.end:
+            raise ValueError(
+                f"hold_until = {self.hold_until}: the last mask update must not come before the end "
+                f"of the ramp (end = {self.end}), or the target would not be reached"
+            )
+        if self.target < self.initial:
+            raise ValueError(f"target = {self.target}: must not be below initial = {self.initial}")
+        return self
+
+    @property
+    def last_update(self) -> int:
+        """The last step at which a mask may change."""
+        return self.end if self.hold_until is None else self.hold_until
+
+    def sparsity_at(self, step: int) -> float:
+        """The fraction of zeros that the ramp asks for after `step` steps."""
+        if step < self.start:
+            return 0.0
+        if step >= self.end:
+            return self.target
+        remaining = 1 - (step - self.start) / (self.end - self.start)
+        return self.target + (self.initial - self.target) * remaining**3
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks are recomputed after `step` steps. The end of the ramp always is one."""
+        if not self.start <= step <= self.last_update:
+            return False
+        return (step - self.start) % self.every == 0 or step in (self.end, self.last_update)
+
+    def last_ramp_update(self, step: int) -> int | None:
+        """The newest mask update of the ramp at or before `step`; None before the first."""
+        if step < self.start:
+            return None
+        if step >= self.end:
+            return self.end
+        return step - (step - self.start) % self.every
+
+
+class LearningRate(Section):
+    """Linear warm-up to `peak`, then linear decay to zero at `steps`."""
+
+    peak: float = Field(gt=0.0)
+    warmup_steps: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    rewind_at: Gradual | None = None
+
+    def at(self, step: int) -> float:
+        """The rate of the step that follows `step` finished ones."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        decay_start = self.warmup_steps
+        if self.rewind_at is not None:
+            decay_start = max(decay_start, self.rewind_at.last_ramp_update(step) or 0)
+        if decay_start >= self.steps:
+            return self.peak
+        return self.peak * max(0.0, (self.steps - step) / (self.steps - decay_start))

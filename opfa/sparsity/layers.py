@@ -1,0 +1,149 @@
+"""`MaskedLinear`: a linear layer that computes with `weight * mask`, and the swap into and out of a
+model.
+
+The gradient of a masked weight is exactly zero by the chain rule, so gradient norms, clipping and
+optimizer moments are right in any training loop and under any sharding, and weight decay of zero is
+zero. `weight` keeps its name, its identity and its optimizer state; the mask is a buffer that is
+not saved with the model, so a checkpoint written in the middle of a fine-tuning is an ordinary one.
+Rejected: zeroing weights after the optimizer's step (ZeRO copies its own fp32 values back, and the
+clipping norm counts dead weights), and torch's parametrizations (they rename keys).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opfa.recipe import ModelError
+from opfa.sparsity import masks as mask_functions
+from opfa.sparsity.masks import Masks
+
+SPARSE_FROM = 0.01  # a model with fewer zeros than this has none to speak of: rounding leaves a few
+
+
+class _Masked(torch.autograd.Function):
+    """weight * mask, keeping for the backward pass one byte a weight instead of a copy of the
+    weights.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:  # noqa: D102 - torch's protocol
+        ctx.save_for_backward(mask)
+        return weight * mask.view(torch.uint8).to(
+            weight.dtype
+        )  # 2 to 3 times faster than a bool product
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102 - torch's protocol
+        (mask,) = ctx.saved_tensors
+        return grads[0] * mask.view(torch.uint8).to(grads[0].dtype), None
+
+
+class MaskedLinear(nn.Linear):
+    """`nn.Linear` whose masked weights take no part in the forward or the backward pass."""
+
+    mask: Tensor
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with: zero wherever the mask is False."""
+        return _Masked.apply(self.weight, self.mask)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer with its masked weight."""
+        return functional.linear(input, self.effective_weight(), self.bias)
+
+    def unmask(self) -> None:
+        """Become a plain `nn.Linear`, in place; the weight stays as it is."""
+        del self.mask
+        self.__class__ = nn.Linear
+
+
+def mask_layers(model: nn.Module, names: Iterable[str]) -> dict[str, MaskedLinear]:
+    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now."""
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if type(layer) is not nn.Linear:
+            raise ModelError(
+                f"{name}: is a {type(layer).__name__}; only a plain nn.Linear can be masked"
+            )
+    for layer in layers.values():
+        layer.__class__ = MaskedLinear  # keeps parameters, hooks and whoever holds the module
+        layer.register_buffer(
+            "mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False
+        )
+    return masked_layers(model)
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers of a model by module path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLinear)}
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """The masks in force, by the name of the weight that each belongs to."""
+    return {f"{name}.weight": layer.mask for name, layer in masked_layers(model).items()}
+
+
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Copy masks into the masked layers; the names must fit exactly."""
+    layers = masked_layers(model)
+    if {f"{name}.weight" for name in layers} != set(masks):
+        raise ModelError("the masks and the masked layers of this model have different names")
+    for name, layer in layers.items():
+        layer.mask.copy_(masks[f"{name}.weight"])
+
+
+def zero_masks(model: nn.Module) -> Masks:
+    """Masks from the zeros of a model's linear layers.
+
+    A tensor without any zero is dense. One that is all zeros (a fresh LoRA matrix, say) is not
+    pruned but new, and is left out too.
+    """
+    linear = {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    masks = mask_functions.nonzero_masks({name: weight.detach() for name, weight in linear.items()})
+    return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+
+
+def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
+    """Hold the zeros that a model's linear layers have now, through any training.
+
+    Swaps each sparse `nn.Linear` in place for a `MaskedLinear`; call it before an optimizer, a
+    Trainer or an engine is made (parameters keep their identity, so after is right too on one
+    process). `names` restricts it to some weights. Returns the sparsity report of what was locked.
+    Raises `ModelError` for a model without zeros and for one that is locked.
+    """
+    if masked_layers(model):
+        raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")
+    masks = zero_masks(model)
+    if names is not None:
+        names = set(names)
+        masks = {name: mask for name, mask in masks.items() if name in names}
+    result = mask_functions.report(masks)
+    if result["total"]["sparsity"] < SPARSE_FROM:
+        raise ModelError(
+            f"nothing to lock: this model's linear layers have {result['total']['zeros']} zeros; "
+            "a sparse checkpoint has at least 1 %. Was a dense model loaded?"
+        )
+    mask_layers(model, [name.removesuffix(".weight") for name in masks])
+    set_masks(model, masks)
+    return result
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> dict:
+    """Turn every masked layer back into a plain `nn.Linear` whose masked weights are exactly +0.0.
+
+    A kept weight that happens to be zero becomes the smallest normal number of its type, so that
+    the zeros in a file and the mask always say the same. Returns the sparsity report. Raises
+    `ModelError` on non-finite weights.
+    """
+    masks = masks_of(model)
+    for name, layer in masked_layers(model).items():
+        weight, mask = layer.weight, layer.mask
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"{name}.weight: holds a non-finite value; this model can't be saved")
+        weight.masked_fill_((weight == 0) & mask, torch.finfo(weight.dtype).tiny)
+        weight.masked_fill_(~mask, 0.0)
+        layer.unmask()
+    return mask_functions.report(masks)

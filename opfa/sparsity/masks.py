@@ -1,0 +1,169 @@
+"""Masks: which weights live. True = kept, always.
+
+Exact selection: the k smallest |w| are pruned, counted with integers. Non-negative IEEE floats
+order like their bits read as integers, so the k-th magnitude is found with two histograms of int32
+bits (15 high, then 16 low bits), without sorting. Ties at the threshold go by (tensor, position):
+the lower index is kept. Plain `|w| > t` thresholds miss the count as soon as values repeat, which
+is the rule for weights that came from bf16.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "opfa-sparsity/1"
+CHUNK = 1 << 22  # elements per histogram pass; bounds the extra memory
+Masks = dict[str, Tensor]
+
+
+def num_zeros(sparsity: float, size: int) -> int:
+    """The exact number of zeros among `size` weights: round(sparsity * size), half to even as in
+    Python.
+    """
+    return round(sparsity * size)
+
+
+def magnitude_mask(weight: Tensor, k: int) -> Tensor:
+    """Keep all but the `k` smallest magnitudes of one fp32 tensor. Ties go to the lower index."""
+    return global_magnitude_masks({"": weight}, k)[""]
+
+
+def global_magnitude_masks(weights: Mapping[str, Tensor], k: int) -> Masks:
+    """Keep all but the `k` smallest magnitudes of all tensors together.
+
+    Ties go to the earlier tensor, then to the lower index, so the count is exact even when bf16
+    weights repeat. Raises `ValueError` for other types than fp32 and for non-finite weights.
+    """
+    bits = {name: _magnitude_bits(name, weight) for name, weight in weights.items()}
+    size = sum(b.numel() for b in bits.values())
+    if not 0 <= k <= size:
+        raise ValueError(f"k = {k}: must be between 0 and the number of weights, {size}")
+    if k == 0:
+        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    threshold, num_below = _kth_smallest(bits.values(), k)
+    num_tied_to_keep = sum(int((b == threshold).sum()) for b in bits.values()) - (k - num_below)
+    masks = {}
+    for name, b in bits.items():
+        mask = b > threshold
+        if num_tied_to_keep:
+            tied = (b == threshold).nonzero().view(-1)[:num_tied_to_keep]
+            mask[tied] = True
+            num_tied_to_keep -= tied.numel()
+        masks[name] = mask.view(weights[name].shape)
+    return masks
+
+
+def _magnitude_bits(name: str, weight: Tensor) -> Tensor:
+    if weight.dtype != torch.float32:
+        raise ValueError(f"{name or 'weight'}: scores must be fp32, not {weight.dtype}")
+    bits = weight.detach().contiguous().view(-1).view(torch.int32) & 0x7FFFFFFF
+    if bits.numel() and int(bits.max()) >= 0x7F800000:  # infinity and NaN
+        raise ValueError(f"{name or 'weight'}: holds a non-finite weight")
+    return bits
+
+
+def _kth_smallest(tensors: Iterable[Tensor], k: int) -> tuple[int, int]:
+    """The k-th smallest value (counted from 1) of non-negative int32 tensors, and how many are
+    smaller.
+    """
+    tensors = list(tensors)
+    high_counts = sum(
+        _histogram(t >> 16, 1 << 15) for tensor in tensors for t in tensor.split(CHUNK)
+    )
+    high, num_below = _bin_of(np.asarray(high_counts), k)
+    low_counts = np.zeros(1 << 16, dtype=np.int64)
+    for tensor in tensors:
+        for chunk in tensor.split(CHUNK):
+            low_counts += _histogram((chunk[(chunk >> 16) == high]) & 0xFFFF, 1 << 16)
+    low, num_below_in_bin = _bin_of(low_counts, k - num_below)
+    return high << 16 | low, num_below + num_below_in_bin
+
+
+def _histogram(values: Tensor, num_bins: int) -> np.ndarray:
+    return np.bincount(values.cpu().numpy(), minlength=num_bins)
+
+
+def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th smallest item, and how many items lie in the bins before it."""
+    cumulative = np.cumsum(counts)
+    index = int(np.searchsorted(cumulative, k))
+    return index, int(cumulative[index] - counts[index])
+
+
+def nonzero_masks(weights: Mapping[str, Tensor]) -> Masks:
+    """The masks that the zeros of these tensors imply."""
+    return {name: weight != 0 for name, weight in weights.items()}
+
+
+def relative_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without the module path that they all share.
+
+    So `bert.encoder.layer.0.…` of a pre-training model and `encoder.layer.0.…` of a bare encoder
+    are the same.
+    """
+    names = list(names)
+    parents = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while parents and all(len(p) > shared and p[shared] == parents[0][shared] for p in parents):
+        shared += 1
+    return {name: ".".join(name.split(".")[shared:]) for name in names}
+
+
+def fingerprint(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names (relative), shapes and packed bits.
+
+    Equal masks, equal fingerprint, on any machine.
+    """
+    digest = hashlib.sha256()
+    short = relative_names(masks)
+    for name in sorted(masks):
+        mask = masks[name]
+        digest.update(f"{short[name]}{tuple(mask.shape)}".encode())
+        digest.update(np.packbits(mask.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def report(masks: Mapping[str, Tensor]) -> dict:
+    """What `sparsity.json` holds: exact counts in total and per tensor, and the fingerprint."""
+    tensors = {}
+    for name, mask in masks.items():
+        zeros = mask.numel() - int(mask.sum())
+        tensors[name] = {
+            "shape": list(mask.shape),
+            "zeros": zeros,
+            "sparsity": zeros / mask.numel(),
+        }
+    zeros = sum(tensor["zeros"] for tensor in tensors.values())
+    size = sum(mask.numel() for mask in masks.values())
+    return {
+        "format": FORMAT,
+        "total": {"zeros": zeros, "size": size, "sparsity": zeros / size if size else 0.0},
+        "tensors": tensors,
+        "fingerprint": fingerprint(masks),
+    }
+
+
+def save(masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write masks packed, one bit a weight, as safetensors."""
+    packed = {n: torch.from_numpy(np.packbits(m.cpu().numpy())) for n, m in masks.items()}
+    shapes = {n: ",".join(str(extent) for extent in m.shape) for n, m in masks.items()}
+    save_file(packed, path, metadata=shapes)
+
+
+def load(path: Path) -> Masks:
+    """Read masks that `save` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        shapes = file.metadata() or {}
+    masks = {}
+    for name, packed in load_file(path).items():
+        shape = [int(extent) for extent in shapes[name].split(",")]
+        bits = np.unpackbits(packed.numpy(), count=int(np.prod(shape)))
+        masks[name] = torch.from_numpy(bits).bool().view(shape)
+    return masks

@@ -1,0 +1,73 @@
+"""Patterns: which tensors are pruned, and over what the target sparsity is counted.
+
+The default is the paper's: the weight of every `nn.Linear` of the encoder. Embeddings, the pooler
+and all heads are left out, upstream and downstream alike, because a head is thrown away by
+fine-tuning and a pooler that is pruned upstream and forgotten downstream would lose its zeros.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from opfa.recipe import RecipeError, Section
+
+if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
+    from torch import Tensor, nn
+
+# The path of a linear layer that belongs to a numbered encoder layer, in every family that opfa knows:
+# bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
+ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
+
+
+class Pattern(Section):
+    """Which weights are pruned.
+
+    `include` and `exclude` are regular expressions searched for in the names of linear layers.
+    `scope` says whether every tensor reaches the target ("layer") or all of them together
+    ("global").
+    """
+
+    include: tuple[str, ...] = (ENCODER_LAYER,)
+    exclude: tuple[str, ...] = ()
+    scope: Literal["layer", "global"] = "layer"
+
+    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
+        """The matching linear layers by module path; raises `RecipeError` when a rule matches
+        nothing.
+        """
+        from torch import nn
+
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        included = [_matches("include", rule, linear) for rule in self.include]
+        excluded = [_matches("exclude", rule, linear) for rule in self.exclude]
+        names = set().union(*included) - set().union(*excluded)
+        if not names:
+            raise RecipeError(
+                f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}: no linear layer is left to prune"
+            )
+        return {name: layer for name, layer in linear.items() if name in names}
+
+    def masks(self, weights: "Mapping[str, Tensor]", sparsity: float) -> "dict[str, Tensor]":
+        """Exact masks for fp32 weights: `round(sparsity * size)` zeros per tensor, or over all of
+        them.
+        """
+        from opfa.sparsity.masks import global_magnitude_masks, magnitude_mask, num_zeros
+
+        if self.scope == "global":
+            size = sum(weight.numel() for weight in weights.values())
+            return global_magnitude_masks(weights, num_zeros(sparsity, size))
+        return {n: magnitude_mask(w, num_zeros(sparsity, w.numel())) for n, w in weights.items()}
+
+
+def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:
+    try:
+        pattern = re.compile(rule)
+    except re.error as error:
+        raise RecipeError(f"pruning.{key} = {rule!r}: not a regular expression: {error}") from error
+    names = {name for name in layers if pattern.search(name)}
+    if not names:
+        some = ", ".join(list(layers)[:3])
+        raise RecipeError(
+            f"pruning.{key} = {rule!r}: matches no linear layer (there are {some}, …)"
+        )
+    return names

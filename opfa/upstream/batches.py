@@ -1,0 +1,176 @@
+"""Prepared examples to masked batches, in the order of `opfa.order`.
+
+Masking and order are functions of (seed, epoch, example), so ranks, micro-batches, workers and a
+resume change neither. Shape letters: B sequences, T tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from opfa.models import load_tokenizer
+from opfa.order import MicroBatches, Order, Place
+from opfa.recipe import DataError, RecipeError
+from opfa.upstream.corpus import FORMAT, tokenizer_digest
+from opfa.upstream.masking import IGNORED, Masker
+from opfa.upstream.recipe import Corpus, Masking
+
+
+class Batch(NamedTuple):
+    """One micro-batch: model inputs [B, T], MLM labels [B, T], next-sentence labels [B] (-100:
+    none).
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    next_sentence: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        inputs = {
+            name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()
+        }
+        return Batch(inputs, self.labels.to(device), self.next_sentence.to(device))
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many tokens are predicted, how many are real, and how many sequences there are."""
+        num_masked = int((self.labels != IGNORED).sum())
+        return num_masked, int(self.inputs["attention_mask"].sum()), len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A directory that `opfa prepare` wrote."""
+
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    summary: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path, corpus: Corpus) -> "Prepared":
+        """Open a prepared directory and check that it was made from the recipe's corpus section."""
+        try:
+            summary = json.loads((directory / "corpus.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"data = {str(directory)!r}: not a directory of `opfa prepare` ({error.__class__.__name__}); "
+                "make one with: opfa prepare RECIPE --output DIR"
+            ) from error
+        if summary.get("format") != FORMAT:
+            raise DataError(
+                f"{directory}: format {summary.get('format')!r}, and this version reads {FORMAT!r}"
+            )
+        wanted = corpus.model_dump(mode="json")
+        for key in ("objective", "sequence_tokens", "hub", "hub_config", "text_column"):
+            if summary["corpus"][key] != wanted[key]:
+                raise RecipeError(
+                    f"corpus.{key} = {wanted[key]!r}: but {directory} was prepared with {summary['corpus'][key]!r}"
+                )
+        tokenizer = load_tokenizer(str(directory / "tokenizer"))
+        if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
+            raise DataError(
+                f"{directory}/tokenizer: its vocabulary is not the one that the examples were made with"
+            )
+        parts = [
+            load_from_disk(str(directory / name)).with_format("numpy")
+            for name in ("train", "validation")
+        ]
+        return cls(train=parts[0], validation=parts[1], tokenizer=tokenizer, summary=summary)
+
+
+def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> Masker:
+    """The masking that a recipe asks for, over this tokenizer's vocabulary."""
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    assert isinstance(vocabulary, list)
+    if tokenizer.mask_token_id is None:
+        raise DataError("the tokenizer has no mask token, and masked language modelling needs one")
+    marks_starts = any(token.startswith(("Ġ", "▁")) for token in vocabulary)
+    continues = [
+        not t.startswith(("Ġ", "▁")) if marks_starts else t.startswith("##") for t in vocabulary
+    ]
+    special = np.isin(np.arange(len(vocabulary)), tokenizer.all_special_ids)
+    return Masker(
+        seed=seed,
+        probability=masking.probability,
+        whole_word=masking.whole_word,
+        mask_id=tokenizer.mask_token_id,
+        is_special=special,
+        is_continuation=np.array(continues) & ~special,
+    )
+
+
+class MaskedExamples(torch.utils.data.Dataset):
+    """Examples by (epoch, index), masked for that epoch."""
+
+    def __init__(self, examples: Dataset, mask: Masker) -> None:
+        """Examples as `opfa prepare` wrote them, in numpy format."""
+        self.examples = examples
+        self.mask = mask
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        """One example: its columns, with masked `input_ids` and `labels`."""
+        epoch, index = place
+        example = self.examples[index]
+        inputs, labels = self.mask(np.asarray(example["input_ids"], dtype=np.int64), epoch, index)
+        return {**example, "input_ids": inputs, "labels": labels}
+
+
+def collate(
+    examples: list[dict[str, Any]], *, pad_id: int, has_pairs: bool, multiple: int = 8
+) -> Batch:
+    """Pad examples to the longest of the batch, rounded up to a multiple of tokens."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    shape = (len(examples), -(-longest // multiple) * multiple)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    attention, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        ids[row, :length] = example["input_ids"]
+        labels[row, :length] = example["labels"]
+        attention[row, :length] = 1
+        types[row, int(example["second_segment"]) : length] = 1
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(attention)}
+    if has_pairs:
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    next_sentence = torch.tensor([int(example["next_sentence_label"]) for example in examples])
+    return Batch(inputs, torch.from_numpy(labels), next_sentence)
+
+
+def training_steps(
+    prepared: Prepared, mask: Masker, order: Order, *, steps: range, has_pairs: bool, workers: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, one list for each step of `steps`."""
+    loader = DataLoader(
+        MaskedExamples(prepared.train, mask),
+        batch_sampler=MicroBatches(order, steps),
+        collate_fn=partial(collate, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs),
+        num_workers=workers,
+    )
+    micro_batches = iter(loader)
+    while step := list(islice(micro_batches, order.accumulation)):
+        yield step
+
+
+def validation_batches(
+    prepared: Prepared, mask: Masker, *, batch: int, num_batches: int, has_pairs: bool
+) -> Iterator[Batch]:
+    """The first held-out examples, always masked in the same way."""
+    examples = MaskedExamples(prepared.validation, mask)
+    size = min(len(prepared.validation), batch * num_batches)
+    for start in range(0, size, batch):
+        rows = [examples[0, index] for index in range(start, min(start + batch, size))]
+        assert prepared.tokenizer.pad_token_id is not None
+        yield collate(rows, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs)

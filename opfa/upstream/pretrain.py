@@ -1,0 +1,308 @@
+"""Upstream training: prepare a teacher, or prune a student under one (Prune Once for All, section
+3).
+
+    batch, two forwards, loss, backward, step, prune, log, save
+
+Without [pruning] and [distillation] this is ordinary pre-training and gives the losses of a plain
+loop, step by step.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from opfa import engine as distributed
+from opfa import report
+from opfa.checkpoint import facts_of, newest_point, save_point, seed_step, write_finished
+from opfa.engine import Engine
+from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pretraining_model
+from opfa.order import Order
+from opfa.pruner import Pruner
+from opfa.recipe import RecipeError, RunError
+from opfa.run import Run
+from opfa.sparsity import masks as mask_files
+from opfa.sparsity.layers import mask_layers, set_masks
+from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
+from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
+from opfa.upstream.recipe import PretrainRecipe
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None:
+    """Run a recipe to its end and write RUN/model. Collective."""
+    device = distributed.start_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    prepared = Prepared.open(Path(recipe.data), recipe.corpus)
+    order = _order(recipe, len(prepared.train), rank, world_size)
+    trainer = Trainer(recipe, prepared, order, device)
+    with Run(
+        output, recipe, steps=recipe.training.steps, resume=resume, is_writer=rank == 0
+    ) as run:
+        if run.is_done:
+            log.info("%s: is finished already", output)
+            return
+        start = trainer.resume(run) if resume else 0
+        if start == 0:
+            run.describe({"world_size": world_size, "data": prepared.summary})
+        settings = recipe.logging
+        run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
+        trainer.train(run, start)
+        trainer.finish(run)
+
+
+class Trainer:
+    """The state of one upstream run: student, teacher, engine, pruner, position."""
+
+    def __init__(
+        self, recipe: PretrainRecipe, prepared: Prepared, order: Order, device: torch.device
+    ) -> None:
+        """Load everything and check that it fits together, before any work is done. Collective."""
+        self.recipe, self.prepared, self.order, self.device = recipe, prepared, order, device
+        torch.manual_seed(recipe.seed)  # new heads and models from scratch
+        student = _student(recipe, prepared)
+        check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
+        self.teacher = self._load_teacher(student)
+        pruning = recipe.pruning
+        self.pruner = Pruner(student, pruning.schedule, pruning.pattern) if pruning else None
+        self.config = student.config
+        self.model_class = type(student)
+        training, is_bf16 = recipe.training, recipe.training.precision == "bf16"
+        self.engine = Engine(
+            Objective(student, recipe.distillation),
+            decay_groups(student, training.weight_decay),
+            betas=(training.beta1, training.beta2),
+            epsilon=training.epsilon,
+            max_grad_norm=training.max_grad_norm,
+            micro_batch=order.micro_batch,
+            accumulation=order.accumulation,
+            zero_stage=recipe.launch.zero_stage,
+            bf16=is_bf16,
+        )
+        self.student = student
+        self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
+        self.has_pairs = recipe.corpus.objective == "mlm+nsp"
+
+    def _load_teacher(self, student: PreTrainedModel) -> Teacher | None:
+        settings = self.recipe.distillation
+        if settings is None:
+            return None
+        model = load_pretraining_model(settings.teacher, self.recipe.corpus.objective)
+        teacher = Teacher(model, student, settings)
+        dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
+        model.to(device=self.device, dtype=dtype)
+        return teacher
+
+    def train(self, run: Run, start: int) -> None:
+        """The steps from `start` to the end."""
+        schedule, settings = self.recipe.learning_rate(), self.recipe.logging
+        meter = Meter(self.device)
+        if start == 0 and self.pruner is not None:
+            self.prune(0)
+        for step, micro_batches in enumerate(self._batches(start), start):
+            seed_step(self.recipe.seed, step, self.order.rank)
+            counts = self._counts(micro_batches)
+            losses = [self._backward(*item, counts) for item in _with_last(micro_batches)]
+            loss = meter.add(losses, counts, step)
+            learning_rate = schedule.at(step)
+            grad_norm = self.engine.step(learning_rate)
+            done = step + 1
+            if self.pruner is not None:
+                self.prune(done)
+            run.advance(done)
+            if done % settings.every_steps == 0 or done == schedule.steps:
+                sparsity = self.pruner.sparsity() if self.pruner else 0.0
+                rates = {
+                    "learning_rate": learning_rate,
+                    "sparsity": sparsity,
+                    "grad_norm": grad_norm,
+                }
+                run.log({"step": done, **loss, **rates, **meter.rates()})
+            if done % settings.evaluate_steps == 0 or done == schedule.steps:
+                run.log({"step": done, "eval": True, **self.evaluate()})
+            if done % settings.checkpoint_steps == 0 and done < schedule.steps:
+                self.save(run, done)
+
+    def _batches(self, start: int) -> Iterator[list[Batch]]:
+        steps = range(start, self.recipe.training.steps)
+        batches = training_steps(
+            self.prepared,
+            self.mask,
+            self.order,
+            steps=steps,
+            has_pairs=self.has_pairs,
+            workers=self.recipe.launch.workers,
+        )
+        return ([batch.to(self.device) for batch in step] for step in batches)
+
+    def _counts(self, micro_batches: list[Batch]) -> Counts:
+        local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
+        return Counts(*distributed.sum_over_ranks(local, self.device))
+
+    def _backward(self, batch: Batch, is_last: bool, counts: Counts) -> Losses:
+        targets: Targets | None = self.teacher(batch) if self.teacher else None
+        losses: Losses = self.engine(batch, targets, counts)
+        self.engine.backward(losses.total, is_last)
+        return losses
+
+    def prune(self, step: int) -> None:
+        """Update the masks when the schedule says so. Collective."""
+        assert self.pruner is not None
+        self.pruner.after_step(step, self.engine.read_fp32, distributed.gather_texts)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The student's mean losses on held-out examples. Every rank computes the same."""
+        settings = self.recipe.logging
+        module = self.engine.module.eval()
+        batches = validation_batches(
+            self.prepared,
+            self.mask,
+            batch=self.order.micro_batch,
+            num_batches=settings.evaluate_batches,
+            has_pairs=self.has_pairs,
+        )
+        totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
+        for batch in batches:
+            losses = module(batch.to(self.device), None, Counts(1.0, 1.0, 1.0))
+            masked, _, sequences = batch.counts()
+            totals[0] += float(losses.mlm)
+            totals[1] += float(losses.nsp)
+            num_masked, num_sequences = num_masked + masked, num_sequences + sequences
+        module.train()
+        means = {"mlm_loss": totals[0] / num_masked, "nsp_loss": totals[1] / num_sequences}
+        return {"loss": sum(means.values()), **means}
+
+    def save(self, run: Run, step: int) -> None:
+        """Save a resume point. Collective."""
+
+        def write(directory: Path) -> None:
+            self.engine.save(directory)
+            if self.pruner is not None and self.order.rank == 0:
+                mask_files.save(self.pruner.masks(), directory / "masks.safetensors")
+
+        save_point(
+            run.directory / "checkpoints",
+            step,
+            write,
+            {"world_size": self.order.world_size, "zero_stage": self.recipe.launch.zero_stage},
+            keep=self.recipe.logging.keep_checkpoints,
+            is_writer=self.order.rank == 0,
+            barrier=distributed.barrier,
+        )
+
+    def resume(self, run: Run) -> int:
+        """Go back to the newest resume point; the step to continue from. Collective."""
+        found = newest_point(run.directory / "checkpoints") if self.order.rank == 0 else None
+        name = distributed.broadcast_text(str(found) if found else "")
+        if not name:
+            log.warning("%s: no resume point; starting anew", run.directory)
+            run.forget_after(0)
+            return 0
+        point, facts = Path(name), facts_of(Path(name))
+        for key, here in (
+            ("world_size", self.order.world_size),
+            ("zero_stage", self.recipe.launch.zero_stage),
+        ):
+            if facts[key] != here:
+                raise RunError(
+                    f"{point}: was saved with {key} = {facts[key]}; resume with the same (here: {here})"
+                )
+        self.engine.load(point)
+        if self.pruner is not None:
+            self.pruner.restore(mask_files.load(point / "masks.safetensors"))
+        run.forget_after(facts["step"])
+        log.info("%s: resumed at step %d", run.directory, facts["step"])
+        return facts["step"]
+
+    def finish(self, run: Run) -> None:
+        """Write the finished model and the pictures. Collective."""
+        state = {
+            name: self.engine.read_fp32(p).cpu() for name, p in self.student.named_parameters()
+        }
+        if not run.is_writer:
+            return distributed.barrier()
+        model = self.model_class(self.config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(state[name])
+        if self.pruner is not None:
+            mask_layers(model, self.pruner.layers)
+            set_masks(model, self.pruner.masks())
+        result = write_finished(model, self.prepared.tokenizer, run.directory / "model")
+        report.pretraining_pictures(run.rows(), result, run.directory / "report")
+        run.finish({"step": self.recipe.training.steps, "sparsity": result["total"]["sparsity"]})
+        return distributed.barrier()
+
+
+class Meter:
+    """Adds up losses over micro-batches and ranks, stops on non-finite ones, and counts tokens per
+    second.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the clock."""
+        self._device = device
+        self._since, self._num_tokens = time.monotonic(), 0.0
+
+    def add(self, losses: list[Losses], counts: Counts, step: int) -> dict[str, float]:
+        """The global batch's losses.
+
+        Collective; raises `RunError` on every rank when one is not finite.
+        """
+        local = [
+            sum(float(part.detach()) for part in column) for column in zip(*losses, strict=True)
+        ]
+        total, mlm, nsp, distill = distributed.sum_over_ranks(local, self._device)
+        if not torch.isfinite(torch.tensor(total)):
+            places = distributed.gather_texts(f"{local[0]}")
+            ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
+            raise RunError(
+                f"step {step + 1}: the loss is not finite on rank {ranks}; nothing was changed by this step"
+            )
+        self._num_tokens += counts.real
+        return {"loss": total, "mlm_loss": mlm, "nsp_loss": nsp, "distill_loss": distill}
+
+    def rates(self) -> dict[str, float]:
+        """Real tokens per second, over all ranks, since the last call."""
+        now = time.monotonic()
+        rate = self._num_tokens / (now - self._since)
+        self._since, self._num_tokens = now, 0.0
+        return {"tokens_per_second": round(rate, 1)}
+
+
+def _with_last(micro_batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+    return zip(
+        micro_batches, itertools.chain([False] * (len(micro_batches) - 1), [True]), strict=True
+    )
+
+
+def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int) -> Order:
+    batch = recipe.training.batch
+    micro_batch = recipe.launch.micro_batch or batch // world_size
+    if micro_batch == 0 or batch % (micro_batch * world_size):
+        raise RecipeError(
+            f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = {micro_batch} x {world_size}"
+        )
+    return Order(
+        seed=recipe.seed,
+        num_examples=num_examples,
+        batch=batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
+    objective, dropout = recipe.corpus.objective, recipe.training.dropout
+    if recipe.model.init is not None:
+        return load_pretraining_model(recipe.model.init, objective, dropout)
+    assert recipe.model.config is not None
+    return new_pretraining_model(recipe.model.config, objective, len(prepared.tokenizer), dropout)

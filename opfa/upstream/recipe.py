@@ -1,0 +1,185 @@
+"""What an upstream recipe can say: corpus, model, training, and for a student its teacher and
+pruning.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from opfa.recipe import Recipe, Section
+from opfa.schedules import Gradual, LearningRate
+from opfa.sparsity.pattern import Pattern
+
+
+class TokenizerTraining(Section):
+    """A WordPiece tokenizer trained on the corpus."""
+
+    vocabulary: int = Field(30_522, ge=100)
+    lowercase: bool = True
+    min_frequency: int = Field(2, ge=1)
+
+
+class Corpus(Section):
+    """Documents, and the examples that `opfa prepare` makes of them.
+
+    `documents` are files or glob patterns (.jsonl, .txt, .parquet, also .gz or .zst); a text file
+    holds documents parted by empty lines. `hub` names a data set of the Hub instead. Give
+    `tokenizer` (directory or Hub name) or train one.
+    """
+
+    documents: tuple[str, ...] = ()
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    text_column: str = "text"
+    objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"
+    sequence_tokens: int = Field(128, ge=8)
+    short_sequences: float = Field(0.1, ge=0.0, le=1.0)  # share of pairs cut shorter, as in BERT
+    validation: float = Field(0.005, gt=0.0, lt=0.5)  # share of documents held out
+    tokenizer: str | None = None
+    train_tokenizer: TokenizerTraining | None = None
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.documents) == bool(self.hub):
+            raise ValueError("documents, hub: give exactly one of the two")
+        if (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("tokenizer, train_tokenizer: give exactly one of the two")
+        return self
+
+
+class Model(Section):
+    """Where training starts: `init` (a directory or Hub name), or from scratch by a transformers
+    `config`.
+    """
+
+    init: str | None = None
+    config: dict[str, str | int | float | bool] | None = None  # must name its model_type
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.init is None) == (self.config is None):
+            raise ValueError("init, config: give exactly one of the two")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config: needs model_type, such as 'bert'")
+        return self
+
+
+class Masking(Section):
+    """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
+
+    probability: float = Field(0.15, gt=0.0, lt=1.0)
+    whole_word: bool = False
+
+
+class Training(Section):
+    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)  # sequences per optimizer step, over all micro-batches and ranks
+    learning_rate: float = Field(gt=0.0)
+    warmup_steps: int = Field(0, ge=0)
+    rewind_learning_rate: bool = False
+    weight_decay: float = Field(0.01, ge=0.0)
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    epsilon: float = Field(1e-8, gt=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    dropout: float | None = Field(None, ge=0.0, lt=1.0)  # default: the model's own
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+class Pruning(Section):
+    """Gradual magnitude pruning: when and how sparse, and where."""
+
+    schedule: Gradual
+    pattern: Pattern = Pattern()
+
+
+class Distillation(Section):
+    """A frozen teacher. loss = hard_weight * CE + soft_weight * T^2 * KL(teacher || student) +
+    hidden_weight * MSE.
+
+    `tokens`: soft targets at all real tokens, or only at masked ones. `hidden_weight` > 0 also
+    matches every hidden state.
+    """
+
+    teacher: str
+    hard_weight: float = Field(0.5, ge=0.0)
+    soft_weight: float = Field(0.5, ge=0.0)
+    hidden_weight: float = Field(0.0, ge=0.0)
+    temperature: float = Field(2.0, gt=0.0)
+    tokens: Literal["all", "masked"] = "all"
+
+
+class Launch(Section):
+    """Matters of the machine, which don't change the result beyond rounding.
+
+    Shipped recipes leave them out.
+    """
+
+    micro_batch: int | None = Field(None, ge=1)  # sequences per rank and pass; default: all at once
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    workers: int = Field(0, ge=0)  # processes that load data; 0: none beside the trainer
+
+
+class Logging(Section):
+    """How often a row is logged, the held-out loss measured, and a resume point saved; where else
+    metrics go.
+    """
+
+    every_steps: int = Field(100, ge=1)
+    evaluate_steps: int = Field(5_000, ge=1)
+    evaluate_batches: int = Field(20, ge=1)
+    checkpoint_steps: int = Field(1_000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "opfa"
+
+
+class PretrainRecipe(Recipe):
+    """One upstream run. Without [pruning] it prepares a teacher."""
+
+    name: str
+    seed: int = Field(42, ge=0)
+    data: str = "prepared"  # the directory that `opfa prepare` wrote
+    corpus: Corpus
+    model: Model
+    masking: Masking = Masking()
+    training: Training
+    pruning: Pruning | None = None
+    distillation: Distillation | None = None
+    launch: Launch = Launch()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.training.rewind_learning_rate and self.pruning is None:
+            raise ValueError(
+                "training.rewind_learning_rate: needs [pruning], whose updates it follows"
+            )
+        if self.training.warmup_steps >= self.training.steps:
+            raise ValueError(
+                f"training.warmup_steps = {self.training.warmup_steps}: must be below steps = {self.training.steps}"
+            )
+        if self.pruning is not None and self.pruning.schedule.last_update > self.training.steps:
+            raise ValueError(
+                f"pruning.schedule: the last mask update, {self.pruning.schedule.last_update}, "
+                f"must not come after training.steps = {self.training.steps}"
+            )
+        if self.training.precision == "bf16" and self.launch.zero_stage == 0:
+            raise ValueError(
+                "launch.zero_stage = 0: not with bf16, where DeepSpeed's fp32 masters can't be read; use 1, 2 or 3"
+            )
+        return self
+
+    def learning_rate(self) -> LearningRate:
+        """The schedule that the training section describes."""
+        rewinds = self.pruning is not None and self.training.rewind_learning_rate
+        return LearningRate(
+            peak=self.training.learning_rate,
+            warmup_steps=self.training.warmup_steps,
+            steps=self.training.steps,
+            rewind_at=self.pruning.schedule if rewinds and self.pruning else None,
+        )

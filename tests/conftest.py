@@ -1,0 +1,118 @@
+"""Tiny corpora, models and recipes. Nothing here needs a network, a GPU or data from outside."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.upstream.corpus import prepare
+from opfa.upstream.recipe import PretrainRecipe
+
+SUBJECTS = ["the cat", "a dog", "the old man", "my sister", "the captain", "no child", "a bird"]
+VERBS = ["sees", "wants", "hears", "follows", "loves", "hates", "finds"]
+OBJECTS = ["the sea", "a house", "the moon", "some bread", "the road", "her letter", "a song"]
+TINY_BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def sentences() -> Iterator[str]:
+    """All sentences of a tiny language, in an order that looks random."""
+    size = len(SUBJECTS) * len(VERBS) * len(OBJECTS)
+    for i in range(size):
+        j = i * 101 % size
+        subject, rest = divmod(j, len(VERBS) * len(OBJECTS))
+        verb, thing = divmod(rest, len(OBJECTS))
+        yield f"{SUBJECTS[subject]} {VERBS[verb]} {OBJECTS[thing]}."
+
+
+def pretrain_values(data: Path, **sections: Any) -> dict[str, Any]:
+    """The values of a tiny upstream recipe; sections are merged in."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "data": str(data),
+        "corpus": {
+            "documents": [str(data.parent / "documents.jsonl")],
+            "sequence_tokens": 24,
+            "validation": 0.1,
+            "train_tokenizer": {"vocabulary": 120},
+        },
+        "model": {"config": TINY_BERT},
+        "training": {
+            "steps": 8,
+            "batch": 8,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "precision": "fp32",
+        },
+        "logging": {"every_steps": 1, "checkpoint_steps": 3},
+    }
+    for name, section in sections.items():
+        is_section = isinstance(section, dict) and name not in ("model", "pruning", "distillation")
+        values[name] = {**values.get(name, {}), **section} if is_section else section
+    return values
+
+
+def pretrain_recipe(data: Path, **sections: Any) -> PretrainRecipe:
+    """A tiny upstream recipe."""
+    return PretrainRecipe.check(pretrain_values(data, **sections))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of 24 documents."""
+    directory = tmp_path_factory.mktemp("corpus")
+    lines = list(sentences())
+    documents = [" ".join(lines[i : i + 14]) for i in range(0, len(lines) - 13, 14)]
+    text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    (directory / "documents.jsonl").write_text(text)
+    prepare(pretrain_recipe(directory / "prepared").corpus, directory / "prepared")
+    return directory / "prepared"
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.jsonl and validation.jsonl: who is the sentence about?"""
+    directory = tmp_path_factory.mktemp("examples")
+    rows = [
+        {"text": s, "label": "cat" if s.startswith("the cat") else "other"} for s in sentences()
+    ]
+    rows = [r for r in rows if r["label"] == "cat"] + [r for r in rows if r["label"] != "cat"][:60]
+    rows = [rows[i * 37 % len(rows)] for i in range(len(rows))]
+    for name, part in (("train", rows[:80]), ("validation", rows[80:])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    return directory
+
+
+def finetune_recipe(init: Path, examples: Path, **sections: Any) -> FinetuneRecipe:
+    """A tiny fine-tuning recipe."""
+    values: dict[str, Any] = {
+        "name": "tiny-task",
+        "model": {"init": str(init)},
+        "task": {
+            "train": str(examples / "train.jsonl"),
+            "validation": str(examples / "validation.jsonl"),
+            "text": "text",
+            "sequence_tokens": 24,
+        },
+        "training": {"epochs": 1.0, "batch": 8, "learning_rate": 1e-3},
+        "logging": {"every_steps": 1, "checkpoint_steps": 4},
+    }
+    for name, section in sections.items():
+        is_section = isinstance(section, dict)
+        values[name] = {**values.get(name, {}), **section} if is_section else section
+    return FinetuneRecipe.check(values)

@@ -1,0 +1,383 @@
+"""Upstream runs, end to end on a tiny model and one process."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import BertForPreTraining, BertModel
+
+from conftest import pretrain_recipe
+from opfa import checkpoint
+from opfa.inspection import inspect
+from opfa.models import new_pretraining_model
+from opfa.order import Order
+from opfa.recipe import DataError, ModelError, RunError
+from opfa.sparsity.masks import load, num_zeros
+from opfa.upstream import pretrain as module
+from opfa.upstream.batches import Prepared, masker, training_steps
+from opfa.upstream.pretrain import pretrain
+
+SCHEDULE = {"start": 1, "end": 4, "hold_until": 6, "every": 1, "target": 0.9}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(run: Path) -> list[dict[str, Any]]:
+    ignored = {"tokens_per_second"}
+    return [{k: v for k, v in r.items() if k not in ignored} for r in rows(run) if "eval" not in r]
+
+
+@pytest.fixture(scope="module")
+def teacher(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("teacher") / "run"
+    pretrain(pretrain_recipe(prepared), output)
+    return output
+
+
+def student_recipe(prepared: Path, teacher: Path, **sections: Any) -> Any:
+    return pretrain_recipe(
+        prepared,
+        model={"init": str(teacher / "model")},
+        pruning=sections.pop("pruning", {"schedule": SCHEDULE}),
+        distillation=sections.pop("distillation", {"teacher": str(teacher / "model")}),
+        **sections,
+    )
+
+
+@pytest.fixture(scope="module")
+def student(prepared: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("student") / "run"
+    pretrain(student_recipe(prepared, teacher), output)
+    return output
+
+
+def test_losses_equal_a_plain_loop(prepared: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(prepared, training={"weight_decay": 0.1, "dropout": 0.0})
+    pretrain(recipe, tmp_path / "run")
+    data = Prepared.open(prepared, recipe.corpus)
+    torch.manual_seed(recipe.seed)
+    assert recipe.model.config is not None
+    model = new_pretraining_model(recipe.model.config, "mlm+nsp", len(data.tokenizer), dropout=0.0)
+    model.train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    )
+    size = len(data.train)
+    order = Order(seed=42, num_examples=size, batch=8, micro_batch=8, rank=0, world_size=1)
+    mask = masker(data.tokenizer, recipe.masking, recipe.seed)
+    batches = training_steps(data, mask, order, steps=range(8), has_pairs=True, workers=0)
+    rates = [0.5e-3, 1e-3, 1e-3, *(1e-3 * (8 - step) / 6 for step in range(3, 8))]
+    for step, (batch,) in enumerate(batches):
+        outputs = model(
+            **batch.inputs, labels=batch.labels, next_sentence_label=batch.next_sentence
+        )
+        outputs.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        optimizer.step()
+        optimizer.zero_grad()
+        row = training_rows(tmp_path / "run")[step]
+        assert row["learning_rate"] == pytest.approx(rates[step])
+        assert row["loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_accumulation_gives_the_losses_of_one_pass(prepared: Path, tmp_path: Path) -> None:
+    for name, micro_batch in (("whole", 8), ("parts", 2)):
+        launch = {"micro_batch": micro_batch}
+        pretrain(
+            pretrain_recipe(prepared, launch=launch, training={"dropout": 0.0}), tmp_path / name
+        )
+    whole, parts = training_rows(tmp_path / "whole"), training_rows(tmp_path / "parts")
+    for one, other in zip(whole, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_the_finished_model_has_exact_zeros(student: Path) -> None:
+    model = BertForPreTraining.from_pretrained(student / "model")
+    pruned = {n: p for n, p in model.named_parameters() if ".layer." in n and p.ndim == 2}
+    assert len(pruned) == 12
+    for parameter in pruned.values():
+        assert int((parameter == 0).sum()) == num_zeros(0.9, parameter.numel())
+    assert not any(
+        (p == 0).any()
+        for n, p in model.named_parameters()
+        if "dense.weight" in n and n not in pruned
+    )
+
+
+def test_the_report_says_what_plain_transformers_loads(student: Path) -> None:
+    stated = json.loads((student / "model/sparsity.json").read_text())
+    assert inspect(student / "model")["stated"] == "matches"
+    assert (
+        inspect(BertModel.from_pretrained(student / "model"))["fingerprint"]
+        == stated["fingerprint"]
+    )
+    assert list(stated) == ["format", "total", "tensors", "fingerprint"]
+
+
+@pytest.mark.parametrize("target", [0.85, 0.9])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_are_exact_at_every_update(
+    prepared: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: float,
+    scope: str,
+) -> None:
+    seen = []
+    update = module.Pruner.after_step
+
+    def watched(self: module.Pruner, step: int, *others: Any) -> bool:
+        is_update = update(self, step, *others)
+        if is_update:
+            wanted = self.schedule.sparsity_at(step)
+            masks = list(self.masks().values())
+            zeros = [m.numel() - int(m.sum()) for m in masks]
+            if scope == "layer":
+                assert zeros == [num_zeros(wanted, m.numel()) for m in masks]
+            assert scope == "layer" or sum(zeros) == num_zeros(
+                wanted, sum(m.numel() for m in masks)
+            )
+            seen.append(step)
+        return is_update
+
+    monkeypatch.setattr(module.Pruner, "after_step", watched)
+    pruning = {"schedule": {**SCHEDULE, "target": target}, "pattern": {"scope": scope}}
+    pretrain(student_recipe(prepared, teacher, pruning=pruning), tmp_path / "run")
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert inspect(tmp_path / "run/model")["total"]["sparsity"] == pytest.approx(target, abs=1e-3)
+
+
+def test_sparsity_is_logged_as_it_was_in_the_step(student: Path) -> None:
+    logged = [row["sparsity"] for row in training_rows(student)]
+    ramp = [0.0, 0.6333, 0.8667, 0.9, 0.9, 0.9, 0.9, 0.9]
+    assert logged == pytest.approx(ramp, abs=2e-3)
+
+
+def test_a_kept_weight_may_differ_from_the_teachers_and_a_pruned_one_is_zero(
+    student: Path, teacher: Path
+) -> None:
+    name = "bert.encoder.layer.0.output.dense.weight"
+    ours = BertForPreTraining.from_pretrained(student / "model").state_dict()[name]
+    theirs = BertForPreTraining.from_pretrained(teacher / "model").state_dict()[name]
+    assert not torch.equal(ours[ours != 0], theirs[ours != 0])
+    assert (theirs[ours == 0] != 0).any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    prepared: Path, teacher: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = student_recipe(prepared, teacher, training={"precision": precision})
+    pretrain(recipe, tmp_path / "unbroken")
+
+    class Stopped(Exception):
+        pass
+
+    prune = module.Trainer.prune
+
+    def stopping(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 5:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "prune", stopping)
+        with pytest.raises(Stopped):
+            pretrain(recipe, tmp_path / "broken")
+    assert not (tmp_path / "broken/model").exists()
+    pretrain(recipe, tmp_path / "broken", resume=True)
+    assert training_rows(tmp_path / "broken") == training_rows(tmp_path / "unbroken")
+    digests = [
+        checkpoint.model_digest(tmp_path / name / "model") for name in ("broken", "unbroken")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_resume_passes_over_a_damaged_point(
+    prepared: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = student_recipe(prepared, teacher)
+    pretrain(recipe, tmp_path / "run")
+    whole = checkpoint.model_digest(tmp_path / "run/model")
+    for path in ("done.json", "model", "report"):
+        target = tmp_path / "run" / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    masks = tmp_path / "run/checkpoints/step-00000006/masks.safetensors"
+    masks.write_bytes(masks.read_bytes()[:-1] + b"\0\0")
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert "step-00000006: passed over, masks.safetensors is damaged" in caplog.text
+    assert checkpoint.model_digest(tmp_path / "run/model") == whole
+
+
+def test_resume_points_hold_the_masks_in_force(student: Path) -> None:
+    stated = json.loads((student / "model/sparsity.json").read_text())
+    masks = load(student / "checkpoints/step-00000006/masks.safetensors")
+    assert {n: m.numel() - int(m.sum()) for n, m in masks.items()} == {
+        n: t["zeros"] for n, t in stated["tensors"].items()
+    }
+    assert sorted(p.name for p in (student / "checkpoints").iterdir()) == [
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+def test_resume_with_another_recipe_is_refused_key_by_key(prepared: Path, teacher: Path) -> None:
+    with pytest.raises(RunError, match="training.batch was 8 and is 4; training.learning_rate was"):
+        recipe = pretrain_recipe(prepared, training={"batch": 4, "learning_rate": 1.0})
+        pretrain(recipe, teacher, resume=True)
+
+
+def test_an_output_with_another_run_is_refused(prepared: Path, teacher: Path) -> None:
+    before = sorted(teacher.rglob("*"))
+    with pytest.raises(RunError, match="holds another run"):
+        pretrain(pretrain_recipe(prepared), teacher)
+    assert sorted(teacher.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entropy = functional.cross_entropy
+    monkeypatch.setattr(
+        functional, "cross_entropy", lambda *a, **k: entropy(*a, **k) * float("nan")
+    )
+    with pytest.raises(RunError, match=r"step 1: the loss is not finite on rank \[0\]"):
+        pretrain(pretrain_recipe(prepared), tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": "masked"},
+        {"tokens": "all", "hidden_weight": 1.0},
+        {"hard_weight": 0.0, "soft_weight": 1.0},
+    ],
+)
+def test_a_student_that_is_its_teacher_has_no_distance_to_it(
+    prepared: Path, teacher: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    recipe = student_recipe(
+        prepared,
+        teacher,
+        pruning=None,
+        distillation={"teacher": str(teacher / "model"), **settings},
+        training={"dropout": 0.0},
+    )
+    pretrain(recipe, tmp_path / "run")
+    first = training_rows(tmp_path / "run")[0]
+    assert first["distill_loss"] == pytest.approx(0.0, abs=1e-5)
+    hard = settings.get("hard_weight", 0.5)
+    assert first["loss"] == pytest.approx(hard * (first["mlm_loss"] + first["nsp_loss"]), abs=1e-5)
+
+
+def test_pictures_and_environment_are_written(student: Path) -> None:
+    names = {path.name for path in (student / "report").iterdir()}
+    assert names == {"loss.png", "learning_rate.png", "sparsity.png"}
+    environment = json.loads((student / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert len(environment["data"]["splits"]["train"]["sha256"]) == 64
+    assert environment["versions"]["torch"] == torch.__version__
+
+
+def test_a_sequence_longer_than_the_positions_is_refused(prepared: Path, tmp_path: Path) -> None:
+    config = {
+        **pretrain_recipe(prepared).model.model_dump()["config"],
+        "max_position_embeddings": 16,
+    }
+    with pytest.raises(ModelError, match="sequence_tokens = 24: this model has only 16 positions"):
+        pretrain(pretrain_recipe(prepared, model={"config": config}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(prepared: Path, tmp_path: Path) -> None:
+    config = {**pretrain_recipe(prepared).model.model_dump()["config"], "vocab_size": 50}
+    with pytest.raises(ModelError, match="embedding only 50"):
+        pretrain(pretrain_recipe(prepared, model={"config": config}), tmp_path / "run")
+
+
+def test_a_missing_corpus_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="opfa prepare RECIPE --output DIR"):
+        pretrain(pretrain_recipe(tmp_path / "nowhere"), tmp_path / "run")
+
+
+def test_wandb_offline_writes_a_run(prepared: Path, tmp_path: Path) -> None:
+    pretrain(pretrain_recipe(prepared, logging={"wandb": "offline"}), tmp_path / "run")
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("distilbert", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}),
+        (
+            "roberta",
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+            },
+        ),
+        (
+            "modernbert",
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+            },
+        ),
+    ],
+)
+def test_other_families_are_pruned_under_a_teacher(
+    mlm_corpus: Path, tmp_path: Path, kind: str, extra: dict[str, Any]
+) -> None:
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    special |= {"cls_token_id": 2, "sep_token_id": 3} if kind == "modernbert" else {}
+    config = {"model_type": kind, "max_position_embeddings": 32, **special, **extra}
+    corpus, training = {"objective": "mlm"}, {"steps": 2, "warmup_steps": 0}
+    pretrain(
+        pretrain_recipe(mlm_corpus, corpus=corpus, model={"config": config}, training=training),
+        tmp_path / "teacher",
+    )
+    init = str(tmp_path / "teacher/model")
+    recipe = pretrain_recipe(
+        mlm_corpus,
+        corpus=corpus,
+        model={"init": init},
+        training=training,
+        pruning={"schedule": {"end": 1, "target": 0.85}},
+        distillation={"teacher": init},
+    )
+    pretrain(recipe, tmp_path / "student")
+    report = inspect(tmp_path / "student/model")
+    assert len(report["tensors"]) == {"distilbert": 12, "roberta": 12, "modernbert": 8}[kind]
+    assert all(
+        t["zeros"] == num_zeros(0.85, t["shape"][0] * t["shape"][1])
+        for t in report["tensors"].values()
+    )
+
+
+@pytest.fixture(scope="module")
+def mlm_corpus(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from opfa.upstream.corpus import prepare
+
+    directory = tmp_path_factory.mktemp("mlm")
+    shutil.copy(prepared.parent / "documents.jsonl", directory)
+    recipe = pretrain_recipe(directory / "prepared", corpus={"objective": "mlm"})
+    prepare(recipe.corpus, directory / "prepared")
+    return directory / "prepared"

@@ -1,0 +1,469 @@
+"""What is read, refused, tokenized, loaded and minimized for a task."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import zstandard
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
+
+from opfa.downstream import tasks
+from opfa.downstream.recipe import Task
+from opfa.recipe import DataError, ModelError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "who", "won"]
+WORDS += ["?", "rome", "beat", "paris", ".", "in", "may"]
+GOOD, BAD, FILM = 5, 6, 7
+
+
+def task_of(**values: Any) -> Task:
+    """A task of tiny sequences."""
+    values.setdefault("sequence_tokens", 16)
+    return Task(**values)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "vocab.txt").write_text("\n".join(WORDS))
+    return BertTokenizer.from_pretrained(directory)
+
+
+def tiny(**values: Any) -> BertConfig:
+    return BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        **values,
+    )
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def classification(tmp_path: Path, *labels: Any, **values: Any) -> Task:
+    rows = [{"sentence": "good film", "label": label} for label in labels]
+    path = write(tmp_path / "data.jsonl", *rows)
+    return task_of(train=path, validation=path, **values)
+
+
+def question(**values: Any) -> dict[str, Any]:
+    row = {
+        "question": "who won ?",
+        "context": "rome beat paris . in may paris beat rome .",
+        "answers": {"text": ["paris"], "answer_start": [25]},
+    }
+    return row | values
+
+
+def answering(tmp_path: Path, *rows: Any, **values: Any) -> Task:
+    path = write(tmp_path / "questions.jsonl", *rows)
+    options = {"sequence_tokens": 12, "stride_tokens": 2} | values
+    return task_of(
+        kind="question-answering",
+        train=path,
+        validation=path,
+        text="question",
+        text_pair="context",
+        label="answers",
+        metrics=("exact_match",),
+        **options,
+    )
+
+
+# reading
+
+
+JSONL = '{"sentence": "good", "label": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", JSONL.encode()),
+        ("a.json", JSONL.encode()),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl.zst", zstandard.compress(JSONL.encode())),
+        ("a.csv", b'label,sentence\n1,"good"\n'),
+        ("a.tsv", b"label\tsentence\n1\tgood\n"),
+    ],
+)
+def test_every_format_gives_the_same_example(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    examples = tasks.read(task_of(), str(tmp_path / name))
+    assert (examples.texts, examples.labels) == (["good"], ["1"])
+
+
+def test_parquet_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = {"sentence": ["bad", "good"], "label": [0, 1]}
+    path = str(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    examples = tasks.read(task_of(), path)
+    assert (examples.names, examples.labels) == (("no", "yes"), ["no", "yes"])
+
+
+def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"good\t1\nfilm"\t0\n')
+    assert tasks.read(task_of(), str(tmp_path / "a.tsv")).texts == ['"good', 'film"']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "a.jsonl: is empty"),
+        ("a.csv", "sentence,label\n", "a.csv: is empty"),
+        ("a.jsonl", JSONL + "{oops\n", "a.jsonl, line 2: malformed JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl, line 1: not a JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n', "no column 'sentence'; there are 'text', 'lab"),
+        ("a.jsonl", JSONL + '{"sentence": " ", "label": 1}', "line 2: 'sentence' is empty"),
+        ("a.jsonl", '{"sentence": 3, "label": 1}', r"'sentence' is not a text \(got 3\)"),
+        ("a.jsonl", '{"sentence": "x", "label": null}', "line 1: 'label' is missing"),
+        ("a.jsonl", '{"sentence": "x", "label": 0.5}', r"nor an integer \(got 0.5\)"),
+        ("a.csv", "sentence,label\ngood,\n", "line 2: 'label' is missing"),
+        ("a.csv", "sentence,label\ngood\n", "line 2: not as many values as there are columns"),
+        ("a.csv", 'sentence,label\n"good,1\n', "a.csv: can't be read: unexpected end of data"),
+        ("a.doc", "good\n", "known are .jsonl"),
+        ("a.jsonl.gz", "not gzip", "a.jsonl.gz: can't be read: Not a gzipped file"),
+        ("a.jsonl.zst", "not zstandard", "a.jsonl.zst: can't be read: "),
+        ("a.parquet", "not parquet", "a.parquet: can't be read: "),
+    ],
+)
+def test_a_bad_file_is_one_message(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        tasks.read(task_of(), str(tmp_path / name))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
+        tasks.read(task_of(), "nowhere.jsonl")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
+    with pytest.raises(DataError, match="a.jsonl: can't be read: 'utf-8' codec"):
+        tasks.read(task_of(), str(tmp_path / "a.jsonl"))
+
+
+def test_an_unreachable_hub_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"nobody/nothing \[train\]: can't be read: Couldn't reach"):
+        tasks.read(task_of(hub="nobody/nothing"), "train")
+
+
+def test_a_pair_may_have_one_empty_half(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"sentence": "good", "other": "", "label": 0})
+    assert tasks.read(task_of(text_pair="other"), path).pairs == [""]
+
+
+def test_a_pair_of_empty_halves_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"sentence": "", "other": "", "label": 0})
+    with pytest.raises(DataError, match="line 1: 'sentence' is empty"):
+        tasks.read(task_of(text_pair="other"), path)
+
+
+@pytest.mark.parametrize("label", ["high", math.nan, math.inf, [1]])
+def test_a_label_of_a_regression_is_a_finite_number(tmp_path: Path, label: Any) -> None:
+    task = classification(tmp_path, label, kind="regression", metrics=("pearson",))
+    with pytest.raises(DataError, match="line 1: 'label' is not a finite number"):
+        tasks.read(task, task.train)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ("paris", "must be {'text'"),
+        ({"text": [], "answer_start": []}, "at least one answer"),
+        ({"text": ["paris"], "answer_start": [1, 2]}, "must be {'text'"),
+        ({"text": ["paris"], "answer_start": ["25"]}, "must hold texts and positions"),
+        ({"text": ["paris"], "answer_start": [24]}, "'paris', which is not at character 24"),
+    ],
+)
+def test_malformed_answers_are_refused(tmp_path: Path, answers: Any, message: str) -> None:
+    task = answering(tmp_path, question(), question(answers=answers))
+    with pytest.raises(DataError, match=f"questions.jsonl, line 2: 'answers' .*{message}"):
+        tasks.read(task, task.train)
+
+
+def test_a_question_needs_a_context(tmp_path: Path) -> None:
+    task = answering(tmp_path, question(context=""))
+    with pytest.raises(DataError, match="line 1: 'context' is empty"):
+        tasks.read(task, task.train)
+
+
+def test_the_digest_is_of_the_examples_and_not_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sentence,label\ngood,1\n")
+    (tmp_path / "b.jsonl").write_text(JSONL)
+    (tmp_path / "c.jsonl").write_text(JSONL.replace("good", "bad"))
+    a, b, c = (
+        tasks.read(task_of(), str(tmp_path / n)).sha256() for n in ("a.csv", "b.jsonl", "c.jsonl")
+    )
+    assert a == b != c
+
+
+# classes
+
+
+def test_inferred_numbers_are_sorted_as_numbers(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    train, _ = tasks.load(classification(tmp_path, 10, 9, 10), tokenizer, tiny())
+    assert train.classes == ("9", "10")
+    assert train.features["labels"][:] == [1, 0, 1]
+
+
+def test_inferred_names_are_sorted(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    train, _ = tasks.load(classification(tmp_path, "yes", "no"), tokenizer, tiny())
+    assert train.classes == ("no", "yes")
+
+
+def test_a_number_is_a_position_among_named_classes(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = classification(tmp_path, 1, "bad", 0, classes=("bad", "good"))
+    train, _ = tasks.load(task, tokenizer, tiny())
+    assert train.features["labels"][:] == [1, 0, 0]
+
+
+def test_a_number_is_a_name_where_classes_are_numbers(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = classification(tmp_path, 1, 2, classes=("2", "1"))
+    train, _ = tasks.load(task, tokenizer, tiny())
+    assert train.features["labels"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("label", [2, -1, "fine"])
+def test_a_label_outside_the_classes_is_refused(
+    tmp_path: Path, tokenizer: BertTokenizer, label: Any
+) -> None:
+    task = classification(tmp_path, 0, label, classes=("bad", "good"))
+    message = f"data.jsonl, line 2: class '{label}' is not one of 'bad', 'good'"
+    with pytest.raises(DataError, match=message):
+        tasks.load(task, tokenizer, tiny())
+
+
+def test_one_class_is_too_few(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    with pytest.raises(DataError, match="two classes are needed"):
+        tasks.load(classification(tmp_path, 0, 0), tokenizer, tiny())
+
+
+def test_evaluation_takes_the_order_of_the_model(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    config = tiny(id2label={0: "GOOD", 1: "BAD"}, label2id={"GOOD": 0, "BAD": 1})
+    task = classification(tmp_path, 0, 1, 1, classes=("bad", "good"))
+    validation = tasks.load_validation(task, tokenizer, config)
+    assert validation.classes == ("good", "bad")
+    assert validation.features["labels"][:] == [1, 0, 0]
+
+
+def test_a_model_with_unnamed_classes_takes_the_order_of_the_task(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = classification(tmp_path, "bad", "good", classes=("bad", "good"))
+    assert tasks.load_validation(task, tokenizer, tiny()).classes == ("bad", "good")
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    config = tiny(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    task = classification(tmp_path, 0, 1, classes=("bad", "good"))
+    with pytest.raises(ModelError, match="classes are cat, dog; the task's are bad, good"):
+        tasks.load_validation(task, tokenizer, config)
+
+
+# features
+
+
+def test_text_is_cut_at_sequence_tokens(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", *({"sentence": "film " * 9, "label": i} for i in (0, 1)))
+    task = task_of(train=path, validation=path, sequence_tokens=8)
+    train, _ = tasks.load(task, tokenizer, tiny())
+    assert train.features[0]["input_ids"] == [2, FILM, FILM, FILM, FILM, FILM, FILM, 3]
+
+
+def test_a_batch_is_padded_to_its_longest_row(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    rows = [{"sentence": "good", "label": 0}, {"sentence": "bad film", "label": 1}]
+    path = write(tmp_path / "a.jsonl", *rows)
+    task = task_of(train=path, validation=path)
+    train, _ = tasks.load(task, tokenizer, tiny())
+    batch = train.collate([train.features[0], train.features[1]])
+    assert batch["input_ids"].tolist() == [[2, GOOD, 3, 0], [2, BAD, FILM, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_targets_are_no_inputs() -> None:
+    batch = {name: torch.zeros(1) for name in ("input_ids", "labels", "end_positions")}
+    assert list(tasks.inputs_of(batch)) == ["input_ids"]
+
+
+def test_every_example_has_its_features_when_there_are_several_chunks(
+    tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "CHUNK", 2)
+    train, _ = tasks.load(classification(tmp_path, 0, 1, 1, 0, 1), tokenizer, tiny())
+    assert train.features["labels"][:] == [0, 1, 1, 0, 1]
+
+
+def test_an_answer_outside_a_window_is_its_cls(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    # 12 tokens: [CLS] who won ? [SEP] + 6 of the context's 10 words + [SEP]; windows share 2 words.
+    train, _ = tasks.load(answering(tmp_path, question()), tokenizer, tiny())
+    windows = [tokenizer.decode(ids[5:-1]) for ids in train.features["input_ids"]]
+    assert windows == ["rome beat paris. in may", "in may paris beat rome."]
+    assert train.features["start_positions"][:] == [0, 7]
+    assert train.features["end_positions"][:] == [0, 7]
+
+
+def test_an_answer_inside_a_word_is_that_word(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    row = question(answers={"text": ["aris . in m"], "answer_start": [11]})
+    train, _ = tasks.load(answering(tmp_path, row), tokenizer, tiny())
+    assert (train.features["start_positions"][0], train.features["end_positions"][0]) == (7, 10)
+
+
+def test_windows_know_their_question_when_there_are_several_chunks(
+    tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "CHUNK", 1)
+    _, validation = tasks.load(answering(tmp_path, question(), question()), tokenizer, tiny())
+    assert validation.features["example"][:] == [0, 0, 1, 1]
+
+
+def test_a_question_that_leaves_no_room_is_refused(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = answering(tmp_path, question(), question(question="who won " * 4))
+    with pytest.raises(DataError, match="line 2: the question has 8 tokens, too many"):
+        tasks.load(task, tokenizer, tiny())
+
+
+def test_sequences_longer_than_the_positions_are_refused(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = classification(tmp_path, 0, 1).model_copy(update={"sequence_tokens": 33})
+    with pytest.raises(ModelError, match="sequence_tokens = 33: this model has only 32 positions"):
+        tasks.load(task, tokenizer, tiny())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    config = tiny()
+    config.vocab_size = 5
+    with pytest.raises(ModelError, match="the tokenizer has 17 entries"):
+        tasks.load(classification(tmp_path, 0, 1), tokenizer, config)
+
+
+# model and loss
+
+
+def test_a_new_head_knows_the_classes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    BertForMaskedLM(tiny()).save_pretrained(tmp_path)
+    capfd.readouterr()
+    model = tasks.load_model(task_of(), str(tmp_path), ("bad", "good", "fine"))
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "fine"}
+    assert model.config.label2id == {"bad": 0, "good": 1, "fine": 2}
+    assert model.num_labels == 3
+    assert capfd.readouterr() == ("", "")  # no load report, no bar
+
+
+def test_a_regression_has_one_output(tmp_path: Path) -> None:
+    BertForMaskedLM(tiny()).save_pretrained(tmp_path)
+    task = task_of(kind="regression", metrics=("pearson",))
+    assert tasks.load_model(task, str(tmp_path), ()).num_labels == 1
+
+
+def test_a_model_is_loaded_in_fp32(tmp_path: Path) -> None:
+    BertForMaskedLM(tiny()).bfloat16().save_pretrained(tmp_path)
+    assert tasks.load_model(task_of(), str(tmp_path), ("a", "b")).dtype == torch.float32
+
+
+def test_a_head_of_another_task_is_replaced(tmp_path: Path) -> None:
+    BertForSequenceClassification(tiny(num_labels=3)).save_pretrained(tmp_path)
+    assert tasks.load_model(task_of(), str(tmp_path), ("a", "b")).num_labels == 2
+
+
+def test_a_trained_model_must_have_its_head(tmp_path: Path) -> None:
+    BertForMaskedLM(tiny()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tensors are missing or of another shape"):
+        tasks.load_model(task_of(), str(tmp_path), ("a", "b"), is_trained=True)
+
+
+def test_a_teacher_must_have_the_classes_in_order(tmp_path: Path) -> None:
+    config = tiny(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tasks.load_model(task_of(), str(tmp_path), ("a", "b"), is_trained=True)
+    with pytest.raises(ModelError, match="its classes are in another order"):
+        tasks.load_model(task_of(), str(tmp_path), ("b", "a"), is_trained=True)
+
+
+def test_a_checkpoint_without_its_encoder_is_refused(tmp_path: Path) -> None:
+    model = BertForMaskedLM(tiny())
+    state = {k: v for k, v in model.state_dict().items() if "attention.self.query" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match=r"2 tensors are missing .*bert\.encoder.*query"):
+        tasks.load_model(task_of(), str(tmp_path), ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "other"])
+def test_a_directory_without_a_model_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "other" / "model.safetensors").write_text("no model")
+    with pytest.raises(ModelError, match=name) as caught:
+        tasks.load_model(task_of(), str(tmp_path / name), ("a", "b"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def batch_of(**targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([[2, GOOD, 3, 0], [2, BAD, FILM, 3]]), **targets}
+
+
+def test_the_loss_of_a_classification_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny(num_labels=3)).eval()
+    batch = batch_of(labels=torch.tensor([2, 0]))
+    outputs = model(**batch)
+    torch.testing.assert_close(tasks.task_loss(task_of(), outputs, batch), outputs.loss)
+
+
+def test_the_loss_of_a_regression_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny(num_labels=1, problem_type="regression")).eval()
+    batch = batch_of(labels=torch.tensor([2.5, -1.0]))
+    outputs = model(**batch)
+    task = task_of(kind="regression", metrics=("pearson",))
+    torch.testing.assert_close(tasks.task_loss(task, outputs, batch), outputs.loss)
+
+
+def test_the_loss_of_question_answering_is_that_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(tiny()).eval()
+    batch = batch_of(start_positions=torch.tensor([1, 0]), end_positions=torch.tensor([1, 2]))
+    outputs = model(**batch)
+    loss = tasks.task_loss(answering(tmp_path, question()), outputs, batch)
+    torch.testing.assert_close(loss, outputs.loss)
+
+
+def test_the_loss_is_fp32_also_from_bf16_logits() -> None:
+    outputs = {"logits": torch.zeros(2, 4, dtype=torch.bfloat16)}
+    loss = tasks.task_loss(task_of(), outputs, {"labels": torch.tensor([0, 3])})
+    assert loss.item() == pytest.approx(math.log(4), abs=1e-6)
