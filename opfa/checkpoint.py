@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.models import write_model
@@ -27,6 +27,7 @@ from opfa.sparsity import masks
 from opfa.sparsity.layers import fuse
 
 MANIFEST = "MANIFEST.json"
+FULL_BELOW = 1 << 20  # bytes free; a failed write leaves less than its next block
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +50,8 @@ def save_point(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     barrier()
-    write(aside)
+    with _complete_or_removed(aside):
+        write(aside)
     barrier()
     if is_writer:
         files = {
@@ -116,11 +118,28 @@ def new_directory(final: Path) -> Iterator[Path]:
     aside = final.with_name(f".{final.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    try:
+    with _complete_or_removed(aside):
         yield aside
         os.replace(aside, final)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _complete_or_removed(directory: Path) -> Iterator[None]:
+    """Remove a directory whose filling failed, and say so when the reason was a full disk.
+
+    torch and safetensors report a full disk as errors of their own, so the disk itself is asked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_full = shutil.disk_usage(directory.parent).free < FULL_BELOW
+        shutil.rmtree(directory, ignore_errors=True)
+        if is_full and isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise RunError(
+                f"{directory.parent}: no space left on this disk; nothing half-written is kept, "
+                "and earlier resume points are as they were"
+            ) from error
+        raise
 
 
 def write_finished(

@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +36,7 @@ Overrides = Annotated[
 NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+INTERRUPTED = 130
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -50,9 +50,9 @@ def prepare(
     from opfa.upstream.recipe import PretrainRecipe
 
     checked = PretrainRecipe.read(recipe, overrides or ())
-    from opfa.upstream.corpus import prepare as run
+    from opfa.upstream.corpus import prepare as execute
 
-    run(checked.corpus, output)
+    execute(checked.corpus, output)
 
 
 @app.command(
@@ -65,14 +65,12 @@ def pretrain(
     from opfa.upstream.recipe import PretrainRecipe
 
     checked = PretrainRecipe.read(recipe, overrides or ())
-    from opfa.upstream.pretrain import pretrain as run
+    from opfa.upstream.pretrain import pretrain as execute
 
-    run(checked, output, resume)
+    execute(checked, output, resume)
 
 
-@app.command(
-    epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2 model.init=runs/bert-base-90/model"
-)
+@app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
 def finetune(
     recipe: RecipeFile, output: NewRun, overrides: Overrides = None, resume: Resume = False
 ) -> None:
@@ -80,9 +78,9 @@ def finetune(
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
-    from opfa.downstream.finetune import finetune as run
+    from opfa.downstream.finetune import finetune as execute
 
-    _print_json(run(checked, output, resume))
+    _print_json(execute(checked, output, resume))
 
 
 @app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
@@ -128,17 +126,17 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", help="Where everything goes; must be new.")],
 ) -> None:
     """The whole method on a small model and four novelists, in minutes on a laptop."""
-    from opfa.quickstart import quickstart as run
+    from opfa.quickstart import quickstart as execute
 
-    run(output)
+    execute(output)
 
 
 @bench.command("masks", epilog="Example: opfa bench masks")
 def bench_masks(as_json: AsJson = False) -> None:
     """Time and memory of a mask update for 12 BERT-base layers, 85 M weights."""
-    from opfa.bench import bench_masks as run
+    from opfa.bench import bench_masks as execute
 
-    result = run()
+    result = execute()
     if as_json:
         _print_json(result)
     else:
@@ -151,14 +149,16 @@ def bench_masks(as_json: AsJson = False) -> None:
 
 def _sparsity_table(name: str, result: dict[str, Any]) -> Table:
     total = result["total"]
-    title = f"{name}: {total['zeros']:,} of {total['size']:,} weights are zero ({total['sparsity']:.4%})"
-    dense = f"{len(result['dense'])} linear matrices without zeros: {sum(result['dense'].values()):,} weights"
+    share = f"{total['zeros']:,} of {total['size']:,} weights are zero ({total['sparsity']:.4%})"
+    dense = f"{len(result['dense'])} linear matrices without zeros"
+    size = sum(result["dense"].values())
     stated = {None: "none", "matches": "matches", "differs": "DIFFERS"}[result["stated"]]
     caption = (
-        f"{dense}; weight files: {result['bytes']:,} bytes; sparsity.json: {stated}\n"
+        f"{dense} ({size:,} weights); weight files: {result['bytes']:,} bytes; "
+        f"sparsity.json: {stated}\n"
         f"fingerprint {result['fingerprint']}"
     )
-    table = Table("tensor", "shape", "zeros", "sparsity", title=title, caption=caption)
+    table = Table("tensor", "shape", "zeros", "sparsity", title=f"{name}: {share}", caption=caption)
     for tensor, row in result["tensors"].items():
         shape = " x ".join(str(extent) for extent in row["shape"])
         table.add_row(tensor, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}")
@@ -173,27 +173,26 @@ def main() -> None:
     """Run a command and leave with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("opfa").setLevel(logging.INFO)
-    _leave(_status(lambda: app(standalone_mode=False)))
+    _leave(run(sys.argv[1:]))
 
 
-def _status(command: Callable[[], Any]) -> int:
+def run(arguments: list[str]) -> int:
+    """Run a command; its exit code."""
     try:
-        status = command()
+        status = app(arguments, standalone_mode=False)
     except OpfaError as error:
         return _refuse(str(error))
     except typer.TyperException as error:
         error.show()
         return 2
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
-        return _refuse("interrupted; a run continues with --resume", status=130)
     except OSError as error:
         if error.errno in FULL:
             return _refuse(
                 f"no space left to write {error.filename or 'the output'}; nothing half-written is kept"
             )
         raise
+    if status == INTERRUPTED:  # typer turns Ctrl-C into this
+        return _refuse("interrupted; a run continues with --resume", status)
     return status if isinstance(status, int) else 0
 
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForPreTraining,
+    BertTokenizerFast,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -100,6 +101,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or Hub name."""
     with loading("tokenizer", name):
         return AutoTokenizer.from_pretrained(name)
+
+
+def wordpiece_tokenizer(
+    vocabulary: dict[str, int], *, lowercase: bool, tokens: int
+) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer over a trained vocabulary."""
+    with quiet_transformers():
+        return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=tokens)
 
 
 def load_pretraining_model(

@@ -70,12 +70,12 @@ class QuantLinear(MaskedLinear):
 
 def weight_scale(weight: Tensor) -> Tensor:
     """The scale of each output channel of a weight [out, in]; [out]."""
-    return weight.abs().amax(dim=1).float().clamp(min=TINY) / LIMIT
+    return (weight.abs().amax(dim=1).float() / LIMIT).clamp(min=TINY)  # 1 / scale must be finite
 
 
 def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point (int32) of a range that includes zero."""
-    scale = (high - low).clamp(min=TINY) / LEVELS
+    scale = ((high - low) / LEVELS).clamp(min=TINY)
     return scale, (-low / scale).round().clamp(0, LEVELS).to(torch.int32)
 
 

@@ -17,6 +17,9 @@ from typing import Any, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
+SCALARS = {"str", "int", "float", "bool"}
+
+
 class OpfaError(Exception):
     """A mistake of the user's: one message, exit code 2, no traceback."""
 
@@ -42,7 +45,7 @@ class Section(BaseModel):
     conversions.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Recipe(Section):
@@ -70,7 +73,7 @@ class Recipe(Section):
             return cls.model_validate_json(json.dumps(values, default=str))
         except ValidationError as error:
             problems = [_explain(cls, dict(e)) for e in error.errors()]
-            raise RecipeError(f"{where}:\n  " + "\n  ".join(problems)) from None
+            raise RecipeError(f"{where}:\n  " + "\n  ".join(dict.fromkeys(problems))) from None
 
     def to_toml(self) -> str:
         """Write the resolved recipe, complete and reusable."""
@@ -104,7 +107,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(root: type[BaseModel], error: dict[str, Any]) -> str:
-    location = [part for part in error["loc"] if not _is_union_tag(part)]
+    location = list(error["loc"])
+    is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)
+    if is_scalar:  # one of several errors, one for each type that a free value may have
+        location.pop()
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         known = _keys_at(root, location[:-1])
@@ -114,13 +120,11 @@ def _explain(root: type[BaseModel], error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
     message = error["msg"].removeprefix("Value error, ")
+    if is_scalar:
+        message = "must be a string, a number or a boolean"
     value = error["input"]
     shown = "" if isinstance(value, dict) else f" (got {value!r})"
     return f"{key}: {message}{shown}" if key else message
-
-
-def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and part[:1].isupper()
 
 
 def _keys_at(root: type[BaseModel], location: Iterable[str | int]) -> list[str]:
@@ -147,10 +151,12 @@ def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+    is_bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if is_bare else _value(key)
 
 
 def _value(value: Any) -> str:  # Any: whatever JSON can hold
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
-    return json.dumps(value)  # TOML's strings, numbers and booleans are JSON's
+    # TOML's strings, numbers and booleans are JSON's, but for its escapes of emoji and of DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -17,14 +17,19 @@ from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet as parquet
-import zstandard
 
 from opfa.recipe import DataError
 
-COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": zstandard.open}  # Any: stubs disagree
-UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, zstandard.ZstdError)
-UNREADABLE += (pyarrow.ArrowException,)
+UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pyarrow.ArrowException)
 Record = dict[str, Any]  # Any: whatever the file holds
+
+
+def _zstandard(file: Path, _: str) -> pyarrow.NativeFile:
+    # Arrow's reader, since `zstandard.open` takes a file that was cut off for a whole one.
+    return pyarrow.input_stream(str(file), compression="zstd")
+
+
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard}  # Any: stubs disagree
 
 
 class Csv(csv.excel):
@@ -86,7 +91,9 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Record]]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+                if "\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text
+                    json.dumps(record, ensure_ascii=False).encode()
+            except (json.JSONDecodeError, UnicodeEncodeError) as error:
                 raise DataError(f"{file}, line {number}: malformed JSON: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{file}, line {number}: not a JSON object")

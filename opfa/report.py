@@ -83,6 +83,21 @@ def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
     _save(figure, directory / "sparsity.png")
 
 
+def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw one bar per model, with its accuracy."""
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(rows)), layout="constrained")
+    colours = [ORANGE if "prune-once" in row["model"] else GREY for row in rows]
+    bars = axes.barh(
+        [row["model"] for row in rows], [row["accuracy"] for row in rows], color=colours
+    )
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("Accuracy on held-out chapters")
+    _tidy(axes)
+    _save(figure, path)
+
+
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     rows = [row for row in rows if key in row]
     return [row["step"] for row in rows], [row[key] for row in rows]

@@ -24,11 +24,11 @@ class Gradual(Section):
     Step t means "after t optimizer steps". `start == end` prunes in one shot.
     """
 
-    start: int = Field(0, ge=0)
+    start: int = Field(default=0, ge=0)
     end: int = Field(ge=0)
-    hold_until: int | None = Field(None, ge=0)
-    every: int = Field(1, ge=1)
-    initial: float = Field(0.0, ge=0.0, lt=1.0)
+    hold_until: int | None = Field(default=None, ge=0)
+    every: int = Field(default=1, ge=1)
+    initial: float = Field(default=0.0, ge=0.0, lt=1.0)
     target: float = Field(ge=0.0, lt=1.0)
 
     @model_validator(mode="after")

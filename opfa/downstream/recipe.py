@@ -47,10 +47,10 @@ class Task(Section):
     label: str = "label"  # for question answering: the column of the answers
     classes: tuple[str, ...] = ()  # names in label order; empty: taken from the training examples
     metrics: tuple[Metric, ...] = ("accuracy",)
-    sequence_tokens: int = Field(128, ge=8)
-    stride_tokens: int = Field(128, ge=1)  # overlap of neighbouring windows of one context
-    answer_tokens: int = Field(30, ge=1)  # longest answer span
-    n_best: int = Field(20, ge=1)  # start and end positions that are combined to spans
+    sequence_tokens: int = Field(default=128, ge=8)
+    stride_tokens: int = Field(default=128, ge=1)  # overlap of neighbouring windows of one context
+    answer_tokens: int = Field(default=30, ge=1)  # longest answer span
+    n_best: int = Field(default=20, ge=1)  # start and end positions that are combined to spans
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -62,19 +62,24 @@ class Task(Section):
             )
         if self.kind == "question-answering" and self.text_pair is None:
             raise ValueError("text_pair: question answering needs the column of the context")
+        if self.kind == "question-answering" and self.stride_tokens >= self.sequence_tokens:
+            raise ValueError(
+                f"stride_tokens = {self.stride_tokens}: windows of sequence_tokens = "
+                f"{self.sequence_tokens} can't overlap by that much; SQuAD's are 384 and 128"
+            )
         return self
 
 
 class Training(Section):
     """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
 
-    epochs: float = Field(3.0, gt=0.0)
-    batch: int = Field(32, ge=1)
-    micro_batch: int | None = Field(None, ge=1)  # default: the whole batch in one pass
+    epochs: float = Field(default=3.0, gt=0.0)
+    batch: int = Field(default=32, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)  # default: the whole batch in one pass
     learning_rate: float = Field(gt=0.0)
-    warmup: float = Field(0.1, ge=0.0, lt=1.0)  # fraction of all steps
-    weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)  # fraction of all steps
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
@@ -90,9 +95,9 @@ class Distillation(Section):
     """
 
     teacher: str
-    hard_weight: float = Field(0.5, ge=0.0)
-    soft_weight: float = Field(0.5, ge=0.0)
-    temperature: float = Field(2.0, gt=0.0)
+    hard_weight: float = Field(default=0.5, ge=0.0)
+    soft_weight: float = Field(default=0.5, ge=0.0)
+    temperature: float = Field(default=2.0, gt=0.0)
 
 
 class Pruning(Section):
@@ -114,16 +119,16 @@ class Quantization(Section):
     """
 
     bits: Literal[8] = 8
-    start: float = Field(0.0, ge=0.0, lt=1.0)
-    momentum: float = Field(0.05, gt=0.0, le=1.0)  # how much a new batch counts
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)
+    momentum: float = Field(default=0.05, gt=0.0, le=1.0)  # how much a new batch counts
 
 
 class Logging(Section):
     """How often a row is logged and a resume point saved, and where else metrics go."""
 
-    every_steps: int = Field(50, ge=1)
-    checkpoint_steps: int = Field(1_000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    every_steps: int = Field(default=50, ge=1)
+    checkpoint_steps: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "opfa"
 
@@ -132,7 +137,7 @@ class FinetuneRecipe(Recipe):
     """One fine-tuning run."""
 
     name: str
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     model: Model
     task: Task
     training: Training

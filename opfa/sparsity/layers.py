@@ -98,27 +98,39 @@ def zero_masks(model: nn.Module) -> Masks:
     """Masks from the zeros of a model's linear layers.
 
     A tensor without any zero is dense. One that is all zeros (a fresh LoRA matrix, say) is not
-    pruned but new, and is left out too.
+    pruned but new, and is left out too; so is one that is an embedding, whose padding row is zero.
     """
-    linear = {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    masks = mask_functions.nonzero_masks({name: weight.detach() for name, weight in linear.items()})
+    masks = mask_functions.nonzero_masks(_linear_weights(model))
     return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+
+
+def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    modules = dict(model.named_modules())
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    linear = {f"{n}.weight": m.weight for n, m in modules.items() if isinstance(m, nn.Linear)}
+    return {name: w.detach() for name, w in linear.items() if id(w) not in embeddings}
 
 
 def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
     """Hold the zeros that a model's linear layers have now, through any training.
 
     Swaps each sparse `nn.Linear` in place for a `MaskedLinear`; call it before an optimizer, a
-    Trainer or an engine is made (parameters keep their identity, so after is right too on one
-    process). `names` restricts it to some weights. Returns the sparsity report of what was locked.
-    Raises `ModelError` for a model without zeros and for one that is locked.
+    Trainer or an engine is made. Parameters keep their identity, so after is right too on one
+    process: the layers compute with zeros and `fuse` writes them, but momentum from before the lock
+    may move what is stored under a mask. `names` says exactly which weights to lock, whatever
+    number of zeros each has. Returns the sparsity report of what was locked. Raises `ModelError`
+    for a model without zeros and for one that is locked.
     """
     if masked_layers(model):
         raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")
-    masks = zero_masks(model)
-    if names is not None:
-        names = set(names)
-        masks = {name: mask for name, mask in masks.items() if name in names}
+    if names is None:
+        masks = zero_masks(model)
+    else:
+        weights, names = _linear_weights(model), list(names)
+        unknown = [name for name in names if name not in weights]
+        if unknown:
+            raise ModelError(f"{unknown[0]}: this model has no linear layer with this weight")
+        masks = mask_functions.nonzero_masks({name: weights[name] for name in names})
     result = mask_functions.report(masks)
     if result["total"]["sparsity"] < SPARSE_FROM:
         raise ModelError(
@@ -138,11 +150,12 @@ def fuse(model: nn.Module) -> dict:
     the zeros in a file and the mask always say the same. Returns the sparsity report. Raises
     `ModelError` on non-finite weights.
     """
-    masks = masks_of(model)
-    for name, layer in masked_layers(model).items():
-        weight, mask = layer.weight, layer.mask
-        if not torch.isfinite(weight).all():
+    layers, masks = masked_layers(model), masks_of(model)
+    for name, layer in layers.items():  # all of them, before any is changed
+        if not torch.isfinite(layer.weight).all():
             raise ModelError(f"{name}.weight: holds a non-finite value; this model can't be saved")
+    for layer in layers.values():
+        weight, mask = layer.weight, layer.mask
         weight.masked_fill_((weight == 0) & mask, torch.finfo(weight.dtype).tiny)
         weight.masked_fill_(~mask, 0.0)
         layer.unmask()

@@ -152,7 +152,7 @@ def save(masks: Mapping[str, Tensor], path: Path) -> None:
     """Write masks packed, one bit a weight, as safetensors."""
     packed = {n: torch.from_numpy(np.packbits(m.cpu().numpy())) for n, m in masks.items()}
     shapes = {n: ",".join(str(extent) for extent in m.shape) for n, m in masks.items()}
-    save_file(packed, path, metadata=shapes)
+    save_file(packed, path, metadata=shapes or None)  # it can't read an empty one back
 
 
 def load(path: Path) -> Masks:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import field_validator
+
 from opfa.recipe import RecipeError, Section
 
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
@@ -30,6 +32,16 @@ class Pattern(Section):
     include: tuple[str, ...] = (ENCODER_LAYER,)
     exclude: tuple[str, ...] = ()
     scope: Literal["layer", "global"] = "layer"
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _check(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ValueError(f"{rule!r}: not a regular expression: {error}") from error
+        return rules
 
     def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
         """The matching linear layers by module path; raises `RecipeError` when a rule matches
@@ -60,11 +72,7 @@ class Pattern(Section):
 
 
 def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:
-    try:
-        pattern = re.compile(rule)
-    except re.error as error:
-        raise RecipeError(f"pruning.{key} = {rule!r}: not a regular expression: {error}") from error
-    names = {name for name in layers if pattern.search(name)}
+    names = {name for name in layers if re.search(rule, name)}
     if not names:
         some = ", ".join(list(layers)[:3])
         raise RecipeError(

@@ -5,7 +5,7 @@ resume change neither. Shape letters: B sequences, T tokens.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,6 +25,8 @@ from opfa.recipe import DataError, RecipeError
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
 from opfa.upstream.masking import IGNORED, Masker
 from opfa.upstream.recipe import Corpus, Masking
+
+PATHS = {"documents", "tokenizer"}  # what another machine may call otherwise
 
 
 class Batch(NamedTuple):
@@ -68,15 +70,14 @@ class Prepared:
                 f"data = {str(directory)!r}: not a directory of `opfa prepare` ({error.__class__.__name__}); "
                 "make one with: opfa prepare RECIPE --output DIR"
             ) from error
-        if summary.get("format") != FORMAT:
-            raise DataError(
-                f"{directory}: format {summary.get('format')!r}, and this version reads {FORMAT!r}"
-            )
-        wanted = corpus.model_dump(mode="json")
-        for key in ("objective", "sequence_tokens", "hub", "hub_config", "text_column"):
-            if summary["corpus"][key] != wanted[key]:
+        found = summary["format"] if isinstance(summary, dict) and "format" in summary else None
+        if found != FORMAT:
+            raise DataError(f"{directory}: format {found!r}, and this version reads {FORMAT!r}")
+        made_with = summary["corpus"]
+        for key, value in corpus.model_dump(mode="json", exclude=PATHS).items():
+            if made_with[key] != value:
                 raise RecipeError(
-                    f"corpus.{key} = {wanted[key]!r}: but {directory} was prepared with {summary['corpus'][key]!r}"
+                    f"corpus.{key} = {value!r}: but {directory} was prepared with {made_with[key]!r}"
                 )
         tokenizer = load_tokenizer(str(directory / "tokenizer"))
         if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
@@ -128,11 +129,13 @@ class MaskedExamples(torch.utils.data.Dataset):
 
 
 def collate(
-    examples: list[dict[str, Any]], *, pad_id: int, has_pairs: bool, multiple: int = 8
+    examples: list[dict[str, Any]], *, pad_id: int, has_pairs: bool, most: int, multiple: int = 8
 ) -> Batch:
-    """Pad examples to the longest of the batch, rounded up to a multiple of tokens."""
+    """Pad examples to the longest of the batch, rounded up to a multiple of tokens, but to `most`
+    at most, since a model may have no position for more.
+    """
     longest = max(len(example["input_ids"]) for example in examples)
-    shape = (len(examples), -(-longest // multiple) * multiple)
+    shape = (len(examples), min(-(-longest // multiple) * multiple, most))
     ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     attention, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -156,7 +159,7 @@ def training_steps(
     loader = DataLoader(
         MaskedExamples(prepared.train, mask),
         batch_sampler=MicroBatches(order, steps),
-        collate_fn=partial(collate, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs),
+        collate_fn=_collate(prepared, has_pairs),
         num_workers=workers,
     )
     micro_batches = iter(loader)
@@ -170,7 +173,12 @@ def validation_batches(
     """The first held-out examples, always masked in the same way."""
     examples = MaskedExamples(prepared.validation, mask)
     size = min(len(prepared.validation), batch * num_batches)
+    pad = _collate(prepared, has_pairs)
     for start in range(0, size, batch):
         rows = [examples[0, index] for index in range(start, min(start + batch, size))]
-        assert prepared.tokenizer.pad_token_id is not None
-        yield collate(rows, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs)
+        yield pad(rows)
+
+
+def _collate(prepared: Prepared, has_pairs: bool) -> Callable[[list[dict[str, Any]]], Batch]:
+    most = prepared.summary["corpus"]["sequence_tokens"]
+    return partial(collate, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs, most=most)

@@ -22,17 +22,19 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from opfa.models import load_tokenizer, quiet_transformers
+from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import generator
 from opfa.recipe import DataError, RunError
 from opfa.records import expand, read_records
-from opfa.upstream.recipe import Corpus
+from opfa.upstream.recipe import Corpus, TokenizerTraining
 
 FORMAT = "opfa-corpus/1"
 GROUP = 64  # documents that one call cuts into examples; part of the result
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 EXAMPLE = Features(
     {
@@ -121,12 +123,15 @@ def _documents(corpus: Corpus, cache: Path) -> Dataset:
     files = expand(corpus.documents)
     for file in files:  # all of them are checked before any work is done
         next(_texts(file, corpus.text_column))
-    made = Dataset.from_generator(
-        _all_texts,
-        features=Features({"text": Value("string")}),
-        cache_dir=str(cache),
-        gen_kwargs={"files": [str(file) for file in files], "column": corpus.text_column},
-    )
+    try:
+        made = Dataset.from_generator(
+            _all_texts,
+            features=Features({"text": Value("string")}),
+            cache_dir=str(cache),
+            gen_kwargs={"files": [str(file) for file in files], "column": corpus.text_column},
+        )
+    except DatasetGenerationError as error:  # what it wraps says which line, or that a disk is full
+        raise error.__cause__ or error from None
     assert isinstance(made, Dataset)
     return made
 
@@ -152,19 +157,31 @@ def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
         assert corpus.tokenizer is not None
         return load_tokenizer(corpus.tokenizer)
     wanted = corpus.train_tokenizer
-    trainer = BertWordPieceTokenizer(lowercase=wanted.lowercase, strip_accents=wanted.lowercase)
-    trainer.train_from_iterator(
-        (batch["text"] for batch in documents.iter(1000)),
-        vocab_size=wanted.vocabulary,
-        min_frequency=wanted.min_frequency,
-        show_progress=False,
+    vocabulary = _vocabulary(wanted, documents)
+    return wordpiece_tokenizer(
+        vocabulary, lowercase=wanted.lowercase, tokens=corpus.sequence_tokens
     )
-    with quiet_transformers():
-        return BertTokenizerFast(
-            vocab=trainer.get_vocab(),
-            do_lower_case=wanted.lowercase,
-            model_max_length=corpus.sequence_tokens,
+
+
+def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]:
+    """A WordPiece vocabulary, the same on every run.
+
+    Trained twice, since the trainer numbers "##a", "##b", … in the order of a hash map and breaks
+    ties by number (huggingface/tokenizers#1794): the first pass finds them, the second is told
+    their numbers.
+    """
+    vocabulary: dict[str, int] = {}
+    for num_tokens in (1, wanted.vocabulary):
+        trainer = BertWordPieceTokenizer(lowercase=wanted.lowercase, strip_accents=wanted.lowercase)
+        trainer.train_from_iterator(
+            (batch["text"] for batch in documents.iter(1000)),
+            vocab_size=num_tokens,
+            min_frequency=wanted.min_frequency,
+            show_progress=False,
+            special_tokens=[*SPECIAL, *sorted(t for t in vocabulary if t.startswith("##"))],
         )
+        vocabulary = trainer.get_vocab()
+    return vocabulary
 
 
 def _tokenize(
@@ -176,7 +193,11 @@ def _tokenize(
         ids = iter(
             tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         )
-    return {"segments": [[s for s in (next(ids) for _ in sentences) if s] for sentences in texts]}
+    segments = [[s for s in (next(ids) for _ in sentences) if s] for sentences in texts]
+    for text, document in zip(batch["text"], segments, strict=True):
+        if not document:
+            raise DataError(f"a document has no tokens, only invisible characters: {text[:40]!r}")
+    return {"segments": segments}
 
 
 def _sentences(text: str) -> list[str]:

@@ -51,7 +51,7 @@ class Masker:
         if not self.whole_word:
             return np.sort(random.permutation(candidates)[:num_chosen])
         starts = ~self.is_continuation[ids[candidates]]
-        starts[:1] = True
+        starts |= np.diff(candidates, prepend=-2) > 1  # no word goes on behind a special token
         words = np.split(candidates, np.flatnonzero(starts)[1:])
         order = random.permutation(len(words))
         ends = np.cumsum([len(words[w]) for w in order])

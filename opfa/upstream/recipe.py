@@ -14,9 +14,9 @@ from opfa.sparsity.pattern import Pattern
 class TokenizerTraining(Section):
     """A WordPiece tokenizer trained on the corpus."""
 
-    vocabulary: int = Field(30_522, ge=100)
+    vocabulary: int = Field(default=30_522, ge=100)
     lowercase: bool = True
-    min_frequency: int = Field(2, ge=1)
+    min_frequency: int = Field(default=2, ge=1)
 
 
 class Corpus(Section):
@@ -33,12 +33,14 @@ class Corpus(Section):
     hub_split: str = "train"
     text_column: str = "text"
     objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"
-    sequence_tokens: int = Field(128, ge=8)
-    short_sequences: float = Field(0.1, ge=0.0, le=1.0)  # share of pairs cut shorter, as in BERT
-    validation: float = Field(0.005, gt=0.0, lt=0.5)  # share of documents held out
+    sequence_tokens: int = Field(default=128, ge=8)
+    short_sequences: float = Field(
+        default=0.1, ge=0.0, le=1.0
+    )  # share of pairs cut shorter, as in BERT
+    validation: float = Field(default=0.005, gt=0.0, lt=0.5)  # share of documents held out
     tokenizer: str | None = None
     train_tokenizer: TokenizerTraining | None = None
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,7 +71,7 @@ class Model(Section):
 class Masking(Section):
     """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
 
-    probability: float = Field(0.15, gt=0.0, lt=1.0)
+    probability: float = Field(default=0.15, gt=0.0, lt=1.0)
     whole_word: bool = False
 
 
@@ -79,14 +81,14 @@ class Training(Section):
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)  # sequences per optimizer step, over all micro-batches and ranks
     learning_rate: float = Field(gt=0.0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     rewind_learning_rate: bool = False
-    weight_decay: float = Field(0.01, ge=0.0)
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.999, ge=0.0, lt=1.0)
-    epsilon: float = Field(1e-8, gt=0.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    dropout: float | None = Field(None, ge=0.0, lt=1.0)  # default: the model's own
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
     precision: Literal["bf16", "fp32"] = "bf16"
 
 
@@ -106,10 +108,10 @@ class Distillation(Section):
     """
 
     teacher: str
-    hard_weight: float = Field(0.5, ge=0.0)
-    soft_weight: float = Field(0.5, ge=0.0)
-    hidden_weight: float = Field(0.0, ge=0.0)
-    temperature: float = Field(2.0, gt=0.0)
+    hard_weight: float = Field(default=0.5, ge=0.0)
+    soft_weight: float = Field(default=0.5, ge=0.0)
+    hidden_weight: float = Field(default=0.0, ge=0.0)
+    temperature: float = Field(default=2.0, gt=0.0)
     tokens: Literal["all", "masked"] = "all"
 
 
@@ -119,9 +121,11 @@ class Launch(Section):
     Shipped recipes leave them out.
     """
 
-    micro_batch: int | None = Field(None, ge=1)  # sequences per rank and pass; default: all at once
+    micro_batch: int | None = Field(
+        default=None, ge=1
+    )  # sequences per rank and pass; default: all at once
     zero_stage: Literal[0, 1, 2, 3] = 2
-    workers: int = Field(0, ge=0)  # processes that load data; 0: none beside the trainer
+    workers: int = Field(default=0, ge=0)  # processes that load data; 0: none beside the trainer
 
 
 class Logging(Section):
@@ -129,11 +133,11 @@ class Logging(Section):
     metrics go.
     """
 
-    every_steps: int = Field(100, ge=1)
-    evaluate_steps: int = Field(5_000, ge=1)
-    evaluate_batches: int = Field(20, ge=1)
-    checkpoint_steps: int = Field(1_000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    every_steps: int = Field(default=100, ge=1)
+    evaluate_steps: int = Field(default=5_000, ge=1)
+    evaluate_batches: int = Field(default=20, ge=1)
+    checkpoint_steps: int = Field(default=1_000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "opfa"
 
@@ -142,7 +146,7 @@ class PretrainRecipe(Recipe):
     """One upstream run. Without [pruning] it prepares a teacher."""
 
     name: str
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     data: str = "prepared"  # the directory that `opfa prepare` wrote
     corpus: Corpus
     model: Model

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, types and all tests, set-up included.
+# Usage: bash launch/test.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright --pythonpath .venv/bin/python
+.venv/bin/python -m pytest "$@"

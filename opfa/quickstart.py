@@ -1,0 +1,184 @@
+"""The whole method on a small model: four novelists, one teacher, one sparse student, four
+fine-tunings, one table.
+
+The text is inside the package: chapters of seventeen public-domain novels. Chapters that are held
+out are used neither to pre-train nor to fine-tune. The task is "which author wrote this passage?".
+All numbers come from this run.
+"""
+
+import importlib.resources
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opfa import report
+from opfa.downstream.finetune import finetune
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.inspection import inspect
+from opfa.order import generator
+from opfa.quant import FILE as QUANTIZATION
+from opfa.recipe import RunError
+from opfa.records import read_records
+from opfa.run import write_json
+from opfa.upstream.corpus import prepare
+from opfa.upstream.pretrain import pretrain
+from opfa.upstream.recipe import PretrainRecipe
+
+PASSAGE_WORDS = 48
+NUM_LABELLED = 1_000  # passages to fine-tune on: labels are scarce, text is not
+VARIANTS = {  # row of the table: (recipe, model to start from)
+    "dense": ("finetune-dense", "teacher"),
+    "90 % one-shot": ("finetune-one-shot", "teacher"),
+    "90 % prune-once": ("finetune", "student"),
+    "90 % prune-once, 8 bits": ("finetune-qat", "student"),
+}
+log = logging.getLogger(__name__)
+
+
+def quickstart(output: Path) -> dict[str, Any]:
+    """Run everything into a new directory; print and return what came out."""
+    if output.exists() and any(output.iterdir()):
+        raise RunError(f"{output}: is not empty; give a new directory")
+    start = time.monotonic()
+    majority = write_data(output / "data")
+    corpus = [f"corpus.documents={json.dumps([str(output / 'data/documents.jsonl')])}"]
+    data = [*corpus, f"data={output / 'prepared'}"]
+    with _stage("1/7  tokenizer and pre-training examples"):
+        prepare(_upstream("teacher", data).corpus, output / "prepared")
+    with _stage("2/7  teacher: a small dense encoder"):
+        pretrain(_upstream("teacher", data), output / "teacher")
+    teacher = output / "teacher/model"
+    with _stage("3/7  student: pruned to 90 % under the teacher"):
+        models = [f"model.init={teacher}", f"distillation.teacher={teacher}"]
+        pretrain(_upstream("student", [*data, *models]), output / "student")
+    rows = [{"model": "majority class", "accuracy": majority}]
+    for number, (name, (recipe, origin)) in enumerate(VARIANTS.items(), 4):
+        with _stage(f"{number}/7  fine-tuning: {name}"):
+            run = output / recipe
+            results = finetune(_downstream(recipe, output, origin), run)
+            rows.append(
+                {"model": name, **results["metrics"], **_storage(run / "model"), "run": str(run)}
+            )
+    summary = {
+        "rows": rows,
+        "zeros_held": _zeros_held(output),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    write_json(output / "quickstart.json", summary)
+    report.accuracy_picture(rows, output / "accuracy.png")
+    Console().print(_table(summary, output))
+    return summary
+
+
+def write_data(directory: Path) -> float:
+    """Cut the books into documents and labelled passages; the share of the most frequent class
+    among those held out.
+    """
+    directory.mkdir(parents=True)
+    with importlib.resources.as_file(
+        importlib.resources.files("opfa") / "data/books.jsonl.zst"
+    ) as file:
+        chapters = [record for _, record in read_records(file)]
+    train = [chapter for chapter in chapters if chapter["split"] == "train"]
+    held_out = [chapter for chapter in chapters if chapter["split"] == "heldout"]
+    _write(directory / "documents.jsonl", ({"text": chapter["text"]} for chapter in train))
+    passages = _passages(train)
+    order = generator(0).permutation(len(passages))[:NUM_LABELLED]
+    _write(directory / "train.jsonl", (passages[index] for index in order))
+    validation = _passages(held_out)
+    _write(directory / "validation.jsonl", validation)
+    counts = Counter(passage["author"] for passage in validation)
+    return max(counts.values()) / len(validation)
+
+
+def _passages(chapters: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    passages = []
+    for chapter in chapters:
+        words = chapter["text"].split()
+        for start in range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS):
+            text = " ".join(words[start : start + PASSAGE_WORDS])
+            passages.append({"text": text, "author": chapter["author"]})
+    return passages
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _recipe_path(name: str) -> Path:
+    with importlib.resources.as_file(
+        importlib.resources.files("opfa") / "recipes/quickstart"
+    ) as path:
+        return path / f"{name}.toml"
+
+
+def _upstream(name: str, overrides: list[str]) -> PretrainRecipe:
+    return PretrainRecipe.read(_recipe_path(name), overrides)
+
+
+def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
+    overrides = [
+        f"model.init={output / origin / 'model'}",
+        f"task.train={output / 'data/train.jsonl'}",
+        f"task.validation={output / 'data/validation.jsonl'}",
+    ]
+    return FinetuneRecipe.read(_recipe_path(name), overrides)
+
+
+def _storage(model: Path) -> dict[str, Any]:
+    """Sparsity of the encoder's matrices, and the bytes they need: values, and one bit a weight to
+    say where.
+    """
+    found = inspect(model)
+    shapes = [tensor["shape"] for tensor in found["tensors"].values()]
+    if not shapes:  # dense: the same matrices, none of them in the report
+        size = sum(n for name, n in found["dense"].items() if ".layers." in name)
+        return {"sparsity": 0.0, "nonzero": size, "bytes": 4 * size}
+    total = found["total"]
+    nonzero = total["size"] - total["zeros"]
+    is_int8 = (model / QUANTIZATION).exists()
+    values = nonzero + 4 * sum(rows for rows, _ in shapes) if is_int8 else 4 * nonzero
+    return {
+        "sparsity": total["sparsity"],
+        "nonzero": nonzero,
+        "bytes": values + total["size"] // 8,
+    }
+
+
+def _zeros_held(output: Path) -> bool:
+    names = ["student", *(recipe for recipe, origin in VARIANTS.values() if origin == "student")]
+    return len({inspect(output / name / "model")["fingerprint"] for name in names}) == 1
+
+
+def _table(summary: dict[str, Any], output: Path) -> Table:
+    held = "the same" if summary["zeros_held"] else "NOT the same"
+    table = Table(
+        title="Which author wrote this passage? (held-out chapters)",
+        caption=f"Encoder matrices only; bytes = values + one bit a weight. Zeros after fine-tuning: {held} as upstream.\n"
+        f"{summary['seconds']:.0f} s in all. Runs, recipes and pictures: {output}",
+    )
+    table.add_column("model")
+    for name in ("accuracy", "sparsity", "non-zero weights", "bytes"):
+        table.add_column(name, justify="right")
+    for row in summary["rows"]:
+        cells = [row["model"], f"{row['accuracy']:.3f}"]
+        if "bytes" in row:
+            cells += [f"{row['sparsity']:.4f}", f"{row['nonzero']:,}", f"{row['bytes']:,}"]
+        table.add_row(*cells)
+    return table
+
+
+@contextmanager
+def _stage(title: str) -> Any:  # Any: a context manager without a value
+    started = time.monotonic()
+    log.info("%s", title)
+    yield
+    log.info("%s: done in %.0f s", title, time.monotonic() - started)

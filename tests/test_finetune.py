@@ -1,0 +1,298 @@
+"""Fine-tuning with held zeros, end to end on a tiny model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+
+import opfa
+from conftest import finetune_recipe, pretrain_recipe
+from opfa import quant
+from opfa.checkpoint import model_digest
+from opfa.downstream import finetune as module
+from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.inspection import inspect
+from opfa.recipe import ModelError, RunError
+from opfa.sparsity.masks import num_zeros
+from opfa.upstream.pretrain import pretrain
+
+
+@pytest.fixture(scope="module")
+def sparse(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released sparse model: 90 % of the encoder's weights are zero."""
+    output = tmp_path_factory.mktemp("sparse") / "run"
+    schedule = {"end": 2, "target": 0.9}
+    recipe = pretrain_recipe(
+        prepared, pruning={"schedule": schedule}, training={"steps": 4}, logging={"every_steps": 4}
+    )
+    pretrain(recipe, output)
+    return output / "model"
+
+
+@pytest.fixture(scope="module")
+def dense(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("dense") / "run"
+    pretrain(pretrain_recipe(prepared, training={"steps": 3}), output)
+    return output / "model"
+
+
+def fingerprint(model: Path) -> str:
+    return inspect(model)["fingerprint"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"training": {"precision": "bf16"}},
+    "accumulated": {"training": {"micro_batch": 2, "weight_decay": 0.1}},
+    "quantized": {"quantization": {"start": 0.3}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_zeros_after_fine_tuning(
+    sparse: Path, examples: Path, tmp_path: Path, variant: str
+) -> None:
+    results = finetune(finetune_recipe(sparse, examples, **VARIANTS[variant]), tmp_path / "run")
+    assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
+    assert inspect(tmp_path / "run/model")["stated"] == "matches"
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    assert opfa.inspect(plain)["fingerprint"] == fingerprint(sparse)
+    assert results["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    before, after = (load_file(d / "model.safetensors") for d in (sparse, tmp_path / "run/model"))
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert not torch.equal(before[name], after[name])  # it did learn
+
+
+def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> None:
+    recipe = finetune_recipe(sparse, examples)
+    finetune(recipe, tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(results) == [
+        "task",
+        "metrics",
+        "seed",
+        "sparsity",
+        "quantized",
+        "recipe_sha256",
+        "model_sha256",
+    ]
+    assert results["recipe_sha256"] == recipe.sha256()
+    assert results["model_sha256"] == model_digest(tmp_path / "run/model")
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "other"}
+    assert {p.name for p in (tmp_path / "run/report").iterdir()} == {
+        "loss.png",
+        "learning_rate.png",
+        "sparsity.png",
+    }
+
+
+@pytest.mark.parametrize("variant", ["plain", "quantized"])
+def test_evaluating_a_finished_model_gives_the_results_of_its_run(
+    sparse: Path, examples: Path, tmp_path: Path, variant: str
+) -> None:
+    recipe = finetune_recipe(sparse, examples, **VARIANTS[variant], seed=3)
+    results = finetune(recipe, tmp_path / "run")
+    again = evaluate_model(str(tmp_path / "run/model"), recipe)
+    assert again["metrics"] == results["metrics"]
+    assert again["quantized"] == results["quantized"] == (variant == "quantized")
+
+
+def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path) -> None:
+    finetune(finetune_recipe(sparse, examples, **VARIANTS["quantized"]), tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    zeros = {
+        n: m.weight == 0 for n, m in model.named_modules() if n.endswith("dense") and ".layer." in n
+    }
+    quant.load(model, tmp_path / "run/model" / quant.FILE)
+    layers = quant.quant_layers(model)
+    assert len(layers) == 12
+    for name, zero in zeros.items():
+        weight, _ = quant.int8_weight(layers[name])
+        assert weight.dtype == torch.int8
+        assert not weight[zero].any()
+        assert not layers[name].effective_weight()[zero].any()
+
+
+@pytest.mark.parametrize("variant", ["plain", "quantized"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
+    finetune(recipe, tmp_path / "unbroken")
+
+    class Stopped(Exception):
+        pass
+
+    prune = module.Trainer.prune
+
+    def stopping(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 6:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "prune", stopping)
+        with pytest.raises(Stopped):
+            finetune(recipe, tmp_path / "broken")
+    resumed: list[int] = []
+    monkeypatch.setattr(module.Run, "forget_after", lambda self, step: resumed.append(step))
+    finetune(recipe, tmp_path / "broken", resume=True)
+    assert resumed == [4]
+    assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
+
+
+def test_one_shot_pruning_is_a_schedule_without_a_ramp(
+    dense: Path, examples: Path, tmp_path: Path
+) -> None:
+    recipe = finetune_recipe(
+        dense, examples, model={"zeros": "free"}, pruning={"schedule": {"end": 0, "target": 0.85}}
+    )
+    assert finetune(recipe, tmp_path / "run")["sparsity"] == pytest.approx(0.85, abs=2e-3)
+    for tensor in inspect(tmp_path / "run/model")["tensors"].values():
+        assert tensor["zeros"] == num_zeros(0.85, tensor["shape"][0] * tensor["shape"][1])
+
+
+def test_a_dense_model_is_quantized_in_the_same_layers(
+    dense: Path, examples: Path, tmp_path: Path
+) -> None:
+    recipe = finetune_recipe(
+        dense, examples, model={"zeros": "free"}, quantization={"momentum": 0.1}
+    )
+    results = finetune(recipe, tmp_path / "run")
+    assert results["quantized"] and results["sparsity"] == 0.0
+    assert len([n for n in load_file(tmp_path / "run/model" / quant.FILE) if "scale" in n]) == 12
+
+
+def test_distillation_pulls_towards_the_teacher(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    finetune(finetune_recipe(sparse, examples, training={"epochs": 3.0}), tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher/model")
+    recipe = finetune_recipe(
+        Path(teacher), examples, distillation={"teacher": teacher, "hard_weight": 0.0}
+    )
+    finetune(recipe, tmp_path / "student")
+    rows = [json.loads(x) for x in (tmp_path / "student/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] < 0.05  # only dropout stands between a model and its own copy
+    assert fingerprint(tmp_path / "student/model") == fingerprint(sparse)
+
+
+def test_a_model_without_zeros_is_refused_before_anything_is_written(
+    dense: Path, examples: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="nothing to lock: .* have 0 zeros"):
+        finetune(finetune_recipe(dense, examples), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tampered_model_is_refused(sparse: Path, examples: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(sparse, tmp_path / "tampered")
+    tensors = load_file(tmp_path / "tampered/model.safetensors")
+    weight = tensors["bert.encoder.layer.0.output.dense.weight"]
+    weight.view(-1)[(weight.view(-1) == 0).nonzero()[0]] = 1.0
+    save_file(tensors, tmp_path / "tampered/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not where its sparsity.json says"):
+        finetune(finetune_recipe(tmp_path / "tampered", examples), tmp_path / "run")
+
+
+def test_an_output_with_other_files_is_refused(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(RunError, match="holds another run or other files"):
+        finetune(finetune_recipe(sparse, examples), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module.tasks, "task_loss", lambda *_: torch.tensor(torch.inf, requires_grad=True)
+    )
+    with pytest.raises(RunError, match="step 1: the loss is inf"):
+        finetune(finetune_recipe(sparse, examples), tmp_path / "run")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_trainer_keeps_every_zero_of_a_locked_model(
+    sparse: Path, examples: Path, tmp_path: Path, bf16: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    model = AutoModelForSequenceClassification.from_pretrained(sparse, num_labels=2)
+    locked = opfa.lock(model)
+    assert locked["total"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    rows = [json.loads(line) for line in (examples / "train.jsonl").read_text().splitlines()]
+    data = [{**tokenizer(r["text"]), "labels": int(r["label"] == "cat")} for r in rows]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_steps=5,
+        bf16=bf16,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    before = model.state_dict()["bert.encoder.layer.0.output.dense.weight"].clone()
+    Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
+    middle = tmp_path / "checkpoint-5"
+    assert fingerprint(middle) == locked["fingerprint"]
+    assert not [name for name in load_file(middle / "model.safetensors") if "mask" in name]
+    assert opfa.fuse(model)["fingerprint"] == locked["fingerprint"]
+    after = model.state_dict()["bert.encoder.layer.0.output.dense.weight"]
+    assert torch.equal(before == 0, after == 0) and not torch.equal(before, after)
+
+
+Task = Callable[[Path, Path], dict[str, Any]]
+
+
+def test_questions_are_answered_with_held_zeros(sparse: Path, tmp_path: Path) -> None:
+    row = {
+        "question": "who sees the sea?",
+        "context": "the captain sees the sea. a dog hears a song.",
+        "answers": {"text": ["the captain"], "answer_start": [0]},
+    }
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    task = {
+        "kind": "question-answering",
+        "text": "question",
+        "text_pair": "context",
+        "label": "answers",
+        "metrics": ["exact_match", "squad_f1"],
+        "sequence_tokens": 30,
+        "stride_tokens": 4,
+    }
+    training = {"epochs": 60.0, "learning_rate": 1e-2}
+    recipe = finetune_recipe(sparse, tmp_path, task=task, training=training)
+    results = finetune(recipe, tmp_path / "run")
+    assert results["metrics"] == {"exact_match": 100.0, "squad_f1": 100.0}
+    assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
+
+
+def test_numbers_are_predicted_with_held_zeros(sparse: Path, tmp_path: Path) -> None:
+    lines = [f'{{"text": "the cat sees a song.", "label": {i % 5}}}\n' for i in range(16)]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    task = {"kind": "regression", "metrics": ["pearson", "spearman"]}
+    results = finetune(finetune_recipe(sparse, tmp_path, task=task), tmp_path / "run")
+    assert set(results["metrics"]) == {"pearson", "spearman"}
+    assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)

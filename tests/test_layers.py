@@ -1,0 +1,363 @@
+"""Masked layers: what a lock holds, through which training, and what fusing leaves."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from opfa.recipe import ModelError
+from opfa.sparsity.layers import (
+    MaskedLinear,
+    fuse,
+    lock,
+    mask_layers,
+    masked_layers,
+    masks_of,
+    set_masks,
+    zero_masks,
+)
+from opfa.sparsity.pattern import Pattern
+
+TINY = BertConfig(
+    vocab_size=20,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=16,
+)
+
+
+class Net(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(inputs)))
+
+
+def sparse_net() -> Net:
+    """A chessboard of zeros in each weight, some of them negative zeros."""
+    random = torch.Generator().manual_seed(0)
+    net = Net()
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random)
+        if parameter.ndim == 2:
+            parameter.data[::2, ::2] *= 0
+            parameter.data[1::2, 1::2] *= 0
+    return net
+
+
+def data(num_rows: int = 10) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(num_rows, 6, generator=random), torch.randn(num_rows, 3, generator=random)
+
+
+def backward(net: nn.Module, share: int = 1) -> None:
+    inputs, targets = (tensor.to(next(net.parameters()).dtype) for tensor in data())
+    (nn.functional.mse_loss(net(inputs), targets) / share).backward()
+
+
+def sparse_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(TINY)
+    for layer in Pattern().layers(model).values():
+        layer.weight.data[:, ::2] = 0
+    return model
+
+
+# one layer
+
+
+def test_a_masked_layer_equals_a_product_with_its_mask_in_plain_torch() -> None:
+    net = sparse_net()
+    weights, biases = [net.first.weight, net.last.weight], [net.first.bias, net.last.bias]
+    leaves = [w.detach().clone().requires_grad_() for w in weights]
+    masks = [(leaf != 0).float() for leaf in leaves]
+    lock(net)
+    for weight, mask in zip(weights, masks, strict=True):
+        weight.data += (1 - mask) * 7.0  # what lies under a mask takes no part
+    inputs, targets = data()
+    hidden = torch.tanh(inputs @ (leaves[0] * masks[0]).t() + biases[0])
+    expected = hidden @ (leaves[1] * masks[1]).t() + biases[1]
+    nn.functional.mse_loss(expected, targets).backward()
+    found = net(inputs)
+    nn.functional.mse_loss(found, targets).backward()
+    torch.testing.assert_close(found, expected)
+    for weight, leaf in zip(weights, leaves, strict=True):
+        torch.testing.assert_close(weight.grad, leaf.grad)
+
+
+def test_the_gradient_is_exactly_zero_where_masked_and_nowhere_else() -> None:
+    net = sparse_net()
+    lock(net)
+    backward(net)
+    for layer in masked_layers(net).values():
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad != 0, layer.mask)
+
+
+def test_the_clipping_norm_counts_live_weights_only() -> None:
+    net = sparse_net()
+    lock(net)
+    backward(net)
+    live = [m.weight.grad[m.mask] for m in masked_layers(net).values() if m.weight.grad is not None]
+    live += [p.grad for p in net.parameters() if p.ndim == 1 and p.grad is not None]
+    expected = torch.cat(live).norm()
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(net.parameters(), 1.0), expected)
+
+
+def test_a_frozen_weight_needs_no_gradient() -> None:
+    net = sparse_net().requires_grad_(False)
+    lock(net)
+    net.last.bias.requires_grad_(True)
+    backward(net)
+    assert net.last.bias.grad is not None and net.last.weight.grad is None
+
+
+# the swap
+
+
+def test_lock_and_fuse_keep_keys_and_parameters() -> None:
+    net = sparse_net()
+    keys, ids = list(net.state_dict()), [id(p) for p in net.parameters()]
+    for swap in (lock, fuse):
+        swap(net)
+        assert (list(net.state_dict()), [id(p) for p in net.parameters()]) == (keys, ids)
+
+
+def test_lock_keeps_weights_and_outputs() -> None:
+    net, twin = sparse_net(), sparse_net()
+    lock(net)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    torch.testing.assert_close(net(data()[0]), twin(data()[0]))
+
+
+def test_lock_tells_what_it_locked() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    net = nn.Sequential(layer, nn.Linear(2, 2))
+    result = lock(net)
+    assert result["total"] == {"zeros": 3, "size": 4, "sparsity": 0.75}
+    assert result["tensors"] == {"0.weight": {"shape": [2, 2], "zeros": 3, "sparsity": 0.75}}
+    assert masks_of(net)["0.weight"].tolist() == [[True, False], [False, False]]
+    assert type(net[1]) is nn.Linear
+
+
+def test_fuse_leaves_plain_layers() -> None:
+    net = sparse_net()
+    lock(net)
+    fuse(net)
+    assert type(net.first) is nn.Linear
+    assert vars(net.first).keys() == vars(nn.Linear(6, 8)).keys()
+    assert not dict(net.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fuse_writes_positive_zeros(dtype: torch.dtype) -> None:
+    net = sparse_net().to(dtype)
+    lock(net)
+    masks = {name: mask.clone() for name, mask in masks_of(net).items()}
+    for layer in masked_layers(net).values():
+        layer.weight.data[~layer.mask] = -0.5
+    fuse(net)
+    for name, mask in masks.items():
+        weight = net.get_parameter(name)
+        assert torch.equal(weight != 0, mask)
+        assert not torch.signbit(weight[~mask]).any()
+
+
+def test_fuse_makes_a_live_zero_the_smallest_normal_number() -> None:
+    net = sparse_net()
+    zeros = lock(net)["total"]["zeros"]
+    where = masked_layers(net)["first"].mask.nonzero()[:2].tolist()
+    net.first.weight.data[tuple(where[0])] = 0.0
+    net.first.weight.data[tuple(where[1])] = -0.0
+    assert fuse(net)["total"]["zeros"] == zeros
+    assert [net.first.weight[tuple(place)].item() for place in where] == [2.0**-126] * 2
+    assert sum(int((layer.weight == 0).sum()) for layer in (net.first, net.last)) == zeros
+
+
+def test_fuse_returns_the_report_of_lock() -> None:
+    net = sparse_net()
+    assert lock(net) == fuse(net)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fuse_refuses_non_finite_weights_and_changes_nothing(value: float) -> None:
+    net = sparse_net()
+    lock(net)
+    net.last.weight.data[0, 0] = value
+    with pytest.raises(ModelError, match="^last.weight: holds a non-finite value"):
+        fuse(net)
+    assert list(masked_layers(net)) == ["first", "last"]
+
+
+def test_lock_refuses_a_dense_model() -> None:
+    with pytest.raises(ModelError, match="have 0 zeros; a sparse checkpoint has at least 1 %"):
+        lock(BertForSequenceClassification(TINY))
+
+
+def test_lock_refuses_a_locked_model() -> None:
+    net = sparse_net()
+    lock(net)
+    with pytest.raises(ModelError, match=r"locked already; opfa.fuse\(model\) unlocks it"):
+        lock(net)
+
+
+def test_lock_refuses_a_subclass_of_linear() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    attention.out_proj.weight.data[0] = 0
+    with pytest.raises(ModelError, match="out_proj: is a NonDynamicallyQuantizableLinear"):
+        lock(attention)
+
+
+def test_a_tensor_of_zeros_alone_is_new_and_left_out() -> None:
+    net = sparse_net()
+    nn.init.zeros_(net.last.weight)
+    assert list(lock(net)["tensors"]) == ["first.weight"]
+
+
+def test_the_padding_row_of_a_tied_embedding_is_not_sparsity() -> None:
+    model = BertForMaskedLM(TINY)
+    assert (model.cls.predictions.decoder.weight[0] == 0).all()
+    assert zero_masks(model) == {}
+
+
+def test_names_lock_exactly_these_weights() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer, num_columns in zip(net, (1, 2, 1), strict=True):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data[:, :num_columns] = 0
+    result = lock(net, names=["0.weight", "1.weight"])
+    assert {n: t["zeros"] for n, t in result["tensors"].items()} == {"0.weight": 2, "1.weight": 4}
+
+
+def test_a_name_that_is_no_linear_weight_is_refused() -> None:
+    with pytest.raises(ModelError, match="middle.weight: this model has no linear layer with this"):
+        lock(sparse_net(), names=["first.weight", "middle.weight"])
+
+
+def test_masks_of_other_layers_are_refused() -> None:
+    net = sparse_net()
+    lock(net)
+    with pytest.raises(ModelError, match="different names"):
+        set_masks(net, {"first.weight": torch.ones(8, 6, dtype=torch.bool)})
+
+
+def test_new_masked_layers_keep_everything() -> None:
+    net = sparse_net()
+    layers = mask_layers(net, ["last"])
+    assert list(layers) == ["last"] and layers["last"].mask.all()
+
+
+# training
+
+Optimizer = Callable[[Any], torch.optim.Optimizer]  # Any: torch's own union of parameter forms
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3, amsgrad=True),
+    "adam-l2": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.3),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zeros_stay_exactly_zero_and_all_others_move(
+    optimizer: str, accumulation: int, dtype: torch.dtype
+) -> None:
+    net = sparse_net().to(dtype)
+    before = [p.detach().clone() for p in net.parameters()]
+    lock(net)
+    steps = OPTIMIZERS[optimizer](net.parameters())
+    for _ in range(8):
+        for _ in range(accumulation):
+            backward(net, share=accumulation)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        steps.step()
+        steps.zero_grad()
+    for old, new in zip(before, net.parameters(), strict=True):
+        assert torch.equal(old == 0, new == 0)
+        assert (new != old)[old != 0].float().mean() > 0.9  # bf16 may round a small step away
+
+
+def test_old_momentum_moves_what_is_stored_but_not_what_is_computed() -> None:
+    net = sparse_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    backward(net)
+    optimizer.step()  # unlocked: moments for every weight
+    optimizer.zero_grad()
+    net.first.weight.data[:, :3] = 0
+    lock(net, names=["first.weight"])
+    backward(net)
+    optimizer.step()
+    assert (net.first.weight[:, :3] != 0).all()
+    assert isinstance(net.first, MaskedLinear)
+    assert (net.first.effective_weight()[:, :3] == 0).all()
+    fuse(net)
+    assert (net.first.weight[:, :3] == 0).all()
+
+
+def test_a_locked_optimizer_made_before_goes_on_after_fusing() -> None:
+    net = sparse_net()
+    lock(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    fuse(net)
+    before = net.first.weight.detach().clone()
+    backward(net)
+    optimizer.step()
+    assert not torch.equal(net.first.weight, before)
+
+
+# copies and files
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_locked_model_is_locked_on_its_own(how: str) -> None:
+    net = sparse_net()
+    lock(net)
+    if how == "deepcopy":
+        twin = copy.deepcopy(net)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(net))
+    else:
+        torch.save(net, file := io.BytesIO())
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(data()[0]), net(data()[0]))
+    fuse(twin)
+    assert type(twin.first) is nn.Linear and type(net.first) is MaskedLinear
+    assert masks_of(net)["first.weight"].sum() < 48
+
+
+def test_a_locked_model_saves_as_a_plain_one(tmp_path: Path) -> None:
+    model = sparse_bert()
+    lock(model)
+    model.save_pretrained(tmp_path)
+    plain = BertForSequenceClassification.from_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(plain.state_dict())
+    assert list(plain.state_dict()) == list(BertForSequenceClassification(TINY).state_dict())
+    assert lock(plain) == fuse(model)
+
+
+def test_a_state_dict_loads_into_a_locked_model_and_back() -> None:
+    net, twin = sparse_net(), sparse_net()
+    lock(net)
+    twin.load_state_dict(net.state_dict())
+    net.load_state_dict(twin.state_dict())
+    assert list(masked_layers(net)) == ["first", "last"]

@@ -1,0 +1,291 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.recipe import RecipeError
+from opfa.upstream.recipe import PretrainRecipe
+
+PRETRAIN = """
+name = "tiny"
+[corpus]
+documents = ["a.txt", "b.txt"]
+train_tokenizer = { vocabulary = 200 }
+[model.config]
+model_type = "bert"
+[training]
+steps = 20
+batch = 4
+learning_rate = 1e-3
+"""
+PRUNING = """
+[pruning.schedule]
+start = 2
+end = 10
+target = 0.9
+"""
+FINETUNE = """
+name = "tiny"
+[model]
+init = "student/model"
+[task]
+train = "a.jsonl"
+[training]
+learning_rate = 1e-4
+"""
+ANSWERS = (
+    'task.kind="question-answering"',
+    "task.text_pair=context",
+    'task.metrics=["squad_f1"]',
+    "task.sequence_tokens=384",
+)
+
+
+def pretrain(tmp_path: Path, *overrides: str, text: str = PRETRAIN) -> PretrainRecipe:
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    return PretrainRecipe.read(tmp_path / "x.toml", overrides)
+
+
+def finetune(tmp_path: Path, *overrides: str) -> FinetuneRecipe:
+    (tmp_path / "x.toml").write_text(FINETUNE)
+    return FinetuneRecipe.read(tmp_path / "x.toml", overrides)
+
+
+# reading
+
+
+def test_an_unknown_key_is_named_with_its_file_and_a_near_match(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"x\.toml:\n  training\.stpes: unknown key; did you mean 'steps'"
+    ):
+        pretrain(tmp_path, "training.stpes=3")
+
+
+def test_an_unknown_section_in_capitals_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Training: unknown key; did you mean 'training'"):
+        pretrain(tmp_path, "Training.steps=3")
+
+
+def test_an_unknown_key_without_a_near_match_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="masking.qqq: unknown key; known keys: probability, who"):
+        pretrain(tmp_path, "masking.qqq=3")
+
+
+def test_a_near_match_is_looked_for_in_a_section_within_a_section(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pruning\.schedule\.evry: .* did you mean 'every'\?"):
+        pretrain(tmp_path, "pruning.schedule.evry=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=ten", r"training.steps: .* valid integer \(got 'ten'\)"),
+        ("training.steps=10.0", r"training.steps: .* valid integer \(got 10.0\)"),
+        ("training.steps=true", r"training.steps: .* valid integer \(got True\)"),
+        ("name=3", r"name: .* valid string \(got 3\)"),
+        ("training.rewind_learning_rate=1", r"valid boolean \(got 1\)"),
+        ("training.learning_rate=inf", r"training.learning_rate: .* finite number \(got inf\)"),
+        ("training.learning_rate=nan", r"training.learning_rate: .* finite number \(got nan\)"),
+        ("training.precision=fp16", r"precision: Input should be 'bf16' or 'fp32' \(got 'fp16'\)"),
+        ("training=3", r"training: Input should be an object \(got 3\)"),
+        ("corpus.documents=a.txt", r"corpus.documents: .* valid array \(got 'a.txt'\)"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_its_value(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pretrain(tmp_path, override)
+
+
+def test_a_wrong_free_value_is_one_problem(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        pretrain(tmp_path, "model.config.hidden_size=[1]")
+    problem = "model.config.hidden_size: must be a string, a number or a boolean (got [1])"
+    assert str(caught.value) == f"{tmp_path}/x.toml:\n  {problem}"
+
+
+def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        pretrain(tmp_path, "seed=-1", "corpus.sequnce_tokens=8", "training.batch=0", "data=1")
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1 + 4
+    assert all(key in text for key in ("seed", "sequnce_tokens", "training.batch", "data"))
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"training\.learning_rate: missing"):
+        PretrainRecipe.check({**tomllib.loads(PRETRAIN), "training": {"steps": 1, "batch": 1}})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml: can't read this recipe: .*No such file"):
+        PretrainRecipe.read(tmp_path / "none.toml")
+
+
+def test_broken_toml_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"x\.toml: not valid TOML: .*line 2"):
+        pretrain(tmp_path, text='name = "a"\nseed =\n')
+
+
+# overrides
+
+
+def test_overrides_replace_single_keys(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, "training.steps=7", 'corpus.documents=["c"]', "data=/some/dir")
+    assert (recipe.training.steps, recipe.training.batch) == (7, 4)
+    assert (recipe.corpus.documents, recipe.data) == (("c",), "/some/dir")
+
+
+def test_an_override_makes_a_section_that_was_not_there(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, "pruning.schedule.end=4", "pruning.schedule.target=0.5")
+    assert recipe.pruning is not None
+    assert (recipe.pruning.schedule.end, recipe.pruning.schedule.target) == (4, 0.5)
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training..steps=3", ".steps=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"an override reads section\.key=value"):
+        pretrain(tmp_path, override)
+
+
+def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'name' is a value, not a section"):
+        pretrain(tmp_path, "name.first=3")
+
+
+# writing
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ('name="a \\"quoted\\" \\\\ name\\n\\u007f, 日本, 😀"',),
+        ("training.learning_rate=1e-30", "training.epsilon=1e30"),
+        ('model.config={model_type="bert", "é ü"=1, "a.b"=true, "c"=0.5}',),
+        ("pruning.schedule.end=10", "pruning.schedule.target=0.9", "pruning.pattern.exclude=['a']"),
+    ],
+)
+def test_a_written_recipe_is_read_back_equal(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    recipe = pretrain(tmp_path, *overrides)
+    assert PretrainRecipe.check(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_the_digest_does_not_depend_on_how_the_file_is_written(tmp_path: Path) -> None:
+    lines = PRETRAIN.replace("1e-3", "0.001").replace("[model", "# a comment\n[model")
+    with_default = lines + "[masking]\nprobability = 0.15\n"
+    assert pretrain(tmp_path, text=with_default).sha256() == pretrain(tmp_path).sha256()
+
+
+def test_the_digest_changes_with_any_value(tmp_path: Path) -> None:
+    assert pretrain(tmp_path, "seed=43").sha256() != pretrain(tmp_path).sha256()
+
+
+def test_a_recipe_can_not_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(pretrain(tmp_path).training, "steps", 3)  # noqa: B010 - pyright knows it's frozen
+
+
+# what an upstream recipe may not say
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("end=1",), r"pruning.schedule: end = 1: the ramp must not end before start = 2"),
+        (("hold_until=9",), r"hold_until = 9: the last mask update .* before the end .*end = 10"),
+        (("target=1.0",), r"pruning.schedule.target: Input should be less than 1 \(got 1.0\)"),
+        (("target=-0.1",), r"schedule.target: .* greater than or equal to 0 \(got -0.1\)"),
+        (("initial=0.95",), r"target = 0.9: must not be below initial = 0.95"),
+        (("every=0",), r"pruning.schedule.every: .* greater than or equal to 1"),
+        (("end=21",), r"the last mask update, 21, must not come after training.steps = 20"),
+        (("hold_until=21",), r"last mask update, 21, must not come after training.steps = 20"),
+    ],
+)
+def test_an_impossible_pruning_schedule_is_refused(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pretrain(tmp_path, *(f"pruning.schedule.{o}" for o in overrides), text=PRETRAIN + PRUNING)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("training.warmup_steps=20",), "training.warmup_steps = 20: must be below steps = 20"),
+        (("launch.zero_stage=0",), "launch.zero_stage = 0: not with bf16"),
+        (("launch.zero_stage=4",), r"zero_stage: Input should be 0, 1, 2 or 3 \(got 4\)"),
+        (("training.rewind_learning_rate=true",), r"rewind_learning_rate: needs \[pruning\]"),
+        (("corpus.hub=a/b",), "corpus: documents, hub: give exactly one of the two"),
+        (("corpus.documents=[]",), "corpus: documents, hub: give exactly one of the two"),
+        (("corpus.tokenizer=a",), "tokenizer, train_tokenizer: give exactly one of the two"),
+        (("model.init=a",), "model: init, config: give exactly one of the two"),
+        (("model.config={}",), "config: needs model_type"),
+        (("pruning.schedule={end=1,target=0.5}", "pruning.pattern.include=['(']"), "not a regular"),
+    ],
+)
+def test_a_contradiction_in_an_upstream_recipe_is_refused(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pretrain(tmp_path, *overrides)
+
+
+def test_stage_0_is_allowed_in_fp32(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, "launch.zero_stage=0", "training.precision=fp32")
+    assert recipe.launch.zero_stage == 0
+
+
+def test_the_learning_rate_rewinds_only_when_the_recipe_says_so(tmp_path: Path) -> None:
+    text = PRETRAIN + PRUNING
+    rewinding = pretrain(tmp_path, "training.rewind_learning_rate=true", text=text)
+    assert pretrain(tmp_path, text=text).learning_rate().rewind_at is None
+    assert rewinding.pruning is not None
+    assert rewinding.learning_rate().rewind_at == rewinding.pruning.schedule
+
+
+# what a downstream recipe may not say
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pruning.schedule={end=1,target=0.5}",), "pruning: needs model.zeros = 'free'"),
+        (('task.metrics=["squad_f1"]',), r"metrics = \['squad_f1'\]: for classification these are"),
+        (("task.metrics=[]",), r"metrics = \[\]: for classification .*: accuracy, f1, matthews"),
+        (('task.metrics=["bleu"]',), "task.metrics.0: Input should be 'accuracy', 'f1'"),
+        (("training.batch=32", "training.micro_batch=5"), "micro_batch = 5: must divide batch"),
+        (("quantization.bits=4",), "quantization.bits: Input should be 8"),
+        (("training.warmup=1.0",), "training.warmup: Input should be less than 1"),
+        ((ANSWERS[0], ANSWERS[2]), "text_pair: question answering needs the column"),
+        ((*ANSWERS, "task.stride_tokens=384"), "stride_tokens = 384: windows of sequence_tokens"),
+        (ANSWERS[:3], "stride_tokens = 128: windows of sequence_tokens = 128 can't overlap"),
+        (ANSWERS[:2], r"metrics = \['accuracy'\]: for question-answering these are known: exact_m"),
+    ],
+)
+def test_a_contradiction_in_a_downstream_recipe_is_refused(
+    tmp_path: Path, overrides: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        finetune(tmp_path, *overrides)
+
+
+def test_question_answering_takes_windows_that_overlap_by_less_than_their_length(
+    tmp_path: Path,
+) -> None:
+    task = finetune(tmp_path, *ANSWERS).task
+    assert (task.sequence_tokens, task.stride_tokens, task.metrics) == (384, 128, ("squad_f1",))
+
+
+def test_the_stride_does_not_matter_without_windows(tmp_path: Path) -> None:
+    assert finetune(tmp_path, "task.sequence_tokens=64").task.stride_tokens == 128
+
+
+def test_pruning_while_fine_tuning_is_for_free_zeros(tmp_path: Path) -> None:
+    schedule = "pruning.schedule={start=5, end=5, target=0.5}"
+    assert finetune(tmp_path, schedule, "model.zeros=free").pruning is not None

@@ -1,0 +1,208 @@
+"""The shipped recipes: they load, say the paper's numbers, and are described."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.upstream.recipe import PretrainRecipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+README = RECIPES / "README.md"
+ALL = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
+FAMILIES = ("bert-base", "bert-large", "distilbert")
+STUDENTS = [(family, percent) for family in FAMILIES for percent in (85, 90)]
+TASKS = ("sst2", "mnli", "qqp", "qnli", "rte", "mrpc", "cola", "stsb", "squad")
+# Columns, classes and metrics as GLUE defines them; the order of classes is that of its labels.
+GLUE = {
+    "sst2": (("sentence", None), ("negative", "positive"), ("accuracy",)),
+    "mnli": (
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+    ),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "cola": (("sentence", None), ("unacceptable", "acceptable"), ("matthews",)),
+    "stsb": (("sentence1", "sentence2"), (), ("pearson", "spearman")),
+}
+
+
+def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
+    """The class that must load a recipe, by its folder and name."""
+    folder, name = recipe.split("/")
+    is_finetuning = folder == "downstream" or name.startswith("finetune")
+    return FinetuneRecipe if is_finetuning else PretrainRecipe
+
+
+def upstream(name: str) -> PretrainRecipe:
+    return PretrainRecipe.read(RECIPES / "upstream" / f"{name}.toml")
+
+
+def downstream(name: str) -> FinetuneRecipe:
+    return FinetuneRecipe.read(RECIPES / "downstream" / f"{name}.toml")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `opfa` commands that a page or a recipe's first comment shows, as words."""
+    lines = text.replace("\\\n#", " ").replace("\\\n", " ").splitlines()
+    stripped = [line.removeprefix("#").strip() for line in lines]
+    shown = [line for line in stripped if re.match(r"opfa (prepare|pretrain|finetune) ", line)]
+    return [shlex.split(line) for line in shown]
+
+
+def test_every_recipe_that_was_promised_is_there() -> None:
+    promised = [f"upstream/{f}-{k}.toml" for f in FAMILIES for k in ("teacher", "85", "90")]
+    promised += [f"downstream/{task}{suffix}.toml" for task in TASKS for suffix in ("", "-qat")]
+    promised += [f"quickstart/{name}.toml" for name in ("teacher", "student", "finetune")]
+    assert set(promised) <= set(ALL)
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_recipe_loads_and_is_named_after_its_file(recipe: str) -> None:
+    loaded = kind_of(recipe).read(RECIPES / recipe)
+    if not recipe.startswith("quickstart/"):
+        assert loaded.name == Path(recipe).stem
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_recipe_has_no_absolute_path_and_nothing_to_fill_in(recipe: str) -> None:
+    text = (RECIPES / recipe).read_text()
+    assert not re.search(r"""["'](/|~|[A-Za-z]:\\)""", text)
+    assert "CHANGE_ME" not in text
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_recipe_is_listed_in_the_readme(recipe: str) -> None:
+    assert f"| `{recipe}` |" in README.read_text()
+
+
+@pytest.mark.parametrize("recipe", [r for r in ALL if not r.startswith("quickstart/")])
+def test_recipe_begins_with_commands_that_use_it(recipe: str) -> None:
+    shown = commands((RECIPES / recipe).read_text())
+    assert f"recipes/{recipe}" in [words[2] for words in shown]
+    assert all((ROOT / words[2]).is_file() for words in shown)
+
+
+def test_commands_of_the_readme_are_accepted() -> None:
+    shown = commands(README.read_text())
+    assert len(shown) >= 10
+    for _, verb, recipe, *rest in shown:
+        kind = kind_of(recipe.removeprefix("recipes/"))
+        assert (verb == "finetune") == (kind is FinetuneRecipe)
+        assert rest[0] == "--output"
+        kind.read(ROOT / recipe, overrides=rest[2:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["teacher", "85", "90"])
+def test_training_has_the_papers_numbers(family: str, kind: str) -> None:
+    recipe = upstream(f"{family}-{kind}")
+    training = recipe.training
+    assert training.steps == 100_000
+    assert training.batch == 256
+    assert training.warmup_steps == 1_000  # 1 %
+    assert training.weight_decay == 0.01
+    assert training.learning_rate == 5e-5
+    assert training.precision == "bf16"
+    assert recipe.corpus.sequence_tokens == 512
+    assert recipe.corpus.validation == 0.05
+    assert recipe.corpus.hub == "wikimedia/wikipedia"
+    assert recipe.corpus.objective == ("mlm" if family == "distilbert" else "mlm+nsp")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_is_dense_and_trained_alone(family: str) -> None:
+    recipe = upstream(f"{family}-teacher")
+    assert recipe.pruning is None
+    assert recipe.distillation is None
+    assert not recipe.training.rewind_learning_rate
+
+
+@pytest.mark.parametrize(("family", "percent"), STUDENTS)
+def test_pruning_has_the_papers_numbers(family: str, percent: int) -> None:
+    recipe = upstream(f"{family}-{percent}")
+    assert recipe.pruning is not None
+    schedule = recipe.pruning.schedule
+    assert (schedule.start, schedule.end, schedule.hold_until) == (0, 50_000, 80_000)
+    assert schedule.every == 1_000
+    assert schedule.initial == 0.0
+    assert schedule.target == percent / 100
+    assert recipe.pruning.pattern.scope == "layer"
+    assert recipe.training.rewind_learning_rate
+
+
+@pytest.mark.parametrize(("family", "percent"), STUDENTS)
+def test_distillation_has_the_papers_numbers(family: str, percent: int) -> None:
+    distillation = upstream(f"{family}-{percent}").distillation
+    assert distillation is not None
+    assert (distillation.hard_weight, distillation.soft_weight) == (0.5, 0.5)
+    assert distillation.temperature == 2.0
+    assert distillation.hidden_weight == 0.0
+
+
+@pytest.mark.parametrize(("family", "percent"), STUDENTS)
+def test_student_repeats_the_training_of_its_teacher_from_its_teacher(
+    family: str, percent: int
+) -> None:
+    student, teacher = upstream(f"{family}-{percent}"), upstream(f"{family}-teacher")
+    assert student.model.init == f"runs/{family}-teacher/model"
+    assert student.distillation is not None
+    assert student.distillation.teacher == student.model.init
+    assert (student.data, student.corpus) == (teacher.data, teacher.corpus)
+    rewound = teacher.training.model_copy(update={"rewind_learning_rate": True})
+    assert student.training == rewound
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_glue_task_has_the_official_columns_classes_and_metrics(task: str) -> None:
+    recipe = downstream(task).task
+    assert (recipe.hub, recipe.hub_config) == ("nyu-mll/glue", task)
+    assert ((recipe.text, recipe.text_pair), recipe.classes, recipe.metrics) == GLUE[task]
+    assert recipe.train == "train"
+    assert recipe.validation == ("validation_matched" if task == "mnli" else "validation")
+    assert recipe.kind == ("regression" if task == "stsb" else "classification")
+    assert recipe.sequence_tokens == 128
+
+
+def test_squad_has_the_usual_windows() -> None:
+    task = downstream("squad").task
+    assert (task.kind, task.hub) == ("question-answering", "rajpurkar/squad")
+    assert (task.text, task.text_pair, task.label) == ("question", "context", "answers")
+    assert (task.sequence_tokens, task.stride_tokens) == (384, 128)
+    assert task.metrics == ("exact_match", "squad_f1")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_sparse_model_is_fine_tuned_with_its_zeros_held(task: str) -> None:
+    for name in (task, f"{task}-qat"):
+        assert downstream(name).model.zeros == "held"
+        assert downstream(name).pruning is None
+    assert downstream(task).model.init == "runs/bert-base-90/model"
+    assert downstream(task).quantization is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_qat_differs_from_its_twin_only_by_being_a_second_shorter_stage_in_8_bits(
+    task: str,
+) -> None:
+    qat = downstream(f"{task}-qat")
+    assert qat.quantization is not None
+    assert (qat.quantization.bits, qat.quantization.start) == (8, 0.0)
+    assert qat.model.init == f"runs/{task}/model"
+    assert qat.training.learning_rate == 1e-5
+    assert qat.training.epochs == (2 if task == "squad" else 3)
+    assert shared(qat) == shared(downstream(task))
+
+
+def shared(recipe: FinetuneRecipe) -> dict[str, Any]:  # Any: whatever a recipe holds
+    """What both stages have in common."""
+    values = recipe.model_dump(exclude={"name", "quantization"})
+    del values["model"]["init"], values["training"]["epochs"], values["training"]["learning_rate"]
+    return values
