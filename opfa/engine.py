@@ -27,9 +27,7 @@ def start_distributed() -> torch.device:
     """Join the process group that a launcher announced, or make one of this process alone; the
     device to use.
     """
-    accelerated = torch.cuda.is_available()
-    if not accelerated:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    accelerated = choose_accelerator() == "cuda"
     for key, value in _alone().items():
         os.environ.setdefault(key, value)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -45,6 +43,17 @@ def start_distributed() -> torch.device:
             "nccl" if accelerated else "gloo", auto_mpi_discovery=False, verbose=False
         )
     return torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
+
+
+def choose_accelerator() -> str:
+    """Where to compute, "cuda" or "cpu"; DeepSpeed is told too.
+
+    transformers imports it while it saves a model, and it would warn that it had to guess.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"
 
 
 def _alone() -> dict[str, str]:

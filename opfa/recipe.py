@@ -16,7 +16,6 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
 SCALARS = {"str", "int", "float", "bool"}
 
 
@@ -103,7 +102,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise RecipeError(f"{override!r}: {part!r} is a value, not a section")
-    target[parts[-1]] = value
+    if text.strip():
+        target[parts[-1]] = value
+    else:
+        target.pop(parts[-1], None)
 
 
 def _explain(root: type[BaseModel], error: dict[str, Any]) -> str:

@@ -102,14 +102,29 @@ def many(long_documents: Dataset) -> list[tuple[int, Example]]:
     ]
 
 
-def test_label_0_is_the_true_continuation(many: list[tuple[int, Example]]) -> None:
+def consecutive(sentences: list[int]) -> bool:
+    found = list(dict.fromkeys(sentences))
+    return found == list(range(found[0], found[-1] + 1))
+
+
+def test_label_0_is_further_on_in_the_same_document(many: list[tuple[int, Example]]) -> None:
     for index, example in many:
         if example[2] == 0:
             first, second = halves(example)
             assert {token // 100 for token in first + second} == {index}
-            sentences = list(dict.fromkeys(first + second))
-            assert sentences == list(range(sentences[0], sentences[-1] + 1))
-            assert second[0] == first[-1] + 1
+            assert first[-1] < second[0]
+            assert consecutive(first) and consecutive(second)
+
+
+def test_label_0_is_the_very_next_sentence_where_nothing_is_cut() -> None:
+    documents, num_checked = numbered([1] * 60, [1] * 60), 0  # sentences of one token fit exactly
+    for seed in range(10):
+        for example in pairs(documents, 0, seed=seed):
+            if example[2] == 0:
+                first, second = halves(example)
+                assert second[0] == first[-1] + 1 and consecutive(first + second)
+                num_checked += 1
+    assert num_checked > 10
 
 
 def test_label_1_is_from_another_document(many: list[tuple[int, Example]]) -> None:
@@ -197,7 +212,7 @@ def test_prepare_does_not_depend_on_the_number_of_cores(
 
 def test_a_trained_tokenizer_does_not_depend_on_chance() -> None:
     documents = Dataset.from_dict({"text": texts(40)})
-    wanted = TokenizerTraining(vocabulary=90)
+    wanted = TokenizerTraining(vocabulary=100)
     first = corpus_module._vocabulary(wanted, documents)
     assert all(corpus_module._vocabulary(wanted, documents) == first for _ in range(3))
     assert list(dict(sorted(first.items(), key=lambda item: item[1])))[:5] == corpus_module.SPECIAL

@@ -33,6 +33,7 @@ from opfa.distill import soft_loss
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.engine import choose_accelerator
 from opfa.inspection import stated_report
 from opfa.models import decay_groups, load_tokenizer
 from opfa.order import Order, Place
@@ -72,7 +73,7 @@ class Trainer:
         """Load everything and check that it fits together, before any work is done."""
         self.recipe = recipe
         task, training, init = recipe.task, recipe.training, recipe.model.init
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
         config = tasks.load_config(init)
         self.training, self.validation = tasks.load(task, self.tokenizer, config)
@@ -295,7 +296,7 @@ def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
     ranges = Path(name) / quant.FILE
     if ranges.is_file():
         quant.load(model, ranges)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_accelerator())
     metrics = evaluate(model.to(device), recipe.task, split, batch=64, device=device)
     return {
         "task": recipe.name,

@@ -180,5 +180,6 @@ def validation_batches(
 
 
 def _collate(prepared: Prepared, has_pairs: bool) -> Callable[[list[dict[str, Any]]], Batch]:
-    most = prepared.summary["corpus"]["sequence_tokens"]
-    return partial(collate, pad_id=prepared.tokenizer.pad_token_id, has_pairs=has_pairs, most=most)
+    pad_id, most = prepared.tokenizer.pad_token_id, prepared.summary["corpus"]["sequence_tokens"]
+    assert isinstance(pad_id, int), "the tokenizer has no padding token"
+    return partial(collate, pad_id=pad_id, has_pairs=has_pairs, most=most)
