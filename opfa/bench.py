@@ -35,11 +35,12 @@ def bench_masks() -> dict[str, Any]:
         pattern = Pattern(scope=scope)
         gc.collect()
         before = _peak_bytes()
-        seconds = []
+        seconds, masks = [], {}
         for _ in range(REPEATS):
             start = time.perf_counter()
             masks = pattern.masks(weights, SPARSITY)
             seconds.append(time.perf_counter() - start)
+        extra = _peak_bytes() - before
         zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
         if scope == "global":
             is_exact = sum(zeros.values()) == num_zeros(SPARSITY, size)
@@ -49,11 +50,10 @@ def bench_masks() -> dict[str, Any]:
             {
                 "scope": scope,
                 "seconds": statistics.median(seconds),
-                "extra_bytes": _peak_bytes() - before,
+                "extra_bytes": extra,
                 "is_exact": is_exact,
             }
         )
-        del masks
     return {
         "weights": size,
         "sparsity": SPARSITY,

@@ -110,16 +110,15 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name when the block ends well and is removed when it
-    doesn't.
+    """A directory to fill, which takes its name when the block ends well, in the place of an older
+    one, and is removed when it doesn't.
     """
-    if final.exists():
-        raise RunError(f"{final}: exists already")
     aside = final.with_name(f".{final.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     with _complete_or_removed(aside):
         yield aside
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was stopped before it was done
         os.replace(aside, final)
 
 
@@ -157,6 +156,9 @@ def write_finished(
     with new_directory(directory) as aside:
         write_more(aside)  # before the layers are plain again
         report = fuse(model)
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ModelError(f"{name}: holds a non-finite value; this model is not saved")
         write_model(model, tokenizer, aside)
         write_json(aside / "sparsity.json", report)
         verify(aside, report)

@@ -183,13 +183,11 @@ def run(arguments: list[str]) -> int:
     except OpfaError as error:
         return _refuse(str(error))
     except typer.TyperException as error:
-        error.show()
-        return 2
+        return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
     except OSError as error:
         if error.errno in FULL:
-            return _refuse(
-                f"no space left to write {error.filename or 'the output'}; nothing half-written is kept"
-            )
+            what = error.filename or "the output"
+            return _refuse(f"no space left to write {what}; nothing half-written is kept")
         raise
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
         return _refuse("interrupted; a run continues with --resume", status)

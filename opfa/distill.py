@@ -1,7 +1,9 @@
 """Distillation: a frozen teacher's soft targets, and losses that never hold tokens x vocabulary for
 a whole batch.
 
-    loss = hard * CE(labels) + soft * T^2 * KL(teacher || student)        Hinton et al. (2015); Prune Once for All, eq. 1
+    loss = hard * CE(labels) + soft * T^2 * KL(teacher || student)
+
+after Hinton et al. (2015) and Prune Once for All, section 3.
 
 The vocabulary projection, student's and teacher's, runs over chunks of tokens; each chunk's logits
 are recomputed in the backward pass, so only one chunk's exist at any time. All sums are divided by

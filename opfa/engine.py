@@ -106,13 +106,10 @@ class Engine:
         if bf16 and zero_stage >= 2:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module = model  # its parameters may become 16-bit or shards
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine: Any = engine  # Any: DeepSpeed is not typed
         self._sharded = zero_stage > 0
-
-    @property
-    def module(self) -> nn.Module:
-        """The model; its parameters may be 16-bit or shards."""
-        return self._engine.module
 
     def __call__(self, *inputs: Any) -> Any:  # Any: whatever the model takes and gives
         """One forward pass."""
@@ -137,7 +134,7 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)  # stage 0 in fp32 doesn't tell
 
-    def read_fp32(self, parameter: nn.Parameter) -> Tensor:
+    def read_fp32(self, parameter: Tensor) -> Tensor:
         """The full fp32 value of a parameter. Collective. Never falls back to 16-bit values."""
         if not self._sharded:
             return parameter.detach().float()

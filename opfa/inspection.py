@@ -37,9 +37,9 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
         return report(masks_of(model) or zero_masks(model))
     directory = _directory(str(model))
     files = _weight_files(directory)
-    masks, dense = _masks(files)
-    result = report(masks)
     stated = stated_report(directory)
+    masks, dense = _masks(files, set(stated["tensors"]) if stated else set())
+    result = report(masks)
     agreement = None if stated is None else stated["fingerprint"] == result["fingerprint"]
     return {
         **result,
@@ -91,7 +91,8 @@ def _weight_files(directory: Path) -> list[Path]:
     raise ModelError(f"{directory}: has no weights ({' or '.join(WEIGHT_FILES)})")
 
 
-def _masks(files: list[Path]) -> tuple[Masks, dict[str, int]]:
+def _masks(files: list[Path], stated: set[str]) -> tuple[Masks, dict[str, int]]:
+    """Masks of the pruned tensors, the stated ones in any case, and the sizes of the others."""
     masks: Masks = {}
     dense: dict[str, int] = {}
     for file in files:
@@ -99,7 +100,7 @@ def _masks(files: list[Path]) -> tuple[Masks, dict[str, int]]:
             if tensor.ndim != 2 or not name.endswith("weight") or EMBEDDING.search(name):
                 continue
             mask = nonzero_masks({name: tensor})[name]
-            if mask.all() or not mask.any():
+            if name not in stated and (mask.all() or not mask.any()):
                 dense[name] = tensor.numel()
             else:
                 masks[name] = mask

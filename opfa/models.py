@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForPreTraining,
-    BertTokenizerFast,
+    BertTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -108,7 +108,7 @@ def wordpiece_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """BERT's tokenizer over a trained vocabulary."""
     with quiet_transformers():
-        return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase, model_max_length=tokens)
+        return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=tokens)
 
 
 def load_pretraining_model(
@@ -170,8 +170,8 @@ def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, toke
     """
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} entries and the model's embedding only {config.vocab_size}; "
-            "they don't belong together"
+            f"the tokenizer has {len(tokenizer)} entries and the model's embedding only "
+            f"{config.vocab_size}; they don't belong together"
         )
     positions = config.max_position_embeddings
     if config.model_type == "roberta":  # its positions are counted from pad_token_id + 1
@@ -186,17 +186,14 @@ def pretraining_features(
     """Run the backbone and the head's transform, but not the vocabulary projection."""
     outputs = model.base_model(**inputs, output_hidden_states=hidden_states)
     last = outputs.last_hidden_state
-    nsp = model.cls.seq_relationship(outputs.pooler_output) if has_nsp(model) else None
+    nsp = None
+    if isinstance(model, BertForPreTraining):
+        nsp = model.cls.seq_relationship(outputs.pooler_output)
     return Features(
         mlm=FAMILIES[model.config.model_type].transform(model, last),
         nsp_logits=nsp,
         hidden_states=outputs.hidden_states if hidden_states else (),
     )
-
-
-def has_nsp(model: PreTrainedModel) -> bool:
-    """Whether this model has a next-sentence head."""
-    return isinstance(model, BertForPreTraining)
 
 
 def projection(model: PreTrainedModel) -> nn.Module:

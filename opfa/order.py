@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 Place = tuple[int, int]  # epoch, example
+ORDER, MASKING, HELD_OUT, PAIRS = 1, 2, 3, 4  # what a random stream is for: no two share one
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
@@ -51,7 +52,7 @@ class Order:
 
 @lru_cache(maxsize=2)  # the current epoch and the one that a batch may reach into
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return generator(seed, 2, epoch).permutation(size)
+    return generator(seed, ORDER, epoch).permutation(size)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class MicroBatches:
     steps: range
 
     def __iter__(self) -> Iterator[list[Place]]:
+        """This rank's micro-batches, step by step."""
         for step in self.steps:
             yield from self.order.step(step)
 
     def __len__(self) -> int:
+        """How many micro-batches there are."""
         return len(self.steps) * self.order.accumulation

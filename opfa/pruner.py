@@ -32,10 +32,13 @@ class Pruner:
     def after_step(
         self,
         step: int,
-        read_fp32: Callable[[nn.Parameter], Tensor],
+        read_fp32: Callable[[Tensor], Tensor],
         compare: Callable[[str], list[str]] = lambda digest: [digest],
     ) -> bool:
-        """Update the masks if the schedule says so after `step` steps; whether it did. Collective."""
+        """Update the masks if the schedule says so after `step` steps; whether it did.
+
+        Collective. Raises `RunError` on every rank when the ranks computed different masks.
+        """
         if not self.schedule.is_update(step):
             return False
         weights = {f"{name}.weight": read_fp32(layer.weight) for name, layer in self.layers.items()}

@@ -1,8 +1,8 @@
 """8-bit quantization-aware training on masked layers (Zafrir et al., 2019, Q8BERT; Jacob et al.,
 2018).
 
-    weights      symmetric per output channel:  q = clamp(round(w / s), -127, 127),  s = max|w| / 127
-    activations  affine per tensor:             q = clamp(round(x / s) + z, 0, 255)
+    weights, symmetric per output channel:  q = clamp(round(w / s), -127, 127), s = max|w| / 127
+    activations, affine per tensor:         q = clamp(round(x / s) + z, 0, 255)
 
 Forward passes compute with the rounded values, gradients pass straight through. Zero maps to zero:
 symmetric weights have no offset, and an activation's range always includes it. The ranges of

@@ -27,13 +27,13 @@ from opfa.order import generator
 from opfa.quant import FILE as QUANTIZATION
 from opfa.recipe import RunError
 from opfa.records import read_records
-from opfa.run import write_json
+from opfa.run import write_json, write_text
 from opfa.upstream.corpus import prepare
 from opfa.upstream.pretrain import pretrain
 from opfa.upstream.recipe import PretrainRecipe
 
 PASSAGE_WORDS = 48
-NUM_LABELLED = 1_000  # passages to fine-tune on: labels are scarce, text is not
+NUM_LABELLED = 2_000  # passages to fine-tune on: labels are scarcer than text
 VARIANTS = {  # row of the table: (recipe, model to start from)
     "dense": ("finetune-dense", "teacher"),
     "90 % one-shot": ("finetune-one-shot", "teacher"),
@@ -73,6 +73,7 @@ def quickstart(output: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 1),
     }
     write_json(output / "quickstart.json", summary)
+    write_text(output / "table.md", markdown(summary))
     report.accuracy_picture(rows, output / "accuracy.png")
     Console().print(_table(summary, output))
     return summary
@@ -162,7 +163,8 @@ def _table(summary: dict[str, Any], output: Path) -> Table:
     held = "the same" if summary["zeros_held"] else "NOT the same"
     table = Table(
         title="Which author wrote this passage? (held-out chapters)",
-        caption=f"Encoder matrices only; bytes = values + one bit a weight. Zeros after fine-tuning: {held} as upstream.\n"
+        caption="Encoder matrices only; bytes = values + one bit a weight. "
+        f"Zeros after fine-tuning: {held} as upstream.\n"
         f"{summary['seconds']:.0f} s in all. Runs, recipes and pictures: {output}",
     )
     table.add_column("model")
@@ -174,6 +176,20 @@ def _table(summary: dict[str, Any], output: Path) -> Table:
             cells += [f"{row['sparsity']:.4f}", f"{row['nonzero']:,}", f"{row['bytes']:,}"]
         table.add_row(*cells)
     return table
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table for a README."""
+    lines = [
+        "| model | accuracy | sparsity | non-zero weights | bytes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in summary["rows"]:
+        cells = [row["model"], f"{row['accuracy']:.3f}", "", "", ""]
+        if "bytes" in row:
+            cells[2:] = [f"{row['sparsity']:.4f}", f"{row['nonzero']:,}", f"{row['bytes']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 @contextmanager

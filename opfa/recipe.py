@@ -69,7 +69,7 @@ class Recipe(Section):
         """Make a recipe from plain values."""
         try:
             # JSON mode: strict about types, but lists may fill tuples and strings may fill enums.
-            return cls.model_validate_json(json.dumps(values, default=str))
+            return cls.model_validate_json(json.dumps(values, default=_not_a_value))
         except ValidationError as error:
             problems = [_explain(cls, dict(e)) for e in error.errors()]
             raise RecipeError(f"{where}:\n  " + "\n  ".join(dict.fromkeys(problems))) from None
@@ -86,6 +86,10 @@ class Recipe(Section):
 
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
+
+
+def _not_a_value(value: object) -> object:
+    raise RecipeError(f"{value!r}: a {type(value).__name__} has no place in a recipe; write a text")
 
 
 def _override(values: dict[str, Any], override: str) -> None:

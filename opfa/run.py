@@ -48,24 +48,15 @@ class Run:
     """
 
     def __init__(
-        self, directory: Path, recipe: Recipe, *, steps: int, resume: bool, is_writer: bool = True
+        self, directory: Path, recipe: Recipe, *, steps: int, is_writer: bool = True
     ) -> None:
-        """Make a new run directory, or reopen one.
-
-        Refuses a directory that holds something else.
-        """
+        """Make a run directory, or reopen one that `check_output` let pass."""
         self.directory = directory
         self.recipe = recipe
         self.is_writer = is_writer
         self._steps = steps
         self._wandb: Any = None  # wandb's Run, if any
         self._progress: Progress | None = None
-        if resume:
-            _check_same_recipe(directory, recipe)
-        elif directory.exists() and any(directory.iterdir()):
-            raise RunError(
-                f"{directory}: holds another run or other files; give a new directory, or --resume"
-            )
         if is_writer:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_text(directory / "recipe.toml", recipe.to_toml())
@@ -76,6 +67,7 @@ class Run:
         return (self.directory / "done.json").exists()
 
     def __enter__(self) -> Self:
+        """Start the progress bar, on a terminal."""
         if self.is_writer and Console(stderr=True).is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -91,6 +83,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close what is open."""
         if self._progress is not None:
             self._progress.stop()
         if self._wandb is not None:
@@ -166,7 +159,19 @@ def _short(value: Any) -> str:  # Any: a number or a text
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _check_same_recipe(directory: Path, recipe: Recipe) -> None:
+def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a directory that holds something else, and a resume of nothing or of another recipe.
+
+    Only the first process of a launch looks, since it alone makes the directory.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    if not resume:
+        if directory.exists() and (directory.is_file() or any(directory.iterdir())):
+            raise RunError(
+                f"{directory}: holds another run or other files; give a new directory, or --resume"
+            )
+        return
     path = directory / "recipe.toml"
     if not path.exists():
         raise RunError(f"{directory}: there is no run to resume here")

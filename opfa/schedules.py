@@ -37,8 +37,8 @@ class Gradual(Section):
             raise ValueError(f"end = {self.end}: the ramp must not end before start = {self.start}")
         if self.last_update < self.end:
             raise ValueError(
-                f"hold_until = {self.hold_until}: the last mask update must not come before the end "
-                f"of the ramp (end = {self.end}), or the target would not be reached"
+                f"hold_until = {self.hold_until}: the last mask update must not come before the "
+                f"end of the ramp (end = {self.end}), or the target would not be reached"
             )
         if self.target < self.initial:
             raise ValueError(f"target = {self.target}: must not be below initial = {self.initial}")

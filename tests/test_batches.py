@@ -163,7 +163,7 @@ def test_labels_are_the_tokens_that_were_there(opened: Prepared) -> None:
 def test_validation_is_always_masked_in_the_same_way(opened: Prepared) -> None:
     def batches() -> list[list[Batch]]:
         mask = masker(opened.tokenizer, Masking(), seed=1)
-        return [list(validation_batches(opened, mask, batch=4, num_batches=2, has_pairs=True))]
+        return [list(validation_batches(opened, mask, batch=4, num_examples=8, has_pairs=True))]
 
     assert_equal(flat(batches()), flat(batches()))
     assert [len(batch.labels) for batch in batches()[0]] == [4, 4]
@@ -171,7 +171,7 @@ def test_validation_is_always_masked_in_the_same_way(opened: Prepared) -> None:
 
 def test_validation_stops_at_the_end_of_the_data(opened: Prepared) -> None:
     mask, size = masker(opened.tokenizer, Masking(), seed=1), len(opened.validation)
-    found = validation_batches(opened, mask, batch=5, num_batches=99, has_pairs=False)
+    found = validation_batches(opened, mask, batch=5, num_examples=999, has_pairs=False)
     lengths = [len(batch.labels) for batch in found]
     assert sum(lengths) == size and set(lengths[:-1]) <= {5}
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opfa.order import generator
 from opfa.recipe import DataError, RunError
 from opfa.upstream import corpus as corpus_module
-from opfa.upstream.corpus import Example, packed, prepare, segment_pairs
+from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import Corpus, TokenizerTraining
+from opfa.upstream.segments import Example, packed, segment_pairs
 
 CLS, SEP = 1001, 1002
 SENTENCES = "The cat number {i} sees it. Does it run? It runs {i} times! And it ends."

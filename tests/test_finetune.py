@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import finetune_recipe, pretrain_recipe
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 import opfa
-from conftest import finetune_recipe, pretrain_recipe
 from opfa import quant
 from opfa.checkpoint import model_digest
 from opfa.downstream import finetune as module
@@ -132,7 +132,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
     finetune(recipe, tmp_path / "unbroken")
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     prune = module.Trainer.prune
@@ -140,11 +140,11 @@ def test_a_resumed_run_equals_an_unbroken_one(
     def stopping(self: module.Trainer, step: int) -> None:
         prune(self, step)
         if step == 6:
-            raise Stopped
+            raise StoppedError
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             finetune(recipe, tmp_path / "broken")
     resumed: list[int] = []
     monkeypatch.setattr(module.Run, "forget_after", lambda self, step: resumed.append(step))
@@ -237,7 +237,7 @@ def test_transformers_trainer_keeps_every_zero_of_a_locked_model(
     locked = opfa.lock(model)
     assert locked["total"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
     rows = [json.loads(line) for line in (examples / "train.jsonl").read_text().splitlines()]
-    data = [{**tokenizer(r["text"]), "labels": int(r["label"] == "cat")} for r in rows]
+    data: Any = [{**tokenizer(r["text"]), "labels": int(r["label"] == "cat")} for r in rows]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         num_train_epochs=2,

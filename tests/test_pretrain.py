@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import pretrain_recipe
 from torch.nn import functional
 from transformers import BertForPreTraining, BertModel
 
-from conftest import pretrain_recipe
 from opfa import checkpoint
 from opfa.inspection import inspect
 from opfa.models import new_pretraining_model
@@ -183,7 +183,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     recipe = student_recipe(prepared, teacher, training={"precision": precision})
     pretrain(recipe, tmp_path / "unbroken")
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     prune = module.Trainer.prune
@@ -191,11 +191,11 @@ def test_a_resumed_run_equals_an_unbroken_one(
     def stopping(self: module.Trainer, step: int) -> None:
         prune(self, step)
         if step == 5:
-            raise Stopped
+            raise StoppedError
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             pretrain(recipe, tmp_path / "broken")
     assert not (tmp_path / "broken/model").exists()
     pretrain(recipe, tmp_path / "broken", resume=True)
@@ -220,6 +220,19 @@ def test_resume_passes_over_a_damaged_point(
     pretrain(recipe, tmp_path / "run", resume=True)
     assert "step-00000006: passed over, masks.safetensors is damaged" in caplog.text
     assert checkpoint.model_digest(tmp_path / "run/model") == whole
+
+
+def test_a_run_stopped_between_its_model_and_its_mark_is_finished_by_a_resume(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    recipe = student_recipe(prepared, teacher)
+    pretrain(recipe, tmp_path / "run")
+    whole = checkpoint.model_digest(tmp_path / "run/model")
+    (tmp_path / "run/done.json").unlink()
+    (tmp_path / "run/model/model.safetensors").write_bytes(b"from before")
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert checkpoint.model_digest(tmp_path / "run/model") == whole
+    assert (tmp_path / "run/done.json").exists()
 
 
 def test_resume_points_hold_the_masks_in_force(student: Path) -> None:

@@ -38,8 +38,8 @@ from opfa.inspection import stated_report
 from opfa.models import decay_groups, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
-from opfa.recipe import ModelError, RunError
-from opfa.run import Run, write_json
+from opfa.recipe import ModelError, RecipeError, RunError
+from opfa.run import Run, check_output, write_json
 from opfa.schedules import LearningRate
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import lock, mask_layers, masks_of, set_masks
@@ -51,8 +51,9 @@ log = logging.getLogger(__name__)
 
 def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict[str, Any]:
     """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
+    check_output(output, recipe, resume)
     trainer = Trainer(recipe)
-    with Run(output, recipe, steps=trainer.schedule.steps, resume=resume) as run:
+    with Run(output, recipe, steps=trainer.schedule.steps) as run:
         if run.is_done:
             log.info("%s: is finished already", output)
             return json.loads((output / "results.json").read_text())
@@ -83,7 +84,7 @@ class Trainer:
             hold_zeros(self.student, init)
         self.pruner = self._pruner()
         self.quantized = self._quantized()
-        self.student.to(self.device)
+        nn.Module.to(self.student, self.device)
         self.teacher = self._load_teacher()
         self.order = Order(
             seed=recipe.seed,
@@ -93,8 +94,13 @@ class Trainer:
             rank=0,
             world_size=1,
         )
-        self.steps_per_epoch = max(1, round(self.order.num_examples / training.batch))
+        self.steps_per_epoch = math.ceil(self.order.num_examples / training.batch)
         steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
+        if recipe.pruning is not None and recipe.pruning.schedule.last_update > steps:
+            raise RecipeError(
+                f"pruning.schedule: the last mask update, {recipe.pruning.schedule.last_update}, "
+                f"must not come after the end of training (step {steps})"
+            )
         self.schedule = LearningRate(
             peak=training.learning_rate, warmup_steps=int(training.warmup * steps), steps=steps
         )
@@ -121,12 +127,14 @@ class Trainer:
         teacher = tasks.load_model(
             self.recipe.task, settings.teacher, self.training.classes, is_trained=True
         )
-        if teacher.config.vocab_size != self.student.config.vocab_size:
+        ours, theirs = self.student.config.vocab_size, teacher.config.vocab_size
+        if ours != theirs:
             raise ModelError(
-                f"distillation.teacher = {settings.teacher!r}: its vocabulary has "
-                f"{teacher.config.vocab_size} entries, the student's {self.student.config.vocab_size}"
+                f"distillation.teacher = {settings.teacher!r}: its vocabulary has {theirs} "
+                f"entries, the student's {ours}"
             )
-        return teacher.to(self.device).eval().requires_grad_(False)
+        nn.Module.to(teacher, self.device)
+        return teacher.eval().requires_grad_(False)
 
     def train(self, run: Run, start: int) -> None:
         """The steps from `start` to the end."""
@@ -282,7 +290,8 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     lock(model, names=[prefix + name.removeprefix(prefix) for name in stated["tensors"]])
     if fingerprint(masks_of(model)) != stated["fingerprint"]:
         raise ModelError(
-            f"{init}: its zeros are not where its sparsity.json says; was it changed after it was written?"
+            f"{init}: its zeros are not where its sparsity.json says; "
+            "was it changed after it was written?"
         )
 
 
@@ -297,7 +306,8 @@ def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
     if ranges.is_file():
         quant.load(model, ranges)
     device = torch.device(choose_accelerator())
-    metrics = evaluate(model.to(device), recipe.task, split, batch=64, device=device)
+    nn.Module.to(model, device)
+    metrics = evaluate(model, recipe.task, split, batch=64, device=device)
     return {
         "task": recipe.name,
         "metrics": metrics,

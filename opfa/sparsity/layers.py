@@ -56,18 +56,19 @@ class MaskedLinear(nn.Linear):
     def unmask(self) -> None:
         """Become a plain `nn.Linear`, in place; the weight stays as it is."""
         del self.mask
-        self.__class__ = nn.Linear
+        object.__setattr__(self, "__class__", nn.Linear)
 
 
 def mask_layers(model: nn.Module, names: Iterable[str]) -> dict[str, MaskedLinear]:
     """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now."""
-    layers = {name: model.get_submodule(name) for name in names}
-    for name, layer in layers.items():
+    layers = []
+    for name in names:
+        layer = model.get_submodule(name)
         if type(layer) is not nn.Linear:
-            raise ModelError(
-                f"{name}: is a {type(layer).__name__}; only a plain nn.Linear can be masked"
-            )
-    for layer in layers.values():
+            kind = type(layer).__name__
+            raise ModelError(f"{name}: is a {kind}; only a plain nn.Linear can be masked")
+        layers.append(layer)
+    for layer in layers:
         layer.__class__ = MaskedLinear  # keeps parameters, hooks and whoever holds the module
         layer.register_buffer(
             "mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False

@@ -16,7 +16,7 @@ from opfa.recipe import RecipeError, Section
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
     from torch import Tensor, nn
 
-# The path of a linear layer that belongs to a numbered encoder layer, in every family that opfa knows:
+# The path of a linear layer that belongs to a numbered encoder layer, in every family known:
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
 
@@ -55,7 +55,8 @@ class Pattern(Section):
         names = set().union(*included) - set().union(*excluded)
         if not names:
             raise RecipeError(
-                f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}: no linear layer is left to prune"
+                f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}: "
+                "no linear layer is left to prune"
             )
         return {name: layer for name, layer in linear.items() if name in names}
 

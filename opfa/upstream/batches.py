@@ -67,8 +67,8 @@ class Prepared:
             summary = json.loads((directory / "corpus.json").read_text())
         except (OSError, ValueError) as error:
             raise DataError(
-                f"data = {str(directory)!r}: not a directory of `opfa prepare` ({error.__class__.__name__}); "
-                "make one with: opfa prepare RECIPE --output DIR"
+                f"data = {str(directory)!r}: not a directory of `opfa prepare` "
+                f"({error.__class__.__name__}); make one with: opfa prepare RECIPE --output DIR"
             ) from error
         found = summary["format"] if isinstance(summary, dict) and "format" in summary else None
         if found != FORMAT:
@@ -77,25 +77,31 @@ class Prepared:
         for key, value in corpus.model_dump(mode="json", exclude=PATHS).items():
             if made_with[key] != value:
                 raise RecipeError(
-                    f"corpus.{key} = {value!r}: but {directory} was prepared with {made_with[key]!r}"
+                    f"corpus.{key} = {value!r}: but {directory} was prepared with "
+                    f"{made_with[key]!r}"
                 )
         tokenizer = load_tokenizer(str(directory / "tokenizer"))
         if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
-            raise DataError(
-                f"{directory}/tokenizer: its vocabulary is not the one that the examples were made with"
-            )
-        parts = [
-            load_from_disk(str(directory / name)).with_format("numpy")
-            for name in ("train", "validation")
-        ]
-        return cls(train=parts[0], validation=parts[1], tokenizer=tokenizer, summary=summary)
+            raise DataError(f"{directory}/tokenizer: its vocabulary is not that of the examples")
+        return cls(
+            train=_split(directory / "train"),
+            validation=_split(directory / "validation"),
+            tokenizer=tokenizer,
+            summary=summary,
+        )
+
+
+def _split(directory: Path) -> Dataset:
+    split = load_from_disk(str(directory)).with_format("numpy")
+    assert isinstance(split, Dataset)
+    return split
 
 
 def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> Masker:
     """The masking that a recipe asks for, over this tokenizer's vocabulary."""
     vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     assert isinstance(vocabulary, list)
-    if tokenizer.mask_token_id is None:
+    if not isinstance(tokenizer.mask_token_id, int):
         raise DataError("the tokenizer has no mask token, and masked language modelling needs one")
     marks_starts = any(token.startswith(("Ġ", "▁")) for token in vocabulary)
     continues = [
@@ -168,11 +174,11 @@ def training_steps(
 
 
 def validation_batches(
-    prepared: Prepared, mask: Masker, *, batch: int, num_batches: int, has_pairs: bool
+    prepared: Prepared, mask: Masker, *, batch: int, num_examples: int, has_pairs: bool
 ) -> Iterator[Batch]:
     """The first held-out examples, always masked in the same way."""
     examples = MaskedExamples(prepared.validation, mask)
-    size = min(len(prepared.validation), batch * num_batches)
+    size = min(len(prepared.validation), num_examples)
     pad = _collate(prepared, has_pairs)
     for start in range(0, size, batch):
         rows = [examples[0, index] for index in range(start, min(start + batch, size))]

@@ -1,10 +1,6 @@
 """Documents to pre-training examples: read, tokenize once, cut, and write memory-mapped Arrow
 shards with a digest.
 
-    "mlm+nsp": BERT's segment pairs (Devlin et al., 2019, appendix A.2): sentences A and B of up to the sequence length, where B is
-               in half of the cases the true continuation (label 0) and otherwise from another document (label 1).
-    "mlm":     token streams of whole documents, parted by [SEP], cut into full sequences.
-
 Every example is a pure function of (corpus, seed, document), so the number of processes changes
 nothing. Masking is not done here but anew in every epoch. The directory appears under its name only
 when it is complete.
@@ -16,35 +12,37 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
-from opfa.order import generator
+from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, RunError
 from opfa.records import expand, read_records
 from opfa.upstream.recipe import Corpus, TokenizerTraining
+from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
 
 FORMAT = "opfa-corpus/1"
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
-EXAMPLE = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "second_segment": Value(
-            "int32"
-        ),  # index of the first token of segment B; the length if there is none
-        "next_sentence_label": Value("int8"),
-    }
-)
 log = logging.getLogger(__name__)
 
 
@@ -56,11 +54,16 @@ def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
         raise RunError(f"{output}: exists already; give a new directory")
     work = output.with_name(f"{output.name}.incomplete-{os.getpid()}")
     work.mkdir(parents=True)
+    had_bars = not are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         summary = _prepare(corpus, work)
         os.replace(work, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if had_bars:
+            enable_progress_bars()
     return summary
 
 
@@ -90,7 +93,8 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     for name, part in parts.items():
         if len(part) < 2:
             raise DataError(
-                f"{len(documents)} documents leave only {len(part)} for {name}; at least 2 are needed"
+                f"{len(documents)} documents leave only {len(part)} for {name}; "
+                "at least 2 are needed"
             )
         examples = _examples(part, tokenizer, corpus)
         if len(examples) == 0:
@@ -174,7 +178,7 @@ def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]
     for num_tokens in (1, wanted.vocabulary):
         trainer = BertWordPieceTokenizer(lowercase=wanted.lowercase, strip_accents=wanted.lowercase)
         trainer.train_from_iterator(
-            (batch["text"] for batch in documents.iter(1000)),
+            (documents[i : i + 1000]["text"] for i in range(0, len(documents), 1000)),
             vocab_size=num_tokens,
             min_frequency=wanted.min_frequency,
             show_progress=False,
@@ -190,9 +194,8 @@ def _tokenize(
     texts = [_sentences(text) if by_sentence else [text] for text in batch["text"]]
     flat = [sentence for sentences in texts for sentence in sentences]
     with quiet_transformers():  # a document is longer than a model's positions, and that is fine
-        ids = iter(
-            tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        )
+        encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False)
+    ids = iter(encoded["input_ids"])
     segments = [[s for s in (next(ids) for _ in sentences) if s] for sentences in texts]
     for text, document in zip(batch["text"], segments, strict=True):
         if not document:
@@ -206,7 +209,7 @@ def _sentences(text: str) -> list[str]:
 
 def _held_out(size: int, corpus: Corpus) -> np.ndarray:
     num_held_out = max(2, round(corpus.validation * size))
-    chosen = generator(corpus.seed, 0).permutation(size)[:num_held_out]
+    chosen = generator(corpus.seed, HELD_OUT).permutation(size)[:num_held_out]
     return np.isin(np.arange(size), chosen)
 
 
@@ -243,81 +246,6 @@ def _cut_group(
         for member in members:
             examples += segment_pairs(documents, member, corpus, special)
     return {name: [example[i] for example in examples] for i, name in enumerate(EXAMPLE)}
-
-
-Example = tuple[list[int], int, int]  # the columns of EXAMPLE
-
-
-def packed(
-    documents: list[list[list[int]]], tokens: int, special: tuple[int, int]
-) -> list[Example]:
-    """Full sequences from a stream of documents with [SEP] between them; only the last one may be
-    shorter.
-    """
-    cls, sep = special
-    stream: list[int] = []
-    for document in documents:
-        stream += [*(token for segment in document for token in segment), sep]
-    width = tokens - 2
-    pieces = [stream[start : start + width] for start in range(0, len(stream) - 1, width)]
-    examples = [[cls, *piece, sep] for piece in pieces]
-    return [(ids, len(ids), -100) for ids in examples]
-
-
-def segment_pairs(
-    documents: Dataset, index: int, corpus: Corpus, special: tuple[int, int]
-) -> list[Example]:
-    """The segment pairs of one document, each [CLS] A [SEP] B [SEP] with at most `sequence_tokens`
-    tokens.
-    """
-    random = generator(corpus.seed, 1, index)
-    segments = documents[index]["segments"]
-    examples: list[Example] = []
-    position = 0
-    while position < len(segments):
-        room = corpus.sequence_tokens - 3
-        if random.random() < corpus.short_sequences:
-            room = int(random.integers(2, room + 1))
-        chunk = _take(segments, position, room)
-        num_first = int(random.integers(1, len(chunk))) if len(chunk) > 1 else 1
-        first = [token for segment in chunk[:num_first] for token in segment]
-        is_random = len(chunk) == 1 or random.random() < 0.5
-        if is_random:
-            second = _elsewhere(documents, index, max(1, room - len(first)), random)
-            position += num_first  # what was not used comes again
-        else:
-            second = [token for segment in chunk[num_first:] for token in segment]
-            position += len(chunk)
-        _shorten(first, second, room, random)
-        cls, sep = special
-        examples.append(([cls, *first, sep, *second, sep], len(first) + 2, int(is_random)))
-    return examples
-
-
-def _take(segments: list[list[int]], start: int, num_tokens: int) -> list[list[int]]:
-    chunk, length = [], 0
-    for segment in segments[start:]:
-        chunk.append(segment)
-        length += len(segment)
-        if length >= num_tokens:
-            break
-    return chunk
-
-
-def _elsewhere(
-    documents: Dataset, index: int, num_tokens: int, random: np.random.Generator
-) -> list[int]:
-    other = int(random.integers(len(documents) - 1))
-    segments = documents[other + (other >= index)]["segments"]
-    start = int(random.integers(len(segments)))
-    return [token for segment in _take(segments, start, num_tokens) for token in segment]
-
-
-def _shorten(first: list[int], second: list[int], room: int, random: np.random.Generator) -> None:
-    """Drop tokens of the longer segment, at its front or back, until both fit (BERT's truncation)."""
-    while len(first) + len(second) > room:
-        longer = first if len(first) > len(second) else second
-        longer.pop(0 if random.random() < 0.5 else -1)
 
 
 def _measure(examples: Dataset) -> dict[str, Any]:

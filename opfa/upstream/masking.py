@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opfa.order import generator
+from opfa.order import MASKING, generator
 
 IGNORED = -100  # the label of a token that is not predicted, torch's default
 
@@ -34,7 +34,7 @@ class Masker:
         """Masked copies of token ids [T]: (input ids, labels), labels `IGNORED` where nothing is
         predicted.
         """
-        random = generator(self.seed, epoch, example)
+        random = generator(self.seed, MASKING, epoch, example)
         chosen = self._choose(ids, random)
         fate = random.random(len(chosen))
         inputs, labels = ids.copy(), np.full(len(ids), IGNORED, dtype=np.int64)

@@ -1,8 +1,10 @@
 """The upstream loss of one micro-batch: masked tokens, next sentence, and the distance to a frozen
 teacher.
 
-    loss = hard * (CE_mlm + CE_nsp) + soft * (KD_mlm + KD_nsp) + hidden * MSE            Prune Once for All, section 3
-    without a teacher: CE_mlm + CE_nsp
+    with a teacher:  hard * (CE_mlm + CE_nsp) + soft * (KD_mlm + KD_nsp) + hidden * MSE
+    without:         CE_mlm + CE_nsp
+
+after Prune Once for All, section 3.
 
 Each term is a sum divided by a count of the whole global batch (predicted tokens, real tokens,
 sequences), so micro-batches and ranks don't change the result. The vocabulary projection runs only
@@ -107,7 +109,8 @@ class Teacher:
             ours, theirs = getattr(student.config, key), getattr(model.config, key)
             if ours != theirs:
                 raise ModelError(
-                    f"distillation.teacher = {settings.teacher!r}: its {key} is {theirs}, the student's {ours}"
+                    f"distillation.teacher = {settings.teacher!r}: its {key} is {theirs}, "
+                    f"the student's {ours}"
                 )
         self.model = model.eval().requires_grad_(False)
         self._wants_hidden = settings.hidden_weight > 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from opfa import engine as distributed
@@ -25,7 +26,7 @@ from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pre
 from opfa.order import Order
 from opfa.pruner import Pruner
 from opfa.recipe import RecipeError, RunError
-from opfa.run import Run
+from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import mask_layers, set_masks
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
@@ -37,14 +38,13 @@ log = logging.getLogger(__name__)
 
 def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None:
     """Run a recipe to its end and write RUN/model. Collective."""
+    check_output(output, recipe, resume)
     device = distributed.start_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     prepared = Prepared.open(Path(recipe.data), recipe.corpus)
     order = _order(recipe, len(prepared.train), rank, world_size)
     trainer = Trainer(recipe, prepared, order, device)
-    with Run(
-        output, recipe, steps=recipe.training.steps, resume=resume, is_writer=rank == 0
-    ) as run:
+    with Run(output, recipe, steps=recipe.training.steps, is_writer=rank == 0) as run:
         if run.is_done:
             log.info("%s: is finished already", output)
             return
@@ -96,7 +96,7 @@ class Trainer:
         model = load_pretraining_model(settings.teacher, self.recipe.corpus.objective)
         teacher = Teacher(model, student, settings)
         dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
-        model.to(device=self.device, dtype=dtype)
+        nn.Module.to(model, device=self.device, dtype=dtype)
         return teacher
 
     def train(self, run: Run, start: int) -> None:
@@ -165,7 +165,7 @@ class Trainer:
             self.prepared,
             self.mask,
             batch=self.order.micro_batch,
-            num_batches=settings.evaluate_batches,
+            num_examples=settings.evaluate_examples,
             has_pairs=self.has_pairs,
         )
         totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
@@ -212,7 +212,8 @@ class Trainer:
         ):
             if facts[key] != here:
                 raise RunError(
-                    f"{point}: was saved with {key} = {facts[key]}; resume with the same (here: {here})"
+                    f"{point}: was saved with {key} = {facts[key]}; resume with the same "
+                    f"(here: {here})"
                 )
         self.engine.load(point)
         if self.pruner is not None:
@@ -264,7 +265,8 @@ class Meter:
             places = distributed.gather_texts(f"{local[0]}")
             ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
             raise RunError(
-                f"step {step + 1}: the loss is not finite on rank {ranks}; nothing was changed by this step"
+                f"step {step + 1}: the loss is not finite on rank {ranks}; "
+                "nothing was changed by this step"
             )
         self._num_tokens += counts.real
         return {"loss": total, "mlm_loss": mlm, "nsp_loss": nsp, "distill_loss": distill}
@@ -288,7 +290,8 @@ def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int
     micro_batch = recipe.launch.micro_batch or batch // world_size
     if micro_batch == 0 or batch % (micro_batch * world_size):
         raise RecipeError(
-            f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = {micro_batch} x {world_size}"
+            f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = "
+            f"{micro_batch} x {world_size}"
         )
     return Order(
         seed=recipe.seed,

@@ -135,7 +135,7 @@ class Logging(Section):
 
     every_steps: int = Field(default=100, ge=1)
     evaluate_steps: int = Field(default=5_000, ge=1)
-    evaluate_batches: int = Field(default=20, ge=1)
+    evaluate_examples: int = Field(default=512, ge=1)
     checkpoint_steps: int = Field(default=1_000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -165,7 +165,8 @@ class PretrainRecipe(Recipe):
             )
         if self.training.warmup_steps >= self.training.steps:
             raise ValueError(
-                f"training.warmup_steps = {self.training.warmup_steps}: must be below steps = {self.training.steps}"
+                f"training.warmup_steps = {self.training.warmup_steps}: "
+                f"must be below steps = {self.training.steps}"
             )
         if self.pruning is not None and self.pruning.schedule.last_update > self.training.steps:
             raise ValueError(
@@ -174,7 +175,8 @@ class PretrainRecipe(Recipe):
             )
         if self.training.precision == "bf16" and self.launch.zero_stage == 0:
             raise ValueError(
-                "launch.zero_stage = 0: not with bf16, where DeepSpeed's fp32 masters can't be read; use 1, 2 or 3"
+                "launch.zero_stage = 0: not with bf16, where DeepSpeed's fp32 masters can't be "
+                "read; use 1, 2 or 3"
             )
         return self
 
