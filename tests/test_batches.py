@@ -234,5 +234,5 @@ def test_a_tokenizer_that_was_exchanged_is_refused(tmp_path: Path, prepared: Pat
     path = tmp_path / "copy" / "corpus.json"
     summary = json.loads(path.read_text())
     path.write_text(json.dumps({**summary, "tokenizer_sha256": "0"}))
-    with pytest.raises(DataError, match="is not the one that the examples were made with"):
+    with pytest.raises(DataError, match="is not the one that the examples had"):
         Prepared.open(tmp_path / "copy", corpus(prepared))

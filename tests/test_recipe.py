@@ -289,3 +289,14 @@ def test_the_stride_does_not_matter_without_windows(tmp_path: Path) -> None:
 def test_pruning_while_fine_tuning_is_for_free_zeros(tmp_path: Path) -> None:
     schedule = "pruning.schedule={start=5, end=5, target=0.5}"
     assert finetune(tmp_path, schedule, "model.zeros=free").pruning is not None
+
+
+def test_an_override_without_a_value_takes_a_key_or_a_section_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'name = "a"\nseed = 3\n[model]\ninit = "m"\n[task]\n[training]\nlearning_rate = 1e-3\n'
+        '[distillation]\nteacher = "t"\n'
+    )
+    recipe = FinetuneRecipe.read(path, ["distillation=", "seed="])
+    assert recipe.distillation is None
+    assert recipe.seed == 42
