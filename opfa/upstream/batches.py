@@ -82,7 +82,9 @@ class Prepared:
                 )
         tokenizer = load_tokenizer(str(directory / "tokenizer"))
         if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
-            raise DataError(f"{directory}/tokenizer: its vocabulary is not the one that the examples had")
+            raise DataError(
+                f"{directory}/tokenizer: its vocabulary is not the one that the examples had"
+            )
         return cls(
             train=_split(directory / "train"),
             validation=_split(directory / "validation"),
