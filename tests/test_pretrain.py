@@ -394,3 +394,39 @@ def mlm_corpus(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     recipe = pretrain_recipe(directory / "prepared", corpus={"objective": "mlm"})
     prepare(recipe.corpus, directory / "prepared")
     return directory / "prepared"
+
+
+def test_dropout_works_in_a_model_that_was_loaded(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    model, first = {"init": str(teacher / "model")}, []
+    for probability in (0.0, 0.5):
+        training = {"dropout": probability, "steps": 1, "warmup_steps": 0}
+        output = tmp_path / str(probability)
+        pretrain(pretrain_recipe(prepared, model=model, training=training), output)
+        first.append(training_rows(output)[0]["loss"])
+    assert abs(first[0] - first[1]) > 1e-3
+
+
+def test_a_sparse_model_is_not_filled_in_silence(
+    prepared: Path, student: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"\d+.\d% of its pruned weights are zero, and a run without"
+    ):
+        pretrain(
+            pretrain_recipe(prepared, model={"init": str(student / "model")}), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_equals_an_unbroken_run_across_an_evaluation_in_the_middle(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    recipe = student_recipe(prepared, teacher, logging={"evaluate_steps": 2})
+    pretrain(recipe, tmp_path / "run")
+    whole = checkpoint.model_digest(tmp_path / "run/model")
+    (tmp_path / "run/done.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    pretrain(recipe, tmp_path / "run", resume=True)
+    assert checkpoint.model_digest(tmp_path / "run/model") == whole

@@ -39,49 +39,53 @@ def global_magnitude_masks(weights: Mapping[str, Tensor], k: int) -> Masks:
     Ties go to the earlier tensor, then to the lower index, so the count is exact even when bf16
     weights repeat. Raises `ValueError` for other types than fp32 and for non-finite weights.
     """
-    bits = {name: _magnitude_bits(name, weight) for name, weight in weights.items()}
-    size = sum(b.numel() for b in bits.values())
+    flat = {name: _flat(name, weight) for name, weight in weights.items()}
+    size = sum(values.numel() for values in flat.values())
     if not 0 <= k <= size:
         raise ValueError(f"k = {k}: must be between 0 and the number of weights, {size}")
     if k == 0:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    threshold, num_below = _kth_smallest(bits.values(), k)
-    num_tied_to_keep = sum(int((b == threshold).sum()) for b in bits.values()) - (k - num_below)
+    threshold, num_below, num_tied = _kth_smallest(list(flat.values()), k)
+    num_tied_to_keep = num_tied - (k - num_below)
     masks = {}
-    for name, b in bits.items():
-        mask = b > threshold
+    for name, values in flat.items():
+        bits = _magnitude_bits(values)
+        mask = bits > threshold
         if num_tied_to_keep:
-            tied = (b == threshold).nonzero().view(-1)[:num_tied_to_keep]
+            tied = (bits == threshold).nonzero().view(-1)[:num_tied_to_keep]
             mask[tied] = True
             num_tied_to_keep -= tied.numel()
         masks[name] = mask.view(weights[name].shape)
     return masks
 
 
-def _magnitude_bits(name: str, weight: Tensor) -> Tensor:
+def _flat(name: str, weight: Tensor) -> Tensor:
     if weight.dtype != torch.float32:
         raise ValueError(f"{name or 'weight'}: scores must be fp32, not {weight.dtype}")
-    bits = weight.detach().contiguous().view(-1).view(torch.int32) & 0x7FFFFFFF
-    if bits.numel() and int(bits.max()) >= 0x7F800000:  # infinity and NaN
+    if not torch.isfinite(weight).all():
         raise ValueError(f"{name or 'weight'}: holds a non-finite weight")
-    return bits
+    return weight.detach().contiguous().view(-1)
 
 
-def _kth_smallest(tensors: Iterable[Tensor], k: int) -> tuple[int, int]:
-    """The k-th smallest value (counted from 1) of non-negative int32 tensors, and how many are
-    smaller.
+def _magnitude_bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32) & 0x7FFFFFFF
+
+
+def _kth_smallest(tensors: list[Tensor], k: int) -> tuple[int, int, int]:
+    """The k-th smallest magnitude (counted from 1) as bits, how many are smaller, and how many are
+    equal. Bits are made chunk by chunk and not kept.
     """
-    tensors = list(tensors)
-    high_counts = sum(
-        _histogram(t >> 16, 1 << 15) for tensor in tensors for t in tensor.split(CHUNK)
-    )
-    high, num_below = _bin_of(np.asarray(high_counts), k)
+    chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK)]
+    high_counts = np.zeros(1 << 15, dtype=np.int64)
+    for chunk in chunks:
+        high_counts += _histogram(_magnitude_bits(chunk) >> 16, 1 << 15)
+    high, num_below = _bin_of(high_counts, k)
     low_counts = np.zeros(1 << 16, dtype=np.int64)
-    for tensor in tensors:
-        for chunk in tensor.split(CHUNK):
-            low_counts += _histogram((chunk[(chunk >> 16) == high]) & 0xFFFF, 1 << 16)
+    for chunk in chunks:
+        bits = _magnitude_bits(chunk)
+        low_counts += _histogram(bits[(bits >> 16) == high] & 0xFFFF, 1 << 16)
     low, num_below_in_bin = _bin_of(low_counts, k - num_below)
-    return high << 16 | low, num_below + num_below_in_bin
+    return high << 16 | low, num_below + num_below_in_bin, int(low_counts[low])
 
 
 def _histogram(values: Tensor, num_bins: int) -> np.ndarray:

@@ -25,10 +25,10 @@ from opfa.engine import Engine
 from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pretraining_model
 from opfa.order import Order
 from opfa.pruner import Pruner
-from opfa.recipe import RecipeError, RunError
+from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import mask_layers, set_masks
+from opfa.sparsity.layers import SPARSE_FROM, mask_layers, set_masks, zero_masks
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
 from opfa.upstream.recipe import PretrainRecipe
@@ -70,6 +70,8 @@ class Trainer:
         check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
         self.teacher = self._load_teacher(student)
         pruning = recipe.pruning
+        if pruning is None:
+            _refuse_sparse(student, recipe.model.init)
         self.pruner = Pruner(student, pruning.schedule, pruning.pattern) if pruning else None
         self.config = student.config
         self.model_class = type(student)
@@ -103,6 +105,7 @@ class Trainer:
         """The steps from `start` to the end."""
         schedule, settings = self.recipe.learning_rate(), self.recipe.logging
         meter = Meter(self.device)
+        self.engine.module.train()  # a model that was loaded is in evaluation mode
         if start == 0 and self.pruner is not None:
             self.prune(0)
         for step, micro_batches in enumerate(self._batches(start), start):
@@ -301,6 +304,15 @@ def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int
         rank=rank,
         world_size=world_size,
     )
+
+
+def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:
+    sparsity = mask_files.report(zero_masks(model))["total"]["sparsity"]
+    if sparsity >= SPARSE_FROM:
+        raise ModelError(
+            f"model.init = {init!r}: {sparsity:.1%} of its pruned weights are zero, and a run "
+            "without [pruning] would fill them; start from a dense model, or prune"
+        )
 
 
 def _student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
