@@ -1,0 +1,101 @@
+"""Resume points and finished models on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_BERT
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForPreTraining, BertTokenizer
+
+from opfa import checkpoint
+from opfa.recipe import ModelError
+from opfa.sparsity.layers import mask_layers
+from opfa.sparsity.pattern import Pattern
+
+
+def sparse_model() -> BertForPreTraining:
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(vocab_size=8, **{**TINY_BERT, "model_type": "bert"}))
+    layers = Pattern().layers(model)
+    masked = mask_layers(model, layers)
+    masks = Pattern().masks({name: layer.weight.detach() for name, layer in masked.items()}, 0.75)
+    for name, layer in masked.items():
+        layer.mask.copy_(masks[name])
+    return model
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\n")
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    checkpoint.write_finished(sparse_model(), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write(directory: Path, text: str) -> None:
+    (directory / "state.bin").write_text(text)
+
+
+def test_the_newest_complete_point_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save_point(tmp_path, step, lambda d, s=step: write(d, str(s)), {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    newest = checkpoint.newest_point(tmp_path)
+    assert newest is not None and (newest / "state.bin").read_text() == "3"
+    assert checkpoint.facts_of(newest)["step"] == 3
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "bad manifest"])
+def test_a_damaged_point_is_passed_over(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.save_point(tmp_path, step, lambda d: write(d, "state"), {}, keep=2)
+    state = tmp_path / "step-00000002/state.bin"
+    manifest = tmp_path / "step-00000002/MANIFEST.json"
+    {
+        "flip": lambda: state.write_text("statf"),
+        "truncate": lambda: state.write_text("stat"),
+        "remove": state.unlink,
+        "no manifest": manifest.unlink,
+        "bad manifest": lambda: manifest.write_text("{"),
+    }[damage]()
+    assert checkpoint.newest_point(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_a_save_that_fails_leaves_the_earlier_point(tmp_path: Path) -> None:
+    checkpoint.save_point(tmp_path, 1, lambda d: write(d, "state"), {}, keep=1)
+
+    def fail(directory: Path) -> None:
+        write(directory, "half")
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        checkpoint.save_point(tmp_path, 2, fail, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_finished_model_is_verified_from_its_files(finished: Path) -> None:
+    report = json.loads((finished / "sparsity.json").read_text())
+    checkpoint.verify(finished, report)
+    tensors = load_file(finished / "model.safetensors")
+    weight = tensors["bert.encoder.layer.0.output.dense.weight"].view(-1)
+    zero, live = (weight == 0).nonzero()[0], weight.nonzero()[0]
+    weight[zero] = 1.0
+    save_file(tensors, finished / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layer.0.output.dense.weight has .*'zeros': 383"):
+        checkpoint.verify(finished, report)
+    weight[live] = 0.0  # as many zeros as before, but elsewhere
+    save_file(tensors, finished / "model.safetensors")
+    with pytest.raises(ModelError, match="not where its sparsity.json says"):
+        checkpoint.verify(finished, report)
+
+
+def test_a_model_with_a_value_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    model = sparse_model()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[0, 0] = torch.nan
+    tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1})
+    with pytest.raises(ModelError, match="word_embeddings.weight: holds a non-finite value"):
+        checkpoint.write_finished(model, tokenizer, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
