@@ -29,3 +29,7 @@ def __getattr__(
 
         return inspect
     raise AttributeError(f"module 'opfa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

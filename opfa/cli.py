@@ -25,6 +25,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Once prune for all: sparse pre-trained encoders, and fine-tuning that holds their zeros.",
 )
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from opfa import __version__
+
+        print(f"opfa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(bench, name="bench")
 
@@ -118,7 +138,7 @@ def inspect(
     if as_json:
         _print_json(result)
     else:
-        Console().print(_sparsity_table(model, result))
+        _print_sparsity(model, result)
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
@@ -147,22 +167,22 @@ def bench_masks(as_json: AsJson = False) -> None:
         Console().print(table)
 
 
-def _sparsity_table(name: str, result: dict[str, Any]) -> Table:
-    total = result["total"]
-    share = f"{total['zeros']:,} of {total['size']:,} weights are zero ({total['sparsity']:.4%})"
-    dense = f"{len(result['dense'])} linear matrices without zeros"
-    size = sum(result["dense"].values())
-    stated = {None: "none", "matches": "matches", "differs": "DIFFERS"}[result["stated"]]
-    caption = (
-        f"{dense} ({size:,} weights); weight files: {result['bytes']:,} bytes; "
-        f"sparsity.json: {stated}\n"
-        f"fingerprint {result['fingerprint']}"
-    )
-    table = Table("tensor", "shape", "zeros", "sparsity", title=f"{name}: {share}", caption=caption)
-    for tensor, row in result["tensors"].items():
-        shape = " x ".join(str(extent) for extent in row["shape"])
-        table.add_row(tensor, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}")
-    return table
+def _print_sparsity(name: str, result: dict[str, Any]) -> None:
+    total, dense = result["total"], result["dense"]
+    if result["tensors"]:
+        table = Table("tensor", "shape", "zeros", "sparsity")
+        for tensor, row in result["tensors"].items():
+            shape = " x ".join(str(extent) for extent in row["shape"])
+            table.add_row(tensor, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}")
+        Console().print(table)
+        share = f"{total['zeros']:,} of {total['size']:,} weights are zero"
+        print(f"{name}: {share} ({total['sparsity']:.4%})")
+        print(f"fingerprint: {result['fingerprint']}")
+    else:
+        print(f"{name}: dense, no linear matrix has zeros")
+    print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
+    print(f"weight files: {result['bytes']:,} bytes")
+    print(f"sparsity.json: {result['stated'] or 'none'}")
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold
@@ -190,7 +210,9 @@ def run(arguments: list[str]) -> int:
             return _refuse(f"no space left to write {what}; nothing half-written is kept")
         raise
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
-        return _refuse("interrupted; a run continues with --resume", status)
+        return _refuse(
+            "interrupted; a run that had begun continues with the same command and --resume", status
+        )
     return status if isinstance(status, int) else 0
 
 

@@ -89,6 +89,11 @@ def quiet_transformers() -> Iterator[None]:
 @contextlib.contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
     """Turn every way in which a directory or Hub name can't be loaded into one `ModelError`."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists() and (path / "model").is_dir():
+        raise ModelError(f"{what} {name!r}: can't be loaded: a run; did you mean {path / 'model'}?")
+    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ModelError(f"{what} {name!r}: can't be loaded: no such directory")
     try:
         with quiet_transformers():
             yield

@@ -137,7 +137,8 @@ class Run:
             self._wandb.log(
                 {prefix + k: v for k, v in row.items() if k not in ("step", "eval")}, step=step
             )
-        text = "  ".join(f"{k} {_short(v)}" for k, v in row.items() if k not in ("step", "eval"))
+        shown = {k: v for k, v in row.items() if k not in ("step", "eval") and v != 0}
+        text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
         kind = "evaluation" if row.get("eval") else "step"
         if self._progress is not None and not row.get("eval"):
             self._progress.update(self._task, state=f"loss {_short(row['loss'])}")

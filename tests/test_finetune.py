@@ -296,3 +296,15 @@ def test_numbers_are_predicted_with_held_zeros(sparse: Path, tmp_path: Path) -> 
     results = finetune(finetune_recipe(sparse, tmp_path, task=task), tmp_path / "run")
     assert set(results["metrics"]) == {"pearson", "spearman"}
     assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
+
+
+def test_a_model_without_the_tasks_head_is_not_evaluated(sparse: Path, examples: Path) -> None:
+    with pytest.raises(ModelError, match="BertForPreTraining has no head for classification"):
+        evaluate_model(str(sparse), finetune_recipe(sparse, examples))
+
+
+def test_a_run_directory_in_place_of_its_model_is_pointed_out(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="did you mean .*/run/model"):
+        finetune(finetune_recipe(sparse.parent, examples), tmp_path / "run")

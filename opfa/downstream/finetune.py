@@ -281,13 +281,13 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     """
     stated = stated_report(Path(init))
     if stated is None or not stated["tensors"]:
-        report = lock(model)
+        report = _lock(model, init, None)
         log.info(
             "locked %d zeros, sparsity %.4f", report["total"]["zeros"], report["total"]["sparsity"]
         )
         return
     prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are named without it
-    lock(model, names=[prefix + name.removeprefix(prefix) for name in stated["tensors"]])
+    _lock(model, init, [prefix + name.removeprefix(prefix) for name in stated["tensors"]])
     if fingerprint(masks_of(model)) != stated["fingerprint"]:
         raise ModelError(
             f"{init}: its zeros are not where its sparsity.json says; "
@@ -295,11 +295,21 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
         )
 
 
+def _lock(model: PreTrainedModel, init: str, names: list[str] | None) -> dict[str, Any]:
+    try:
+        return lock(model, names)
+    except ModelError as error:
+        raise ModelError(
+            f"model.init = {init!r}: {error} For a dense one: model.zeros=free"
+        ) from None
+
+
 def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
     """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
     split.
     """
     tokenizer, config = load_tokenizer(name), tasks.load_config(name)
+    tasks.check_head(recipe.task, config)
     split = tasks.load_validation(recipe.task, tokenizer, config)
     model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)
     ranges = Path(name) / quant.FILE

@@ -224,6 +224,14 @@ def load_config(init: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(init)
 
 
+def check_head(task: Task, config: PretrainedConfig) -> None:
+    """Refuse a checkpoint that was not fine-tuned for this kind of task."""
+    head = "QuestionAnswering" if task.kind == "question-answering" else "SequenceClassification"
+    if not any(head in name for name in config.architectures or ()):
+        made_for = ", ".join(config.architectures or ("nothing",))
+        raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
+
+
 def load_model(
     task: Task, init: str, classes: Sequence[str], *, is_trained: bool = False
 ) -> PreTrainedModel:
