@@ -38,6 +38,7 @@ LIBRARIES = (
     "safetensors",
     "numpy",
 )
+OPTIONAL = ("nsp_loss", "distill_loss")  # zero where a recipe has no such term: not on the console
 log = logging.getLogger(__name__)
 
 
@@ -137,7 +138,8 @@ class Run:
             self._wandb.log(
                 {prefix + k: v for k, v in row.items() if k not in ("step", "eval")}, step=step
             )
-        shown = {k: v for k, v in row.items() if k not in ("step", "eval") and v != 0}
+        hidden = {"step", "eval", *(name for name in OPTIONAL if row.get(name) == 0)}
+        shown = {k: v for k, v in row.items() if k not in hidden}
         text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
         kind = "evaluation" if row.get("eval") else "step"
         if self._progress is not None and not row.get("eval"):

@@ -1,0 +1,43 @@
+"""The pruner: masks in force, and ranks that must agree on them."""
+
+import pytest
+import torch
+from torch import nn
+
+from opfa.pruner import Pruner
+from opfa.recipe import RunError
+from opfa.schedules import Gradual
+from opfa.sparsity.pattern import Pattern
+
+
+def pruner(**schedule: int) -> Pruner:
+    layer = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -4.0], [5.0, -6.0, 7.0, -8.0]]))
+    model = nn.ModuleDict({"layer": nn.ModuleList([nn.ModuleDict({"dense": layer})])})
+    return Pruner(model, Gradual(target=0.5, **schedule), Pattern())
+
+
+def test_an_update_puts_exact_masks_in_force() -> None:
+    made = pruner(end=0)
+    assert made.after_step(0, lambda weight: weight.detach())
+    (mask,) = made.masks().values()
+    assert mask.tolist() == [[False] * 4, [True] * 4]
+    assert made.sparsity() == 0.5
+
+
+def test_between_updates_nothing_is_read() -> None:
+    made = pruner(start=2, end=4, every=2)
+
+    def read(weight: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("read without an update")
+
+    assert not made.after_step(1, read)
+    assert made.sparsity() == 0.0
+
+
+def test_ranks_that_disagree_stop_before_a_mask_changes() -> None:
+    made = pruner(end=0)
+    with pytest.raises(RunError, match="step 0: .* rank 1: 0123456789ab"):
+        made.after_step(0, lambda w: w.detach(), lambda own: [own, "0123456789abcdef"])
+    assert made.sparsity() == 0.0
