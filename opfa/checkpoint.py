@@ -7,6 +7,7 @@ step seeds its own from (seed, step, rank).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -126,12 +127,14 @@ def new_directory(final: Path) -> Iterator[Path]:
 def _complete_or_removed(directory: Path) -> Iterator[None]:
     """Remove a directory whose filling failed, and say so when the reason was a full disk.
 
-    torch and safetensors report a full disk as errors of their own, so the disk itself is asked.
+    torch and safetensors report a full disk as errors of their own, so their text is read and the
+    disk itself is asked.
     """
     try:
         yield
     except BaseException as error:
         is_full = shutil.disk_usage(directory.parent).free < FULL_BELOW
+        is_full |= os.strerror(errno.ENOSPC) in str(error)
         shutil.rmtree(directory, ignore_errors=True)
         if is_full and isinstance(error, OSError | RuntimeError | SafetensorError):
             raise RunError(

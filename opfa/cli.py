@@ -1,13 +1,14 @@
 """Commands: read arguments, call one function.
 
-Exit codes: 0 success, 2 a user's mistake (one message on stderr, no traceback), 1 a fault of ours,
-130 interrupted. Each command imports what it needs when it runs, so that `--help` and a refused
-recipe don't wait for torch.
+Exit codes: 0 success, 2 a user's mistake (one message on stderr, no traceback), 1 a fault of ours
+or a lost process, 75 told to stop and saved, 76 hung, 130 interrupted. Each command imports what it
+needs when it runs, so that `--help` and a refused recipe don't wait for torch.
 """
 
 import errno
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opfa.recipe import OpfaError
+from opfa.run import check_output
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,6 +87,7 @@ def pretrain(
     from opfa.upstream.recipe import PretrainRecipe
 
     checked = PretrainRecipe.read(recipe, overrides or ())
+    check_output(output, checked, resume)  # already here, before torch is imported
     from opfa.upstream.pretrain import pretrain as execute
 
     execute(checked, output, resume)
@@ -98,6 +101,7 @@ def finetune(
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
+    check_output(output, checked, resume)
     from opfa.downstream.finetune import finetune as execute
 
     _print_json(execute(checked, output, resume))
@@ -201,7 +205,7 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(arguments, standalone_mode=False)
     except OpfaError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.status)
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
     except OSError as error:
@@ -217,14 +221,16 @@ def run(arguments: list[str]) -> int:
 
 
 def _refuse(message: str, status: int = 2) -> int:
-    print(f"opfa: {message}", file=sys.stderr)
+    is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
+    who = f"opfa: rank {os.environ['RANK']}" if is_launched else "opfa"
+    print(f"{who}: {message}", file=sys.stderr)
     return status
 
 
 def _leave(status: int) -> None:
     """Leave; once a process group was used, without the interpreter's own exit."""
     if "deepspeed" in sys.modules:
-        from opfa.engine import end_process
+        from opfa.distributed import end_process
 
         end_process(status)
     sys.exit(status)

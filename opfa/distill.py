@@ -5,10 +5,10 @@ a whole batch.
 
 after Hinton et al. (2015) and Prune Once for All, section 3.
 
-The vocabulary projection, student's and teacher's, runs over chunks of tokens; each chunk's logits
-are recomputed in the backward pass, so only one chunk's exist at any time. All sums are divided by
-counts of the whole global batch, so the result does not depend on how the batch is cut into
-micro-batches and ranks. Shape letters: N tokens, H hidden, V vocabulary.
+The vocabulary projection, student's and teacher's, runs over chunks of tokens. If there are
+several, each chunk's logits are recomputed in the backward pass, so only one chunk's exist at any
+time. All sums are divided by counts of the whole global batch, so the result does not depend on how
+the batch is cut into micro-batches and ranks. Shape letters: N tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -50,6 +50,8 @@ def vocabulary_losses(
     hard = features.new_zeros((), dtype=torch.float32)
     soft = hard
     chunk = max(1, CHUNK_LOGITS // vocabulary)
+    if len(labels) <= chunk:
+        return _chunk_losses(features, project, labels, teacher, temperature)
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)
         targets = (teacher[0][rows], teacher[1]) if teacher else None

@@ -2,28 +2,38 @@
 
 What was measured of DeepSpeed 0.19 and is arranged here: on CPU its shared-memory op would need a
 compiler, so it is switched off; `round_robin_gradients` breaks the map from parameters to fp32
-masters, so it stays off; gradients are accumulated in fp32 at stages 2 and 3; a successful process
-may abort while the interpreter exits, so `end_process` leaves without unwinding. Elsewhere
-parameters are only read, with `read_fp32`.
+masters, so it stays off; gradients are accumulated in fp32; its process groups keep torch's timeout
+of 30 minutes whatever is asked, so a watchdog looks after every process. Elsewhere parameters are
+only read, through `Engine.read` and `Engine.whole`. So that stages and world sizes round alike in
+16 bits, gradients are reduced in fp32, and stage 3 gathers a whole encoder layer at a time: hooks
+inside a layer would change the order in which autograd adds up its gradients.
 """
 
 import logging
 import math
 import os
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opfa.distributed import gather_texts
 from opfa.recipe import RunError
+from opfa.sparsity.masks import ALONE, Ranks
+from opfa.state import Run, Runs, save_runs
+from opfa.zero import DeepSpeedFile
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss
 
 
-def start_distributed() -> torch.device:
+def start_distributed(timeout_seconds: float) -> torch.device:
     """Join the process group that a launcher announced, or make one of this process alone; the
     device to use.
     """
@@ -40,7 +50,10 @@ def start_distributed() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            "nccl" if accelerated else "gloo", auto_mpi_discovery=False, verbose=False
+            "nccl" if accelerated else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
         )
     return torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
 
@@ -66,18 +79,12 @@ def _alone() -> dict[str, str]:
     return {**one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def end_process(status: int) -> NoReturn:
-    """Leave at once, all files closed: some ranks abort in the interpreter's own exit after a
-    successful run.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 class Engine:
-    """A model, its optimizer and its shards. Every rank makes the same calls in the same order."""
+    """A model, its optimizer and its shards. Every rank makes the same calls in the same order.
+
+    It is the `pruner.Weights` of an upstream run. A parameter's run is the part of its flattened
+    fp32 master, or of an optimizer moment, that this rank holds: all of it at ZeRO stage 0.
+    """
 
     def __init__(
         self,
@@ -89,27 +96,42 @@ class Engine:
         max_grad_norm: float,
         micro_batch: int,
         accumulation: int,
-        zero_stage: int,
-        bf16: bool,
+        precision: str,
+        file: DeepSpeedFile,
     ) -> None:
         """Wrap a model whose modules will not be swapped any more. Collective."""
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
 
+        accelerator: Any = deepspeed.get_accelerator()
+        if precision == "fp16" and not accelerator.is_fp16_supported():
+            raise RunError("training.precision = 'fp16': not on this machine; use bf16 or fp32")
         config: dict[str, Any] = {
+            **file.values(),
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": max_grad_norm,
             "steps_per_print": 10**9,
-            "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
-            "bf16": {"enabled": bf16},
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "zero_force_ds_cpu_optimizer": False,  # torch's is as fast there, and needs no compiler
         }
-        if bf16 and zero_stage >= 2:
+        config["zero_optimization"]["round_robin_gradients"] = False
+        if precision != "fp32":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config.setdefault("communication_data_type", "fp32")
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
         self.module = model  # its parameters may become 16-bit or shards
+        if file.stage == 3:
+            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+            set_z3_leaf_modules(model, [type(module) for modules in lists for module in modules])
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._engine: Any = engine  # Any: DeepSpeed is not typed
-        self._sharded = zero_stage > 0
+        self._stage = file.stage
+        self._parameters = dict(model.named_parameters())
+        self.ranks = ALONE  # at stage 0 every rank holds everything
+        if self._stage > 0:
+            self.ranks = Ranks(dist.get_rank(), dist.get_world_size(), self._total)
 
     def __call__(self, *inputs: Any) -> Any:  # Any: whatever the model takes and gives
         """One forward pass."""
@@ -127,56 +149,140 @@ class Engine:
             self._engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """One optimizer step after the last backward pass; the gradient norm before clipping."""
+        """One optimizer step after the last backward pass; the gradient norm before clipping.
+
+        With fp16 a step whose gradients overflow is skipped, and its norm is not finite.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = None
+        if self._stage == 0:  # DeepSpeed clips there too, but doesn't tell
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)  # stage 0 in fp32 doesn't tell
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return math.nan if norm is None else float(norm)
 
-    def read_fp32(self, parameter: Tensor) -> Tensor:
-        """The full fp32 value of a parameter. Collective. Never falls back to 16-bit values."""
-        if not self._sharded:
-            return parameter.detach().float()
-        from deepspeed.utils import safe_get_full_fp32_param
+    # runs of masters and moments
 
-        value = safe_get_full_fp32_param(parameter)
-        if value is None:
-            raise RunError("DeepSpeed gives no fp32 master of a parameter; use another ZeRO stage")
-        return value.detach()
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's run of a parameter's fp32 master, [n]; never 16-bit values."""
+        return self._run(parameter)[0].detach()
+
+    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
+        """The whole tensor from every rank's run of it, bit for bit. Collective."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if self._stage == 0:
+            return run.view(shape)
+        bits = {4: torch.int32, 1: torch.uint8}[run.element_size()]  # integers sum exactly
+        whole = torch.zeros(shape.numel(), dtype=bits, device=self._engine.device)
+        start = self._run(parameter)[1]
+        whole[start : start + run.numel()] = run.view(bits)
+        dist.all_reduce(whole)
+        return whole.view(run.dtype).view(shape)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The full fp32 value of a parameter. Collective."""
+        return self.join(parameter, self.read(parameter))
+
+    def compare(self, text: str) -> list[str]:
+        """This text of every rank. Collective."""
+        return gather_texts(text)
+
+    def _total(self, counts: np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(counts).to(self._engine.device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def _run(self, parameter: Tensor, moment: str | None = None) -> tuple[Tensor, int]:
+        """This rank's run of a master or moment, and where in the flattened parameter it starts."""
+        place = self._place(parameter)
+        if place is None:
+            return torch.empty(0, device=self._engine.device), 0
+        flat, offset, size, start = place
+        tensor = flat if moment is None else self._engine.basic_optimizer.state[flat][moment]
+        return tensor.view(-1).narrow(0, offset, size), start
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """The tensor that the optimizer steps, this parameter's offset and size in it, and its
+        start in the parameter; None if this rank holds nothing of it.
+        """
+        if self._stage == 0:
+            return parameter, 0, parameter.numel(), 0
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = dist.get_rank() * parameter.ds_tensor.ds_numel
+            size = min(size, parameter.ds_numel - start)  # the last run is padded
+            return (
+                (optimizer.fp32_partitioned_groups_flat[group], offset, size, start)
+                if size > 0
+                else None
+            )
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        if masters is None:  # stage 1 in bf16 is a class of its own
+            masters = optimizer.fp32_groups_flat_partition
+        address = mapping.hp_fragment_address
+        flat = masters[mapping.param_group_index]
+        return flat, address.start, address.numel, mapping.lp_fragment_address.start
+
+    # resume points
 
     def save(self, directory: Path) -> None:
-        """Write this engine's state under `directory`. Collective."""
-        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        """Write this rank's runs under `directory`."""
+        if self._stage == 0 and dist.get_rank() > 0:
+            return
+        self._make_moments()
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scale = {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
+        facts = {"adam_step": self._adam_step(), "scale": scale}
+        save_runs(directory / f"state-{dist.get_rank():05d}.safetensors", self._runs(), facts)
 
+    def _runs(self) -> Iterator[Run]:
+        for name, parameter in self._parameters.items():
+            for moment in (None, *MOMENTS):
+                values, start = self._run(parameter, moment)
+                if values.numel():
+                    yield Run(f"{moment or 'master'}/{name}", start, values.detach())
+
+    @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote. Collective."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
-        if path is None:  # it doesn't raise
-            raise RunError(f"{directory}: the engine's state can't be loaded")
+        """Read what any number of ranks wrote with `save`, at any stage."""
+        saved = Runs(directory, "state-*.safetensors")
+        self._make_moments()
+        for name, parameter in self._parameters.items():
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            for moment in (None, *MOMENTS):
+                run, start = self._run(parameter, moment)
+                value = saved.whole(f"{moment or 'master'}/{name}", size)
+                run.copy_(value[start : start + run.numel()])
+                if moment is None:
+                    self._set_working_copy(parameter, value, start, run.numel())
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(saved.facts["adam_step"])
+        for key, value in saved.facts["scale"].items():
+            setattr(self._engine.optimizer.loss_scaler, key, value)
 
+    def _set_working_copy(self, parameter: Any, value: Tensor, start: int, size: int) -> None:
+        """The values that the forward pass uses follow their masters."""
+        if self._stage == 3:
+            parameter.ds_tensor.data[:size].copy_(value[start : start + size])
+        if parameter.numel() == value.numel():  # at stage 3 only small ones are kept whole
+            parameter.data.copy_(value.view(parameter.shape))
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Add these numbers over all ranks. Collective."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    def _make_moments(self) -> None:
+        """What AdamW makes at its first step."""
+        optimizer = self._engine.basic_optimizer
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                if not optimizer.state[flat]:
+                    zeros = {moment: torch.zeros_like(flat.detach()) for moment in MOMENTS}
+                    step = torch.zeros((), dtype=torch.float32, device=flat.device)
+                    optimizer.state[flat] = {"step": step, **zeros}
 
-
-def gather_texts(text: str) -> list[str]:
-    """This text of every rank, by rank. Collective."""
-    texts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return texts
-
-
-def broadcast_text(text: str) -> str:
-    """Rank 0's text. Collective."""
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def barrier() -> None:
-    """Wait for every rank. Collective."""
-    dist.barrier()
+    def _adam_step(self) -> float:
+        states = list(self._engine.basic_optimizer.state.values())
+        return float(states[0]["step"]) if states else 0.0

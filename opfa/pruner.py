@@ -2,23 +2,58 @@
 rank.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from opfa.recipe import RunError
 from opfa.schedules import Gradual
 from opfa.sparsity.layers import mask_layers, masks_of, set_masks
-from opfa.sparsity.masks import fingerprint
+from opfa.sparsity.masks import ALONE, Ranks, fingerprint
 from opfa.sparsity.pattern import Pattern
 
 
-class Pruner:
-    """Holds the masks of a model over time. Make it before an engine wraps the model.
+class Weights(Protocol):
+    """Where fp32 weights are: all here, or in runs on several ranks. Every method is collective."""
 
-    `read_fp32` gives the full fp32 value of a parameter; `compare` gives a text of every rank. Both
-    may be collective.
-    """
+    ranks: Ranks
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's run of a parameter's flattened fp32 value, [n]; possibly empty."""
+        ...
+
+    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
+        """The whole tensor, in the parameter's shape, from every rank's run."""
+        ...
+
+    def compare(self, text: str) -> list[str]:
+        """This text of every rank."""
+        ...
+
+
+class OneProcess:
+    """`Weights` of a model that one process holds."""
+
+    ranks = ALONE
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """All of it."""
+        return parameter.detach().view(-1)
+
+    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
+        """The run is the whole."""
+        return run.view(parameter.shape)
+
+    def compare(self, text: str) -> list[str]:
+        """There is nobody to differ."""
+        return [text]
+
+
+class Pruner:
+    """Holds the masks of a model over time. Make it before an engine wraps the model."""
 
     def __init__(self, model: nn.Module, schedule: Gradual, pattern: Pattern) -> None:
         """Mask the layers that the pattern names; all their weights are kept until the first
@@ -29,26 +64,21 @@ class Pruner:
         self.layers = mask_layers(model, pattern.layers(model))
         self._model = model
 
-    def after_step(
-        self,
-        step: int,
-        read_fp32: Callable[[Tensor], Tensor],
-        compare: Callable[[str], list[str]] = lambda digest: [digest],
-    ) -> bool:
+    @torch.no_grad()
+    def after_step(self, step: int, weights: Weights | None = None) -> bool:
         """Update the masks if the schedule says so after `step` steps; whether it did.
 
-        Collective. Raises `RunError` on every rank when the ranks computed different masks.
+        Each rank scores the runs that it holds. Collective. Raises `RunError` on every rank when
+        the ranks come to different masks.
         """
         if not self.schedule.is_update(step):
             return False
-        weights = {f"{name}.weight": read_fp32(layer.weight) for name, layer in self.layers.items()}
-        masks = self.pattern.masks(weights, self.schedule.sparsity_at(step))
-        digests = compare(fingerprint(masks))
-        if len(set(digests)) > 1:
-            listing = ", ".join(
-                f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests)
-            )
-            raise RunError(f"step {step}: the ranks computed different masks ({listing})")
+        weights = weights or OneProcess()
+        parameters = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
+        runs = {name: weights.read(parameter) for name, parameter in parameters.items()}
+        kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
+        masks = {name: weights.join(parameters[name], run) for name, run in kept.items()}
+        _check_same(step, masks, weights)
         set_masks(self._model, masks)
         return True
 
@@ -64,3 +94,15 @@ class Pruner:
         """The fraction of zeros in the pruned tensors, counted."""
         masks = self.masks().values()
         return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
+def _check_same(step: int, masks: Mapping[str, Tensor], weights: Weights) -> None:
+    if len(set(weights.compare(fingerprint(masks)))) == 1:
+        return
+    own = {name: fingerprint({name: mask})[:12] for name, mask in masks.items()}
+    digests = [json.loads(text) for text in weights.compare(json.dumps(own))]
+    for name in own:
+        found = [digest[name] for digest in digests]
+        if len(set(found)) > 1:
+            listing = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(found))
+            raise RunError(f"step {step}: the ranks computed different masks of {name} ({listing})")

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
@@ -20,7 +20,11 @@ SCALARS = {"str", "int", "float", "bool"}
 
 
 class OpfaError(Exception):
-    """A mistake of the user's: one message, exit code 2, no traceback."""
+    """Something to tell the user: one message, no traceback, and the exit code `status`; 2 means a
+    mistake of theirs.
+    """
+
+    status = 2
 
 
 class RecipeError(OpfaError):
@@ -51,7 +55,7 @@ class Recipe(Section):
     """A whole recipe file."""
 
     @classmethod
-    def read(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """Read, override and check a recipe; raises `RecipeError` with all problems at once."""
         path = Path(path)
         try:
@@ -62,7 +66,8 @@ class Recipe(Section):
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         for override in overrides:
             _override(values, override)
-        return cls.check(values, where=str(path))
+        overridden = f" with {' '.join(overrides)}" if overrides else ""
+        return cls.check(values, where=f"{path}{overridden}")
 
     @classmethod
     def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:

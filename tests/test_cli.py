@@ -45,7 +45,7 @@ def upstream(prepared: Path, tmp_path: Path) -> Path:
         ("pruning.schedule={end=3,target=-0.1}", "greater than or equal to 0"),
         ("pruning.schedule={end=99,target=0.9}", "must not come after training.steps = 8"),
         ("training.rewind_learning_rate=true", "needs [pruning]"),
-        ("launch.zero_stage=7", "launch.zero_stage"),
+        ("launch.deepspeed=nowhere.json", "launch.deepspeed = 'nowhere.json': can't read"),
         ("steps", "an override reads section.key=value"),
     ],
 )

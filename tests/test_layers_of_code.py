@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"recipe", "order"},
-    {"schedules", "records", "sparsity.masks"},
+    {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
     {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
     {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},

@@ -1,10 +1,12 @@
 """The pruner: masks in force, and ranks that must agree on them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from opfa.pruner import Pruner
+from opfa.pruner import OneProcess, Pruner
 from opfa.recipe import RunError
 from opfa.schedules import Gradual
 from opfa.sparsity.pattern import Pattern
@@ -18,9 +20,23 @@ def pruner(**schedule: int) -> Pruner:
     return Pruner(model, Gradual(target=0.5, **schedule), Pattern())
 
 
+class Told(OneProcess):
+    """Two ranks, of which the other one says something else about one tensor."""
+
+    def compare(self, text: str) -> list[str]:
+        if not text.startswith("{"):
+            return [text, "0123456789abcdef"]
+        return [text, json.dumps(dict.fromkeys(json.loads(text), "0123456789ab"))]
+
+
+class NeverRead(OneProcess):
+    def read(self, parameter: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("read without an update")
+
+
 def test_an_update_puts_exact_masks_in_force() -> None:
     made = pruner(end=0)
-    assert made.after_step(0, lambda weight: weight.detach())
+    assert made.after_step(0)
     (mask,) = made.masks().values()
     assert mask.tolist() == [[False] * 4, [True] * 4]
     assert made.sparsity() == 0.5
@@ -28,16 +44,12 @@ def test_an_update_puts_exact_masks_in_force() -> None:
 
 def test_between_updates_nothing_is_read() -> None:
     made = pruner(start=2, end=4, every=2)
-
-    def read(weight: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("read without an update")
-
-    assert not made.after_step(1, read)
+    assert not made.after_step(1, NeverRead())
     assert made.sparsity() == 0.0
 
 
-def test_ranks_that_disagree_stop_before_a_mask_changes() -> None:
+def test_ranks_that_disagree_stop_before_a_mask_changes_and_name_the_tensor() -> None:
     made = pruner(end=0)
-    with pytest.raises(RunError, match="step 0: .* rank 1: 0123456789ab"):
-        made.after_step(0, lambda w: w.detach(), lambda own: [own, "0123456789abcdef"])
+    with pytest.raises(RunError, match="step 0: .* layer.0.dense.weight .*rank 1: 0123456789ab"):
+        made.after_step(0, Told())
     assert made.sparsity() == 0.0

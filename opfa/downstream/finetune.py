@@ -213,7 +213,7 @@ class Trainer:
     def prune(self, step: int) -> None:
         """Update the masks when the recipe has a schedule and it says so."""
         if self.pruner is not None:
-            self.pruner.after_step(step, lambda parameter: parameter.detach())
+            self.pruner.after_step(step)
 
     def evaluate(self) -> dict[str, float]:
         """The metrics on the validation split."""

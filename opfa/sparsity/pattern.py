@@ -16,6 +16,8 @@ from opfa.recipe import RecipeError, Section
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
     from torch import Tensor, nn
 
+    from opfa.sparsity.masks import Ranks
+
 # The path of a linear layer that belongs to a numbered encoder layer, in every family known:
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
@@ -60,16 +62,24 @@ class Pattern(Section):
             )
         return {name: layer for name, layer in linear.items() if name in names}
 
-    def masks(self, weights: "Mapping[str, Tensor]", sparsity: float) -> "dict[str, Tensor]":
+    def masks(
+        self, weights: "Mapping[str, Tensor]", sparsity: float, ranks: "Ranks | None" = None
+    ) -> "dict[str, Tensor]":
         """Exact masks for fp32 weights: `round(sparsity * size)` zeros per tensor, or over all of
-        them.
+        them. With `ranks`, both are this one's runs. Collective then.
         """
-        from opfa.sparsity.masks import global_magnitude_masks, magnitude_mask, num_zeros
+        import numpy as np
 
+        from opfa.sparsity.masks import ALONE, global_magnitude_masks, num_zeros
+
+        ranks = ranks or ALONE
+        sizes = ranks.total(np.array([weight.numel() for weight in weights.values()]))
         if self.scope == "global":
-            size = sum(weight.numel() for weight in weights.values())
-            return global_magnitude_masks(weights, num_zeros(sparsity, size))
-        return {n: magnitude_mask(w, num_zeros(sparsity, w.numel())) for n, w in weights.items()}
+            return global_magnitude_masks(weights, num_zeros(sparsity, int(sizes.sum())), ranks)
+        masks: dict[str, Tensor] = {}
+        for (name, weight), size in zip(weights.items(), sizes.tolist(), strict=True):
+            masks |= global_magnitude_masks({name: weight}, num_zeros(sparsity, size), ranks)
+        return masks
 
 
 def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:

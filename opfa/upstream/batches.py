@@ -130,10 +130,18 @@ class MaskedExamples(torch.utils.data.Dataset):
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         """One example: its columns, with masked `input_ids` and `labels`."""
-        epoch, index = place
-        example = self.examples[index]
-        inputs, labels = self.mask(np.asarray(example["input_ids"], dtype=np.int64), epoch, index)
-        return {**example, "input_ids": inputs, "labels": labels}
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: list[Place]) -> list[dict[str, Any]]:
+        """A batch of them, which is what a `DataLoader` asks for: rows are read together."""
+        columns = self.examples[[index for _, index in places]]
+        examples = []
+        for row, (epoch, index) in enumerate(places):
+            example = {name: column[row] for name, column in columns.items()}
+            ids = np.asarray(example["input_ids"], dtype=np.int64)
+            inputs, labels = self.mask(ids, epoch, index)
+            examples.append({**example, "input_ids": inputs, "labels": labels})
+        return examples
 
 
 def collate(
@@ -183,8 +191,7 @@ def validation_batches(
     size = min(len(prepared.validation), num_examples)
     pad = _collate(prepared, has_pairs)
     for start in range(0, size, batch):
-        rows = [examples[0, index] for index in range(start, min(start + batch, size))]
-        yield pad(rows)
+        yield pad(examples.__getitems__([(0, i) for i in range(start, min(start + batch, size))]))
 
 
 def _collate(prepared: Prepared, has_pairs: bool) -> Callable[[list[dict[str, Any]]], Batch]:

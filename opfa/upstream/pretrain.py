@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from opfa import engine as distributed
-from opfa import report
+from opfa import distributed, report
 from opfa.checkpoint import facts_of, newest_point, save_point, seed_step, write_finished
-from opfa.engine import Engine
+from opfa.distributed import Stopped, Supervisor
+from opfa.engine import Engine, start_distributed
 from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pretraining_model
 from opfa.order import Order
 from opfa.pruner import Pruner
@@ -33,38 +33,53 @@ from opfa.upstream.batches import Batch, Prepared, masker, training_steps, valid
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
 from opfa.upstream.recipe import PretrainRecipe
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger(__name__)
 
 
 def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None:
-    """Run a recipe to its end and write RUN/model. Collective."""
+    """Run a recipe to its end and write RUN/model. Collective.
+
+    Raises `Stopped` when SIGTERM or Ctrl-C ended it after a resume point was saved, and
+    `LostContactError` when another process of the launch is gone.
+    """
     check_output(output, recipe, resume)
-    device = distributed.start_distributed()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    prepared = Prepared.open(Path(recipe.data), recipe.corpus)
-    order = _order(recipe, len(prepared.train), rank, world_size)
-    trainer = Trainer(recipe, prepared, order, device)
-    with Run(output, recipe, steps=recipe.training.steps, is_writer=rank == 0) as run:
-        if run.is_done:
-            log.info("%s: is finished already", output)
-            return
-        start = trainer.resume(run) if resume else 0
-        if start == 0:
-            run.describe({"world_size": world_size, "data": prepared.summary})
-        settings = recipe.logging
-        run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
-        trainer.train(run, start)
-        trainer.finish(run)
+    timeout, steps = recipe.launch.timeout_seconds, recipe.training.steps
+    with distributed.Supervisor(timeout) as supervisor:
+        device = start_distributed(timeout)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        prepared = Prepared.open(Path(recipe.data), recipe.corpus)
+        order = _order(recipe, len(prepared.train), rank, world_size)
+        trainer = Trainer(recipe, prepared, order, device, supervisor)
+        with Run(output, recipe, steps=steps, is_writer=rank == 0) as run:
+            if run.is_done:
+                log.info("%s: is finished already", output)
+                return
+            start = trainer.resume(run) if resume else 0
+            if start == 0:
+                file = recipe.launch.deepspeed_file().values()
+                facts = {"world_size": world_size, "deepspeed": file, "data": prepared.summary}
+                run.describe(facts)
+            settings = recipe.logging
+            run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
+            trainer.train(run, start)
+            trainer.finish(run)
 
 
 class Trainer:
     """The state of one upstream run: student, teacher, engine, pruner, position."""
 
     def __init__(
-        self, recipe: PretrainRecipe, prepared: Prepared, order: Order, device: torch.device
+        self,
+        recipe: PretrainRecipe,
+        prepared: Prepared,
+        order: Order,
+        device: torch.device,
+        supervisor: Supervisor,
     ) -> None:
         """Load everything and check that it fits together, before any work is done. Collective."""
         self.recipe, self.prepared, self.order, self.device = recipe, prepared, order, device
+        self.supervisor = supervisor
         torch.manual_seed(recipe.seed)  # new heads and models from scratch
         student = _student(recipe, prepared)
         check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
@@ -75,7 +90,7 @@ class Trainer:
         self.pruner = Pruner(student, pruning.schedule, pruning.pattern) if pruning else None
         self.config = student.config
         self.model_class = type(student)
-        training, is_bf16 = recipe.training, recipe.training.precision == "bf16"
+        training = recipe.training
         self.engine = Engine(
             Objective(student, recipe.distillation),
             decay_groups(student, training.weight_decay),
@@ -84,8 +99,8 @@ class Trainer:
             max_grad_norm=training.max_grad_norm,
             micro_batch=order.micro_batch,
             accumulation=order.accumulation,
-            zero_stage=recipe.launch.zero_stage,
-            bf16=is_bf16,
+            precision=training.precision,
+            file=recipe.launch.deepspeed_file(),
         )
         self.student = student
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
@@ -97,8 +112,7 @@ class Trainer:
             return None
         model = load_pretraining_model(settings.teacher, self.recipe.corpus.objective)
         teacher = Teacher(model, student, settings)
-        dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
-        nn.Module.to(model, device=self.device, dtype=dtype)
+        nn.Module.to(model, device=self.device, dtype=DTYPES[self.recipe.training.precision])
         return teacher
 
     def train(self, run: Run, start: int) -> None:
@@ -109,8 +123,9 @@ class Trainer:
         if start == 0 and self.pruner is not None:
             self.prune(0)
         for step, micro_batches in enumerate(self._batches(start), start):
+            self.supervisor.beat(f"step {step + 1}")
             seed_step(self.recipe.seed, step, self.order.rank)
-            counts = self._counts(micro_batches)
+            counts, is_stopping = self._counts(micro_batches)
             losses = [self._backward(*item, counts) for item in _with_last(micro_batches)]
             loss = meter.add(losses, counts, step)
             learning_rate = schedule.at(step)
@@ -129,8 +144,13 @@ class Trainer:
                 run.log({"step": done, **loss, **rates, **meter.rates()})
             if done % settings.evaluate_steps == 0 or done == schedule.steps:
                 run.log({"step": done, "eval": True, **self.evaluate()})
-            if done % settings.checkpoint_steps == 0 and done < schedule.steps:
+            if (done % settings.checkpoint_steps == 0 or is_stopping) and done < schedule.steps:
                 self.save(run, done)
+                if is_stopping:
+                    raise Stopped(
+                        f"{run.directory}: stopped at step {done}, which is saved; "
+                        "continue with the same command and --resume"
+                    )
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         steps = range(start, self.recipe.training.steps)
@@ -144,9 +164,12 @@ class Trainer:
         )
         return ([batch.to(self.device) for batch in step] for step in batches)
 
-    def _counts(self, micro_batches: list[Batch]) -> Counts:
+    def _counts(self, micro_batches: list[Batch]) -> tuple[Counts, bool]:
+        """Of the global batch; and whether some rank was told to stop. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
-        return Counts(*distributed.sum_over_ranks(local, self.device))
+        stops = 1.0 if self.supervisor.signal else 0.0
+        *counts, num_stopping = distributed.sum_over_ranks([*local, stops], self.device)
+        return Counts(*counts), num_stopping > 0
 
     def _backward(self, batch: Batch, is_last: bool, counts: Counts) -> Losses:
         targets: Targets | None = self.teacher(batch) if self.teacher else None
@@ -157,11 +180,12 @@ class Trainer:
     def prune(self, step: int) -> None:
         """Update the masks when the schedule says so. Collective."""
         assert self.pruner is not None
-        self.pruner.after_step(step, self.engine.read_fp32, distributed.gather_texts)
+        self.pruner.after_step(step, self.engine)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The student's mean losses on held-out examples. Every rank computes the same."""
+        self.supervisor.beat("evaluating")
         settings = self.recipe.logging
         module = self.engine.module.eval()
         batches = validation_batches(
@@ -184,6 +208,7 @@ class Trainer:
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point. Collective."""
+        self.supervisor.beat(f"saving step {step}")
 
         def write(directory: Path) -> None:
             self.engine.save(directory)
@@ -194,7 +219,7 @@ class Trainer:
             run.directory / "checkpoints",
             step,
             write,
-            {"world_size": self.order.world_size, "zero_stage": self.recipe.launch.zero_stage},
+            {"world_size": self.order.world_size},
             keep=self.recipe.logging.keep_checkpoints,
             is_writer=self.order.rank == 0,
             barrier=distributed.barrier,
@@ -209,15 +234,6 @@ class Trainer:
             run.forget_after(0)
             return 0
         point, facts = Path(name), facts_of(Path(name))
-        for key, here in (
-            ("world_size", self.order.world_size),
-            ("zero_stage", self.recipe.launch.zero_stage),
-        ):
-            if facts[key] != here:
-                raise RunError(
-                    f"{point}: was saved with {key} = {facts[key]}; resume with the same "
-                    f"(here: {here})"
-                )
         self.engine.load(point)
         if self.pruner is not None:
             self.pruner.restore(mask_files.load(point / "masks.safetensors"))
@@ -227,9 +243,8 @@ class Trainer:
 
     def finish(self, run: Run) -> None:
         """Write the finished model and the pictures. Collective."""
-        state = {
-            name: self.engine.read_fp32(p).cpu() for name, p in self.student.named_parameters()
-        }
+        self.supervisor.beat("writing the finished model")
+        state = {name: self.engine.whole(p).cpu() for name, p in self.student.named_parameters()}
         if not run.is_writer:
             return distributed.barrier()
         model = self.model_class(self.config)

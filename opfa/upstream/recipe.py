@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from opfa.recipe import Recipe, Section
 from opfa.schedules import Gradual, LearningRate
 from opfa.sparsity.pattern import Pattern
+from opfa.zero import DeepSpeedFile
 
 
 class TokenizerTraining(Section):
@@ -89,7 +90,7 @@ class Training(Section):
     epsilon: float = Field(default=1e-8, gt=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 
 class Pruning(Section):
@@ -118,14 +119,20 @@ class Distillation(Section):
 class Launch(Section):
     """Matters of the machine, which don't change the result beyond rounding.
 
-    Shipped recipes leave them out.
+    Shipped recipes leave them out. `deepspeed` is a DeepSpeed configuration file, such as
+    launch/zero3.json, which says how state is shared out; without one it is ZeRO 2.
     """
 
     micro_batch: int | None = Field(
         default=None, ge=1
     )  # sequences per rank and pass; default: all at once
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    deepspeed: str | None = None
     workers: int = Field(default=0, ge=0)  # processes that load data; 0: none beside the trainer
+    timeout_seconds: float = Field(default=300.0, gt=0.0)  # a rank that hangs longer ends the job
+
+    def deepspeed_file(self) -> DeepSpeedFile:
+        """What the configuration file says; raises `RecipeError`."""
+        return DeepSpeedFile.load(self.deepspeed)
 
 
 class Logging(Section):
@@ -173,10 +180,12 @@ class PretrainRecipe(Recipe):
                 f"pruning.schedule: the last mask update, {self.pruning.schedule.last_update}, "
                 f"must not come after training.steps = {self.training.steps}"
             )
-        if self.training.precision == "bf16" and self.launch.zero_stage == 0:
+        stage = self.launch.deepspeed_file().stage
+        if self.training.precision != "fp32" and stage == 0:
             raise ValueError(
-                "launch.zero_stage = 0: not with bf16, where DeepSpeed's fp32 masters can't be "
-                "read; use 1, 2 or 3"
+                f"launch.deepspeed = {self.launch.deepspeed!r}: stage 0 not with "
+                f"{self.training.precision}, where DeepSpeed's fp32 masters can't be read and it "
+                "steps the optimizer before any training; use 1, 2 or 3"
             )
         return self
 

@@ -1,0 +1,143 @@
+"""Processes that work together: what they tell each other, and how they stop.
+
+A rank that died is noticed by the others within a second, when a collective fails; one that hangs,
+or a cable that was pulled, by nobody (DeepSpeed leaves its groups at torch's 30 minutes). So every
+process has a watchdog, which ends it when nothing was finished for a while, and then the launcher
+ends the others.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn, Self
+
+import torch
+import torch.distributed as dist
+
+from opfa.recipe import OpfaError
+
+STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
+CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
+HUNG = 76  # exit code that a watchdog leaves with
+log = logging.getLogger(__name__)
+
+
+class LostContactError(OpfaError):
+    """Another process of this launch is gone."""
+
+    status = 1
+
+
+class Stopped(OpfaError):  # noqa: N818 - not an error
+    """The run was told to stop, and can be resumed."""
+
+    status = STOPPED
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Add these numbers over all ranks. Collective."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_texts(text: str) -> list[str]:
+    """This text of every rank, by rank. Collective."""
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text. Collective."""
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for every rank. Collective."""
+    dist.barrier()
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave at once, all files closed: some ranks abort in the interpreter's own exit after a
+    successful run.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Supervisor:
+    """Looks after this process while it trains; a context manager.
+
+    A watchdog thread ends the process when `beat` was not called for `seconds`: the main thread may
+    hang inside a collective, where Python's own signal handlers don't run either. SIGTERM and the
+    first Ctrl-C are noted in `signal`, so that a run can save before it ends; a second Ctrl-C
+    interrupts at once. A collective that failed because another process is gone becomes a
+    `LostContactError`.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the longest time that one beat may be followed by none."""
+        self.signal = ""
+        self._seconds = seconds
+        self._is_over = threading.Event()
+        self.beat("starting up")
+
+    def beat(self, doing: str) -> None:
+        """Something was finished; what comes next."""
+        self._since, self._doing = time.monotonic(), doing
+
+    def __enter__(self) -> Self:
+        """Start watching, and take over the signals."""
+        self.beat("starting up")
+        threading.Thread(target=self._watch, daemon=True).start()
+        self._handlers = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Stop watching, and give the signals back."""
+        self._is_over.set()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if error is not None and _is_lost_contact(error):
+            raise LostContactError(
+                f"lost contact with another process while {self._doing}; its own output says why. "
+                "Start the job again with --resume"
+            ) from error
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+        log.warning("%s: saving a resume point when this step is done", self.signal)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(min(1.0, self._seconds / 10)):
+            if time.monotonic() - self._since > self._seconds:
+                print(
+                    f"opfa: rank {os.environ.get('RANK', '0')}: nothing was finished for "
+                    f"{self._seconds:g} s while {self._doing}; another process hangs or is out of "
+                    "reach, or launch.timeout_seconds is too short. This process ends, and the "
+                    "job with it; start it again with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(HUNG)
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError) or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in CONTACT)

@@ -1,0 +1,66 @@
+"""Training state in runs: each rank writes the runs of flattened tensors that it holds, and any
+number of ranks, at any ZeRO stage, reads the whole back bit for bit.
+
+DeepSpeed's own checkpoints are not used: they fit one world size, their conversion for another
+loses hyper-parameters at stage 3 and does not exist at stage 0, and they are pickles.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opfa.recipe import RunError
+
+
+class Run(NamedTuple):
+    """A contiguous part [n] of a flattened tensor, from element `start` on."""
+
+    name: str
+    start: int
+    values: Tensor
+
+
+def save_runs(path: Path, runs: Iterable[Run], facts: dict[str, Any]) -> None:
+    """Write one rank's runs, and a few numbers, as safetensors."""
+    tensors = {f"{run.name}@{run.start}": run.values.cpu().clone() for run in runs}
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+
+
+class Runs:
+    """The runs of all ranks in one directory, joined on demand."""
+
+    def __init__(self, directory: Path, pattern: str) -> None:
+        """Open the files that match; raises `RunError` when there are none."""
+        paths = sorted(directory.glob(pattern))
+        if not paths:
+            raise RunError(f"{directory}: holds no training state ({pattern})")
+        self._directory = directory
+        self._files = [safe_open(path, "pt") for path in paths]
+        self.facts: dict[str, Any] = json.loads(self._files[0].metadata()["facts"])
+        self._places: dict[str, list[tuple[int, int, str]]] = {}  # name: (start, file, key)
+        for index, file in enumerate(self._files):
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                name, _, start = key.rpartition("@")
+                self._places.setdefault(name, []).append((int(start), index, key))
+
+    def whole(self, name: str, size: int) -> Tensor:
+        """The flattened tensor [size]; raises `RunError` when its runs don't make it up exactly."""
+        parts, end = [], 0
+        for start, index, key in sorted(self._places.get(name, [])):
+            part = self._files[index].get_tensor(key)
+            if start != end:
+                break
+            parts.append(part)
+            end += part.numel()
+        if end != size:
+            raise RunError(
+                f"{self._directory}: {name} has {end} of {size} elements here; the state of some "
+                "rank is missing, or it belongs to another model"
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
