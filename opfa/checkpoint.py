@@ -58,8 +58,8 @@ def save_point(
         files = {
             str(p.relative_to(aside)): _digest(p) for p in sorted(aside.rglob("*")) if p.is_file()
         }
-        (aside / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}))
-        for path in aside.rglob("*"):
+        (aside / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
+        for path in (*aside.rglob("*"), aside):
             _fsync(path)
         final = root / f"step-{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
@@ -71,12 +71,22 @@ def save_point(
 
 
 def newest_point(root: Path) -> Path | None:
-    """The newest complete and undamaged resume point."""
-    for point in sorted(root.glob("step-*"), reverse=True):
+    """The newest complete and undamaged resume point; None where none was ever saved.
+
+    Raises `RunError` when there are some and all are damaged: starting anew in silence would throw
+    a run away.
+    """
+    points = sorted(root.glob("step-*"), reverse=True)
+    for point in points:
         problem = _problem(point)
         if problem is None:
             return point
         log.warning("%s: passed over, %s", point, problem)
+    if points:
+        raise RunError(
+            f"{root}: every resume point here is damaged; restore one, or remove them all to start "
+            "anew"
+        )
     return None
 
 
@@ -85,13 +95,22 @@ def facts_of(point: Path) -> dict[str, Any]:
     return json.loads((point / MANIFEST).read_text())
 
 
+def _sealed(facts: dict[str, Any]) -> str:
+    """A manifest that notices when any byte of itself is changed."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps({**facts, "manifest": digest})
+
+
 def _problem(point: Path) -> str | None:
     try:
-        files = facts_of(point)["files"]
-        for name, digest in files.items():
+        text = (point / MANIFEST).read_text()
+        facts = json.loads(text)
+        if _sealed({k: v for k, v in facts.items() if k != "manifest"}) != text:
+            return f"{MANIFEST} is damaged"
+        for name, digest in facts["files"].items():
             if _digest(point / name) != digest:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({error.__class__.__name__}: {error})"
     return None
 

@@ -171,6 +171,67 @@ def bench_masks(as_json: AsJson = False) -> None:
         Console().print(table)
 
 
+@app.command(
+    epilog="Example: opfa plan recipes/upstream/bert-base-90.toml --gpus 8 --memory-gb 80 "
+    "--bandwidth-gbps 400"
+)
+def plan(
+    recipe: RecipeFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")],
+    memory_gb: Annotated[float, typer.Option("--memory-gb", min=0.1, help="Of each GPU.")],
+    bandwidth_gbps: Annotated[
+        float, typer.Option("--bandwidth-gbps", min=0.001, help="Gbit/s of each GPU to the others.")
+    ],
+    teraflops: Annotated[
+        float, typer.Option("--teraflops", min=0.001, help="What a GPU sustains, in 10^12/s.")
+    ] = 150.0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a launch will need on paper: memory, bytes on the wire, efficiency; and what to use."""
+    from opfa.upstream.recipe import PretrainRecipe
+
+    checked = PretrainRecipe.read(recipe, overrides or ())
+    from opfa.plan import plan as execute
+
+    result = execute(
+        checked,
+        gpus=gpus,
+        memory_gb=memory_gb,
+        bandwidth_gbps=bandwidth_gbps,
+        teraflops=teraflops,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        _print_plan(result)
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    columns = ("DeepSpeed file", "batch", "GB each", "GB/step sent", "of it masks", "efficiency")
+    table = Table(*columns, title=f"{result['gpus']} GPUs, global batch {result['batch']}")
+    for row in result["configurations"]:
+        fits = row["micro_batch"] is not None
+        table.add_row(
+            row["configuration"],
+            f"{row['micro_batch']} x {row['accumulation']}" if fits else "too large",
+            f"{row['total_memory_gb']:.1f}",
+            f"{row['wire_gb_per_step']:.2f}",
+            f"{row['mask_updates_share_of_wire']:.2%}",
+            f"{row['efficiency']:.0%}" if fits else "",
+        )
+    Console().print(table)
+    best = result["recommended"]
+    if best is None:
+        print("no configuration fits; give more GPUs or more memory")
+        return
+    micro_batch = next(
+        row["micro_batch"] for row in result["configurations"] if row["configuration"] == best
+    )
+    print(f"use: launch.deepspeed=launch/{best}.json launch.micro_batch={micro_batch}")
+    print(f"about {result['days']:.1f} days, if nothing of the wire overlaps with computing")
+
+
 def _print_sparsity(name: str, result: dict[str, Any]) -> None:
     total, dense = result["total"], result["dense"]
     if result["tensors"]:

@@ -12,14 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
 
-from opfa.recipe import OpfaError
+from opfa.recipe import OpfaError, RunError
 
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
@@ -53,10 +53,18 @@ def gather_texts(text: str) -> list[str]:
     return texts
 
 
-def broadcast_text(text: str) -> str:
-    """Rank 0's text. Collective."""
-    box = [text]
+def on_first_rank(find: Callable[[], str]) -> str:
+    """What rank 0 finds. Collective; a `RunError` there is raised on every rank."""
+    found, problem = "", ""
+    if dist.get_rank() == 0:
+        try:
+            found = find()
+        except RunError as error:
+            problem = str(error)
+    box = [found, problem]
     dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise RunError(box[1])
     return box[0]
 
 
@@ -79,10 +87,10 @@ class Supervisor:
     """Looks after this process while it trains; a context manager.
 
     A watchdog thread ends the process when `beat` was not called for `seconds`: the main thread may
-    hang inside a collective, where Python's own signal handlers don't run either. SIGTERM and the
-    first Ctrl-C are noted in `signal`, so that a run can save before it ends; a second Ctrl-C
-    interrupts at once. A collective that failed because another process is gone becomes a
-    `LostContactError`.
+    hang inside a collective, where Python's own signal handlers don't run either. From
+    `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a run can save
+    before it ends; a second Ctrl-C interrupts at once. A collective that failed because another
+    process is gone becomes a `LostContactError`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -90,6 +98,7 @@ class Supervisor:
         self.signal = ""
         self._seconds = seconds
         self._is_over = threading.Event()
+        self._handlers: dict[int, Any] = {}  # Any: what signal.signal gives back
         self.beat("starting up")
 
     def beat(self, doing: str) -> None:
@@ -97,13 +106,15 @@ class Supervisor:
         self._since, self._doing = time.monotonic(), doing
 
     def __enter__(self) -> Self:
-        """Start watching, and take over the signals."""
+        """Start watching."""
         self.beat("starting up")
         threading.Thread(target=self._watch, daemon=True).start()
-        self._handlers = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
         return self
+
+    def save_on_signals(self) -> None:
+        """Take over both signals; before, there is nothing to save, and they end the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._note)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Stop watching, and give the signals back."""
@@ -111,9 +122,10 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if error is not None and _is_lost_contact(error):
+            reason = str(error).strip().splitlines()[0]
             raise LostContactError(
                 f"lost contact with another process while {self._doing}; its own output says why. "
-                "Start the job again with --resume"
+                f"Start the job again with --resume. ({reason})"
             ) from error
 
     def _note(self, number: int, _: FrameType | None) -> None:

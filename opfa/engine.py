@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +47,7 @@ def start_distributed(timeout_seconds: float) -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not accelerated:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -231,6 +233,11 @@ class Engine:
 
     # resume points
 
+    @property
+    def num_files(self) -> int:
+        """How many ranks write something in `save`."""
+        return self.ranks.size
+
     def save(self, directory: Path) -> None:
         """Write this rank's runs under `directory`."""
         if self._stage == 0 and dist.get_rank() > 0:
@@ -275,13 +282,14 @@ class Engine:
 
     def _make_moments(self) -> None:
         """What AdamW makes at its first step."""
-        optimizer = self._engine.basic_optimizer
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if not optimizer.state[flat]:
-                    zeros = {moment: torch.zeros_like(flat.detach()) for moment in MOMENTS}
-                    step = torch.zeros((), dtype=torch.float32, device=flat.device)
-                    optimizer.state[flat] = {"step": step, **zeros}
+        states = self._engine.basic_optimizer.state
+        for parameter in self._parameters.values():
+            place = self._place(parameter)
+            if place is not None and MOMENTS[0] not in states[place[0]]:
+                flat = place[0].detach()
+                step = torch.zeros((), dtype=torch.float32, device=flat.device)
+                zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+                states[place[0]] = {"step": step, **zeros}
 
     def _adam_step(self) -> float:
         states = list(self._engine.basic_optimizer.state.values())

@@ -116,12 +116,37 @@ def wordpiece_tokenizer(
         return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=tokens)
 
 
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a directory or Hub name."""
+    with loading("model", name):
+        return AutoConfig.from_pretrained(name)
+
+
+def new_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A configuration from its values, `model_type` among them."""
+    values = dict(values)
+    kind = values.pop("model_type")
+    with loading("model.config", kind):
+        config = AutoConfig.for_model(kind)
+    unknown = sorted(set(values) - set(config.to_dict()) - set(config.attribute_map))
+    if unknown:
+        raise ModelError(f"model.config.{unknown[0]}: not a value of {type(config).__name__}")
+    with loading("model.config", kind):
+        return AutoConfig.for_model(kind, **values)
+
+
+def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
+    """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
+    cls = _pretraining_class(config, objective)
+    with loading("model", config.model_type), torch.device("meta"):
+        return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
+
+
 def load_pretraining_model(
     name: str, objective: str, dropout: float | None = None
 ) -> PreTrainedModel:
     """A model with its pre-training head, fp32. Heads that the checkpoint lacks are initialized."""
-    with loading("model", name):
-        config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     cls = _pretraining_class(config, objective)
     _set_dropout(config, dropout)
     with loading("model", name):
@@ -134,18 +159,10 @@ def new_pretraining_model(
     """A model from scratch: `values` are those of its configuration; the vocabulary is the
     tokenizer's.
     """
-    values = {"vocab_size": vocabulary, **values}
-    kind = values.pop("model_type")
-    with loading("model.config", kind):
-        config = AutoConfig.for_model(kind)
-    unknown = sorted(set(values) - set(config.to_dict()) - set(config.attribute_map))
-    if unknown:
-        raise ModelError(f"model.config.{unknown[0]}: not a value of {type(config).__name__}")
-    with loading("model.config", kind):
-        config = AutoConfig.for_model(kind, **values)
+    config = new_config({"vocab_size": vocabulary, **values})
     cls = _pretraining_class(config, objective)
     _set_dropout(config, dropout)
-    with loading("model.config", kind):
+    with loading("model.config", config.model_type):
         return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
 
 

@@ -1,5 +1,5 @@
-"""Records from local files, read strictly: a bad one is named by file and line, and nothing is
-skipped.
+"""Records from local files, read strictly: a bad one is named by file and line, and none is skipped
+unless the caller says so.
 
 JSON Lines, CSV, TSV, Parquet and plain text (documents parted by empty lines); .gz and .zst where
 the format is text.
@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,12 @@ from opfa.recipe import DataError
 
 UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pyarrow.ArrowException)
 Record = dict[str, Any]  # Any: whatever the file holds
+Bad = Callable[[DataError], None]  # what to do about a bad record; returning skips it
+
+
+def stop(error: DataError) -> None:
+    """Skip nothing."""
+    raise error
 
 
 def _zstandard(file: Path, _: str) -> pyarrow.NativeFile:
@@ -57,8 +63,11 @@ def expand(patterns: Iterable[str]) -> list[Path]:
     return files
 
 
-def read_records(file: Path) -> Iterator[tuple[str, Record]]:
-    """The records of a file, each with where it stands ("line 7"). Raises `DataError`."""
+def read_records(file: Path, bad: Bad = stop) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with where it stands ("line 7").
+
+    Raises `DataError` for a file that can't be read; `bad` decides about a single record.
+    """
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
@@ -69,7 +78,7 @@ def read_records(file: Path) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{file}: no such file")
     is_empty = True
     try:
-        for number, record in READERS[kind](file):
+        for number, record in READERS[kind](file, bad):
             is_empty = False
             yield f"line {number}", record
     except UNREADABLE as error:
@@ -84,7 +93,7 @@ def _open(file: Path) -> TextIO:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, Record]]:
+def _json_lines(file: Path, bad: Bad) -> Iterator[tuple[int, Record]]:
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -94,24 +103,26 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Record]]:
                 if "\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text
                     json.dumps(record, ensure_ascii=False).encode()
             except (json.JSONDecodeError, UnicodeEncodeError) as error:
-                raise DataError(f"{file}, line {number}: malformed JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{file}, line {number}: not a JSON object")
-            yield number, record
+                bad(DataError(f"{file}, line {number}: malformed JSON: {error}"))
+                continue
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                bad(DataError(f"{file}, line {number}: not a JSON object"))
 
 
-def _separated(file: Path, dialect: type[csv.Dialect]) -> Iterator[tuple[int, Record]]:
+def _separated(file: Path, bad: Bad, dialect: type[csv.Dialect]) -> Iterator[tuple[int, Record]]:
     with _open(file) as lines:
         reader = csv.DictReader(lines, dialect=dialect)
         for record in reader:
             if None in record or None in record.values():
-                raise DataError(
-                    f"{file}, line {reader.line_num}: not as many values as there are columns"
-                )
-            yield reader.line_num, dict(record)
+                line = reader.line_num
+                bad(DataError(f"{file}, line {line}: not as many values as there are columns"))
+            else:
+                yield reader.line_num, dict(record)
 
 
-def _text(file: Path) -> Iterator[tuple[int, Record]]:
+def _text(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
     with _open(file) as lines:
         paragraph: list[str] = []
         number = start = 1
@@ -126,7 +137,7 @@ def _text(file: Path) -> Iterator[tuple[int, Record]]:
             yield start, {"text": "\n".join(paragraph)}
 
 
-def _parquet(file: Path) -> Iterator[tuple[int, Record]]:
+def _parquet(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
     number = 0
     with parquet.ParquetFile(file) as table:
         for batch in table.iter_batches():
@@ -138,8 +149,8 @@ def _parquet(file: Path) -> Iterator[tuple[int, Record]]:
 READERS = {
     ".jsonl": _json_lines,
     ".json": _json_lines,
-    ".csv": lambda file: _separated(file, Csv),
-    ".tsv": lambda file: _separated(file, Tsv),
+    ".csv": lambda file, bad: _separated(file, bad, Csv),
+    ".tsv": lambda file, bad: _separated(file, bad, Tsv),
     ".parquet": _parquet,
     ".txt": _text,
 }

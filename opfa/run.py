@@ -6,6 +6,7 @@
     checkpoints/       resume points
     model/ report/     what came out
     done.json          written last: the run is complete
+    stop               made by whoever wants a run to save and end
 
 A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
 """
@@ -151,6 +152,15 @@ class Run:
         """Move the progress bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+
+    def is_told_to_stop(self) -> bool:
+        """Whether someone made RUN/stop, which asks a run to save and end; the file is removed."""
+        try:
+            (self.directory / "stop").unlink()
+        except FileNotFoundError:
+            return False
+        log.warning("%s/stop: saving a resume point when this step is done", self.directory)
+        return True
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Mark the run as complete."""

@@ -6,6 +6,7 @@ loses hyper-parameters at stage 3 and does not exist at stage 0, and they are pi
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ def save_runs(path: Path, runs: Iterable[Run], facts: dict[str, Any]) -> None:
     """Write one rank's runs, and a few numbers, as safetensors."""
     tensors = {f"{run.name}@{run.start}": run.values.cpu().clone() for run in runs}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # by the node that wrote it
 
 
 class Runs:

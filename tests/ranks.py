@@ -1,13 +1,17 @@
 """What one rank of a test's launch runs: upstream runs one after another in one process group.
 
 `python tests/ranks.py JOBS` reads a JSON list of {"values": recipe, "output": directory, "resume":
-bool}. While each trains, every masked layer's effective weight is looked at in every forward pass,
-and after every step the masks' fingerprint is noted in OUTPUT/watched.jsonl, with how many masked
-weights were seen that took part in a step.
+bool, "slow": seconds that every step takes longer, "bad_step": a step in which the last rank's loss
+is not a number}. While each trains, every masked layer's effective weight is looked at in every
+forward pass, and after every step the masks' fingerprint is noted in OUTPUT.watched.jsonl, with how
+many masked weights were seen that took part in a step.
 """
 
 import json
+import logging
+import math
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,12 +19,16 @@ import torch
 from torch import Tensor
 
 from opfa.distributed import end_process
+from opfa.recipe import OpfaError
 from opfa.sparsity.layers import MaskedLinear
 from opfa.sparsity.masks import fingerprint
+from opfa.upstream.batches import Batch
+from opfa.upstream.objective import Counts, Losses
 from opfa.upstream.pretrain import Trainer, pretrain
 from opfa.upstream.recipe import PretrainRecipe
 
 EFFECTIVE_WEIGHT, PRUNE = MaskedLinear.effective_weight, Trainer.prune
+BACKWARD = Trainer._backward
 seen = {"layers": 0, "violations": 0}
 
 
@@ -33,11 +41,20 @@ def watched_weight(layer: MaskedLinear) -> Tensor:
     return weight
 
 
-def run(output: Path, recipe: PretrainRecipe, resume: bool) -> None:
+def run(
+    output: Path, recipe: PretrainRecipe, *, resume: bool, slow: float, bad_step: int | None
+) -> None:
     """One upstream run, watched."""
+
+    def slow_backward(trainer: Trainer, batch: Batch, is_last: bool, counts: Counts) -> Losses:
+        time.sleep(slow)
+        losses = BACKWARD(trainer, batch, is_last, counts)
+        is_bad = trainer.order.rank == trainer.order.world_size - 1 and steps[0] + 1 == bad_step
+        return losses._replace(total=losses.total * math.nan) if is_bad else losses
 
     def watched_prune(trainer: Trainer, step: int) -> None:
         PRUNE(trainer, step)
+        steps[0] = step
         assert trainer.pruner is not None
         row = {"step": step, "masks": fingerprint(trainer.pruner.masks()), **seen}
         if trainer.order.rank == 0:
@@ -45,21 +62,34 @@ def run(output: Path, recipe: PretrainRecipe, resume: bool) -> None:
                 file.write(json.dumps(row) + "\n")
 
     seen.update(layers=0, violations=0)
+    steps = [0]
     with (
         patch.object(MaskedLinear, "effective_weight", watched_weight),
         patch.object(Trainer, "prune", watched_prune),
+        patch.object(Trainer, "_backward", slow_backward),
     ):
         pretrain(recipe, output, resume)
 
 
-def main() -> None:
-    """Run the jobs."""
+def main() -> int:
+    """Run the jobs; the exit code that `opfa` would give."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         recipe = PretrainRecipe.check(job["values"])
-        run(Path(job["output"]), recipe, job.get("resume", False))
-    end_process(0)
+        try:
+            run(
+                Path(job["output"]),
+                recipe,
+                resume=job.get("resume", False),
+                slow=job.get("slow", 0.0),
+                bad_step=job.get("bad_step"),
+            )
+        except OpfaError as error:
+            print(error, file=sys.stderr)
+            return error.status
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main())

@@ -291,6 +291,24 @@ def test_a_malformed_line_is_named_wherever_it_is(tmp_path: Path, place: int) ->
         prepare(corpus, tmp_path / "out")
 
 
+def test_bad_records_are_skipped_counted_and_listed_when_the_recipe_says_so(
+    tmp_path: Path,
+) -> None:
+    good = [json.dumps({"text": f"one sentence {i}. And another one {i}."}) for i in range(60)]
+    bad = ["{", "[1]", json.dumps({"other": "x"}), json.dumps({"text": "  "})]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([*good[:30], *bad, *good[30:]]) + "\n")
+    corpus = corpus_of(documents=(str(file),), bad_records="skip")
+    summary = prepare(corpus, tmp_path / "out")
+    assert summary["skipped_records"] == len(bad)
+    assert sum(split["documents"] for split in summary["splits"].values()) == len(good)
+    listed = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert [f"{file}, line {31 + i}:" in line for i, line in enumerate(listed)] == [True] * 4
+    file.write_text("\n".join(bad))
+    with pytest.raises(DataError, match="every record is bad"):
+        prepare(corpus, tmp_path / "none")
+
+
 def test_a_mistake_in_the_second_file_is_found(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *texts(12))
     write(tmp_path / "b.jsonl", "fine", {"text": ""})

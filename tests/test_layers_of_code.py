@@ -11,13 +11,22 @@ LEVELS = [
     {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
     {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
-    {"upstream.corpus", "downstream.tasks"},
+    {
+        "inspection",
+        "plan",
+        "pruner",
+        "checkpoint",
+        "report",
+        "upstream.segments",
+        "downstream.examples",
+    },
+    {"upstream.corpus", "downstream.tasks", "plan"},
     {"upstream.batches", "downstream.evaluate"},
     {"upstream.objective"},
     {"upstream.pretrain", "downstream.finetune"},
     {"quickstart", "bench"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = {

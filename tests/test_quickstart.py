@@ -13,7 +13,7 @@ from opfa.records import read_records
 SHORT = {
     r"^steps = .*": "steps = 3",
     r"^warmup_steps = .*": "warmup_steps = 0",
-    r"^end = 300": "end = 2",
+    r"^end = 500": "end = 2",
     r"^hold_until = .*": "hold_until = 2",
     r"^every = .*": "every = 1",
     r"^epochs = .*": "epochs = 0.02",
@@ -48,12 +48,12 @@ def test_quickstart_ends_with_a_table_and_pictures(
     assert json.loads((short / "quickstart.json").read_text()) == summary
     assert (short / "table.md").read_text().count("\n") == 2 + len(names)
     _, dense, one_shot, sparse, quantized = summary["rows"]
-    size = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 256 * 128 + 256 * 128)  # 4 layers, gated MLP
+    size = 3 * (3 * 128 * 128 + 128 * 128 + 2 * 256 * 128 + 256 * 128)  # 3 layers, gated MLP
     assert dense["nonzero"] == size and dense["bytes"] == 4 * size
     for row in (one_shot, sparse, quantized):
         assert row["nonzero"] == pytest.approx(0.1 * size, rel=1e-3)
     assert sparse["bytes"] == size // 8 + 4 * sparse["nonzero"]
-    rows_of_all = 4 * (3 * 128 + 128 + 2 * 256 + 128)  # one scale for each output channel
+    rows_of_all = 3 * (3 * 128 + 128 + 2 * 256 + 128)  # one scale for each output channel
     assert quantized["bytes"] == size // 8 + quantized["nonzero"] + 4 * rows_of_all
 
 

@@ -35,7 +35,7 @@ from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.engine import choose_accelerator
 from opfa.inspection import stated_report
-from opfa.models import decay_groups, load_tokenizer
+from opfa.models import decay_groups, load_config, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
 from opfa.recipe import ModelError, RecipeError, RunError
@@ -76,7 +76,7 @@ class Trainer:
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
-        config = tasks.load_config(init)
+        config = load_config(init)
         self.training, self.validation = tasks.load(task, self.tokenizer, config)
         torch.manual_seed(recipe.seed)  # the new head
         self.student = tasks.load_model(task, init, self.training.classes)
@@ -308,7 +308,7 @@ def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
     """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
     split.
     """
-    tokenizer, config = load_tokenizer(name), tasks.load_config(name)
+    tokenizer, config = load_tokenizer(name), load_config(name)
     tasks.check_head(recipe.task, config)
     split = tasks.load_validation(recipe.task, tokenizer, config)
     model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)

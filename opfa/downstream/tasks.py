@@ -15,7 +15,6 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
-    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -25,7 +24,7 @@ from transformers import (
 
 from opfa.downstream.examples import Examples, Row, read
 from opfa.downstream.recipe import Task
-from opfa.models import check_fit, loading
+from opfa.models import check_fit, load_config, loading
 from opfa.recipe import DataError, ModelError
 
 TARGETS = ("labels", "start_positions", "end_positions")
@@ -216,12 +215,6 @@ def _collate(pad_token_id: int, rows: Sequence[Row]) -> Batch:
             padded = [row[name] + [fill] * (tokens - len(row[name])) for row in rows]
             batch[name] = torch.tensor(padded)
     return batch
-
-
-def load_config(init: str) -> PretrainedConfig:
-    """The configuration of a directory or Hub name."""
-    with loading("model", init):
-        return AutoConfig.from_pretrained(init)
 
 
 def check_head(task: Task, config: PretrainedConfig) -> None:

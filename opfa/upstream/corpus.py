@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, RunError
-from opfa.records import expand, read_records
+from opfa.records import Bad, expand, read_records, stop
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
 
@@ -68,8 +68,12 @@ def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
 
 
 def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
-    documents = _documents(corpus, work / "cache")
-    log.info("%d documents read", len(documents))
+    skipped = work / "skipped.txt" if corpus.bad_records == "skip" else None
+    documents = _documents(corpus, work / "cache", skipped)
+    num_skipped = 0
+    if skipped is not None and skipped.exists():
+        num_skipped = len(skipped.read_text(encoding="utf-8").splitlines())
+    log.info("%d documents read, %d bad records skipped", len(documents), num_skipped)
     tokenizer = _tokenizer(corpus, documents)
     tokenizer.save_pretrained(work / "tokenizer")
     tokenized = documents.map(
@@ -88,6 +92,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "format": FORMAT,
         "corpus": corpus.model_dump(mode="json"),
+        "skipped_records": num_skipped,
         "splits": {},
     }
     for name, part in parts.items():
@@ -108,7 +113,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     return summary
 
 
-def _documents(corpus: Corpus, cache: Path) -> Dataset:
+def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
     if corpus.hub:
         try:
             dataset = load_dataset(corpus.hub, corpus.hub_config, split=corpus.hub_split)
@@ -126,13 +131,19 @@ def _documents(corpus: Corpus, cache: Path) -> Dataset:
         )
     files = expand(corpus.documents)
     for file in files:  # all of them are checked before any work is done
-        next(_texts(file, corpus.text_column))
+        bad = stop if skipped is None else _ignore
+        if next(_texts(file, corpus.text_column, bad), None) is None:
+            raise DataError(f"{file}: every record is bad")
     try:
         made = Dataset.from_generator(
             _all_texts,
             features=Features({"text": Value("string")}),
             cache_dir=str(cache),
-            gen_kwargs={"files": [str(file) for file in files], "column": corpus.text_column},
+            gen_kwargs={
+                "files": [str(file) for file in files],
+                "column": corpus.text_column,
+                "skipped": str(skipped) if skipped else None,
+            },
         )
     except DatasetGenerationError as error:  # what it wraps says which line, or that a disk is full
         raise error.__cause__ or error from None
@@ -140,20 +151,30 @@ def _documents(corpus: Corpus, cache: Path) -> Dataset:
     return made
 
 
-def _all_texts(files: list[str], column: str) -> Iterator[dict[str, str]]:
+def _all_texts(files: list[str], column: str, skipped: str | None) -> Iterator[dict[str, str]]:
+    def note(error: DataError) -> None:
+        assert skipped is not None
+        with Path(skipped).open("a", encoding="utf-8") as listing:
+            listing.write(" ".join(str(error).split()) + "\n")
+
     for file in files:
-        for text in _texts(Path(file), column):
+        for text in _texts(Path(file), column, note if skipped else stop):
             yield {"text": text}
 
 
-def _texts(file: Path, column: str) -> Iterator[str]:
-    for where, record in read_records(file):
+def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
+    for where, record in read_records(file, bad):
+        text = record.get(column)
         if column not in record:
-            raise DataError(f"{file}, {where}: no column {column!r}; there are {sorted(record)}")
-        text = record[column]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{file}, {where}: {column!r} is empty or not a text")
-        yield text
+            bad(DataError(f"{file}, {where}: no column {column!r}; there are {sorted(record)}"))
+        elif not isinstance(text, str) or not text.strip():
+            bad(DataError(f"{file}, {where}: {column!r} is empty or not a text"))
+        else:
+            yield text
+
+
+def _ignore(_: DataError) -> None:
+    pass
 
 
 def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ loop, step by step.
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -55,7 +55,14 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
             if run.is_done:
                 log.info("%s: is finished already", output)
                 return
-            start = trainer.resume(run) if resume else 0
+            # Rank 0 decides: machines may look at the run directory at different times.
+            resumes = distributed.on_first_rank(lambda: "yes" if resume else "") == "yes"
+            if not (output / "recipe.toml").exists():
+                raise RunError(
+                    f"{output}: rank 0 made this directory, and rank {rank} can't see it; "
+                    "RUN must be in a directory that all machines share"
+                )
+            start = trainer.resume(run) if resumes else 0
             if start == 0:
                 file = recipe.launch.deepspeed_file().values()
                 facts = {"world_size": world_size, "deepspeed": file, "data": prepared.summary}
@@ -119,13 +126,14 @@ class Trainer:
         """The steps from `start` to the end."""
         schedule, settings = self.recipe.learning_rate(), self.recipe.logging
         meter = Meter(self.device)
+        self.supervisor.save_on_signals()
         self.engine.module.train()  # a model that was loaded is in evaluation mode
         if start == 0 and self.pruner is not None:
             self.prune(0)
         for step, micro_batches in enumerate(self._batches(start), start):
             self.supervisor.beat(f"step {step + 1}")
             seed_step(self.recipe.seed, step, self.order.rank)
-            counts, is_stopping = self._counts(micro_batches)
+            counts, is_stopping = self._counts(run, micro_batches)
             losses = [self._backward(*item, counts) for item in _with_last(micro_batches)]
             loss = meter.add(losses, counts, step)
             learning_rate = schedule.at(step)
@@ -164,10 +172,10 @@ class Trainer:
         )
         return ([batch.to(self.device) for batch in step] for step in batches)
 
-    def _counts(self, micro_batches: list[Batch]) -> tuple[Counts, bool]:
+    def _counts(self, run: Run, micro_batches: list[Batch]) -> tuple[Counts, bool]:
         """Of the global batch; and whether some rank was told to stop. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
-        stops = 1.0 if self.supervisor.signal else 0.0
+        stops = bool(self.supervisor.signal) or (self.order.rank == 0 and run.is_told_to_stop())
         *counts, num_stopping = distributed.sum_over_ranks([*local, stops], self.device)
         return Counts(*counts), num_stopping > 0
 
@@ -182,29 +190,17 @@ class Trainer:
         assert self.pruner is not None
         self.pruner.after_step(step, self.engine)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The student's mean losses on held-out examples. Every rank computes the same."""
         self.supervisor.beat("evaluating")
-        settings = self.recipe.logging
-        module = self.engine.module.eval()
         batches = validation_batches(
             self.prepared,
             self.mask,
             batch=self.order.micro_batch,
-            num_examples=settings.evaluate_examples,
+            num_examples=self.recipe.logging.evaluate_examples,
             has_pairs=self.has_pairs,
         )
-        totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
-        for batch in batches:
-            losses = module(batch.to(self.device), None, Counts(1.0, 1.0, 1.0))
-            masked, _, sequences = batch.counts()
-            totals[0] += float(losses.mlm)
-            totals[1] += float(losses.nsp)
-            num_masked, num_sequences = num_masked + masked, num_sequences + sequences
-        module.train()
-        means = {"mlm_loss": totals[0] / num_masked, "nsp_loss": totals[1] / num_sequences}
-        return {"loss": sum(means.values()), **means}
+        return mean_losses(self.engine.module, (batch.to(self.device) for batch in batches))
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point. Collective."""
@@ -214,6 +210,13 @@ class Trainer:
             self.engine.save(directory)
             if self.pruner is not None and self.order.rank == 0:
                 mask_files.save(self.pruner.masks(), directory / "masks.safetensors")
+            distributed.barrier()
+            found = len(list(directory.glob("state-*")))
+            if self.order.rank == 0 and found != self.engine.num_files:
+                raise RunError(
+                    f"{directory}: the state of {found} of {self.engine.num_files} ranks is here; "
+                    "RUN must be in a directory that all nodes share"
+                )
 
         save_point(
             run.directory / "checkpoints",
@@ -227,8 +230,9 @@ class Trainer:
 
     def resume(self, run: Run) -> int:
         """Go back to the newest resume point; the step to continue from. Collective."""
-        found = newest_point(run.directory / "checkpoints") if self.order.rank == 0 else None
-        name = distributed.broadcast_text(str(found) if found else "")
+        name = distributed.on_first_rank(
+            lambda: str(newest_point(run.directory / "checkpoints") or "")
+        )
         if not name:
             log.warning("%s: no resume point; starting anew", run.directory)
             run.forget_after(0)
@@ -258,6 +262,22 @@ class Trainer:
         report.pretraining_pictures(run.rows(), result, run.directory / "report")
         run.finish({"step": self.recipe.training.steps, "sparsity": result["total"]["sparsity"]})
         return distributed.barrier()
+
+
+@torch.no_grad()
+def mean_losses(module: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """The mean losses per predicted token and per sequence of an `Objective`, without dropout."""
+    module.eval()
+    totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
+    for batch in batches:
+        losses: Losses = module(batch, None, Counts(1.0, 1.0, 1.0))
+        masked, _, sequences = batch.counts()
+        totals[0] += float(losses.mlm)
+        totals[1] += float(losses.nsp)
+        num_masked, num_sequences = num_masked + masked, num_sequences + sequences
+    module.train()
+    means = {"mlm_loss": totals[0] / num_masked, "nsp_loss": totals[1] / num_sequences}
+    return {"loss": sum(means.values()), **means}
 
 
 class Meter:

@@ -41,6 +41,7 @@ class Corpus(Section):
     validation: float = Field(default=0.005, gt=0.0, lt=0.5)  # share of documents held out
     tokenizer: str | None = None
     train_tokenizer: TokenizerTraining | None = None
+    bad_records: Literal["stop", "skip"] = "stop"  # skipped ones are listed in DIR/skipped.txt
     seed: int = Field(default=42, ge=0)
 
     @model_validator(mode="after")

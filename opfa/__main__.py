@@ -1,0 +1,5 @@
+"""`python -m opfa`, which is what launchers start on every rank."""
+
+from opfa.cli import main
+
+main()

@@ -1,0 +1,105 @@
+"""The formulas of `opfa plan`, against counts made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opfa import cli
+from opfa.plan import Shape, mask_update_bytes, memory_bytes, operations, plan, wire_bytes
+from opfa.recipe import RecipeError
+from opfa.upstream.recipe import PretrainRecipe
+
+RECIPE = Path(__file__).parent.parent / "recipes/upstream/bert-base-90.toml"
+BERT = ["model.init=", 'model.config={model_type="bert"}']
+TOY = Shape(
+    parameters=1_000,
+    pruned=600,
+    pruned_tensors=2,
+    teacher=1_000,
+    layers=2,
+    hidden=10,
+    intermediate=40,
+    vocabulary=30,
+    tokens=8,
+    predicted=0.5,
+    precision="bf16",
+)
+
+
+def bert(*overrides: str) -> PretrainRecipe:
+    return PretrainRecipe.read(RECIPE, [*BERT, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("stage", "state"),
+    [(1, 2_000 + 4_000 + 3_000), (2, 2_000 + 1_000 + 3_000), (3, 500 + 1_000 + 3_000)],
+)
+def test_memory_by_stage(stage: int, state: int) -> None:
+    memory = memory_bytes(TOY, stage=stage, gpus=4, micro_batch=3)
+    assert memory["weights"] + memory["gradients"] + memory["optimizer"] == state
+    assert memory["masks"] == 3 * 600
+    assert memory["teacher"] == 2_000
+    assert memory["activations"] == 24 * 2 * (180 + 160) + 5 * 4 * 24 * 30
+
+
+def test_offloading_takes_the_optimizer_away() -> None:
+    assert memory_bytes(TOY, stage=2, gpus=4, micro_batch=3, is_offloaded=True)["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(0, 2 * 3_000), (1, 3_000 + 1_500), (2, 6_000 + 1_500), (3, 2 * (3_000 + 3_000))],
+)
+def test_bytes_on_the_wire_by_stage(stage: int, expected: int) -> None:
+    assert wire_bytes(TOY, stage=stage, gpus=4, accumulation=2) == expected
+    assert wire_bytes(TOY, stage=stage, gpus=1, accumulation=2) == 0
+
+
+def test_a_mask_update_sums_histograms_and_masks() -> None:
+    assert mask_update_bytes(TOY, stage=2, gpus=2) == 2 * 786_432 + 600
+    assert mask_update_bytes(TOY, stage=0, gpus=2) == 0
+
+
+def test_operations_of_a_step() -> None:
+    products = 1_000 - 300 + 150 + 2 * 2 * 10 * 8
+    assert operations(TOY, batch=5) == 5 * 8 * (6 + 2) * products
+
+
+def test_bert_base_has_the_size_of_its_model_card() -> None:
+    result = plan(bert(), gpus=8, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+    assert result["model"]["parameters"] == pytest.approx(110e6, rel=0.01)
+    assert result["model"]["pruned"] == 12 * (4 * 768**2 + 2 * 768 * 3072)
+    assert result["model"]["teacher"] == result["model"]["parameters"]
+    for row in result["configurations"]:
+        assert row["micro_batch"] * row["accumulation"] * 8 == 256
+        assert row["total_memory_gb"] <= 72
+    assert result["recommended"] == "zero1"
+
+
+def test_less_memory_means_smaller_passes_and_then_another_stage() -> None:
+    def rows(memory_gb: float) -> dict[str, Any]:
+        result = plan(bert(), gpus=8, memory_gb=memory_gb, bandwidth_gbps=400, teraflops=150)
+        return {row["configuration"]: row["micro_batch"] for row in result["configurations"]}
+
+    assert rows(6)["zero2"] < rows(80)["zero2"]
+    assert rows(1.8)["zero1"] is None and rows(1.8)["zero2"] is not None
+    assert set(rows(0.5).values()) == {None}
+
+
+def test_more_gpus_than_the_batch_can_feed_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"--gpus 512: must divide training\.batch = 256"):
+        plan(bert(), gpus=512, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+
+
+def test_the_command_recommends_overrides_that_pretrain_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = ["--gpus", "64", "--memory-gb", "80", "--bandwidth-gbps", "100"]
+    assert cli.run(["plan", str(RECIPE), *size, *BERT]) == 0
+    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("use: "))
+    chosen = PretrainRecipe.read(RECIPE, line.removeprefix("use: ").split())
+    assert chosen.launch.micro_batch == 4
+    assert cli.run(["plan", str(RECIPE), *size, "--json", *BERT]) == 0
+    assert json.loads(capsys.readouterr().out)["gpus"] == 64
