@@ -150,10 +150,10 @@ class Engine:
         if not is_last:
             self._engine.step()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float | None:
         """One optimizer step after the last backward pass; the gradient norm before clipping.
 
-        With fp16 a step whose gradients overflow is skipped, and its norm is not finite.
+        None when gradients overflowed fp16: the step is skipped and the loss scale halved.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -163,7 +163,7 @@ class Engine:
             norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return math.nan if norm is None else float(norm)
+        return float(norm) if norm is not None and math.isfinite(norm) else None
 
     # runs of masters and moments
 

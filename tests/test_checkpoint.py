@@ -1,6 +1,7 @@
 """Resume points and finished models on disk."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertTokenizer
 
 from opfa import checkpoint
-from opfa.recipe import ModelError
+from opfa.recipe import ModelError, RunError
 from opfa.sparsity.layers import mask_layers
 from opfa.sparsity.pattern import Pattern
 
@@ -61,6 +62,36 @@ def test_a_damaged_point_is_passed_over(tmp_path: Path, damage: str) -> None:
         "bad manifest": lambda: manifest.write_text("{"),
     }[damage]()
     assert checkpoint.newest_point(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_any_damage_is_found(tmp_path: Path) -> None:
+    def fill(directory: Path) -> None:
+        save_file({"w": torch.arange(300.0)}, directory / "state-00000.safetensors")
+        (directory / "masks.safetensors").write_bytes(bytes(range(256)))
+
+    for step in (1, 2):
+        checkpoint.save_point(tmp_path, step, fill, {"world_size": 1}, keep=2)
+    point, chance = tmp_path / "step-00000002", random.Random(0)
+    for path in sorted(point.iterdir()):
+        whole = path.read_bytes()
+        for case in range(40):
+            if case % 2:
+                path.write_bytes(whole[: chance.randrange(len(whole))])
+            else:
+                place, bit = chance.randrange(len(whole)), 1 << chance.randrange(8)
+                flipped = bytes([whole[place] ^ bit])
+                path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
+            assert checkpoint.newest_point(tmp_path) == tmp_path / "step-00000001"
+        path.write_bytes(whole)
+    assert checkpoint.newest_point(tmp_path) == point
+
+
+def test_points_that_are_all_damaged_are_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    assert checkpoint.newest_point(tmp_path) is None
+    checkpoint.save_point(tmp_path, 1, lambda d: write(d, "state"), {}, keep=2)
+    (tmp_path / "step-00000001/state.bin").write_text("statf")
+    with pytest.raises(RunError, match="every resume point here is damaged"):
+        checkpoint.newest_point(tmp_path)
 
 
 def test_a_save_that_fails_leaves_the_earlier_point(tmp_path: Path) -> None:

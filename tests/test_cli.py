@@ -13,7 +13,9 @@ import pytest
 from conftest import finetune_recipe, pretrain_recipe
 
 from opfa import cli
-from opfa.run import write_text
+from opfa.checkpoint import newest_point
+from opfa.run import Run, write_text
+from opfa.upstream.pretrain import Trainer
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "matplotlib", "wandb", "sklearn")
 
@@ -215,6 +217,31 @@ def small_disk(tmp_path: Path) -> Any:
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_costs_nothing_earlier(
+    upstream: Path,
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save, filler = Trainer.save, small_disk / "filler"
+
+    def filled(self: Trainer, run: Run, step: int) -> None:
+        if step == 6:
+            free = shutil.disk_usage(small_disk).free
+            filler.write_bytes(bytes(free - 4096))
+        save(self, run, step)
+
+    monkeypatch.setattr(Trainer, "save", filled)
+    said = refused(capsys, "pretrain", upstream, "--output", small_disk / "run")
+    assert "no space left" in said
+    points = small_disk / "run/checkpoints"
+    assert [path.name for path in points.iterdir()] == ["step-00000003"]
+    assert newest_point(points) == points / "step-00000003"
+    filler.unlink()
+    monkeypatch.setattr(Trainer, "save", save)
+    assert cli.run(["pretrain", str(upstream), "--output", f"{small_disk}/run", "--resume"]) == 0
 
 
 @pytest.mark.parametrize("hidden", [96, 160])

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import pretrain_recipe
+from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import BertForPreTraining, BertModel
 
 from opfa import checkpoint
+from opfa.engine import Engine
 from opfa.inspection import inspect
 from opfa.models import new_pretraining_model
 from opfa.order import Order
@@ -176,12 +178,26 @@ def test_a_kept_weight_may_differ_from_the_teachers_and_a_pruned_one_is_zero(
     assert (theirs[ours == 0] != 0).any()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_equals_an_unbroken_one(
     prepared: Path, teacher: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = student_recipe(prepared, teacher, training={"precision": precision})
+    if precision == "fp16":  # as if this processor could; its first steps overflow and are skipped
+        with pytest.raises(RunError, match="'fp16': not on this machine"):
+            pretrain(recipe, tmp_path / "refused")
+        accelerator: Any = get_accelerator()
+        monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)
+        make = Engine.__init__
+
+        def with_a_large_scale(self: Engine, *args: Any, **options: Any) -> None:
+            make(self, *args, **options)
+            self._engine.optimizer.loss_scaler.cur_scale = 2.0**21
+
+        monkeypatch.setattr(Engine, "__init__", with_a_large_scale)
     pretrain(recipe, tmp_path / "unbroken")
+    norms = [row["grad_norm"] for row in training_rows(tmp_path / "unbroken")]
+    assert (None in norms) == (precision == "fp16")
 
     class StoppedError(Exception):
         pass

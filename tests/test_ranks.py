@@ -7,10 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import pretrain_values
 
 from opfa.inspection import inspect
+from opfa.models import load_pretraining_model
+from opfa.order import Order
+from opfa.sparsity.pattern import Pattern
+from opfa.upstream.batches import Prepared, masker, training_steps
+from opfa.upstream.recipe import PretrainRecipe
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCHEDULE = {"start": 1, "end": 4, "hold_until": 6, "every": 1, "target": 0.9}
@@ -64,6 +71,11 @@ def values(prepared: Path, name: str, precision: str, **launch_matters: Any) -> 
     )
 
 
+def alone(prepared: Path, name: str) -> dict[str, Any]:
+    """A student without a teacher, in fp32, every step clipped."""
+    return {**values(prepared, name, "fp32"), "distillation": None}
+
+
 @pytest.fixture(scope="module")
 def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS/{world size}-{precision}-{configuration} for all of them."""
@@ -83,6 +95,11 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for precision, names in NAMES.items()
             for name in names
         ]
+        if ranks == 2:
+            jobs += [
+                {"values": alone(prepared, name), "output": str(root / f"2-alone-{name}")}
+                for name in NAMES["fp32"]
+            ]
         launch(jobs, root, ranks)
     return root
 
@@ -121,6 +138,69 @@ def test_gradient_norms_are_the_same_at_every_stage(runs: Path, ranks: int, prec
 
     for name in NAMES[precision]:
         assert norms(name) == pytest.approx(norms("zero2"), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reference(runs: Path, prepared: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a plain loop on one process that multiplies weights by
+    masks from a full stable sort.
+    """
+    recipe = PretrainRecipe.check(alone(prepared, "zero0"))
+    assert recipe.pruning is not None and recipe.model.init is not None
+    data, schedule = Prepared.open(prepared, recipe.corpus), recipe.pruning.schedule
+    order = Order(
+        seed=42, num_examples=len(data.train), batch=8, micro_batch=8, rank=0, world_size=1
+    )
+    batches = training_steps(
+        data,
+        masker(data.tokenizer, recipe.masking, recipe.seed),
+        order,
+        steps=range(recipe.training.steps),
+        has_pairs=True,
+        workers=0,
+    )
+    model = load_pretraining_model(recipe.model.init, "mlm+nsp", dropout=0.0).train()
+    parameters = dict(model.named_parameters())
+    masks = {f"{n}.weight": torch.ones(m.weight.shape) for n, m in Pattern().layers(model).items()}
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    found = []
+    for step, (batch,) in enumerate(batches):
+        if schedule.is_update(step):
+            for name, mask in masks.items():
+                magnitudes = parameters[name].detach().abs().flatten().numpy()
+                k = round(schedule.sparsity_at(step) * magnitudes.size)
+                # A stable sort of the reversed array: of equal magnitudes the later one goes first.
+                order_of_all = magnitudes.size - 1 - np.argsort(magnitudes[::-1], kind="stable")
+                mask.fill_(1.0).view(-1)[order_of_all[:k].copy()] = 0.0
+        live = {name: p * masks[name] if name in masks else p for name, p in parameters.items()}
+        targets = {"labels": batch.labels, "next_sentence_label": batch.next_sentence}
+        loss = torch.func.functional_call(model, live, (), {**batch.inputs, **targets}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        for name, mask in masks.items():
+            gradient = parameters[name].grad
+            assert gradient is not None and not gradient[mask == 0].any()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate().at(step)
+        optimizer.step()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES["fp32"])
+def test_losses_and_norms_are_those_of_a_plain_loop_that_ignores_pruned_weights(
+    runs: Path, reference: list[tuple[float, float]], name: str
+) -> None:
+    rows = [row for row in lines(runs / f"2-alone-{name}/metrics.jsonl") if "eval" not in row]
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in reference], rel=1e-5)
+    norms = [norm for _, norm in reference]
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > 0.05  # every step is clipped, so a wrong norm would show in the losses too
 
 
 def test_no_masked_weight_takes_part_anywhere(runs: Path) -> None:
