@@ -68,6 +68,18 @@ def on_first_rank(find: Callable[[], str]) -> str:
     return box[0]
 
 
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether something about files of other machines becomes true: network file systems show them
+    with a delay.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
 def barrier() -> None:
     """Wait for every rank. Collective."""
     dist.barrier()

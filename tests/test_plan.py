@@ -11,7 +11,8 @@ from opfa.plan import Shape, mask_update_bytes, memory_bytes, operations, plan, 
 from opfa.recipe import RecipeError
 from opfa.upstream.recipe import PretrainRecipe
 
-RECIPE = Path(__file__).parent.parent / "recipes/upstream/bert-base-90.toml"
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes/upstream/bert-base-90.toml"
 BERT = ["model.init=", 'model.config={model_type="bert"}']
 TOY = Shape(
     parameters=1_000,
@@ -86,6 +87,39 @@ def test_less_memory_means_smaller_passes_and_then_another_stage() -> None:
     assert rows(6)["zero2"] < rows(80)["zero2"]
     assert rows(1.8)["zero1"] is None and rows(1.8)["zero2"] is not None
     assert set(rows(0.5).values()) == {None}
+
+
+def test_the_table_of_launch_is_what_the_formulas_give() -> None:
+    text = (ROOT / "launch/README.md").read_text()
+    table = text.partition("<!-- scale -->")[2].partition("<!-- /scale -->")[0]
+    shown = [line for line in table.splitlines() if line.startswith("| BERT")]
+    large = (
+        'model.config={model_type="bert",hidden_size=1024,num_hidden_layers=24,'
+        "num_attention_heads=16,intermediate_size=4096}"
+    )
+    made = []
+    for name, config in (("base", BERT[1]), ("large", large)):
+        for gpus in (1, 8, 64, 512):
+            batch = ["training.batch=4096"] if gpus == 512 else []
+            recipe = PretrainRecipe.read(
+                ROOT / f"recipes/upstream/bert-{name}-90.toml", ["model.init=", config, *batch]
+            )
+            result = plan(recipe, gpus=gpus, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+            rows = {row["configuration"]: row for row in result["configurations"]}
+
+            def cells(key: str, style: str, *more: str, rows: dict[str, Any] = rows) -> str:
+                names = ("zero1", "zero2", "zero3", *more)
+                return " / ".join(format(rows[name][key], style) for name in names)
+
+            first = rows["zero1"]
+            made.append(
+                f"| BERT-{name} | {gpus} | {result['batch']} "
+                f"| {first['micro_batch']} x {first['accumulation']} "
+                f"| {cells('total_memory_gb', '.1f', 'zero2-offload')} "
+                f"| {cells('wire_gb_per_step', '.2f')} "
+                f"| {first['mask_updates_share_of_wire']:.2%} | {cells('efficiency', '.0%')} |"
+            )
+    assert shown == made
 
 
 def test_more_gpus_than_the_batch_can_feed_are_refused() -> None:

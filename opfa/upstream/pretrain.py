@@ -57,7 +57,7 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
                 return
             # Rank 0 decides: machines may look at the run directory at different times.
             resumes = distributed.on_first_rank(lambda: "yes" if resume else "") == "yes"
-            if not (output / "recipe.toml").exists():
+            if not distributed.eventually((output / "recipe.toml").exists):
                 raise RunError(
                     f"{output}: rank 0 made this directory, and rank {rank} can't see it; "
                     "RUN must be in a directory that all machines share"
@@ -211,11 +211,13 @@ class Trainer:
             if self.pruner is not None and self.order.rank == 0:
                 mask_files.save(self.pruner.masks(), directory / "masks.safetensors")
             distributed.barrier()
-            found = len(list(directory.glob("state-*")))
-            if self.order.rank == 0 and found != self.engine.num_files:
+            wanted = self.engine.num_files
+            if self.order.rank == 0 and not distributed.eventually(
+                lambda: len(list(directory.glob("state-*"))) == wanted
+            ):
                 raise RunError(
-                    f"{directory}: the state of {found} of {self.engine.num_files} ranks is here; "
-                    "RUN must be in a directory that all nodes share"
+                    f"{directory}: not the state of all {wanted} ranks is here; RUN must be in a "
+                    "directory that all machines share"
                 )
 
         save_point(
@@ -248,7 +250,11 @@ class Trainer:
     def finish(self, run: Run) -> None:
         """Write the finished model and the pictures. Collective."""
         self.supervisor.beat("writing the finished model")
-        state = {name: self.engine.whole(p).cpu() for name, p in self.student.named_parameters()}
+        state = {}
+        for name, parameter in self.student.named_parameters():
+            value = self.engine.whole(parameter)
+            if run.is_writer:
+                state[name] = value.cpu()
         if not run.is_writer:
             return distributed.barrier()
         model = self.model_class(self.config)
