@@ -80,7 +80,7 @@ def quickstart(output: Path) -> dict[str, Any]:
     }
     write_json(output / "quickstart.json", summary)
     write_text(output / "table.md", markdown(summary))
-    report.accuracy_picture(rows, output / "accuracy.png")
+    report.quickstart_picture(rows, output / "quickstart.png")
     Console().print(_table(summary, output))
     return summary
 

@@ -83,18 +83,25 @@ def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
     _save(figure, directory / "sparsity.png")
 
 
-def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw one bar per model, with its accuracy."""
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(rows)), layout="constrained")
-    colours = [ORANGE if "prune-once" in row["model"] else GREY for row in rows]
-    bars = axes.barh(
-        [row["model"] for row in rows], [row["accuracy"] for row in rows], color=colours
+def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw one bar per model: its accuracy, and its encoder's loss before fine-tuning."""
+    figure, (left, right) = plt.subplots(
+        ncols=2, figsize=(9, 0.9 + 0.42 * len(rows)), sharey=True, layout="constrained"
     )
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("Accuracy on held-out chapters")
-    _tidy(axes)
+    names = [row["model"] for row in rows]
+    colours = [ORANGE if "prune-once" in name else GREY for name in names]
+    bars = left.barh(names, [row["accuracy"] for row in rows], color=colours)
+    left.bar_label(bars, fmt="%.3f", padding=3)
+    left.invert_yaxis()
+    left.set_xlim(0, 1)
+    left.set_xlabel("Accuracy on held-out chapters")
+    losses = [row.get("mlm_loss") for row in rows]
+    bars = right.barh(names, [loss or 0.0 for loss in losses], color=colours)
+    right.bar_label(bars, [f"{loss:.2f}" if loss else "" for loss in losses], padding=3)
+    right.margins(x=0.15)
+    right.set_xlabel("MLM loss before fine-tuning (lower is better)")
+    for axes in (left, right):
+        _tidy(axes)
     _save(figure, path)
 
 

@@ -1,6 +1,10 @@
 """Masks against a full stable sort in numpy, and counts written out."""
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from opfa.sparsity import masks as masks_module
 from opfa.sparsity.masks import (
+    Ranks,
     fingerprint,
     global_magnitude_masks,
     load,
@@ -19,6 +24,7 @@ from opfa.sparsity.masks import (
     report,
     save,
 )
+from opfa.sparsity.pattern import Pattern
 
 LAYERS = "encoder.layer"
 
@@ -257,3 +263,66 @@ def test_saved_masks_come_back_equal(tmp_path: Path, shapes: list[tuple[int, int
     assert set(loaded) == set(masks)
     assert all(torch.equal(loaded[name], masks[name]) for name in masks)
     assert all(mask.dtype == torch.bool for mask in loaded.values())
+
+
+# several ranks
+
+
+def on_ranks(
+    flat: dict[str, Tensor], cuts: list[list[int]], sparsity: float, scope: Any
+) -> dict[str, Tensor]:
+    """The masks that ranks in threads make of their runs, joined; `cuts` says where each tensor is
+    cut, possibly nowhere, so that a rank holds nothing of it.
+    """
+    size = len(cuts[0]) + 1
+    meeting = threading.Barrier(size)
+    shared: dict[int, np.ndarray] = {}
+
+    def work(rank: int) -> dict[str, Tensor]:
+        def total(counts: np.ndarray) -> np.ndarray:
+            shared[rank] = counts
+            meeting.wait(60)
+            summed = np.sum([shared[other] for other in range(size)], axis=0)
+            meeting.wait(60)
+            return summed
+
+        runs = {
+            name: values[[0, *cut][rank] : [*cut, len(values)][rank]]
+            for (name, values), cut in zip(flat.items(), cuts, strict=True)
+        }
+        return Pattern(scope=scope).masks(runs, sparsity, Ranks(rank, size, total))
+
+    with ThreadPoolExecutor(size) as pool:
+        parts = list(pool.map(work, range(size)))
+    return {name: torch.cat([part[name] for part in parts]) for name in flat}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_make_the_masks_of_one_process(scope: Any, size: int) -> None:
+    random = np.random.default_rng(size)
+    for kind in ("spread", "coarse", "equal", "bf16"):
+        flat = {}
+        for name, length in (("a", 37), ("b", 120), ("c", 5)):
+            values = torch.from_numpy(random.normal(size=length).astype(np.float32))
+            if kind == "coarse":
+                values = values.round()
+            elif kind == "equal":
+                values = values.sign()
+            elif kind == "bf16":
+                values = values.bfloat16().float()
+            flat[name] = values
+        cuts = [
+            sorted(random.integers(0, len(values) + 1, size - 1).tolist())
+            for values in flat.values()
+        ]
+        for sparsity in (0.0, 0.3, 0.5, 0.9, 0.99):
+            alone = Pattern(scope=scope).masks(flat, sparsity)
+            together = on_ranks(flat, cuts, sparsity, scope)
+            assert all(torch.equal(together[name], alone[name]) for name in flat)
+
+
+def test_a_weight_that_is_not_finite_stops_every_rank() -> None:
+    flat = {"a": torch.tensor([1.0, 2.0, 3.0, math.nan])}
+    with pytest.raises(ValueError, match="a: holds a non-finite weight"):
+        on_ranks(flat, [[3]], 0.5, "layer")

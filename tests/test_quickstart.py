@@ -44,7 +44,7 @@ def test_quickstart_ends_with_a_table_and_pictures(
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert summary["zeros_held"]
-    assert (short / "accuracy.png").stat().st_size > 1000
+    assert (short / "quickstart.png").stat().st_size > 1000
     assert json.loads((short / "quickstart.json").read_text()) == summary
     assert (short / "table.md").read_text().count("\n") == 2 + len(names)
     _, dense, one_shot, sparse, quantized = summary["rows"]

@@ -83,10 +83,10 @@ def _flat(name: str, weight: Tensor) -> Tensor:
 
 
 def _finite_size(tensors: Mapping[str, Tensor], ranks: Ranks) -> int:
-    counts = [(v.numel(), v.numel() - int(v.isfinite().sum())) for v in tensors.values()]
+    counts = [(v.numel(), not bool(v.isfinite().all())) for v in tensors.values()]
     totals = ranks.total(np.array(counts, dtype=np.int64).reshape(-1, 2))
-    for name, num_bad in zip(tensors, totals[:, 1], strict=True):
-        if num_bad:
+    for name, is_bad in zip(tensors, totals[:, 1], strict=True):
+        if is_bad:
             raise ValueError(f"{name or 'weight'}: holds a non-finite weight")
     return int(totals[:, 0].sum())
 
