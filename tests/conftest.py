@@ -1,6 +1,7 @@
 """Tiny corpora, models and recipes. Nothing here needs a network, a GPU or data from outside."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ TINY_BERT = {
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def outside(**settings: str) -> dict[str, str]:
+    """The environment for a program of its own: without the process group of this one."""
+    group = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {**{k: v for k, v in os.environ.items() if k not in group}, **settings}
 
 
 def sentences() -> Iterator[str]:
@@ -82,6 +89,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "documents.jsonl").write_text(text)
     prepare(pretrain_recipe(directory / "prepared").corpus, directory / "prepared")
     return directory / "prepared"
+
+
+@pytest.fixture(scope="session")
+def sparse(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sparse model: 90 % of the encoder's weights are zero."""
+    from opfa.upstream.pretrain import pretrain
+
+    output = tmp_path_factory.mktemp("sparse") / "run"
+    schedule = {"end": 2, "target": 0.9}
+    recipe = pretrain_recipe(
+        prepared, pruning={"schedule": schedule}, training={"steps": 4}, logging={"every_steps": 4}
+    )
+    pretrain(recipe, output)
+    return output / "model"
 
 
 @pytest.fixture(scope="session")

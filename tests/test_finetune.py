@@ -29,18 +29,6 @@ from opfa.upstream.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def sparse(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A released sparse model: 90 % of the encoder's weights are zero."""
-    output = tmp_path_factory.mktemp("sparse") / "run"
-    schedule = {"end": 2, "target": 0.9}
-    recipe = pretrain_recipe(
-        prepared, pruning={"schedule": schedule}, training={"steps": 4}, logging={"every_steps": 4}
-    )
-    pretrain(recipe, output)
-    return output / "model"
-
-
-@pytest.fixture(scope="module")
 def dense(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("dense") / "run"
     pretrain(pretrain_recipe(prepared, training={"steps": 3}), output)

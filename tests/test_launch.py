@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import pretrain_recipe
+from conftest import outside, pretrain_recipe
 
 from opfa.run import write_text
 
@@ -28,7 +28,7 @@ def script(path: Path, text: str) -> str:
 def until_done(run: Path, command: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-euc", f'source {LAUNCH}/until_done.sh; until_done "$@"', "-", str(run), command],
-        env={**os.environ, **QUICK, **settings},
+        env=outside(**QUICK, **settings),
         capture_output=True,
         text=True,
         check=False,
@@ -87,7 +87,7 @@ def test_sigterm_to_the_script_saves_and_the_same_command_finishes(
     command = ["bash", str(LAUNCH / name), str(recipe), str(run), "launch.micro_batch=1"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            command, env={**os.environ, **QUICK, "DS_ACCELERATOR": "cpu"}, stdout=log, stderr=log
+            command, env=outside(**QUICK, DS_ACCELERATOR="cpu"), stdout=log, stderr=log
         )
     end = time.monotonic() + 120
     while len(rows(run)) < 3:
@@ -100,7 +100,7 @@ def test_sigterm_to_the_script_saves_and_the_same_command_finishes(
     assert f"stopped at step {step}, which is saved" in (tmp_path / "log").read_text()
     again = subprocess.run(
         command,
-        env={**os.environ, **QUICK},
+        env=outside(**QUICK),
         capture_output=True,
         text=True,
         check=False,
@@ -134,7 +134,7 @@ def test_slurm_starts_one_rank_a_task_and_goes_back_into_the_queue(tmp_path: Pat
     for _ in range(2):
         subprocess.run(
             ["bash", str(LAUNCH / "slurm.sbatch"), "r.toml", str(run), "a.b=c"],
-            env={**os.environ, **settings, "PATH": f"{tools}:{os.environ['PATH']}"},
+            env=outside(**settings, PATH=f"{tools}:{os.environ['PATH']}"),
             cwd=tmp_path,
             check=True,
             timeout=60,

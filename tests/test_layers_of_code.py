@@ -11,15 +11,8 @@ LEVELS = [
     {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
     {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {
-        "inspection",
-        "plan",
-        "pruner",
-        "checkpoint",
-        "report",
-        "upstream.segments",
-        "downstream.examples",
-    },
+    {"lora", "guard"},
+    {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
     {"upstream.corpus", "downstream.tasks", "plan"},
     {"upstream.batches", "downstream.evaluate"},
     {"upstream.objective"},
@@ -88,4 +81,4 @@ def test_only_models_and_tasks_name_model_classes() -> None:
         return {name for name in found if name[0].isupper()} - types
 
     users = {name for name, path in MODULES.items() if classes(path)}
-    assert users == {"models", "downstream.tasks"}
+    assert users == {"models", "downstream.tasks", "guard"}

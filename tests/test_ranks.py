@@ -1,7 +1,6 @@
 """Several ranks: the same masks and losses at every ZeRO stage and world size (gloo, CPU)."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import pretrain_values
+from conftest import outside, pretrain_values
 
 from opfa.inspection import inspect
 from opfa.models import load_pretraining_model
@@ -34,7 +33,7 @@ def launch(jobs: list[dict[str, Any]], directory: Path, ranks: int) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [sys.executable, *command, str(Path(__file__).parent / "ranks.py"), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCH.parent)},
+        env=outside(OMP_NUM_THREADS="1", PYTHONPATH=str(LAUNCH.parent)),
         capture_output=True,
         text=True,
         check=False,

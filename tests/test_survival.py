@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, hung or fed bad numbers, on several ranks (gloo, CPU)."""
 
 import json
-import os
 import random
 import signal
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import pretrain_recipe, pretrain_values
+from conftest import outside, pretrain_recipe, pretrain_values
 
 from opfa import distributed
 from opfa.upstream.pretrain import pretrain
@@ -41,7 +40,7 @@ class Launch:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, str(PROGRAM), str(path)],
-                        env={**os.environ, **place, **address},
+                        env=outside(**place, **address),
                         stdout=subprocess.DEVNULL,
                         stderr=stderr,
                     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import outside
 
 from opfa.inspection import inspect
 from opfa.quickstart import write_data
@@ -80,7 +81,7 @@ def launch(cluster: Path, run: Path, overrides: list[str]) -> "subprocess.Popen[
     command += [str(ROOT / "recipes/quickstart/student.toml"), str(run), *overrides]
     script = ["bash", str(ROOT / "tests/two_nodes.sh"), "run", str(cluster), *command]
     with run.with_name(f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(script, stdout=log, stderr=log, cwd=ROOT)
+        return subprocess.Popen(script, stdout=log, stderr=log, cwd=ROOT, env=outside())
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
