@@ -13,10 +13,14 @@ recipe="$1" run="$2"
 shift 2
 PATH="$here/../.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+check "$recipe" "$run" "$@"
 
 options=(--no_local_rank --module)
 arguments=(pretrain "$recipe" --output "$run" "$@")
 [ -n "${MASTER_ADDR:-}" ] && options+=(--master_addr "$MASTER_ADDR")
+if [ -z "${HOSTFILE:-}" ] && [ -z "${MASTER_PORT:-}" ]; then  # several runs on one machine
+  MASTER_PORT="$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+fi
 [ -n "${MASTER_PORT:-}" ] && options+=(--master_port "$MASTER_PORT")
 if [ -n "${HOSTFILE:-}" ]; then
   options+=(--hostfile "$HOSTFILE")
@@ -24,7 +28,7 @@ if [ -n "${HOSTFILE:-}" ]; then
   DS_ENV_FILE="$(mktemp)"
   export DS_ENV_FILE
   trap 'rm -f "$DS_ENV_FILE"' EXIT
-  env | grep -E '^(PATH|LD_LIBRARY_PATH|DS_ACCELERATOR|(OMP|HF|NCCL|GLOO|TORCH|CUDA)_[A-Z_]+)=[^[:space:]]+$' | grep -v TOKEN > "$DS_ENV_FILE"
+  env | grep -E '^(PATH|LD_LIBRARY_PATH|DS_ACCELERATOR|(OMP|HF|TRANSFORMERS|NCCL|GLOO|TORCH|CUDA)_[A-Z0-9_]+)=[^[:space:]]+$' | grep -v TOKEN > "$DS_ENV_FILE"
   # A shell on each machine reads the arguments once more; DeepSpeed itself quotes only those with spaces.
   for i in "${!arguments[@]}"; do
     [[ "${arguments[i]}" == *" "* ]] || arguments[i]="$(printf %q "${arguments[i]}")"

@@ -12,6 +12,7 @@ recipe="$1" run="$2"
 shift 2
 PATH="$here/../.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+check "$recipe" "$run" "$@"
 
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
 options=(--nproc-per-node "${GPUS:-$((gpus > 0 ? gpus : 1))}")

@@ -65,8 +65,10 @@ def save_point(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)  # the commit point
         _fsync(root)
-        for old in sorted(root.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        points = sorted(root.glob("step-*"))
+        kept = [point for point in points if point <= final][-keep:]  # newer ones are damaged
+        for other in set(points) - set(kept):
+            shutil.rmtree(other, ignore_errors=True)
     barrier()
 
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.recipe import OpfaError
+from opfa.recipe import OpfaError, RecipeError
 from opfa.run import check_output
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ Overrides = Annotated[
 NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-INTERRUPTED = 130
+INTERRUPTED, STOPPED = 130, 75
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -81,13 +81,21 @@ def prepare(
     epilog="Example: opfa pretrain recipes/upstream/bert-base-90.toml --output runs/bert-base-90"
 )
 def pretrain(
-    recipe: RecipeFile, output: NewRun, overrides: Overrides = None, resume: Resume = False
+    recipe: RecipeFile,
+    output: NewRun,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look whether recipe and RUN would be accepted.")
+    ] = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
     from opfa.upstream.recipe import PretrainRecipe
 
     checked = PretrainRecipe.read(recipe, overrides or ())
     check_output(output, checked, resume)  # already here, before torch is imported
+    if check:
+        return
     from opfa.upstream.pretrain import pretrain as execute
 
     execute(checked, output, resume)
@@ -209,16 +217,18 @@ def plan(
 
 def _print_plan(result: dict[str, Any]) -> None:
     columns = ("DeepSpeed file", "batch", "GB each", "GB/step sent", "of it masks", "efficiency")
-    table = Table(*columns, title=f"{result['gpus']} GPUs, global batch {result['batch']}")
+    table = Table(*columns, title=f"{result['gpus']} GPU(s), global batch {result['batch']}")
     for row in result["configurations"]:
-        fits = row["micro_batch"] is not None
+        if row["micro_batch"] is None:
+            table.add_row(row["configuration"], "too large", f"{row['total_memory_gb']:.1f}")
+            continue
         table.add_row(
             row["configuration"],
-            f"{row['micro_batch']} x {row['accumulation']}" if fits else "too large",
+            f"{row['micro_batch']} x {row['accumulation']}",
             f"{row['total_memory_gb']:.1f}",
             f"{row['wire_gb_per_step']:.2f}",
             f"{row['mask_updates_share_of_wire']:.2%}",
-            f"{row['efficiency']:.0%}" if fits else "",
+            f"{row['efficiency']:.0%}",
         )
     Console().print(table)
     best = result["recommended"]
@@ -257,7 +267,8 @@ def _print_json(value: Any) -> None:  # Any: what JSON can hold
 def main() -> None:
     """Run a command and leave with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("opfa").setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"  # what all ranks know, one of them says
+    logging.getLogger("opfa").setLevel(logging.INFO if is_first else logging.ERROR)
     _leave(run(sys.argv[1:]))
 
 
@@ -266,6 +277,9 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(arguments, standalone_mode=False)
     except OpfaError as error:
+        is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
+        if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
+            return error.status
         return _refuse(str(error), error.status)
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")

@@ -23,6 +23,7 @@ from opfa.recipe import OpfaError, RunError
 
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
 HUNG = 76  # exit code that a watchdog leaves with
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,10 @@ def end_process(status: int) -> NoReturn:
 class Supervisor:
     """Looks after this process while it trains; a context manager.
 
-    A watchdog thread ends the process when `beat` was not called for `seconds`: the main thread may
-    hang inside a collective, where Python's own signal handlers don't run either. From
+    A watchdog thread ends the process when `beat` was not called for `seconds`, or when the
+    launcher that started it is gone (it would train on, unseen, beside its replacement). A thread,
+    because the main one may hang inside a collective, where Python's own signal handlers don't run
+    either. From
     `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a run can save
     before it ends; a second Ctrl-C interrupts at once. A collective that failed because another
     process is gone becomes a `LostContactError`.
@@ -109,6 +112,8 @@ class Supervisor:
         """`seconds` is the longest time that one beat may be followed by none."""
         self.signal = ""
         self._seconds = seconds
+        is_launched = any(name in os.environ for name in LAUNCHERS)
+        self._launcher = os.getppid() if is_launched else None
         self._is_over = threading.Event()
         self._handlers: dict[int, Any] = {}  # Any: what signal.signal gives back
         self.beat("starting up")
@@ -134,10 +139,12 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if error is not None and _is_lost_contact(error):
-            reason = str(error).strip().splitlines()[0]
+            reason = (
+                (str(error).strip() or "?").splitlines()[0].encode("ascii", "ignore").decode()[:160]
+            )
             raise LostContactError(
                 f"lost contact with another process while {self._doing}; its own output says why. "
-                f"Start the job again with --resume. ({reason})"
+                f"({reason})"
             ) from error
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -147,16 +154,19 @@ class Supervisor:
         log.warning("%s: saving a resume point when this step is done", self.signal)
 
     def _watch(self) -> None:
+        rank = os.environ.get("RANK", "0")
         while not self._is_over.wait(min(1.0, self._seconds / 10)):
-            if time.monotonic() - self._since > self._seconds:
-                print(
-                    f"opfa: rank {os.environ.get('RANK', '0')}: nothing was finished for "
-                    f"{self._seconds:g} s while {self._doing}; another process hangs or is out of "
-                    "reach, or launch.timeout_seconds is too short. This process ends, and the "
-                    "job with it; start it again with --resume",
-                    file=sys.stderr,
-                    flush=True,
+            problem = ""
+            if self._launcher is not None and os.getppid() != self._launcher:
+                problem = "the launcher is gone"
+            elif time.monotonic() - self._since > self._seconds:
+                problem = (
+                    f"nothing was finished for {self._seconds:g} s while {self._doing}; another "
+                    "process hangs or is out of reach, or launch.timeout_seconds is too short"
                 )
+            if problem:
+                said = f"opfa: rank {rank}: {problem}. This process ends, and the job with it"
+                print(said, file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
 

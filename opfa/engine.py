@@ -9,6 +9,8 @@ only read, through `Engine.read` and `Engine.whole`. So that stages and world si
 inside a layer would change the order in which autograd adds up its gradients.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -31,6 +33,10 @@ from opfa.state import Run, Runs, save_runs
 from opfa.zero import DeepSpeedFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+ALWAYS = {  # and stage 3 would replace torch's linear function for good, by one that rounds twice
+    "round_robin_gradients": False,
+    "memory_efficient_linear": False,
+}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss
 
 
@@ -118,7 +124,7 @@ class Engine:
             "fp16": {"enabled": precision == "fp16"},
             "zero_force_ds_cpu_optimizer": False,  # torch's is as fast there, and needs no compiler
         }
-        config["zero_optimization"]["round_robin_gradients"] = False
+        config["zero_optimization"] |= ALWAYS
         if precision != "fp32":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
             config.setdefault("communication_data_type", "fp32")
@@ -127,9 +133,11 @@ class Engine:
         if file.stage == 3:
             lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
             set_z3_leaf_modules(model, [type(module) for modules in lists for module in modules])
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports at stage 1
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._engine: Any = engine  # Any: DeepSpeed is not typed
         self._stage = file.stage
+        self._is_fp16 = precision == "fp16"
         self._parameters = dict(model.named_parameters())
         self.ranks = ALONE  # at stage 0 every rank holds everything
         if self._stage > 0:
@@ -153,7 +161,8 @@ class Engine:
     def step(self, learning_rate: float) -> float | None:
         """One optimizer step after the last backward pass; the gradient norm before clipping.
 
-        None when gradients overflowed fp16: the step is skipped and the loss scale halved.
+        None when gradients overflowed fp16: the step is skipped and the loss scale halved. In other
+        precisions raises `RunError`, on every rank, and the weights are as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -161,9 +170,14 @@ class Engine:
         if self._stage == 0:  # DeepSpeed clips there too, but doesn't tell
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-        self._engine.step()
+        if norm is None or math.isfinite(norm):
+            self._engine.step()  # skipped by stages 1 to 3 when gradients are not finite
         norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return float(norm) if norm is not None and math.isfinite(norm) else None
+        if norm is not None and math.isfinite(norm) and norm >= 0:
+            return float(norm)
+        if self._is_fp16:
+            return None
+        raise RunError("the gradient is not finite; nothing was changed by this step")
 
     # runs of masters and moments
 
@@ -243,7 +257,7 @@ class Engine:
         if self._stage == 0 and dist.get_rank() > 0:
             return
         self._make_moments()
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler = self._engine.optimizer.loss_scaler if self._is_fp16 else None
         scale = {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
         facts = {"adam_step": self._adam_step(), "scale": scale}
         save_runs(directory / f"state-{dist.get_rank():05d}.safetensors", self._runs(), facts)

@@ -62,7 +62,13 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
     """
     objective, distillation = recipe.corpus.objective, recipe.distillation
     values = recipe.model.config
-    config = new_config(values) if values is not None else load_config(str(recipe.model.init))
+    try:
+        config = new_config(values) if values is not None else load_config(str(recipe.model.init))
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; to plan without it give its shape: model.init= "
+            "'model.config={model_type=\"bert\"}'"
+        ) from error
     model = pretraining_skeleton(config, objective)
     parameters = sum(p.numel() for p in model.parameters())
     teacher = 0
@@ -157,9 +163,11 @@ def plan(
     """
     batch = recipe.training.batch
     if batch % gpus:
+        possible = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = sorted(possible, key=lambda n: abs(n - gpus))[:2]
         raise RecipeError(
-            f"--gpus {gpus}: must divide training.batch = {batch}, which defines the result; "
-            f"{gpus} GPUs need a recipe of a larger batch"
+            f"--gpus {gpus}: must divide training.batch = {batch}, which defines the result; near "
+            f"are {' and '.join(str(n) for n in sorted(near))}, or take a recipe of another batch"
         )
     shape = shape_of(recipe)
     every = recipe.pruning.schedule.every if recipe.pruning else 0

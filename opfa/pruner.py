@@ -76,7 +76,10 @@ class Pruner:
         weights = weights or OneProcess()
         parameters = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
         runs = {name: weights.read(parameter) for name, parameter in parameters.items()}
-        kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
+        try:
+            kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
+        except ValueError as error:  # on every rank
+            raise RunError(f"step {step}: {error}") from error
         masks = {name: weights.join(parameters[name], run) for name, run in kept.items()}
         _check_same(step, masks, weights)
         set_masks(self._model, masks)

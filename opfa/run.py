@@ -6,11 +6,13 @@
     checkpoints/       resume points
     model/ report/     what came out
     done.json          written last: the run is complete
-    stop               made by whoever wants a run to save and end
+    stop               made by whoever wants a run to save and end; it becomes `stopped`
+    .lock              held while a process trains here
 
 A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -19,9 +21,10 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,6 +42,7 @@ LIBRARIES = (
     "safetensors",
     "numpy",
 )
+STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
 OPTIONAL = ("nsp_loss", "distill_loss")  # zero where a recipe has no such term: not on the console
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,9 @@ class Run:
         self._progress: Progress | None = None
         if is_writer:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(directory)
+            for name in ("stop", "stopped"):
+                (directory / name).unlink(missing_ok=True)
             write_text(directory / "recipe.toml", recipe.to_toml())
 
     @property
@@ -90,13 +97,20 @@ class Run:
             self._progress.stop()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Write `environment.json`: these facts, and everything about the software and the
-        machine.
-        """
         if self.is_writer:
-            write_json(self.directory / "environment.json", {**environment(), **facts})
+            self._lock.close()
+
+    def describe(self, facts: dict[str, Any], launch: dict[str, Any] | None = None) -> None:
+        """Write `environment.json`: these facts, and everything about the software and the machine;
+        and add this launch to its list, which a resume continues.
+        """
+        if not self.is_writer:
+            return
+        path = self.directory / "environment.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        now = environment()
+        launches = [*before.get("launches", []), {"time": now["time"], **(launch or {})}]
+        write_json(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
         """Also send rows to wandb, offline or online."""
@@ -122,10 +136,10 @@ class Run:
             )
 
     def rows(self) -> list[Row]:
-        """All rows so far. A line that a kill cut in half is left out."""
+        """All rows so far. A line that a kill cut in half, or a power cut zeroed, is left out."""
         path = self.directory / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
 
     def log(self, row: Row) -> None:
         """Write one row everywhere."""
@@ -153,14 +167,15 @@ class Run:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
+    @property
     def is_told_to_stop(self) -> bool:
-        """Whether someone made RUN/stop, which asks a run to save and end; the file is removed."""
-        try:
-            (self.directory / "stop").unlink()
-        except FileNotFoundError:
-            return False
-        log.warning("%s/stop: saving a resume point when this step is done", self.directory)
-        return True
+        """Whether someone made RUN/stop, which asks a run to save and end."""
+        return (self.directory / "stop").exists()
+
+    def stopped(self) -> None:
+        """Answer RUN/stop by renaming it, so that scripts know not to start again."""
+        if self.is_writer and self.is_told_to_stop:
+            os.replace(self.directory / "stop", self.directory / "stopped")
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Mark the run as complete."""
@@ -180,7 +195,7 @@ def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
     if not resume:
-        if directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        if directory.exists() and (directory.is_file() or _has_more_than_a_start(directory)):
             raise RunError(
                 f"{directory}: holds another run or other files; give a new directory, or --resume"
             )
@@ -188,11 +203,22 @@ def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
     path = directory / "recipe.toml"
     if not path.exists():
         raise RunError(f"{directory}: there is no run to resume here")
-    before = type(recipe).read(path).model_dump(mode="json")
-    changed = _changes(before, recipe.model_dump(mode="json"))
-    changed = [c for c in changed if not c.startswith(("logging.", "launch."))]
+    after = recipe.model_dump(mode="json")
+    before = tomllib.loads(path.read_text(encoding="utf-8"))
+    for values in (before, after):
+        for section in ("launch", "logging"):  # an old launch's files may be gone
+            values.pop(section, None)
+    changed = _changes(type(recipe).check(before, str(path)).model_dump(mode="json"), after)
+    changed = [c for c in changed if not c.startswith(("logging", "launch"))]
     if changed:
         raise RunError(f"{directory}: --resume with another recipe: " + "; ".join(changed))
+
+
+def _has_more_than_a_start(directory: Path) -> bool:
+    """Whether there is more than what a run leaves that was killed while it made its directory."""
+    names = {path.name for path in directory.iterdir()}
+    points = directory / "checkpoints"
+    return bool(names - STARTS) or (points.exists() and any(points.iterdir()))
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -204,6 +230,20 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
         elif old != new:
             changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return changes
+
+
+def _locked(directory: Path) -> IO[str]:
+    """Hold RUN/.lock until this process ends; raises `RunError` while another one does."""
+    file = (directory / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RunError(f"{directory}: is being trained already, by {file.read()}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def environment() -> dict[str, Any]:

@@ -66,4 +66,4 @@ class Runs:
                 f"{self._directory}: {name} has {end} of {size} elements here; the state of some "
                 "rank is missing, or it belongs to another model"
             )
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)

@@ -32,6 +32,12 @@ NOT_EXACT = {
 }
 
 
+def _whole(text: str) -> int | float:
+    """5e8, as DeepSpeed's pages write sizes, is a whole number."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 class OffloadOptimizer(Section):
     """Optimizer state in host memory."""
 
@@ -93,7 +99,7 @@ class DeepSpeedFile(Recipe):
         if path is None:
             return cls()
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_whole)
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"launch.deepspeed = {path!r}: can't read this file: {error}"

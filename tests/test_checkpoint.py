@@ -64,6 +64,22 @@ def test_a_damaged_point_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert checkpoint.newest_point(tmp_path) == tmp_path / "step-00000001"
 
 
+def test_damaged_newer_points_take_no_place(tmp_path: Path) -> None:
+    for step in (3, 6):
+        checkpoint.save_point(tmp_path, step, lambda d: write(d, "state"), {}, keep=2)
+    (tmp_path / "step-00000006/state.bin").write_text("statf")
+    checkpoint.save_point(tmp_path, 4, lambda d: write(d, "state"), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_what_a_killed_save_left_is_not_in_the_next_point(tmp_path: Path) -> None:
+    (tmp_path / ".incomplete").mkdir()
+    (tmp_path / ".incomplete/state-00009").write_text("old")
+    checkpoint.save_point(tmp_path, 1, lambda d: write(d, "state"), {}, keep=1)
+    names = {path.name for path in (tmp_path / "step-00000001").iterdir()}
+    assert names == {"state.bin", "MANIFEST.json"}
+
+
 def test_any_damage_is_found(tmp_path: Path) -> None:
     def fill(directory: Path) -> None:
         save_file({"w": torch.arange(300.0)}, directory / "state-00000.safetensors")

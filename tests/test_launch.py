@@ -62,6 +62,49 @@ def test_a_refused_recipe_is_not_tried_again(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "x\n"
 
 
+def test_a_run_that_was_told_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    text = (
+        f"mkdir -p {run}; touch {run}/recipe.toml {run}/stopped; echo x >> {tmp_path}/calls; exit 1"
+    )
+    assert until_done(run, script(tmp_path / "train", text)).returncode == 75
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_pause_ends_it_and_leaves_no_sign_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    text = f"mkdir -p {run}; touch {run}/recipe.toml; echo x >> {tmp_path}/calls; exit 9"
+    command = script(tmp_path / "train", text)
+    process = subprocess.Popen(
+        ["bash", "-euc", f'source {LAUNCH}/until_done.sh; until_done "$@"', "-", str(run), command],
+        env=outside(RESTART_SECONDS="60"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert "restart 1 of 3 in 60 s" in process.stderr.readline()
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert not (run / "stop").exists()
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
+@pytest.mark.parametrize("name", ["pretrain.sh", "torchrun.sh"])
+def test_a_mistake_is_refused_before_anything_is_started(
+    recipe: Path, tmp_path: Path, name: str
+) -> None:
+    command = ["bash", str(LAUNCH / name), str(recipe), str(tmp_path / "run"), "training.steps=0"]
+    refused = subprocess.run(
+        command, env=outside(**QUICK), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.count("training.steps: Input should be greater") == 1
+    assert "launch.py" not in refused.stderr and "torchrun" not in refused.stderr
+
+
 @pytest.fixture
 def recipe(prepared: Path, tmp_path: Path) -> Path:
     made = pretrain_recipe(
@@ -79,9 +122,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.parametrize("name", ["pretrain.sh", "torchrun.sh"])
-def test_sigterm_to_the_script_saves_and_the_same_command_finishes(
-    recipe: Path, tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [("pretrain.sh", "SIGTERM"), ("torchrun.sh", "SIGTERM"), ("torchrun.sh", "file")],
+)
+def test_a_run_that_is_stopped_saves_and_the_same_command_finishes_it(
+    recipe: Path, tmp_path: Path, name: str, by: str
 ) -> None:
     run = tmp_path / "run"
     command = ["bash", str(LAUNCH / name), str(recipe), str(run), "launch.micro_batch=1"]
@@ -93,7 +139,7 @@ def test_sigterm_to_the_script_saves_and_the_same_command_finishes(
     while len(rows(run)) < 3:
         assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    (run / "stop").touch() if by == "file" else process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     step = rows(run)[-1]["step"]
     assert step < 60
@@ -109,7 +155,11 @@ def test_sigterm_to_the_script_saves_and_the_same_command_finishes(
     assert again.returncode == 0, again.stderr
     assert f"resumed at step {step}" in again.stderr
     assert (run / "done.json").exists()
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    launches = json.loads((run / "environment.json").read_text())["launches"]
+    assert [(launch["from_step"], launch["world_size"]) for launch in launches] == [
+        (0, 2),
+        (step, 2),
+    ]
 
 
 def test_slurm_starts_one_rank_a_task_and_goes_back_into_the_queue(tmp_path: Path) -> None:
@@ -131,17 +181,17 @@ def test_slurm_starts_one_rank_a_task_and_goes_back_into_the_queue(tmp_path: Pat
         'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$*" >> requeued; fi',
     )
     settings = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "4"}
+    job = ["bash", str(LAUNCH / "slurm.sbatch"), "r.toml", str(run), "a.b=c"]
+    environment = outside(**settings, PATH=f"{tools}:{os.environ['PATH']}")
     for _ in range(2):
-        subprocess.run(
-            ["bash", str(LAUNCH / "slurm.sbatch"), "r.toml", str(run), "a.b=c"],
-            env=outside(**settings, PATH=f"{tools}:{os.environ['PATH']}"),
-            cwd=tmp_path,
-            check=True,
-            timeout=60,
-        )
+        subprocess.run(job, env=environment, cwd=tmp_path, check=True, timeout=60)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[:2] == [f"{i}/2 {i} node7 pretrain r.toml --output {run} a.b=c" for i in range(2)]
     assert calls[2].endswith(f"--output {run} --resume a.b=c")
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 12"] * 2
+    (run / "stopped").touch()
+    last = subprocess.run(job, env=environment, cwd=tmp_path, check=False, timeout=60)
+    assert last.returncode == 75
     assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 12"] * 2
 
 

@@ -1,10 +1,13 @@
 """Upstream runs, end to end on a tiny model and one process."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import pretrain_recipe
@@ -13,6 +16,7 @@ from torch.nn import functional
 from transformers import BertForPreTraining, BertModel
 
 from opfa import checkpoint
+from opfa.distributed import Stopped
 from opfa.engine import Engine
 from opfa.inspection import inspect
 from opfa.models import new_pretraining_model
@@ -446,3 +450,74 @@ def test_resume_equals_an_unbroken_run_across_an_evaluation_in_the_middle(
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     pretrain(recipe, tmp_path / "run", resume=True)
     assert checkpoint.model_digest(tmp_path / "run/model") == whole
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2"])
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_weights_as_they_were(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    backward = Engine.backward
+    calls: list[float] = []
+
+    def poisoned(self: Engine, loss: torch.Tensor, is_last: bool) -> None:
+        calls.append(float(loss))
+        if len(calls) == 3:
+            loss = (loss * 1e30) * 1e30  # finite when it was looked at, and no more
+        backward(self, loss, is_last)
+
+    monkeypatch.setattr(Engine, "backward", poisoned)
+    launch = {"deepspeed": f"launch/{name}.json"}
+    recipe = pretrain_recipe(prepared, launch=launch, logging={"checkpoint_steps": 1})
+    with pytest.raises(RunError, match="step 3: the gradient is not finite"):
+        pretrain(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+    monkeypatch.setattr(Engine, "backward", backward)
+    pretrain(recipe, tmp_path / "run", resume=True)
+    monkeypatch.undo()
+    pretrain(recipe, tmp_path / "whole")
+    assert training_rows(tmp_path / "run") == training_rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("first", "then"), [("zero1", "zero0"), ("zero3", "zero1")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_at_another_stage(
+    prepared: Path, teacher: Path, tmp_path: Path, first: str, then: str, precision: str
+) -> None:
+    if precision == "bf16":
+        then = "zero1" if then == "zero0" else then
+    whole = student_recipe(prepared, teacher, training={"precision": precision})
+    pretrain(whole, tmp_path / "whole")
+
+    def at(name: str) -> Any:
+        launch = {"deepspeed": f"launch/{name}.json"}
+        return student_recipe(prepared, teacher, training={"precision": precision}, launch=launch)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()  # what a run leaves that was killed at once
+    pretrain(at(first), tmp_path / "run")
+    for path in ("done.json", "model", "report"):
+        target = tmp_path / "run" / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    pretrain(at(then), tmp_path / "run", resume=True)
+    ours, theirs = training_rows(tmp_path / "run"), training_rows(tmp_path / "whole")
+    assert [row["loss"] for row in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    fingerprints = [inspect(tmp_path / n / "model")["fingerprint"] for n in ("run", "whole")]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_loader_processes_ignore_signals_to_the_group(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = module.Trainer._counts
+
+    def signalled(self: module.Trainer, run: Any, batches: Any) -> Any:
+        if not self.supervisor.signal:
+            for child in psutil.Process().children(recursive=True):
+                child.terminate()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, run, batches)
+
+    monkeypatch.setattr(module.Trainer, "_counts", signalled)
+    recipe = pretrain_recipe(prepared, launch={"workers": 2})
+    with pytest.raises(Stopped, match="stopped at step 1, which is saved"):
+        pretrain(recipe, tmp_path / "run")

@@ -210,3 +210,47 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(
         for rank in (0, 1):
             assert "step 5: the loss is not finite on rank [1]" in launch.said(rank)
     assert trained(run)[-1]["step"] == 4
+
+
+def test_a_second_run_in_the_same_directory_is_refused(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = {"values": values(prepared, teacher), "output": str(run), "slow": 0.05}
+    with Launch([job], tmp_path, 1) as launch:
+        assert until(lambda: len(trained(run)) >= 2, launch)
+        (tmp_path / "other").mkdir()
+        with Launch([{**job, "resume": True}], tmp_path / "other", 1) as second:
+            assert second.wait() == [2]
+            said = f"{run}: is being trained already, by process {launch.processes[0].pid} on"
+            assert said in second.said(0)
+        assert launch.processes[0].poll() is None
+
+
+def test_ranks_whose_launcher_is_gone_end_too(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = {"values": values(prepared, teacher), "output": str(run), "slow": 0.2}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", str(PROGRAM)]
+            + [str(tmp_path / "jobs.json")],
+            env=outside(OMP_NUM_THREADS="1"),
+            stdout=log,
+            stderr=log,
+        )
+    end = time.monotonic() + 60
+    while len(trained(run)) < 2:
+        assert launcher.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    while "rank 0: the launcher is gone" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1.0)
+    step = len(trained(run))
+    time.sleep(1.0)
+    assert len(trained(run)) == step < STEPS

@@ -5,6 +5,7 @@ resume change neither. Shape letters: B sequences, T tokens.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,8 @@ from opfa.upstream.corpus import FORMAT, tokenizer_digest
 from opfa.upstream.masking import IGNORED, Masker
 from opfa.upstream.recipe import Corpus, Masking
 
-PATHS = {"documents", "tokenizer"}  # what another machine may call otherwise
+# What another machine may call otherwise, and what examples that are there no longer depend on.
+PATHS = {"documents", "tokenizer", "bad_records"}
 
 
 class Batch(NamedTuple):
@@ -177,10 +179,17 @@ def training_steps(
         batch_sampler=MicroBatches(order, steps),
         collate_fn=_collate(prepared, has_pairs),
         num_workers=workers,
+        worker_init_fn=_ignore_signals,
     )
     micro_batches = iter(loader)
     while step := list(islice(micro_batches, order.accumulation)):
         yield step
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole process group asks the trainer to save, which needs its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_batches(

@@ -52,10 +52,10 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
         order = _order(recipe, len(prepared.train), rank, world_size)
         trainer = Trainer(recipe, prepared, order, device, supervisor)
         with Run(output, recipe, steps=steps, is_writer=rank == 0) as run:
-            if run.is_done:
+            # Rank 0 decides: machines may look at the run directory at different times.
+            if distributed.on_first_rank(lambda: "yes" if run.is_done else ""):
                 log.info("%s: is finished already", output)
                 return
-            # Rank 0 decides: machines may look at the run directory at different times.
             resumes = distributed.on_first_rank(lambda: "yes" if resume else "") == "yes"
             if not distributed.eventually((output / "recipe.toml").exists):
                 raise RunError(
@@ -63,10 +63,12 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
                     "RUN must be in a directory that all machines share"
                 )
             start = trainer.resume(run) if resumes else 0
-            if start == 0:
-                file = recipe.launch.deepspeed_file().values()
-                facts = {"world_size": world_size, "deepspeed": file, "data": prepared.summary}
-                run.describe(facts)
+            launch = {
+                "from_step": start,
+                "world_size": world_size,
+                "deepspeed": recipe.launch.deepspeed_file().values(),
+            }
+            run.describe({"world_size": world_size, "data": prepared.summary}, launch)
             settings = recipe.logging
             run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
             trainer.train(run, start)
@@ -131,13 +133,13 @@ class Trainer:
         if start == 0 and self.pruner is not None:
             self.prune(0)
         for step, micro_batches in enumerate(self._batches(start), start):
-            self.supervisor.beat(f"step {step + 1}")
+            self.supervisor.beat(f"training step {step + 1}")
             seed_step(self.recipe.seed, step, self.order.rank)
             counts, is_stopping = self._counts(run, micro_batches)
             losses = [self._backward(*item, counts) for item in _with_last(micro_batches)]
             loss = meter.add(losses, counts, step)
             learning_rate = schedule.at(step)
-            grad_norm = self.engine.step(learning_rate)
+            grad_norm = self._optimize(step, learning_rate)
             done = step + 1
             if self.pruner is not None:
                 self.prune(done)
@@ -155,9 +157,10 @@ class Trainer:
             if (done % settings.checkpoint_steps == 0 or is_stopping) and done < schedule.steps:
                 self.save(run, done)
                 if is_stopping:
+                    run.stopped()
                     raise Stopped(
-                        f"{run.directory}: stopped at step {done}, which is saved; "
-                        "continue with the same command and --resume"
+                        f"{run.directory}: stopped at step {done}, which is saved; continue with "
+                        "the same command, and --resume unless a script of launch/ adds it"
                     )
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
@@ -175,7 +178,7 @@ class Trainer:
     def _counts(self, run: Run, micro_batches: list[Batch]) -> tuple[Counts, bool]:
         """Of the global batch; and whether some rank was told to stop. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
-        stops = bool(self.supervisor.signal) or (self.order.rank == 0 and run.is_told_to_stop())
+        stops = bool(self.supervisor.signal) or (self.order.rank == 0 and run.is_told_to_stop)
         *counts, num_stopping = distributed.sum_over_ranks([*local, stops], self.device)
         return Counts(*counts), num_stopping > 0
 
@@ -184,6 +187,12 @@ class Trainer:
         losses: Losses = self.engine(batch, targets, counts)
         self.engine.backward(losses.total, is_last)
         return losses
+
+    def _optimize(self, step: int, learning_rate: float) -> float | None:
+        try:
+            return self.engine.step(learning_rate)
+        except RunError as error:
+            raise RunError(f"step {step + 1}: {error}") from None
 
     def prune(self, step: int) -> None:
         """Update the masks when the schedule says so. Collective."""
@@ -332,7 +341,11 @@ def _with_last(micro_batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
 def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int) -> Order:
     batch = recipe.training.batch
     micro_batch = recipe.launch.micro_batch or batch // world_size
-    if micro_batch == 0 or batch % (micro_batch * world_size):
+    if batch % world_size:
+        raise RecipeError(
+            f"training.batch = {batch}: can't be shared out evenly over {world_size} processes"
+        )
+    if batch % (micro_batch * world_size):
         raise RecipeError(
             f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = "
             f"{micro_batch} x {world_size}"
