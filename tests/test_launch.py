@@ -173,7 +173,7 @@ def test_slurm_starts_one_rank_a_task_and_goes_back_into_the_queue(tmp_path: Pat
     )
     script(
         tools / "srun",
-        'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || s=$?; '
+        'shift 2; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || s=$?; '
         "done; exit $s",
     )
     script(
