@@ -102,10 +102,9 @@ class Supervisor:
     A watchdog thread ends the process when `beat` was not called for `seconds`, or when the
     launcher that started it is gone (it would train on, unseen, beside its replacement). A thread,
     because the main one may hang inside a collective, where Python's own signal handlers don't run
-    either. From
-    `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a run can save
-    before it ends; a second Ctrl-C interrupts at once. A collective that failed because another
-    process is gone becomes a `LostContactError`.
+    either. From `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a
+    run can save before it ends; a second Ctrl-C interrupts at once. A collective that failed
+    because another process is gone becomes a `LostContactError`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -139,9 +138,8 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if error is not None and _is_lost_contact(error):
-            reason = (
-                (str(error).strip() or "?").splitlines()[0].encode("ascii", "ignore").decode()[:160]
-            )
+            reason = (str(error).strip() or "?").splitlines()[0]
+            reason = reason.encode("ascii", "ignore").decode()[:160]  # gloo's ends in an emoji
             raise LostContactError(
                 f"lost contact with another process while {self._doing}; its own output says why. "
                 f"({reason})"
