@@ -24,6 +24,7 @@ from opfa.recipe import OpfaError, RunError
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
+AGAIN = "The same command with --resume goes on; scripts of launch/ do so by themselves"
 HUNG = 76  # exit code that a watchdog leaves with
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,8 @@ class Supervisor:
             reason = (str(error).strip() or "?").splitlines()[0]
             reason = reason.encode("ascii", "ignore").decode()[:160]  # gloo's ends in an emoji
             raise LostContactError(
-                f"lost contact with another process while {self._doing}; its own output says why. "
-                f"({reason})"
+                f"lost contact with another process while {self._doing}; its own output says why "
+                f"({reason}). {AGAIN}"
             ) from error
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -163,7 +164,7 @@ class Supervisor:
                     "process hangs or is out of reach, or launch.timeout_seconds is too short"
                 )
             if problem:
-                said = f"opfa: rank {rank}: {problem}. This process ends, and the job with it"
+                said = f"opfa: rank {rank}: {problem}. This process ends. {AGAIN}"
                 print(said, file=sys.stderr, flush=True)
                 os._exit(HUNG)
 

@@ -61,7 +61,7 @@ def start_distributed(timeout_seconds: float) -> torch.device:
             "nccl" if accelerated else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=2 * timeout_seconds),  # the supervisor speaks first
         )
     return torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
 
