@@ -36,7 +36,6 @@ if [ -n "${HOSTFILE:-}" ]; then
   # else a machine that is lost without a word leaves pdsh waiting for ever
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:--o ServerAliveInterval=20 -o ServerAliveCountMax=3}"
 else
-  gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
-  options+=(--num_gpus "${GPUS:-$((gpus > 0 ? gpus : 1))}")
+  options+=(--num_gpus "$(processes)")
 fi
 until_done "$run" deepspeed "${options[@]}" opfa "${arguments[@]}"

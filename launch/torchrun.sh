@@ -14,8 +14,7 @@ PATH="$here/../.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 check "$recipe" "$run" "$@"
 
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
-options=(--nproc-per-node "${GPUS:-$((gpus > 0 ? gpus : 1))}")
+options=(--nproc-per-node "$(processes)")
 if [ "${NNODES:-1}" -gt 1 ]; then
   options+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 else

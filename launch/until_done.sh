@@ -1,9 +1,16 @@
 # Sourced by the scripts beside it: runs a command that trains RUN until RUN/done.json is there.
 #   check RECIPE RUN [section.key=value ...]      refuses at once what `opfa pretrain` would refuse; ends well when RUN is done
+#   processes                                     how many to start on this machine: GPUS, else its GPUs, or 1 without any
 #   until_done RUN COMMAND [ARGUMENT...]
 # A launcher's own exit code is no proof: DeepSpeed's is 0 when it was killed and its ranks run on.
 # MAX_RESTARTS (3) and RESTART_SECONDS (20) bound what happens after a failure. SIGTERM, SIGHUP and Ctrl-C make RUN/stop, the
 # sign for every rank to save and end, which becomes RUN/stopped; no signal goes to the launcher (see README.md).
+processes() {
+  local found
+  found="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || found=0
+  echo "${GPUS:-$((found > 0 ? found : 1))}"
+}
+
 check() {
   local recipe="$1" run="$2" resume=()
   shift 2

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.recipe import OpfaError, RecipeError
+from opfa.recipe import STOPPED, OpfaError, RecipeError
 from opfa.run import check_output
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ Overrides = Annotated[
 NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-INTERRUPTED, STOPPED = 130, 75
+INTERRUPTED = 130
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -19,9 +19,8 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 
-from opfa.recipe import OpfaError, RunError
+from opfa.recipe import STOPPED, OpfaError, RunError
 
-STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
 AGAIN = "The same command with --resume goes on; scripts of launch/ do so by themselves"

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 SCALARS = {"str", "int", "float", "bool"}
 
 

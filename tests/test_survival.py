@@ -15,6 +15,7 @@ import pytest
 from conftest import outside, pretrain_recipe, pretrain_values
 
 from opfa import distributed
+from opfa.recipe import STOPPED
 from opfa.upstream.pretrain import pretrain
 
 PROGRAM = Path(__file__).parent / "ranks.py"
@@ -161,7 +162,7 @@ def test_world_size_2_then_1_then_2_by_sigterm(
                 break
             assert until(lambda a=aim: len(trained(run)) >= a, launch)
             launch.processes[-1].send_signal(signal.SIGTERM)  # one rank is enough
-            assert launch.wait() == [distributed.STOPPED] * ranks, launch.said(0)
+            assert launch.wait() == [STOPPED] * ranks, launch.said(0)
             step = trained(run)[-1]["step"]
             assert aim <= step < STEPS
             assert f"stopped at step {step}" in launch.said(0)
