@@ -42,7 +42,8 @@ def save_point(
     is_writer: bool = True,
     barrier: Callable[[], None] = lambda: None,
 ) -> None:
-    """Save a resume point.
+    """Save a resume point, and remove old ones but the newest `keep` and those that these name in
+    their facts as the "best".
 
     Collective: every rank's `write` puts its files in one shared directory.
     """
@@ -61,15 +62,21 @@ def save_point(
         (aside / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
         for path in (*aside.rglob("*"), aside):
             _fsync(path)
-        final = root / f"step-{step:08d}"
+        final = root / point_name(step)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)  # the commit point
         _fsync(root)
         points = sorted(root.glob("step-*"))
         kept = [point for point in points if point <= final][-keep:]  # newer ones are damaged
-        for other in set(points) - set(kept):
+        best = {root / point_name(b) for p in kept if (b := facts_of(p).get("best")) is not None}
+        for other in set(points) - set(kept) - best:
             shutil.rmtree(other, ignore_errors=True)
     barrier()
+
+
+def point_name(step: int) -> str:
+    """The name of a resume point's directory."""
+    return f"step-{step:08d}"
 
 
 def newest_point(root: Path) -> Path | None:

@@ -103,13 +103,24 @@ def pretrain(
 
 @app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
 def finetune(
-    recipe: RecipeFile, output: NewRun, overrides: Overrides = None, resume: Resume = False
+    recipe: RecipeFile,
+    output: NewRun,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Run with so many seeds, from the recipe's on.")
+    ] = 1,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
     check_output(output, checked, resume)
+    if seeds > 1 or checked.sweep is not None:
+        from opfa.downstream.sweep import sweep as execute_all
+
+        _print_json(execute_all(checked, output, num_seeds=seeds, resume=resume))
+        return
     from opfa.downstream.finetune import finetune as execute
 
     _print_json(execute(checked, output, resume))

@@ -1,14 +1,15 @@
 """Records from local files, read strictly: a bad one is named by file and line, and none is skipped
 unless the caller says so.
 
-JSON Lines, CSV, TSV, Parquet and plain text (documents parted by empty lines); .gz and .zst where
-the format is text.
+JSON Lines, CSV, TSV, Parquet, plain text (documents parted by empty lines) and CoNLL's tagged words
+(one a line, sentences parted by empty lines); .gz and .zst where the format is text.
 """
 
 import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -137,6 +138,24 @@ def _text(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
             yield start, {"text": "\n".join(paragraph)}
 
 
+def _conll(file: Path, bad: Bad) -> Iterator[tuple[int, Record]]:
+    """Sentences as `tokens` (the first column) and `tags` (the last)."""
+    with _open(file) as lines:
+        words: list[list[str]] = []
+        start = 1
+        for number, line in enumerate(itertools.chain(lines, [""]), 1):
+            fields = line.split()
+            is_new_document = fields[:1] == ["-DOCSTART-"]
+            if len(fields) == 1 and not is_new_document:
+                bad(DataError(f"{file}, line {number}: a word without a tag: {fields[0]!r}"))
+            elif fields and not is_new_document:
+                start = start if words else number
+                words.append(fields)
+            elif words:
+                yield start, {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
+                words = []
+
+
 def _parquet(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
     number = 0
     with parquet.ParquetFile(file) as table:
@@ -153,4 +172,5 @@ READERS = {
     ".tsv": lambda file, bad: _separated(file, bad, Tsv),
     ".parquet": _parquet,
     ".txt": _text,
+    ".conll": _conll,
 }

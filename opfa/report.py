@@ -49,9 +49,12 @@ def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
     axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
         right = axes.twinx()
-        metric = next(key for key in evaluations[0] if key not in ("step", "eval"))
-        right.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4)
-        right.set_ylabel(f"Held-out {metric}", color=GREEN)
+        metric = next(key for key in evaluations[0] if key not in ("step", "eval", "final"))
+        before = [row for row in evaluations if not row.get("final")]
+        final = [row for row in evaluations if row.get("final")]
+        right.plot(*_series(before, metric), "o-", color=GREEN, markersize=4)
+        right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
+        right.set_ylabel(f"Held-out {metric} (star: the finished model)", color=GREEN)
         right.spines["top"].set_visible(False)
     _save(figure, directory / "loss.png")
     learning_rate_picture(training, directory)
@@ -81,6 +84,17 @@ def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
     axes.tick_params(axis="y", labelsize=6)
     _tidy(axes)
     _save(figure, directory / "sparsity.png")
+
+
+def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draw a metric against the learning rate, with its deviation over seeds."""
+    figure, axes = _axes("Learning rate", metric)
+    rates, means = [row["learning_rate"] for row in rows], [row["mean"][metric] for row in rows]
+    deviations = [row["std"][metric] or 0.0 for row in rows]
+    axes.errorbar(rates, means, deviations, fmt="o-", color=BLUE, capsize=3)
+    axes.set_xscale("log")
+    path.parent.mkdir(exist_ok=True)
+    _save(figure, path)
 
 
 def quickstart_picture(rows: Sequence[Row], path: Path) -> None:

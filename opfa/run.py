@@ -43,6 +43,7 @@ LIBRARIES = (
     "numpy",
 )
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
+NO_NUMBERS = ("step", "eval", "final")
 OPTIONAL = ("nsp_loss", "distill_loss")  # zero where a recipe has no such term: not on the console
 log = logging.getLogger(__name__)
 
@@ -128,9 +129,10 @@ class Run:
         )
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows of steps that are going to be run again."""
+        """Drop the rows of steps that are going to be run again, and of a final evaluation."""
         if self.is_writer:
-            kept = [row for row in self.rows() if row["step"] <= step]
+            rows = [row for row in self.rows() if row["step"] <= step]
+            kept = [row for row in rows if not row.get("final")]
             write_text(
                 self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
             )
@@ -151,9 +153,9 @@ class Run:
             step = row["step"]
             prefix = "eval/" if row.get("eval") else ""
             self._wandb.log(
-                {prefix + k: v for k, v in row.items() if k not in ("step", "eval")}, step=step
+                {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}, step=step
             )
-        hidden = {"step", "eval", *(name for name in OPTIONAL if row.get(name) == 0)}
+        hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
         shown = {k: v for k, v in row.items() if k not in hidden}
         text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
         kind = "evaluation" if row.get("eval") else "step"

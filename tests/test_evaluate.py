@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from opfa.downstream import evaluate, tasks
+from opfa.downstream import evaluate, squad, tasks
+from opfa.downstream.examples import Examples
 from opfa.downstream.recipe import Task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "who", "won"]
@@ -43,9 +44,7 @@ def tiny(**values: Any) -> BertConfig:
 
 def split_of(labels: list[Any], classes: tuple[str, ...] = ()) -> tasks.Split:
     """A split as far as scores of labels need it."""
-    examples = tasks.Examples(
-        source="here", places=[], texts=[], pairs=None, labels=labels, names=()
-    )
+    examples = Examples(source="here", places=[], texts=[], pairs=None, labels=labels, names=())
     return tasks.Split(
         features=Dataset.from_dict({"labels": labels}),
         examples=examples,
@@ -118,7 +117,7 @@ def test_correlation_with_a_constant_is_zero() -> None:
     ],
 )
 def test_normal_form(answer: str, normal: str) -> None:
-    assert evaluate.normalize(answer) == normal
+    assert squad.normalize(answer) == normal
 
 
 @pytest.mark.parametrize(
@@ -133,8 +132,8 @@ def test_normal_form(answer: str, normal: str) -> None:
     ],
 )
 def test_exact_match_and_f1(prediction: str, answer: str, exact: float, f1: float) -> None:
-    assert evaluate.exact_match(prediction, answer) == exact
-    assert evaluate.squad_f1(prediction, answer) == pytest.approx(f1)
+    assert squad.exact_match(prediction, answer) == exact
+    assert squad.squad_f1(prediction, answer) == pytest.approx(f1)
 
 
 # decoding: [CLS] who won ? [SEP] + 6 of 10 words + [SEP]; the two windows share "in may"
@@ -177,31 +176,31 @@ def test_the_best_span_over_all_windows_is_the_answer(
 ) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome")
     starts, ends = peaks((0, 5, 2.0), (1, 6, 3.0)), peaks((0, 5, 2.0), (1, 7, 3.0))
-    assert evaluate.decode(task, (starts, ends), split) == ["May Paris"]
+    assert squad.decode(task, (starts, ends), split)[0] == ["May Paris"]
 
 
 def test_the_first_window_wins_where_it_is_better(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome")
     starts, ends = peaks((0, 5, 4.0), (1, 6, 3.0)), peaks((0, 7, 4.0), (1, 7, 3.0))
-    assert evaluate.decode(task, (starts, ends), split) == ["Rome beat Paris"]
+    assert squad.decode(task, (starts, ends), split)[0] == ["Rome beat Paris"]
 
 
 def test_the_question_is_no_answer(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome")
     starts, ends = peaks((0, 1, 9.0), (0, 5, 1.0)), peaks((0, 2, 9.0), (0, 5, 1.0))
-    assert evaluate.decode(task, (starts, ends), split) == ["Rome"]
+    assert squad.decode(task, (starts, ends), split)[0] == ["Rome"]
 
 
 def test_an_answer_does_not_end_before_it_starts(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome")
     starts, ends = peaks((0, 7, 5.0), (0, 6, 4.0)), peaks((0, 6, 5.0))
-    assert evaluate.decode(task, (starts, ends), split) == ["beat"]
+    assert squad.decode(task, (starts, ends), split)[0] == ["beat"]
 
 
 def test_an_answer_has_at_most_answer_tokens(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome", answer_tokens=2)
     starts, ends = peaks((0, 5, 5.0)), peaks((0, 7, 5.0), (0, 6, 4.0))
-    assert evaluate.decode(task, (starts, ends), split) == ["Rome beat"]
+    assert squad.decode(task, (starts, ends), split)[0] == ["Rome beat"]
 
 
 def test_no_possible_span_among_the_n_best_is_no_answer(
@@ -209,7 +208,7 @@ def test_no_possible_span_among_the_n_best_is_no_answer(
 ) -> None:
     task, split = answering(tmp_path, tokenizer, "Rome", n_best=1)
     starts = peaks((0, 0, 5.0), (1, 0, 5.0))
-    assert evaluate.decode(task, (starts, starts), split) == [""]
+    assert squad.decode(task, (starts, starts), split)[0] == [""]
     assert evaluate.score(task, (starts, starts), split) == {"exact_match": 0.0, "squad_f1": 0.0}
 
 

@@ -13,11 +13,13 @@ LEVELS = [
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
     {"lora", "guard"},
     {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
-    {"upstream.corpus", "downstream.tasks", "plan"},
-    {"upstream.batches", "downstream.evaluate"},
-    {"upstream.objective"},
+    {"upstream.corpus", "downstream.features", "plan"},
+    {"upstream.batches", "downstream.scores", "downstream.squad"},
+    {"upstream.objective", "downstream.tasks"},
+    {"downstream.evaluate", "downstream.selection"},
+    {"downstream.teacher"},
     {"upstream.pretrain", "downstream.finetune"},
-    {"quickstart", "bench"},
+    {"quickstart", "bench", "downstream.sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -76,7 +78,7 @@ def test_only_the_engine_names_deepspeed() -> None:
 
 def test_only_models_and_tasks_name_model_classes() -> None:
     def classes(path: Path) -> set[str]:
-        types = {"PreTrainedModel", "PreTrainedTokenizerBase", "PretrainedConfig"}
+        types = {"PreTrainedModel", "PreTrainedTokenizerBase", "PretrainedConfig", "BatchEncoding"}
         found = {i.split(".")[1] for i in imports(path) if i.startswith("transformers.")}
         return {name for name in found if name[0].isupper()} - types
 

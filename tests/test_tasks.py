@@ -18,6 +18,7 @@ from transformers import (
     BertTokenizer,
 )
 
+from opfa.downstream import examples as reading
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
 from opfa.recipe import DataError, ModelError
@@ -55,6 +56,10 @@ def tiny(**values: Any) -> BertConfig:
 def write(path: Path, *rows: Any) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def read(task: Task, split: str) -> reading.Examples:
+    return reading.read(task, split, tasks.KINDS[task.kind].check)
 
 
 def classification(tmp_path: Path, *labels: Any, **values: Any) -> Task:
@@ -106,7 +111,7 @@ JSONL = '{"sentence": "good", "label": "1"}\n'
 )
 def test_every_format_gives_the_same_example(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    examples = tasks.read(task_of(), str(tmp_path / name))
+    examples = read(task_of(), str(tmp_path / name))
     assert (examples.texts, examples.labels) == (["good"], ["1"])
 
 
@@ -117,13 +122,13 @@ def test_parquet_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
     rows = {"sentence": ["bad", "good"], "label": [0, 1]}
     path = str(tmp_path / "a.parquet")
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    examples = tasks.read(task_of(), path)
+    examples = read(task_of(), path)
     assert (examples.names, examples.labels) == (("no", "yes"), ["no", "yes"])
 
 
 def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('sentence\tlabel\n"good\t1\nfilm"\t0\n')
-    assert tasks.read(task_of(), str(tmp_path / "a.tsv")).texts == ['"good', 'film"']
+    assert read(task_of(), str(tmp_path / "a.tsv")).texts == ['"good', 'film"']
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
         ("a.jsonl", '{"sentence": 3, "label": 1}', r"'sentence' is not a text \(got 3\)"),
         ("a.jsonl", '{"sentence": "x", "label": null}', "line 1: 'label' is missing"),
         ("a.jsonl", '{"sentence": "x", "label": 0.5}', r"nor an integer \(got 0.5\)"),
-        ("a.csv", "sentence,label\ngood,\n", "line 2: 'label' is missing"),
+        ("a.csv", "sentence,label\ngood,\n", "line 2: 'label' is empty"),
         ("a.csv", "sentence,label\ngood\n", "line 2: not as many values as there are columns"),
         ("a.csv", 'sentence,label\n"good,1\n', "a.csv: can't be read: unexpected end of data"),
         ("a.doc", "good\n", "known are .jsonl"),
@@ -150,75 +155,84 @@ def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
 def test_a_bad_file_is_one_message(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        tasks.read(task_of(), str(tmp_path / name))
+        read(task_of(), str(tmp_path / name))
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
-        tasks.read(task_of(), "nowhere.jsonl")
+        read(task_of(), "nowhere.jsonl")
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
     with pytest.raises(DataError, match="a.jsonl: can't be read: 'utf-8' codec"):
-        tasks.read(task_of(), str(tmp_path / "a.jsonl"))
+        read(task_of(), str(tmp_path / "a.jsonl"))
 
 
 def test_an_unreachable_hub_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nobody/nothing \[train\]: can't be read: Couldn't reach"):
-        tasks.read(task_of(hub="nobody/nothing"), "train")
+        read(task_of(hub="nobody/nothing"), "train")
 
 
 def test_a_pair_may_have_one_empty_half(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"sentence": "good", "other": "", "label": 0})
-    assert tasks.read(task_of(text_pair="other"), path).pairs == [""]
+    assert read(task_of(text_pair="other"), path).pairs == [""]
 
 
 def test_a_pair_of_empty_halves_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"sentence": "", "other": "", "label": 0})
-    with pytest.raises(DataError, match="line 1: 'sentence' is empty"):
-        tasks.read(task_of(text_pair="other"), path)
+    with pytest.raises(DataError, match="line 1: 'sentence' and 'other' are both empty"):
+        read(task_of(text_pair="other"), path)
 
 
 @pytest.mark.parametrize("label", ["high", math.nan, math.inf, [1]])
 def test_a_label_of_a_regression_is_a_finite_number(tmp_path: Path, label: Any) -> None:
     task = classification(tmp_path, label, kind="regression", metrics=("pearson",))
     with pytest.raises(DataError, match="line 1: 'label' is not a finite number"):
-        tasks.read(task, task.train)
+        read(task, task.train)
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
         ("paris", "must be {'text'"),
-        ({"text": [], "answer_start": []}, "at least one answer"),
+        ({"text": [], "answer_start": []}, "at least one answer; task.has_un"),
         ({"text": ["paris"], "answer_start": [1, 2]}, "must be {'text'"),
         ({"text": ["paris"], "answer_start": ["25"]}, "must hold texts and positions"),
-        ({"text": ["paris"], "answer_start": [24]}, "'paris', which is not at character 24"),
     ],
 )
 def test_malformed_answers_are_refused(tmp_path: Path, answers: Any, message: str) -> None:
     task = answering(tmp_path, question(), question(answers=answers))
     with pytest.raises(DataError, match=f"questions.jsonl, line 2: 'answers' .*{message}"):
-        tasks.read(task, task.train)
+        read(task, task.train)
+
+
+def test_answers_outside_their_contexts_are_counted(tmp_path: Path) -> None:
+    wrong = {"text": ["paris"], "answer_start": [24]}
+    rows = question(), question(answers=wrong, id="q7"), question(answers=wrong)
+    task = answering(tmp_path, *rows)
+    with pytest.raises(DataError) as caught:
+        read(task, task.train)
+    assert str(caught.value) == (
+        f"{task.train}: 2 of 3 examples have an answer that is not in the context; the first: "
+        "line 2, id q7: 'answers' says 'paris', which is not at character 24 of the context"
+    )
 
 
 def test_a_question_needs_a_context(tmp_path: Path) -> None:
     task = answering(tmp_path, question(context=""))
     with pytest.raises(DataError, match="line 1: 'context' is empty"):
-        tasks.read(task, task.train)
+        read(task, task.train)
 
 
 def test_the_digest_is_of_the_examples_and_not_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("sentence,label\ngood,1\n")
     (tmp_path / "b.jsonl").write_text(JSONL)
     (tmp_path / "c.jsonl").write_text(JSONL.replace("good", "bad"))
-    a, b, c = (
-        tasks.read(task_of(), str(tmp_path / n)).sha256() for n in ("a.csv", "b.jsonl", "c.jsonl")
-    )
+    a, b, c = (read(task_of(), str(tmp_path / n)).sha256() for n in ("a.csv", "b.jsonl", "c.jsonl"))
     assert a == b != c
 
 
@@ -226,13 +240,13 @@ def test_the_digest_is_of_the_examples_and_not_of_the_file(tmp_path: Path) -> No
 
 
 def test_inferred_numbers_are_sorted_as_numbers(tmp_path: Path, tokenizer: BertTokenizer) -> None:
-    train, _ = tasks.load(classification(tmp_path, 10, 9, 10), tokenizer, tiny())
+    train = tasks.load(classification(tmp_path, 10, 9, 10), tokenizer, tiny()).train
     assert train.classes == ("9", "10")
     assert train.features["labels"][:] == [1, 0, 1]
 
 
 def test_inferred_names_are_sorted(tmp_path: Path, tokenizer: BertTokenizer) -> None:
-    train, _ = tasks.load(classification(tmp_path, "yes", "no"), tokenizer, tiny())
+    train = tasks.load(classification(tmp_path, "yes", "no"), tokenizer, tiny()).train
     assert train.classes == ("no", "yes")
 
 
@@ -240,7 +254,7 @@ def test_a_number_is_a_position_among_named_classes(
     tmp_path: Path, tokenizer: BertTokenizer
 ) -> None:
     task = classification(tmp_path, 1, "bad", 0, classes=("bad", "good"))
-    train, _ = tasks.load(task, tokenizer, tiny())
+    train = tasks.load(task, tokenizer, tiny()).train
     assert train.features["labels"][:] == [1, 0, 0]
 
 
@@ -248,7 +262,7 @@ def test_a_number_is_a_name_where_classes_are_numbers(
     tmp_path: Path, tokenizer: BertTokenizer
 ) -> None:
     task = classification(tmp_path, 1, 2, classes=("2", "1"))
-    train, _ = tasks.load(task, tokenizer, tiny())
+    train = tasks.load(task, tokenizer, tiny()).train
     assert train.features["labels"][:] == [1, 0]
 
 
@@ -295,7 +309,7 @@ def test_a_model_of_other_classes_is_refused(tmp_path: Path, tokenizer: BertToke
 def test_text_is_cut_at_sequence_tokens(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     path = write(tmp_path / "a.jsonl", *({"sentence": "film " * 9, "label": i} for i in (0, 1)))
     task = task_of(train=path, validation=path, sequence_tokens=8)
-    train, _ = tasks.load(task, tokenizer, tiny())
+    train = tasks.load(task, tokenizer, tiny()).train
     assert train.features[0]["input_ids"] == [2, FILM, FILM, FILM, FILM, FILM, FILM, 3]
 
 
@@ -303,7 +317,7 @@ def test_a_batch_is_padded_to_its_longest_row(tmp_path: Path, tokenizer: BertTok
     rows = [{"sentence": "good", "label": 0}, {"sentence": "bad film", "label": 1}]
     path = write(tmp_path / "a.jsonl", *rows)
     task = task_of(train=path, validation=path)
-    train, _ = tasks.load(task, tokenizer, tiny())
+    train = tasks.load(task, tokenizer, tiny()).train
     batch = train.collate([train.features[0], train.features[1]])
     assert batch["input_ids"].tolist() == [[2, GOOD, 3, 0], [2, BAD, FILM, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -319,13 +333,13 @@ def test_every_example_has_its_features_when_there_are_several_chunks(
     tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "CHUNK", 2)
-    train, _ = tasks.load(classification(tmp_path, 0, 1, 1, 0, 1), tokenizer, tiny())
+    train = tasks.load(classification(tmp_path, 0, 1, 1, 0, 1), tokenizer, tiny()).train
     assert train.features["labels"][:] == [0, 1, 1, 0, 1]
 
 
 def test_an_answer_outside_a_window_is_its_cls(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     # 12 tokens: [CLS] who won ? [SEP] + 6 of the context's 10 words + [SEP]; windows share 2 words.
-    train, _ = tasks.load(answering(tmp_path, question()), tokenizer, tiny())
+    train = tasks.load(answering(tmp_path, question()), tokenizer, tiny()).train
     windows = [tokenizer.decode(ids[5:-1]) for ids in train.features["input_ids"]]
     assert windows == ["rome beat paris. in may", "in may paris beat rome."]
     assert train.features["start_positions"][:] == [0, 7]
@@ -334,7 +348,7 @@ def test_an_answer_outside_a_window_is_its_cls(tmp_path: Path, tokenizer: BertTo
 
 def test_an_answer_inside_a_word_is_that_word(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     row = question(answers={"text": ["aris . in m"], "answer_start": [11]})
-    train, _ = tasks.load(answering(tmp_path, row), tokenizer, tiny())
+    train = tasks.load(answering(tmp_path, row), tokenizer, tiny()).train
     assert (train.features["start_positions"][0], train.features["end_positions"][0]) == (7, 10)
 
 
@@ -342,7 +356,9 @@ def test_windows_know_their_question_when_there_are_several_chunks(
     tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "CHUNK", 1)
-    _, validation = tasks.load(answering(tmp_path, question(), question()), tokenizer, tiny())
+    validation = tasks.load(
+        answering(tmp_path, question(), question()), tokenizer, tiny()
+    ).validation
     assert validation.features["example"][:] == [0, 0, 1, 1]
 
 

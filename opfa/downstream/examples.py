@@ -8,12 +8,13 @@ position in `task.classes`. A pair may have one empty half (QQP has two of these
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Features, load_dataset
+from datasets import ClassLabel, Features, List, load_dataset
 from datasets.exceptions import DatasetsError
 from pyarrow.parquet import read_schema
 
@@ -22,18 +23,29 @@ from opfa.recipe import DataError
 from opfa.records import read_records
 
 Row = Mapping[str, Any]  # Any: whatever the data hold
+Names = tuple[str, ...]
+Parts = tuple[Any, Any, Any]  # Any: text, pair and label of an example, by kind of task
+Check = Callable[[Task, Row, Names], Parts]  # raises ValueError, "'column' is ..."
+
+
+class MisplacedError(ValueError):
+    """An answer that is not in its context; these are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """One checked split, by column; `labels` are class names, numbers, or SQuAD's answers."""
+    """One checked split, by column.
+
+    `texts` are texts, or lists of words; `pairs` are texts, or lists of choices; `labels` are class
+    names, lists of them, numbers, or SQuAD's answers.
+    """
 
     source: str
     places: list[str]  # such as "line 17", for messages
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[Any]  # Any: str, float or {"text": [...], "answer_start": [...]}
-    names: tuple[str, ...]  # those of the data set's own ClassLabel feature, if it has one
+    texts: list[Any]  # Any: str or list[str]
+    pairs: list[Any] | None
+    labels: list[Any]
+    names: Names  # those of the data set's own ClassLabel feature, if it has one
 
     def sha256(self) -> str:
         """Digest of what a model can learn from, whatever file it came from."""
@@ -42,11 +54,21 @@ class Examples:
             digest.update(json.dumps(row, sort_keys=True).encode())
         return digest.hexdigest()
 
+    def select(self, indices: Sequence[int]) -> "Examples":
+        """Some of them, in this order."""
 
-def read(task: Task, split: str) -> Examples:
+        def at(column: list[Any]) -> list[Any]:
+            return [column[index] for index in indices]
+
+        pairs = self.pairs and at(self.pairs)
+        columns = {"places": at(self.places), "texts": at(self.texts), "labels": at(self.labels)}
+        return replace(self, pairs=pairs, **columns)
+
+
+def read(task: Task, split: str, check: Check) -> Examples:
     """Read and check one split: a file, or a split of the task's Hub data set."""
     source = f"{task.hub} [{split}]" if task.hub else split
-    names: tuple[str, ...] = ()
+    names: Names = ()
     if task.hub:
         rows, names = _hub_rows(task, split)
     else:
@@ -55,24 +77,37 @@ def read(task: Task, split: str) -> Examples:
             names = _class_names(Features.from_arrow_schema(read_schema(split)), task.label)
     if not rows:
         raise DataError(f"{source}: there are no examples in it")
-    checked = [_check(task, row, names, f"{source}, {place}") for place, row in rows]
+    places = [f"{place}, id {row['id']}" if "id" in row else place for place, row in rows]
+    checked, misplaced = [], []
+    for place, (_, row) in zip(places, rows, strict=True):
+        try:
+            checked.append(check(task, row, names))
+        except MisplacedError as error:
+            misplaced.append(f"{place}: {error}")
+        except ValueError as error:
+            raise DataError(f"{source}, {place}: {error}") from None
+    if misplaced:
+        num = f"{len(misplaced)} of {len(rows)} examples have an answer that is not in the context"
+        raise DataError(f"{source}: {num}; the first: {misplaced[0]}")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
     return Examples(
         source=source,
-        places=[place for place, _ in rows],
+        places=places,
         texts=texts,
-        pairs=pairs if task.text_pair else None,
+        pairs=None if pairs[0] is None else pairs,
         labels=labels,
         names=names,
     )
 
 
-def _class_names(features: Features, label: str) -> tuple[str, ...]:
+def _class_names(features: Features, label: str) -> Names:
     feature = features.get(label)
+    if isinstance(feature, List):
+        feature = feature.feature
     return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
 
 
-def _hub_rows(task: Task, split: str) -> tuple[list[tuple[str, Row]], tuple[str, ...]]:
+def _hub_rows(task: Task, split: str) -> tuple[list[tuple[str, Row]], Names]:
     assert task.hub is not None, "only called for a Hub data set"
     try:
         dataset = load_dataset(task.hub, task.hub_config, split=split)
@@ -84,56 +119,114 @@ def _hub_rows(task: Task, split: str) -> tuple[list[tuple[str, Row]], tuple[str,
     return rows, names
 
 
-def _check(task: Task, row: Row, names: tuple[str, ...], where: str) -> tuple[str, str, Any]:
-    columns = [task.text, *([task.text_pair] if task.text_pair else [])]
-    absent = [name for name in (*columns, task.label) if name not in row]
-    if absent:
-        raise DataError(f"{where}: no column {absent[0]!r}; there are {', '.join(map(repr, row))}")
-    for name in columns:
-        if not isinstance(row[name], str):
-            raise DataError(f"{where}: {name!r} is not a text (got {row[name]!r})")
-    empty = [name for name in columns if not row[name].strip()]
-    if len(empty) == len(columns) or (empty and task.kind == "question-answering"):
-        raise DataError(f"{where}: {empty[0]!r} is empty")
-    value = row[task.label]
-    if value is None or value == "":
-        raise DataError(f"{where}: {task.label!r} is missing")
-    try:
-        return row[columns[0]], row[columns[-1]], _label(task, value, names, row[columns[-1]])
-    except ValueError as error:
-        raise DataError(f"{where}: {task.label!r} {error}") from None
+def classified(task: Task, row: Row, names: Names) -> Parts:
+    """A text or a pair of texts, and the name of its class."""
+    return *_texts(task, row), _class(task, _value(row, task.label), names)
 
 
-def _label(task: Task, value: Any, names: tuple[str, ...], context: str) -> Any:  # Any: by kind
-    if task.kind == "regression":
-        return _finite(value)
-    if task.kind == "question-answering":
-        return _answers(value, context)
-    if not isinstance(value, str | int):
-        raise ValueError(f"is neither a name nor an integer (got {value!r})")
-    if isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    return str(value)
-
-
-def _finite(value: Any) -> float:  # Any: unchecked
+def measured(task: Task, row: Row, _: Names) -> Parts:
+    """A text or a pair of texts, and a finite number."""
+    value = _value(row, task.label)
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"is not a finite number (got {value!r})")
-    return number
+        raise ValueError(f"{task.label!r} is not a finite number (got {value!r})")
+    return *_texts(task, row), number
 
 
-def _answers(value: Any, context: str) -> dict[str, list[Any]]:
-    fields = value if isinstance(value, dict) else {}
+def tagged(task: Task, row: Row, names: Names) -> Parts:
+    """A list of words, and the tag of each."""
+    words, tags = _list(row, task.text), _list(row, task.label)
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {words!r})")
+    if len(words) != len(tags):
+        raise ValueError(f"{len(words)} words in {task.text!r}, {len(tags)} tags in {task.label!r}")
+    return words, None, [_class(task, tag, names) for tag in tags]
+
+
+def chosen(task: Task, row: Row, _: Names) -> Parts:
+    """A text, its choices, and the position of the right one (a number from 0, or a letter)."""
+    lists = len(task.choices) == 1
+    choices = _list(row, task.choices[0]) if lists else [_value(row, c) for c in task.choices]
+    start = _text(row, task.text_pair) + " " if task.text_pair else ""
+    if len(choices) < 2 or not all(isinstance(c, str) and (start + c).strip() for c in choices):
+        raise ValueError(f"{', '.join(map(repr, task.choices))} must be two or more texts")
+    value = _value(row, task.label)
+    letters = string.ascii_uppercase[: len(choices)]
+    position = letters.find(value) if isinstance(value, str) and len(value) == 1 else -1
+    if position < 0 and str(value).isdecimal():
+        position = int(value)
+    if not 0 <= position < len(choices):
+        allowed = f"0 to {len(choices) - 1}, or A to {letters[-1]}"
+        raise ValueError(f"{task.label!r} must be {allowed} (got {value!r})")
+    return _text(row, task.text), [start + choice for choice in choices], position
+
+
+def answered(task: Task, row: Row, _: Names) -> Parts:
+    """A question, its context, and SQuAD's answers, each where it says."""
+    assert task.text_pair is not None, "the recipe asks for it"
+    question, context = _text(row, task.text), _text(row, task.text_pair)
+    fields = _value(row, task.label)
+    fields = fields if isinstance(fields, dict) else {}
     texts, starts = fields.get("text"), fields.get("answer_start")
-    if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts) > 0):
-        raise ValueError("must be {'text': [...], 'answer_start': [...]} with at least one answer")
+    least = 0 if task.has_unanswerable else 1
+    if not (isinstance(texts, list) and isinstance(starts, list)) or len(texts) != len(starts):
+        raise ValueError(f"{task.label!r} must be {{'text': [...], 'answer_start': [...]}}")
+    if len(texts) < least:
+        raise ValueError(
+            f"{task.label!r} must hold at least one answer; task.has_unanswerable = true lets "
+            "questions have none"
+        )
     for text, start in zip(texts, starts, strict=True):
         if not (isinstance(text, str) and isinstance(start, int) and text and start >= 0):
-            raise ValueError(f"must hold texts and positions (got {text!r} and {start!r})")
+            raise ValueError(
+                f"{task.label!r} must hold texts and positions (got {text!r} and {start!r})"
+            )
         if not context.startswith(text, start):
-            raise ValueError(f"says {text!r}, which is not at character {start} of the context")
-    return {"text": texts, "answer_start": starts}
+            raise MisplacedError(
+                f"{task.label!r} says {text!r}, which is not at character {start} of the context"
+            )
+    return question, context, {"text": texts, "answer_start": starts}
+
+
+def _value(row: Row, column: str) -> Any:  # Any: unchecked
+    if column not in row:
+        raise ValueError(f"no column {column!r}; there are {', '.join(map(repr, row))}")
+    if row[column] is None or row[column] == "":
+        raise ValueError(f"{column!r} is {'missing' if row[column] is None else 'empty'}")
+    return row[column]
+
+
+def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
+    value = "" if may_be_empty and row.get(column) == "" else _value(row, column)
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is not a text (got {value!r})")
+    if not (value.strip() or may_be_empty):
+        raise ValueError(f"{column!r} is empty")
+    return value
+
+
+def _texts(task: Task, row: Row) -> tuple[str, str | None]:
+    if task.text_pair is None:
+        return _text(row, task.text), None
+    texts = _text(row, task.text, True), _text(row, task.text_pair, True)
+    if not "".join(texts).strip():
+        raise ValueError(f"{task.text!r} and {task.text_pair!r} are both empty")
+    return texts
+
+
+def _list(row: Row, column: str) -> list[Any]:  # Any: unchecked
+    value = _value(row, column)
+    if not (isinstance(value, list) and value):
+        raise ValueError(f"{column!r} is not a list, or an empty one (got {value!r})")
+    return value
+
+
+def _class(task: Task, value: Any, names: Names) -> str:  # Any: unchecked
+    if not isinstance(value, str | int):
+        raise ValueError(f"{task.label!r} is neither a name nor an integer (got {value!r})")
+    if isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return str(value)

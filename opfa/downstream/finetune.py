@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from opfa import quant, report
@@ -25,14 +24,17 @@ from opfa.checkpoint import (
     facts_of,
     model_digest,
     newest_point,
+    point_name,
     save_point,
     seed_step,
     write_finished,
 )
-from opfa.distill import soft_loss
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
+from opfa.downstream.features import Split
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.selection import Best
+from opfa.downstream.teacher import Teacher
 from opfa.engine import choose_accelerator
 from opfa.inspection import stated_report
 from opfa.models import decay_groups, load_config, load_tokenizer
@@ -46,11 +48,14 @@ from opfa.sparsity.layers import lock, mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import fingerprint
 from opfa.sparsity.pattern import Pattern
 
+TEACHER = "teacher.safetensors"  # its logits, while the run lasts
 log = logging.getLogger(__name__)
 
 
 def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict[str, Any]:
     """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
+    if recipe.sweep is not None:
+        raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     check_output(output, recipe, resume)
     trainer = Trainer(recipe)
     with Run(output, recipe, steps=trainer.schedule.steps) as run:
@@ -59,8 +64,8 @@ def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict
             return json.loads((output / "results.json").read_text())
         start = trainer.resume(run) if resume else 0
         if start == 0:
-            data = {"train": trainer.training, "validation": trainer.validation}
-            digests = {name: split.examples.sha256() for name, split in data.items()}
+            splits = {"train": trainer.data.train, "validation": trainer.data.validation}
+            digests = {name: split.examples.sha256() for name, split in splits.items()}
             run.describe({"world_size": 1, "data": digests})
         run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
         trainer.train(run, start)
@@ -76,10 +81,11 @@ class Trainer:
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
-        config = load_config(init)
-        self.training, self.validation = tasks.load(task, self.tokenizer, config)
+        selection = recipe.selection
+        holdout = selection.holdout if selection else 0.0
+        self.data = tasks.load(task, self.tokenizer, load_config(init), holdout)
         torch.manual_seed(recipe.seed)  # the new head
-        self.student = tasks.load_model(task, init, self.training.classes)
+        self.student = tasks.load_model(task, init, self.data.train.classes)
         if recipe.model.zeros == "held":
             hold_zeros(self.student, init)
         self.pruner = self._pruner()
@@ -88,19 +94,26 @@ class Trainer:
         self.teacher = self._load_teacher()
         self.order = Order(
             seed=recipe.seed,
-            num_examples=len(self.training.features),
+            num_examples=len(self.data.train.features),
             batch=training.batch,
             micro_batch=training.micro_batch or training.batch,
             rank=0,
             world_size=1,
         )
-        self.steps_per_epoch = math.ceil(self.order.num_examples / training.batch)
         steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
-        if recipe.pruning is not None and recipe.pruning.schedule.last_update > steps:
+        last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
+        if last_update > steps:
             raise RecipeError(
-                f"pruning.schedule: the last mask update, {recipe.pruning.schedule.last_update}, "
-                f"must not come after the end of training (step {steps})"
+                f"pruning.schedule: the last mask update, {last_update}, must not come after the "
+                f"end of training (step {steps})"
             )
+        every_epoch = math.ceil(self.order.num_examples / training.batch)
+        self.evaluation_steps = (selection and selection.every_steps) or every_epoch
+        self.best = Best(
+            task.metrics[0],
+            first_step=max(last_update, self._first_quantized(steps) + 1),
+            patience=selection.patience if selection else None,
+        )
         self.schedule = LearningRate(
             peak=training.learning_rate, warmup_steps=int(training.warmup * steps), steps=steps
         )
@@ -120,33 +133,28 @@ class Trainer:
             mask_layers(self.student, Pattern().layers(self.student))
         return quant.prepare(self.student, settings.momentum)
 
-    def _load_teacher(self) -> PreTrainedModel | None:
-        settings = self.recipe.distillation
+    def _load_teacher(self) -> Teacher | None:
+        settings, classes = self.recipe.distillation, self.data.train.classes
         if settings is None:
             return None
-        teacher = tasks.load_model(
-            self.recipe.task, settings.teacher, self.training.classes, is_trained=True
-        )
-        ours, theirs = self.student.config.vocab_size, teacher.config.vocab_size
-        if ours != theirs:
-            raise ModelError(
-                f"distillation.teacher = {settings.teacher!r}: its vocabulary has {theirs} "
-                f"entries, the student's {ours}"
-            )
-        nn.Module.to(teacher, self.device)
-        return teacher.eval().requires_grad_(False)
+        return Teacher(settings, self.recipe.task, classes, self.student, tokenizer=self.tokenizer)
 
     def train(self, run: Run, start: int) -> None:
-        """The steps from `start` to the end."""
+        """The steps from `start` to the end, or until patience is over."""
         settings = self.recipe.logging
+        if self.teacher is not None:
+            self.teacher.remember(self.data.train, run.directory / TEACHER, self._precision)
         self.student.train()
+        self.done = start
         if start == 0:
             self.prune(0)
         for step in range(start, self.schedule.steps):
+            if self.best.is_time_to_stop:
+                log.info("step %d: no better for %d evaluations", step, self.best.num_since)
+                break
             self._start_quantizing(step)
             seed_step(self.recipe.seed, step)
-            micro_batches = self.order.step(step)
-            loss = sum(self._backward(places) for places in micro_batches)
+            loss = self._backward(self.order.step(step))
             if not math.isfinite(loss):
                 raise RunError(
                     f"step {step + 1}: the loss is {loss}; nothing was changed by this step"
@@ -158,53 +166,67 @@ class Trainer:
                 group["lr"] = self.schedule.at(step)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            done = step + 1
+            done = self.done = step + 1
             self.prune(done)
             run.advance(done)
             is_end = done == self.schedule.steps
             if done % settings.every_steps == 0 or is_end:
                 rates = {"learning_rate": self.schedule.at(step), "grad_norm": float(grad_norm)}
                 run.log({"step": done, "loss": loss, **rates})
-            if done % self.steps_per_epoch == 0 and not is_end:
-                run.log({"step": done, "eval": True, **self.evaluate()})
-            if done % settings.checkpoint_steps == 0 and not is_end:
+            is_best = self._compare(run, done)
+            if is_best or (done % settings.checkpoint_steps == 0 and not is_end):
                 self.save(run, done)
 
-    def _backward(self, places: list[Place]) -> float:
-        features = self.training.features
-        rows = [features[index] for _, index in places]
-        batch = {
-            name: tensor.to(self.device) for name, tensor in self.training.collate(rows).items()
-        }
-        with self._precision():
-            outputs = self.student(**tasks.inputs_of(batch))
-            loss = self._loss(outputs, batch) / self.order.accumulation
-        loss.backward()
-        return loss.item()
+    def _compare(self, run: Run, step: int) -> bool:
+        """Evaluate when it is time; whether this is the model to keep."""
+        selection, is_end = self.recipe.selection, step == self.schedule.steps
+        if (step % self.evaluation_steps and not is_end) or (is_end and selection is None):
+            return False
+        row = {"step": step, "eval": True, **self.evaluate(self.data.selection)}
+        run.log(row)
+        return selection is not None and self.best.see(row)
 
-    def _loss(self, outputs: Any, batch: tasks.Batch) -> Tensor:  # Any: a transformers ModelOutput
+    def _backward(self, micro_batches: list[list[Place]]) -> float:
+        """Gradients of one step; each micro-batch counts by its targets, and by its tokens."""
+        train = self.data.train
+        places = [[index for _, index in micro_batch] for micro_batch in micro_batches]
+        batches = [train.collate([train.features[i] for i in indices]) for indices in places]
+        targets = sum(tasks.num_targets(batch) for batch in batches)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        total = 0.0
+        for batch, indices in zip(batches, places, strict=True):
+            share = tasks.num_targets(batch) / max(1, targets)
+            tensors = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            with self._precision():
+                mean, hidden = self._losses(tensors, indices)
+                loss = mean * share + hidden / tokens
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _losses(self, batch: tasks.Batch, indices: list[int]) -> tuple[Tensor, Tensor | float]:
+        """Mean loss over targets, and summed loss over tokens."""
         task, settings = self.recipe.task, self.recipe.distillation
-        hard = tasks.task_loss(task, outputs, batch)
         if settings is None or self.teacher is None:
-            return hard
-        with torch.no_grad():
-            targets = tasks.logits_of(task, self.teacher(**tasks.inputs_of(batch)))
-        pairs = list(zip(tasks.logits_of(task, outputs), targets, strict=True))
-        if task.kind == "regression":  # one number has no distribution: match the number itself
-            soft = functional.mse_loss(pairs[0][0].float(), pairs[0][1].float())
-        else:
-            losses = [soft_loss(ours, theirs, settings.temperature) for ours, theirs in pairs]
-            soft = torch.stack(losses).mean() / len(pairs[0][0])
-        return settings.hard_weight * hard + settings.soft_weight * soft
+            return tasks.task_loss(task, self.student(**tasks.inputs_of(batch)), batch), 0.0
+        wants_states = bool(settings.hidden_weight)
+        outputs = self.student(**tasks.inputs_of(batch), output_hidden_states=wants_states)
+        hard = tasks.task_loss(task, outputs, batch)
+        soft, hidden = self.teacher.losses(outputs, batch, indices)
+        mean = settings.hard_weight * hard + settings.soft_weight * soft
+        return mean, settings.hidden_weight * hidden
 
     def _precision(self) -> contextlib.AbstractContextManager:
         is_bf16 = self.recipe.training.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _start_quantizing(self, step: int) -> None:
-        settings = self.recipe.quantization
-        if settings is not None and step >= max(1, int(settings.start * self.schedule.steps)):
+        if self.quantized and step >= self._first_quantized(self.schedule.steps):
             quant.start(self.quantized.values())
+
+    def _first_quantized(self, steps: int) -> int:
+        settings = self.recipe.quantization
+        return max(1, int(settings.start * steps)) if settings else 0
 
     def _write_ranges(self, directory: Path) -> None:
         if self.quantized:
@@ -215,12 +237,11 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.after_step(step)
 
-    def evaluate(self) -> dict[str, float]:
-        """The metrics on the validation split."""
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """The task's metrics on a split."""
+        task = self.recipe.task
         with self._precision():
-            return evaluate(
-                self.student, self.recipe.task, self.validation, batch=64, device=self.device
-            )
+            return evaluate(self.student, task, split, batch=64, device=self.device)
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point."""
@@ -235,7 +256,8 @@ class Trainer:
             mask_files.save(masks_of(self.student), directory / "masks.safetensors")
 
         keep = self.recipe.logging.keep_checkpoints
-        save_point(run.directory / "checkpoints", step, write, {}, keep=keep)
+        facts = {"best": self.best.step}
+        save_point(run.directory / "checkpoints", step, write, facts, keep=keep)
 
     def resume(self, run: Run) -> int:
         """Go back to the newest resume point; the step to continue from."""
@@ -245,19 +267,30 @@ class Trainer:
             run.forget_after(0)
             return 0
         step = facts_of(point)["step"]
+        self._restore(point)
+        run.forget_after(step)
+        if self.recipe.selection is not None:
+            self.best.replay(run.rows())
+        log.info("%s: resumed at step %d", run.directory, step)
+        return step
+
+    def _restore(self, point: Path) -> None:
         state = torch.load(point / "state.pt", map_location=self.device, weights_only=True)
         self.student.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         quant.set_ranges(self.student, state["ranges"])
         set_masks(self.student, mask_files.load(point / "masks.safetensors"))
-        run.forget_after(step)
-        log.info("%s: resumed at step %d", run.directory, step)
-        return step
 
     def finish(self, run: Run) -> dict[str, Any]:
-        """Evaluate, write the finished model, the results and the pictures."""
-        metrics = self.evaluate()
-        run.log({"step": self.schedule.steps, "eval": True, **metrics})
+        """Take the best model, evaluate, write the finished model, the results and the pictures."""
+        if self.best.step is not None:
+            self._restore(run.directory / "checkpoints" / point_name(self.best.step))
+            self._start_quantizing(self.best.step)
+        metrics = self.evaluate(self.data.validation)
+        for name, split in self.data.more.items():
+            found = self.evaluate(split)
+            metrics |= {f"{name}_{metric}": value for metric, value in found.items()}
+        run.log({"step": self.done, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
         results = {
@@ -269,9 +302,12 @@ class Trainer:
             "recipe_sha256": self.recipe.sha256(),
             "model_sha256": model_digest(directory),
         }
+        if self.best.step is not None:
+            results["selected"] = {"step": self.best.step, self.best.metric: self.best.value}
         write_json(run.directory / "results.json", results)
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": self.schedule.steps})
+        run.finish({"step": self.done})
+        (run.directory / TEACHER).unlink(missing_ok=True)
         return results
 
 

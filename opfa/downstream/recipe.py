@@ -1,8 +1,8 @@
-"""What a fine-tuning recipe can say: model, task, training, and optionally a teacher, pruning and
-8 bits.
+"""What a fine-tuning recipe can say: model, task, training, and optionally how the best model is
+chosen, a sweep, a teacher, pruning and 8 bits.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,12 +10,29 @@ from opfa.recipe import Recipe, Section
 from opfa.schedules import Gradual
 from opfa.sparsity.pattern import Pattern
 
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "squad_f1"]
-METRICS: dict[str, tuple[Metric, ...]] = {
+Kind = Literal[
+    "classification",
+    "regression",
+    "question-answering",
+    "token-classification",
+    "multiple-choice",
+]
+METRICS: dict[str, tuple[str, ...]] = {  # what each kind of task knows; higher is better in all
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
-    "question-answering": ("exact_match", "squad_f1"),
+    "question-answering": (
+        "exact_match",
+        "squad_f1",
+        "has_answer_exact_match",
+        "has_answer_squad_f1",
+        "no_answer_accuracy",
+        "best_exact_match",
+        "best_squad_f1",
+    ),
+    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "accuracy"),
+    "multiple-choice": ("accuracy",),
 }
+ONLY_UNANSWERABLE = METRICS["question-answering"][2:]
 
 
 class Model(Section):
@@ -32,34 +49,47 @@ class Model(Section):
 class Task(Section):
     """The examples, by column, and the metrics; the first metric chooses between runs.
 
-    Local files: `train` and `validation` are paths (.jsonl, .csv, .parquet, also .gz). From the
-    Hub: `hub` names the data set, `hub_config` its configuration, and `train` and `validation` are
-    splits.
+    Local files: `train` and `validation` are paths (.jsonl, .csv, .parquet, also .gz; .conll for
+    tagged words). From the Hub: `hub` names the data set, `hub_config` its configuration, and
+    `train` and `validation` are splits.
     """
 
-    kind: Literal["classification", "regression", "question-answering"] = "classification"
+    kind: Kind = "classification"
     hub: str | None = None
     hub_config: str | None = None
     train: str = "train"
     validation: str = "validation"
-    text: str = "sentence"  # for question answering: the column of the question
-    text_pair: str | None = None  # for question answering: the column of the context
-    label: str = "label"  # for question answering: the column of the answers
+    more_validation: dict[str, str] = {}  # name: split; measured at the end as name_metric
+    text: str = "sentence"  # question answering: the question; token classification: the words
+    text_pair: str | None = None  # question answering: the context; choices: how each one begins
+    choices: tuple[str, ...] = ()  # columns of one choice each, or one column that holds a list
+    label: str = "label"  # question answering: the answers; token classification: the tags
     classes: tuple[str, ...] = ()  # names in label order; empty: taken from the training examples
-    metrics: tuple[Metric, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = ("accuracy",)
     sequence_tokens: int = Field(default=128, ge=8)
     stride_tokens: int = Field(default=128, ge=1)  # overlap of neighbouring windows of one context
     answer_tokens: int = Field(default=30, ge=1)  # longest answer span
     n_best: int = Field(default=20, ge=1)  # start and end positions that are combined to spans
+    has_unanswerable: bool = False  # questions may have no answer, as in SQuAD v2.0
+    no_answer_threshold: float = 0.0  # "" is the answer when its logits lead by more than this
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        wrong = set(self.metrics) - set(METRICS[self.kind])
-        if wrong or not self.metrics:
-            allowed = ", ".join(METRICS[self.kind])
+        known = METRICS[self.kind]
+        if self.kind == "question-answering" and not self.has_unanswerable:
+            known = tuple(name for name in known if name not in ONLY_UNANSWERABLE)
+        if set(self.metrics) - set(known) or not self.metrics:
             raise ValueError(
-                f"metrics = {list(self.metrics)}: for {self.kind} these are known: {allowed}"
+                f"metrics = {list(self.metrics)}: for {self.kind} these are known: "
+                f"{', '.join(known)}"
             )
+        if (self.kind == "multiple-choice") != bool(self.choices):
+            raise ValueError(
+                f"choices = {list(self.choices)}: multiple-choice needs its columns, and no other "
+                "kind has any"
+            )
+        if self.kind == "token-classification" and self.text_pair is not None:
+            raise ValueError(f"text_pair = {self.text_pair!r}: tagged words have no pair")
         if self.kind == "question-answering" and self.text_pair is None:
             raise ValueError("text_pair: question answering needs the column of the context")
         if self.kind == "question-answering" and self.stride_tokens >= self.sequence_tokens:
@@ -89,15 +119,45 @@ class Training(Section):
         return self
 
 
+class Selection(Section):
+    """Keep the best model, not the last one, and stop early.
+
+    Chosen by the task's first metric, on the validation split or, with `holdout`, on that fraction
+    of the training examples, so that the validation split is looked at only once. Evaluations
+    before the last mask update or before the start of quantization don't count.
+    """
+
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    every_steps: int | None = Field(default=None, ge=1)  # default: once an epoch
+    patience: int | None = Field(default=None, ge=1)  # stop after so many without a new best
+
+
+class Sweep(Section):
+    """Fine-tune once for each value, and compare."""
+
+    learning_rate: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.learning_rate)) < len(self.learning_rate):
+            raise ValueError(f"learning_rate = {list(self.learning_rate)}: a value stands twice")
+        return self
+
+
 class Distillation(Section):
     """A fine-tuned dense teacher; loss = hard_weight * task + soft_weight * T^2 * KL(teacher ||
-    student).
+    student) + hidden_weight * squared distance of hidden states.
+
+    The teacher's logits are computed once and kept (`cache`), unless its hidden states are wanted
+    too, which are too many.
     """
 
     teacher: str
     hard_weight: float = Field(default=0.5, ge=0.0)
     soft_weight: float = Field(default=0.5, ge=0.0)
+    hidden_weight: float = Field(default=0.0, ge=0.0)
     temperature: float = Field(default=2.0, gt=0.0)
+    cache: bool = True
 
 
 class Pruning(Section):
@@ -141,6 +201,8 @@ class FinetuneRecipe(Recipe):
     model: Model
     task: Task
     training: Training
+    selection: Selection | None = None
+    sweep: Sweep | None = None
     distillation: Distillation | None = None
     pruning: Pruning | None = None
     quantization: Quantization | None = None

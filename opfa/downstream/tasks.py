@@ -1,10 +1,6 @@
-"""A task as data: tokenized features, the model with its head, and the loss.
+"""A task as data: kinds of tasks as a table, splits, the model with its head, and the loss."""
 
-Questions follow SQuAD v1.1: a long context becomes
-overlapping windows; an answer outside a window is its [CLS].
-"""
-
-from bisect import bisect_left, bisect_right
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,62 +11,159 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from opfa.downstream.examples import Examples, Row, read
+from opfa.downstream import examples as reading
+from opfa.downstream import features, scores, squad
+from opfa.downstream.examples import Check, Examples
+from opfa.downstream.features import DECODING, NO_LABEL, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
 from opfa.models import check_fit, load_config, loading
+from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, ModelError
 
-TARGETS = ("labels", "start_positions", "end_positions")
-DECODING = ("example", "context", "offsets")  # what only `evaluate` needs of a window
 CHUNK = 1_000  # examples that are tokenized at once
-
-Batch = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """One split: `features` and `collate` are for a DataLoader, `examples` for scoring."""
+class Kind:
+    """All that tells one kind of task from another: how an example is checked and tokenized, the
+    head with its outputs, and the scores.
+    """
 
-    features: Dataset
-    examples: Examples
-    classes: tuple[str, ...]  # in the order of the model's outputs
-    collate: Callable[[Sequence[Row]], Batch]
+    check: Check
+    build: Build
+    misfit: str  # what is wrong with an example that doesn't fit
+    head: Any  # one of transformers' Auto classes, which share no base
+    head_name: str
+    outputs: tuple[str, ...] = ("logits",)
+    has_classes: bool = False
+    score: Callable[[Task, tuple[Tensor, ...], Split], dict[str, float]]
+
+
+CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
+KINDS = {
+    "classification": Kind(
+        check=reading.classified,
+        build=features.sequences,
+        misfit=CUT,
+        head=AutoModelForSequenceClassification,
+        head_name="SequenceClassification",
+        has_classes=True,
+        score=scores.of_classes,
+    ),
+    "regression": Kind(
+        check=reading.measured,
+        build=features.sequences,
+        misfit=CUT,
+        head=AutoModelForSequenceClassification,
+        head_name="SequenceClassification",
+        score=scores.of_numbers,
+    ),
+    "question-answering": Kind(
+        check=reading.answered,
+        build=features.windows,
+        misfit="have an answer that no window holds whole; windows overlap by {0.stride_tokens}",
+        head=AutoModelForQuestionAnswering,
+        head_name="QuestionAnswering",
+        outputs=("start_logits", "end_logits"),
+        score=squad.score,
+    ),
+    "token-classification": Kind(
+        check=reading.tagged,
+        build=features.tagged_words,
+        misfit=CUT,
+        head=AutoModelForTokenClassification,
+        head_name="TokenClassification",
+        has_classes=True,
+        score=scores.of_tags,
+    ),
+    "multiple-choice": Kind(
+        check=reading.chosen,
+        build=features.choices,
+        misfit=CUT,
+        head=AutoModelForMultipleChoice,
+        head_name="MultipleChoice",
+        score=scores.of_classes,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The splits of a fine-tuning run.
+
+    `selection` is what runs are compared on: the validation split, or training examples held out.
+    """
+
+    train: Split
+    selection: Split
+    validation: Split
+    more: dict[str, Split]
 
 
 def load(
-    task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> tuple[Split, Split]:
-    """Read training and validation split; classes come from the task or the training split."""
-    train, validation = read(task, task.train), read(task, task.validation)
-    classes = task.classes or train.names or _inferred(task, train)
-    training = _split(task, tokenizer, config, train, classes)
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    holdout: float = 0.0,
+) -> Data:
+    """Read all splits; classes come from the task or the training split.
+
+    Which examples are held out doesn't depend on the recipe's seed, so that runs compare.
+    """
+    check = KINDS[task.kind].check
+    train, validation = (reading.read(task, name, check) for name in (task.train, task.validation))
+    more = {name: reading.read(task, split, check) for name, split in task.more_validation.items()}
+    classes = _classes(task, train)
+    split = partial(_split, task, tokenizer, config, classes=classes)
+    splits = {"validation": split(validation), "more": {n: split(e) for n, e in more.items()}}
+    splits["selection"] = splits["validation"]
+    if holdout:
+        train, held = _held_out(train, holdout)
+        splits["selection"] = split(held)
+    training = split(train)
     columns = [name for name in training.features.column_names if name not in DECODING]
     training = replace(training, features=training.features.select_columns(columns))
-    return training, _split(task, tokenizer, config, validation, classes)
+    return Data(train=training, **splits)
+
+
+def _held_out(train: Examples, fraction: float) -> tuple[Examples, Examples]:
+    order = generator(0, HELD_OUT).permutation(len(train.texts)).tolist()
+    num_held = round(fraction * len(order))
+    if not 0 < num_held < len(order):
+        raise DataError(
+            f"{train.source}: selection.holdout = {fraction} of {len(order)} examples is "
+            f"{num_held}; both parts need some"
+        )
+    return train.select(sorted(order[num_held:])), train.select(sorted(order[:num_held]))
 
 
 def load_validation(
     task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> Split:
     """Read the validation split alone, with the classes in the order of a trained model."""
-    validation = read(task, task.validation)
-    is_classification = task.kind == "classification"
+    validation = reading.read(task, task.validation, KINDS[task.kind].check)
     stated = task.classes or validation.names
-    classes = _trained_classes(config, stated) if is_classification else ()
-    return _split(task, tokenizer, config, validation, classes)
+    classes = _trained_classes(config, stated) if KINDS[task.kind].has_classes else ()
+    return _split(task, tokenizer, config, validation, classes=classes)
 
 
-def _inferred(task: Task, train: Examples) -> tuple[str, ...]:
-    if task.kind != "classification":
+def _classes(task: Task, train: Examples) -> tuple[str, ...]:
+    if not KINDS[task.kind].has_classes:
         return ()
-    names = set(train.labels)
+    if task.classes or train.names:
+        return task.classes or train.names
+    tags = task.kind == "token-classification"
+    names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
     are_numbers = all(name.isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
 
@@ -95,131 +188,59 @@ def _split(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     examples: Examples,
+    *,
     classes: tuple[str, ...],
 ) -> Split:
     check_fit(config, tokenizer, task.sequence_tokens)
     pad_token_id = tokenizer.pad_token_id
     if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
         raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
-    labels = _label_indices(task, examples, classes)
-    chunks = []
+    kind = KINDS[task.kind]
+    labels = _label_indices(task, examples, classes) if kind.has_classes else examples.labels
+    if task.kind == "token-classification":
+        examples = replace(examples, labels=[[classes[i] for i in tags] for tags in labels])
+    chunks, num_misfits = [], 0
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
-        if task.kind == "question-answering":
-            columns = _windows(task, tokenizer, examples, part)
-        else:
-            pairs = examples.pairs and examples.pairs[part]
-            tokens = task.sequence_tokens
-            columns = tokenizer(examples.texts[part], pairs, truncation=True, max_length=tokens)
-            columns["labels"] = labels[part]
+        columns, misfits = kind.build(task, tokenizer, examples, part, labels[part])
         chunks.append(Dataset.from_dict(dict(columns)))
-    features = concatenate_datasets(chunks)
+        num_misfits += misfits
+    if num_misfits:
+        what = kind.misfit.format(task)
+        log.warning("%s: %d of %d examples %s", examples.source, num_misfits, len(labels), what)
     return Split(
-        features=features,
+        features=concatenate_datasets(chunks),
         examples=examples,
         classes=classes,
-        collate=partial(_collate, pad_token_id),
+        collate=partial(features.collate, pad_token_id),
     )
 
 
 def _label_indices(task: Task, examples: Examples, classes: tuple[str, ...]) -> list[Any]:
-    """Labels as the loss wants them: classes by index."""
-    if task.kind != "classification":
-        return examples.labels
+    """Labels as the loss wants them: classes by index, tags by lists of them."""
     if len(classes) < 2:
         raise DataError(f"{examples.source}: two classes are needed, and there is only {classes}")
     names = task.classes or examples.names or classes
     index = {name: classes.index(name) for name in names if name in classes}
     if not any(name.isdecimal() for name in names):
         index |= {str(i): index[name] for i, name in enumerate(names) if name in index}
-    for place, label in zip(examples.places, examples.labels, strict=True):
-        if label not in index:
+    tags = task.kind == "token-classification"
+    rows = examples.labels if tags else [[label] for label in examples.labels]
+    for place, row in zip(examples.places, rows, strict=True):
+        unseen = [label for label in row if label not in index]
+        if unseen:
             known = ", ".join(map(repr, classes))
-            raise DataError(f"{examples.source}, {place}: class {label!r} is not one of {known}")
-    return [index[label] for label in examples.labels]
-
-
-def _windows(
-    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice
-) -> dict[str, list[Any]]:
-    """Tokenize questions with every window of their contexts, and find the first answer in each.
-
-    `example` is the question's index; `context` the token range of the window's text; `offsets` are
-    its tokens' places in the context.
-    """
-    assert examples.pairs is not None, "the recipe asks for text_pair"
-    _check_room(task, tokenizer, examples, part)
-    encoded = tokenizer(
-        examples.texts[part],
-        examples.pairs[part],
-        truncation="only_second",
-        max_length=task.sequence_tokens,
-        stride=task.stride_tokens,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    columns = dict(encoded)
-    columns["example"] = [part.start + i for i in columns.pop("overflow_to_sample_mapping")]
-    columns["offsets"] = columns.pop("offset_mapping")
-    columns["context"], spans = [], []
-    for window, example in enumerate(columns["example"]):
-        sequences = encoded.sequence_ids(window)
-        first = sequences.index(1) if 1 in sequences else len(sequences)
-        context = (first, first + sequences.count(1))
-        cls = columns["input_ids"][window].index(tokenizer.cls_token_id)
-        span = _token_span(columns["offsets"][window], context, examples.labels[example])
-        columns["context"].append(context)
-        spans.append(span or (cls, cls))
-    columns["start_positions"], columns["end_positions"] = map(list, zip(*spans, strict=True))
-    return columns
-
-
-def _check_room(
-    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice
-) -> None:
-    """Neighbouring windows overlap by `stride_tokens`, so each must hold more than that."""
-    questions = tokenizer(examples.texts[part], add_special_tokens=False)["input_ids"]
-    most = task.sequence_tokens - tokenizer.num_special_tokens_to_add(pair=True)
-    for place, question in zip(examples.places[part], questions, strict=True):
-        if most - len(question) <= task.stride_tokens:
+            whence = "" if task.classes or examples.names else " of the training examples"
             raise DataError(
-                f"{examples.source}, {place}: the question has {len(question)} tokens, too many "
-                f"for windows of sequence_tokens = {task.sequence_tokens} that overlap by "
-                f"stride_tokens = {task.stride_tokens}"
+                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known}{whence}"
             )
-
-
-def _token_span(
-    offsets: Sequence[Sequence[int]], context: tuple[int, int], answers: Row
-) -> tuple[int, int] | None:
-    """First and last token of the first answer, if this window has all of it."""
-    first, stop = context
-    start = answers["answer_start"][0]
-    end = start + len(answers["text"][0])
-    if first == stop or start < offsets[first][0] or end > offsets[stop - 1][1]:
-        return None
-    start_token = bisect_right(offsets, start, first, stop, key=lambda offset: offset[0]) - 1
-    end_token = bisect_left(offsets, end, first, stop, key=lambda offset: offset[1])
-    return start_token, end_token
-
-
-def _collate(pad_token_id: int, rows: Sequence[Row]) -> Batch:
-    """Pad to the longest row of the batch."""
-    tokens = max(len(row["input_ids"]) for row in rows)
-    batch = {}
-    for name in rows[0]:
-        if name in TARGETS:
-            batch[name] = torch.tensor([row[name] for row in rows])
-        elif name not in DECODING:
-            fill = pad_token_id if name == "input_ids" else 0
-            padded = [row[name] + [fill] * (tokens - len(row[name])) for row in rows]
-            batch[name] = torch.tensor(padded)
-    return batch
+    numbers = [[index[label] for label in row] for row in rows]
+    return numbers if tags else [number for (number,) in numbers]
 
 
 def check_head(task: Task, config: PretrainedConfig) -> None:
     """Refuse a checkpoint that was not fine-tuned for this kind of task."""
-    head = "QuestionAnswering" if task.kind == "question-answering" else "SequenceClassification"
+    head = KINDS[task.kind].head_name
     if not any(head in name for name in config.architectures or ()):
         made_for = ", ".join(config.architectures or ("nothing",))
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
@@ -232,22 +253,23 @@ def load_model(
 
     With `is_trained` (a teacher, or a model to evaluate) everything must fit, classes included.
     """
-    heads: dict[str, Any] = {  # Any: Auto classes share no base
-        "classification": AutoModelForSequenceClassification,
-        "regression": AutoModelForSequenceClassification,
-        "question-answering": AutoModelForQuestionAnswering,
-    }
+    kind = KINDS[task.kind]
     options: dict[str, Any] = {}
-    if task.kind == "classification":
-        if is_trained and _trained_classes(load_config(init), tuple(classes)) != tuple(classes):
-            raise ModelError(f"model {init!r}: its classes are in another order than {classes}")
+    if kind.has_classes:
+        trained = _trained_classes(load_config(init), tuple(classes)) if is_trained else classes
+        if tuple(trained) != tuple(classes):
+            raise ModelError(
+                f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "
+                f"task's are {', '.join(classes)}"
+            )
         options["id2label"] = dict(enumerate(classes))
         options["label2id"] = {name: index for index, name in enumerate(classes)}
+    if task.kind == "classification":
         options["problem_type"] = "single_label_classification"
     elif task.kind == "regression":
         options = {"num_labels": 1, "problem_type": "regression"}
     with loading("model", init):
-        model, info = heads[task.kind].from_pretrained(
+        model, info = kind.head.from_pretrained(
             init,
             dtype=torch.float32,
             output_loading_info=True,
@@ -268,17 +290,31 @@ def inputs_of(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
 
 
+def targets_of(batch: Batch) -> list[Tensor]:
+    """The targets, in the order of the outputs."""
+    return [batch[name] for name in TARGETS if name in batch]
+
+
+def num_targets(batch: Batch) -> int:
+    """How many predictions a batch asks for: examples, windows, or words with a tag."""
+    return int((targets_of(batch)[0] != NO_LABEL).sum())
+
+
 def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """One tensor of logits, or two for question answering: starts and ends."""
-    names = ("start_logits", "end_logits") if task.kind == "question-answering" else ("logits",)
-    return tuple(outputs[name] for name in names)
+    return tuple(outputs[name] for name in KINDS[task.kind].outputs)
 
 
 def task_loss(task: Task, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Mean loss, fp32: cross-entropy (of starts and ends: their mean) or squared error."""
+    """Mean loss over targets, fp32: cross-entropy (of starts and ends: their mean) or squared
+    error.
+    """
     logits = [tensor.float() for tensor in logits_of(task, outputs)]
-    targets = [batch[name] for name in TARGETS if name in batch]
+    targets = targets_of(batch)
     if task.kind == "regression":
         return mse_loss(logits[0].squeeze(-1), targets[0])
-    losses = [cross_entropy(*pair) for pair in zip(logits, targets, strict=True)]
-    return torch.stack(losses).mean()
+    losses = [
+        cross_entropy(rows.flatten(0, -2), target.flatten(), reduction="sum")
+        for rows, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(losses).mean() / max(1, num_targets(batch))

@@ -1,0 +1,74 @@
+"""Scores of classes, numbers and tags, from scikit-learn, scipy and seqeval.
+
+All are 0..1, correlations -1..1, as the GLUE tasks and CoNLL define them.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from seqeval.metrics import accuracy_score as tag_accuracy
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score as entity_precision
+from seqeval.metrics import recall_score as entity_recall
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from opfa.downstream.features import NO_LABEL, Split
+from opfa.downstream.recipe import Task
+
+OUTSIDE = "O"  # the tag of a word in no entity
+NO_WARNING: dict[str, Any] = {"zero_division": 0}  # Any: seqeval annotates it as str only
+TAG_SCORES: dict[str, Any] = {
+    "entity_f1": partial(entity_f1, **NO_WARNING),
+    "entity_precision": partial(entity_precision, **NO_WARNING),
+    "entity_recall": partial(entity_recall, **NO_WARNING),
+    "accuracy": tag_accuracy,
+}
+
+
+def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """Metrics of the likeliest class, or choice."""
+    targets, indices = np.asarray(split.features["labels"]), logits[0].argmax(-1).numpy()
+    return {name: _agreement(name, indices, targets, len(split.classes)) for name in task.metrics}
+
+
+def _agreement(name: str, indices: np.ndarray, targets: np.ndarray, num_classes: int) -> float:
+    """`f1` is that of class 1 where there are two classes, else the macro mean."""
+    if name == "f1":
+        average = "binary" if num_classes == 2 else "macro"
+        kept = {"labels": range(num_classes), "average": average, "zero_division": 0}
+        return float(f1_score(targets, indices, **kept))
+    measure = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[name]
+    return float(measure(targets, indices))
+
+
+def of_numbers(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """Correlations of the predicted numbers; one with a constant is undefined and counts as 0."""
+    values, targets = logits[0].squeeze(-1).numpy(), np.asarray(split.features["labels"])
+    return {name: _correlation(name, values, targets) for name in task.metrics}
+
+
+def _correlation(name: str, values: np.ndarray, targets: np.ndarray) -> float:
+    if np.ptp(values) == 0.0 or np.ptp(targets) == 0.0:
+        return 0.0
+    measure = {"pearson": pearsonr, "spearman": spearmanr}[name]
+    return float(measure(values, targets)[0])
+
+
+def of_tags(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """CoNLL's scores of whole entities, and the accuracy of single tags.
+
+    Every word counts: one that was cut off, or has no token, is predicted to be outside.
+    """
+    columns = split.features["words"], split.features["labels"], split.examples.labels
+    predicted = []
+    for best, words, labels, golds in zip(logits[0].argmax(-1).numpy(), *columns, strict=True):
+        tags = [OUTSIDE] * len(golds)
+        places = [place for place, label in enumerate(labels) if label != NO_LABEL]
+        for word, place in zip(words, places, strict=True):
+            tags[word] = split.classes[best[place]]
+        predicted.append(tags)
+    golds = split.examples.labels
+    return {name: float(TAG_SCORES[name](golds, predicted)) for name in task.metrics}

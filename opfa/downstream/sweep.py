@@ -1,0 +1,104 @@
+"""Several fine-tunings of one recipe, compared: other seeds, and the values of a sweep.
+
+Each is a whole run in a directory of its own, OUTPUT/learning_rate-3e-05/seed-42; the comparison is
+in OUTPUT/results.json and OUTPUT/table.md. Values are compared by the mean over seeds of what
+[selection] looked at, else of the task's first metric. Deviations are of a sample (n - 1).
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from opfa import report
+from opfa.downstream.finetune import finetune
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.run import check_output, write_json, write_text
+
+Result = dict[str, Any]  # a run's results.json
+log = logging.getLogger(__name__)
+
+
+def sweep(
+    recipe: FinetuneRecipe, output: Path, *, num_seeds: int = 1, resume: bool = False
+) -> dict[str, Any]:
+    """Run everything that isn't finished yet, one after the other; write and return the comparison.
+
+    A resume may ask for more seeds than before.
+    """
+    check_output(output, recipe, resume)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.toml", recipe.to_toml())
+    rows = []
+    for rate in recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,):
+        runs = []
+        for seed in range(recipe.seed, recipe.seed + num_seeds):
+            name = f"learning_rate-{rate:g}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
+            training = recipe.training.model_copy(update={"learning_rate": rate})
+            changes = {"sweep": None, "seed": seed, "training": training}
+            runs.append({"run": name, **_finished(recipe, changes, output / name)})
+        rows.append(_row(recipe, rate, runs))
+    best = max(rows, key=lambda row: row["score"])
+    result = {
+        "task": recipe.name,
+        "metrics": best["mean"],
+        "std": best["std"],
+        "learning_rate": best["learning_rate"],
+        "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
+        "sparsity": best["runs"][0]["sparsity"],
+        "quantized": best["runs"][0]["quantized"],
+        "recipe_sha256": recipe.sha256(),
+        "rows": rows,
+    }
+    write_json(output / "results.json", result)
+    write_text(output / "table.md", table(rows))
+    if len(rows) > 1:
+        report.sweep_picture(rows, recipe.task.metrics[0], output / "report/sweep.png")
+    log.info("%s", table(rows))
+    return result
+
+
+def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], directory: Path) -> Result:
+    """The results of a run, from its files or by running it. Its resume points go."""
+    if not (directory / "done.json").exists():
+        has_begun = (directory / "recipe.toml").exists()
+        finetune(recipe.model_copy(update=changes), directory, resume=has_begun)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    return json.loads((directory / "results.json").read_text())
+
+
+def _score(recipe: FinetuneRecipe, run: Result) -> float:
+    metric = recipe.task.metrics[0]
+    return run["selected"][metric] if "selected" in run else run["metrics"][metric]
+
+
+def _row(recipe: FinetuneRecipe, rate: float, runs: list[Result]) -> dict[str, Any]:
+    values = {name: [run["metrics"][name] for run in runs] for name in runs[0]["metrics"]}
+    return {
+        "learning_rate": rate,
+        "score": fmean(_score(recipe, run) for run in runs),
+        "mean": {name: fmean(found) for name, found in values.items()},
+        "std": {name: stdev(found) if len(found) > 1 else None for name, found in values.items()},
+        "runs": runs,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: learning rate, number of seeds, mean and deviation of every metric."""
+    names = list(rows[0]["mean"])
+    lines = [
+        "| learning rate | seeds | " + " | ".join(names) + " |",
+        "|---:|---:|" + "---:|" * len(names),
+    ]
+    for row in rows:
+        cells = [_cell(row["mean"][name], row["std"][name]) for name in names]
+        lines.append(f"| {row['learning_rate']:g} | {len(row['runs'])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(mean: float, deviation: float | None) -> str:
+    digits = 2 if mean > 1.0 else 4  # SQuAD's are 0..100
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")

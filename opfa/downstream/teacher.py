@@ -1,0 +1,132 @@
+"""The dense teacher of a fine-tuning: a frozen model of any family with the student's tokenizer.
+
+    soft = T^2 * KL(teacher || student), over classes, choices, tags, or an answer's start and end
+    hidden = squared distance of hidden states
+
+A teacher in evaluation mode gives an example the same logits in every epoch, so they are computed
+once, by length, and kept in a file. Hidden states would be thousands of times as many.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opfa.distill import hidden_loss, soft_loss
+from opfa.downstream.evaluate import predict
+from opfa.downstream.features import NO_LABEL, Batch, Split
+from opfa.downstream.recipe import Distillation, Task
+from opfa.downstream.tasks import inputs_of, load_model, logits_of, targets_of
+from opfa.models import load_tokenizer
+from opfa.recipe import ModelError
+
+NOWHERE = -1e4  # the logit of a place without a token: its probability is 0, its logarithm finite
+PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
+PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
+log = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A teacher for one student and one task."""
+
+    def __init__(
+        self,
+        settings: Distillation,
+        task: Task,
+        classes: Sequence[str],
+        student: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Load it. Raises `ModelError` unless tokenizer, classes and sizes fit the student's."""
+        self.settings, self.task = settings, task
+        self.model = load_model(task, settings.teacher, classes, is_trained=True)
+        self.device = student.device
+        nn.Module.to(self.model, self.device)
+        self.model.eval().requires_grad_(False)
+        self._kept: tuple[Tensor, ...] | None = None
+        _check_tokenizer(settings.teacher, tokenizer)
+        ours, theirs = student.config.hidden_size, self.model.config.hidden_size
+        if settings.hidden_weight and ours != theirs:
+            raise ModelError(
+                f"distillation.hidden_weight = {settings.hidden_weight}: the teacher's hidden "
+                f"size is {theirs}, the student's {ours}; 0 leaves hidden states out"
+            )
+
+    def remember(
+        self, split: Split, path: Path, precision: Callable[[], contextlib.AbstractContextManager]
+    ) -> None:
+        """Compute the logits of a whole split, or take those that an earlier launch left."""
+        if self.settings.hidden_weight or not (self.settings.cache and self.settings.soft_weight):
+            return
+        if not path.exists():
+            log.info("teacher: computing its logits of %d sequences", len(split.features))
+            with precision():
+                logits = predict(self.model, self.task, split, batch=64, device=self.device)
+            aside = path.with_name(f".{path.name}.incomplete")
+            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(logits)}, aside)
+            os.replace(aside, path)
+        kept = load_file(path)
+        self._kept = tuple(kept[name] for name in sorted(kept))
+
+    def losses(
+        self, outputs: Any, batch: Batch, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor | float]:
+        """Mean soft loss over targets, and summed hidden loss over tokens; `outputs` are the
+        student's, `indices` the features' places in the split.
+        """
+        targets, states = self._targets(batch, indices)
+        pairs = zip(logits_of(self.task, outputs), targets, strict=True)
+        if self.task.kind == "regression":  # one number has no distribution: match it
+            losses = [mse_loss(ours.float(), theirs) for ours, theirs in pairs]
+        else:
+            rows = targets_of(batch)[0] != NO_LABEL
+            temperature, num_rows = self.settings.temperature, rows.sum().clamp(min=1)
+            losses = [soft_loss(s[rows], t[rows], temperature) / num_rows for s, t in pairs]
+        soft = torch.stack(losses).mean()
+        if not self.settings.hidden_weight:
+            return soft, 0.0
+        kept = batch["attention_mask"].bool().flatten(0, -2)
+        return soft, hidden_loss(outputs.hidden_states, states, kept)
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Tensor], Any]:
+        if self._kept is not None:
+            tokens = batch["input_ids"].shape[-1]
+            kept = [tensor[list(indices)].clamp(min=NOWHERE) for tensor in self._kept]
+            if self.task.kind in PER_TOKEN:
+                kept = [logits[:, :tokens] for logits in kept]
+            return [logits.to(self.device) for logits in kept], ()
+        wants_states = bool(self.settings.hidden_weight)
+        outputs = self.model(**inputs_of(batch), output_hidden_states=wants_states)
+        logits = [tensor.float() for tensor in logits_of(self.task, outputs)]
+        if self.task.kind == "question-answering":
+            padding = batch["attention_mask"] == 0
+            logits = [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
+        return logits, outputs.get("hidden_states")
+
+
+def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    theirs = load_tokenizer(teacher)
+    ours, vocabulary = tokenizer.get_vocab(), theirs.get_vocab()
+    different = [token for token, index in ours.items() if vocabulary.get(token) != index]
+    if different or len(ours) != len(vocabulary):
+        first = f", such as {different[0]!r}" if different else ""
+        raise ModelError(
+            f"distillation.teacher = {teacher!r}: has another tokenizer than the student "
+            f"({len(vocabulary)} entries, {len(ours)}; {len(different)} differ{first})"
+        )
+    if theirs(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        raise ModelError(
+            f"distillation.teacher = {teacher!r}: its tokenizer has the student's vocabulary and "
+            f"cuts text in another way ({PROBE!r}: {theirs.tokenize(PROBE)}, student "
+            f"{tokenizer.tokenize(PROBE)}); lower case?"
+        )
