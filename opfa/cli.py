@@ -190,6 +190,22 @@ def bench_masks(as_json: AsJson = False) -> None:
         Console().print(table)
 
 
+@bench.command("distillation", epilog="Example: opfa bench distillation")
+def bench_distillation(as_json: AsJson = False) -> None:
+    """Time of a step under a teacher whose logits are kept, and computed anew."""
+    from opfa.bench import bench_distillation as execute
+
+    result = execute()
+    if as_json:
+        _print_json(result)
+    else:
+        table = Table("teacher's shape", "seconds, kept", "seconds, anew", "ratio")
+        for row in result["rows"]:
+            cells = (f"{row['kept']:.2f}", f"{row['anew']:.2f}", f"{row['ratio']:.2f}")
+            table.add_row(row["teacher"], *cells)
+        Console().print(table)
+
+
 @app.command(
     epilog="Example: opfa plan recipes/upstream/bert-base-90.toml --gpus 8 --memory-gb 80 "
     "--bandwidth-gbps 400"

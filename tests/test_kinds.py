@@ -108,6 +108,21 @@ def test_every_form_of_tags_gives_the_same_examples(
     assert data.validation.examples.labels == [row["tags"] for row in rows]
 
 
+def test_a_data_set_of_the_hubs_form_brings_its_classes(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    tags = List(ClassLabel(names=["B-CITY", "O", "I-CITY"]))
+    features = Features({"tokens": List(Value("string")), "tags": tags})
+    rows = [{"tokens": ["paris", "beat"], "tags": [0, 1]}]
+    for name in ("train", "validation"):
+        path = tmp_path / "cities/data" / f"{name}-00000.parquet"
+        Dataset.from_list(rows, features=features).to_parquet(path)
+    task = tagging("train", hub=str(tmp_path / "cities"), validation="validation")
+    data = load(task, tokenizer)
+    assert data.train.classes == ("B-CITY", "O", "I-CITY")
+    assert data.validation.examples.labels == [["B-CITY", "O"]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

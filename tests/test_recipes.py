@@ -16,7 +16,7 @@ README = RECIPES / "README.md"
 ALL = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
 FAMILIES = ("bert-base", "bert-large", "distilbert")
 STUDENTS = [(family, percent) for family in FAMILIES for percent in (85, 90)]
-TASKS = ("sst2", "mnli", "qqp", "qnli", "rte", "mrpc", "cola", "stsb", "squad")
+TASKS = ("sst2", "mnli", "qqp", "qnli", "rte", "mrpc", "cola", "stsb", "wnli", "squad", "squad-v2")
 # Columns, classes and metrics as GLUE defines them; the order of classes is that of its labels.
 GLUE = {
     "sst2": (("sentence", None), ("negative", "positive"), ("accuracy",)),
@@ -31,6 +31,7 @@ GLUE = {
     "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
     "cola": (("sentence", None), ("unacceptable", "acceptable"), ("matthews",)),
     "stsb": (("sentence1", "sentence2"), (), ("pearson", "spearman")),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
 }
 
 
@@ -60,6 +61,7 @@ def commands(text: str) -> list[list[str]]:
 def test_every_recipe_that_was_promised_is_there() -> None:
     promised = [f"upstream/{f}-{k}.toml" for f in FAMILIES for k in ("teacher", "85", "90")]
     promised += [f"downstream/{task}{suffix}.toml" for task in TASKS for suffix in ("", "-qat")]
+    promised += ["downstream/conll2003.toml", "downstream/swag.toml"]
     promised += [f"quickstart/{name}.toml" for name in ("teacher", "student", "finetune")]
     assert set(promised) <= set(ALL)
 
@@ -167,6 +169,8 @@ def test_glue_task_has_the_official_columns_classes_and_metrics(task: str) -> No
     assert ((recipe.text, recipe.text_pair), recipe.classes, recipe.metrics) == GLUE[task]
     assert recipe.train == "train"
     assert recipe.validation == ("validation_matched" if task == "mnli" else "validation")
+    mismatched = {"mismatched": "validation_mismatched"} if task == "mnli" else {}
+    assert recipe.more_validation == mismatched
     assert recipe.kind == ("regression" if task == "stsb" else "classification")
     assert recipe.sequence_tokens == 128
 
@@ -197,7 +201,7 @@ def test_qat_differs_from_its_twin_only_by_being_a_second_shorter_stage_in_8_bit
     assert (qat.quantization.bits, qat.quantization.start) == (8, 0.0)
     assert qat.model.init == f"runs/{task}/model"
     assert qat.training.learning_rate == 1e-5
-    assert qat.training.epochs == (2 if task == "squad" else 3)
+    assert qat.training.epochs == (2 if task.startswith("squad") else 3)
     assert shared(qat) == shared(downstream(task))
 
 

@@ -25,7 +25,7 @@ def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, flo
 def predict(
     model: nn.Module, task: Task, split: Split, *, batch: int, device: torch.device | str
 ) -> tuple[Tensor, ...]:
-    """Logits for each feature, in order, fp32 on the CPU; -inf where a sequence has no token.
+    """Logits for each feature, in order, fp32 on the CPU; -inf beyond the longest of its batch.
 
     Features are batched by length, the longest first: little is padded, and memory runs out at
     once or never.

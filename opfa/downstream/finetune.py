@@ -142,8 +142,7 @@ class Trainer:
     def train(self, run: Run, start: int) -> None:
         """The steps from `start` to the end, or until patience is over."""
         settings = self.recipe.logging
-        if self.teacher is not None:
-            self.teacher.remember(self.data.train, run.directory / TEACHER, self._precision)
+        self.remember(run.directory)
         self.student.train()
         self.done = start
         if start == 0:
@@ -152,30 +151,38 @@ class Trainer:
             if self.best.is_time_to_stop:
                 log.info("step %d: no better for %d evaluations", step, self.best.num_since)
                 break
-            self._start_quantizing(step)
-            seed_step(self.recipe.seed, step)
-            loss = self._backward(self.order.step(step))
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"step {step + 1}: the loss is {loss}; nothing was changed by this step"
-                )
-            grad_norm = nn.utils.clip_grad_norm_(
-                self.student.parameters(), self.recipe.training.max_grad_norm
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.schedule.at(step)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            loss, grad_norm = self.step(step)
             done = self.done = step + 1
             self.prune(done)
             run.advance(done)
             is_end = done == self.schedule.steps
             if done % settings.every_steps == 0 or is_end:
-                rates = {"learning_rate": self.schedule.at(step), "grad_norm": float(grad_norm)}
+                rates = {"learning_rate": self.schedule.at(step), "grad_norm": grad_norm}
                 run.log({"step": done, "loss": loss, **rates})
             is_best = self._compare(run, done)
             if is_best or (done % settings.checkpoint_steps == 0 and not is_end):
                 self.save(run, done)
+
+    def remember(self, directory: Path) -> None:
+        """Let the teacher compute its logits of the training examples, or read them."""
+        if self.teacher is not None:
+            self.teacher.remember(self.data.train, directory / TEACHER, self._precision)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """The step that follows `step` finished ones; its loss and gradient norm."""
+        self._start_quantizing(step)
+        seed_step(self.recipe.seed, step)
+        loss = self._backward(self.order.step(step))
+        if not math.isfinite(loss):
+            raise RunError(f"step {step + 1}: the loss is {loss}; nothing was changed by this step")
+        grad_norm = nn.utils.clip_grad_norm_(
+            self.student.parameters(), self.recipe.training.max_grad_norm
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, float(grad_norm)
 
     def _compare(self, run: Run, step: int) -> bool:
         """Evaluate when it is time; whether this is the model to keep."""

@@ -99,19 +99,21 @@ class Teacher:
 
     @torch.no_grad()
     def _targets(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Tensor], Any]:
-        if self._kept is not None:
-            tokens = batch["input_ids"].shape[-1]
-            kept = [tensor[list(indices)].clamp(min=NOWHERE) for tensor in self._kept]
-            if self.task.kind in PER_TOKEN:
-                kept = [logits[:, :tokens] for logits in kept]
-            return [logits.to(self.device) for logits in kept], ()
-        wants_states = bool(self.settings.hidden_weight)
-        outputs = self.model(**inputs_of(batch), output_hidden_states=wants_states)
-        logits = [tensor.float() for tensor in logits_of(self.task, outputs)]
+        """Logits, and hidden states if they count; an answer is nowhere where no token is."""
+        states = ()
+        if self._kept is None:
+            wants_states = bool(self.settings.hidden_weight)
+            outputs = self.model(**inputs_of(batch), output_hidden_states=wants_states)
+            logits = [tensor.float() for tensor in logits_of(self.task, outputs)]
+            states = outputs.hidden_states if wants_states else ()
+        else:
+            logits = [tensor[list(indices)].to(self.device) for tensor in self._kept]
+        if self.task.kind in PER_TOKEN:
+            logits = [tensor[:, : batch["input_ids"].shape[1]] for tensor in logits]
         if self.task.kind == "question-answering":
             padding = batch["attention_mask"] == 0
             logits = [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
-        return logits, outputs.get("hidden_states")
+        return logits, states
 
 
 def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,9 +126,10 @@ def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"distillation.teacher = {teacher!r}: has another tokenizer than the student "
             f"({len(vocabulary)} entries, {len(ours)}; {len(different)} differ{first})"
         )
-    if theirs(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+    cuts = [tokens(PROBE, verbose=False)["input_ids"] for tokens in (theirs, tokenizer)]
+    if cuts[0] != cuts[1]:
         raise ModelError(
             f"distillation.teacher = {teacher!r}: its tokenizer has the student's vocabulary and "
-            f"cuts text in another way ({PROBE!r}: {theirs.tokenize(PROBE)}, student "
-            f"{tokenizer.tokenize(PROBE)}); lower case?"
+            f"cuts text in another way ({PROBE!r}: {cuts[0]}, student's "
+            f"{cuts[1]}); does one keep capitals?"
         )
