@@ -144,7 +144,9 @@ def _held_out(train: Examples, fraction: float) -> tuple[Examples, Examples]:
             f"{train.source}: selection.holdout = {fraction} of {len(order)} examples is "
             f"{num_held}; both parts need some"
         )
-    return train.select(sorted(order[num_held:])), train.select(sorted(order[:num_held]))
+    held = train.select(sorted(order[:num_held]))
+    held = replace(held, source=f"{train.source} (held out)")
+    return train.select(sorted(order[num_held:])), held
 
 
 def load_validation(

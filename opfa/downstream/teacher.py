@@ -76,6 +76,7 @@ class Teacher:
             os.replace(aside, path)
         kept = load_file(path)
         self._kept = tuple(kept[name] for name in sorted(kept))
+        nn.Module.to(self.model, "cpu")  # its memory is the student's now
 
     def losses(
         self, outputs: Any, batch: Batch, indices: Sequence[int]
