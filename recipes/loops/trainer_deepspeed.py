@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 recipes/loops/trainer_deepspeed.py MODEL TRAIN.jsonl OUTPUT STAGE
 
 or `deepspeed --no_local_rank` in place of torchrun. Records have text and label. Needs accelerate.
-A checkpoint in the middle is sparse and plain, and resuming from it works as always.
+A checkpoint in the middle has a plain and sparse model beside DeepSpeed's own files, and resuming
+from it works as always.
 """
 
 import sys
