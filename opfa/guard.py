@@ -7,15 +7,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from opfa.recipe import ModelError
-from opfa.sparsity.layers import MaskedLinear, masks_of, zero_masks
+from opfa.sparsity.layers import MaskedLinear, masks_of, whole_weight, zero_masks
 
 
 class SparsityGuard(TrainerCallback):
     """Remembers where the zeros are when training begins, and looks every so many steps, before
     every checkpoint and at the end.
 
-    It looks at the weights that layers compute with, whether the model is locked or not. Under ZeRO
-    3, where no rank holds a whole weight, it looks at the masks alone.
+    It looks at the weights that layers compute with, whether the model is locked or not. Those of a
+    locked layer are told by its mask, so ZeRO 3, where no rank holds a whole weight, is no obstacle
+    then.
     """
 
     def __init__(self, every_steps: int = 100) -> None:
@@ -24,15 +25,26 @@ class SparsityGuard(TrainerCallback):
         self._masks: dict[str, Tensor] = {}
 
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Remember the zeros; raises `ModelError` for a model without any."""
+        """Remember the zeros; raises `ModelError` for a model without any, and for one that is
+        partitioned and not locked.
+        """
         masks = masks_of(model) or zero_masks(model)
         if not masks:
             raise ModelError("SparsityGuard: this model has no zeros to look after")
         self._masks = {name: mask.clone() for name, mask in masks.items()}
 
-    def on_step_end(self, _: Any, state: Any, *__: Any, model: nn.Module, **___: Any) -> None:
-        """Look, if it is time."""
-        if state.global_step % self._every_steps == 0:
+    def on_step_end(
+        self, _: Any, state: Any, control: Any, *__: Any, model: nn.Module, **___: Any
+    ) -> None:
+        """Look, if it is time or a checkpoint comes next."""
+        if state.global_step % self._every_steps == 0 or control.should_save:
+            self.check(model, f"step {state.global_step}")
+
+    def on_epoch_end(
+        self, _: Any, state: Any, control: Any, *__: Any, model: nn.Module, **___: Any
+    ) -> None:
+        """Look, if a checkpoint comes next."""
+        if control.should_save:
             self.check(model, f"step {state.global_step}")
 
     def on_train_end(self, _: Any, state: Any, *__: Any, model: nn.Module, **___: Any) -> None:
@@ -47,10 +59,9 @@ class SparsityGuard(TrainerCallback):
             assert isinstance(layer, nn.Linear)
             if isinstance(layer, MaskedLinear):
                 num_lost = int((layer.mask & ~mask.to(layer.mask.device)).sum())
-            elif layer.weight.numel() == mask.numel():
-                num_lost = int((layer.weight[~mask.to(layer.weight.device)] != 0).sum())
             else:
-                continue
+                weight = whole_weight(name.removesuffix(".weight"), layer)
+                num_lost = int((weight[~mask.to(weight.device)] != 0).sum())
             if num_lost:
                 raise ModelError(
                     f"{name}: {num_lost} of its {int((~mask).sum())} zeros were lost by {when}; "

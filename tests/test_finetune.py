@@ -10,12 +10,7 @@ import pytest
 import torch
 from conftest import finetune_recipe, pretrain_recipe
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification
 
 import opfa
 from opfa import quant
@@ -214,39 +209,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     )
     with pytest.raises(RunError, match="step 1: the loss is inf"):
         finetune(finetune_recipe(sparse, examples), tmp_path / "run")
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_transformers_trainer_keeps_every_zero_of_a_locked_model(
-    sparse: Path, examples: Path, tmp_path: Path, bf16: bool
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(sparse)
-    model = AutoModelForSequenceClassification.from_pretrained(sparse, num_labels=2)
-    locked = opfa.lock(model)
-    assert locked["total"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    rows = [json.loads(line) for line in (examples / "train.jsonl").read_text().splitlines()]
-    data: Any = [{**tokenizer(r["text"]), "labels": int(r["label"] == "cat")} for r in rows]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        save_steps=5,
-        bf16=bf16,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    before = model.state_dict()["bert.encoder.layer.0.output.dense.weight"].clone()
-    Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
-    middle = tmp_path / "checkpoint-5"
-    assert fingerprint(middle) == locked["fingerprint"]
-    assert not [name for name in load_file(middle / "model.safetensors") if "mask" in name]
-    assert opfa.fuse(model)["fingerprint"] == locked["fingerprint"]
-    after = model.state_dict()["bert.encoder.layer.0.output.dense.weight"]
-    assert torch.equal(before == 0, after == 0) and not torch.equal(before, after)
 
 
 Task = Callable[[Path, Path], dict[str, Any]]

@@ -204,6 +204,19 @@ def test_fuse_refuses_non_finite_weights_and_changes_nothing(value: float) -> No
     assert list(masked_layers(net)) == ["first", "last"]
 
 
+@pytest.mark.parametrize("shape", [(0,), (24,)])
+def test_a_partitioned_weight_is_refused_and_nothing_changed(shape: tuple[int]) -> None:
+    net, locked = sparse_net(), sparse_net()
+    lock(locked)
+    for model in (net, locked):
+        model.last.weight.data = torch.zeros(shape)
+    message = r"last\.weight: is partitioned .* every rank, inside `with deepspeed\.zero\.Gathered"
+    for act, model in ((lock, net), (zero_masks, net), (fuse, locked)):
+        with pytest.raises(ModelError, match=message):
+            act(model)
+    assert type(net.first) is nn.Linear and type(locked.first) is MaskedLinear
+
+
 def test_lock_refuses_a_dense_model() -> None:
     with pytest.raises(ModelError, match="have 0 zeros; a sparse checkpoint has at least 1 %"):
         lock(BertForSequenceClassification(TINY))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import outside
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -22,6 +23,8 @@ from opfa.lora import MaskedLora, masked_lora
 from opfa.recipe import ModelError
 
 LOOPS = Path(__file__).parent.parent / "recipes/loops"
+ON_ONE_PROCESS = sorted(set(LOOPS.glob("*.py")) - {LOOPS / "trainer_deepspeed.py"})
+DATA: Any = [{"input_ids": [2, 7 + i % 5, 3], "labels": i % 2} for i in range(32)]
 
 
 def load(sparse: Path) -> PreTrainedModel:
@@ -29,7 +32,7 @@ def load(sparse: Path) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(sparse, num_labels=2)
 
 
-@pytest.mark.parametrize("path", sorted(LOOPS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ON_ONE_PROCESS, ids=lambda path: path.stem)
 def test_an_example_trains_and_keeps_every_zero(
     path: Path, sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
@@ -43,22 +46,105 @@ def test_an_example_trains_and_keeps_every_zero(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = opfa.inspect(tmp_path / "out")
-    assert found["fingerprint"] == opfa.inspect(sparse)["fingerprint"]
-    name = "bert.encoder.layer.0.output.dense.weight"
-    before, after = load(sparse).state_dict()[name], load(tmp_path / "out").state_dict()[name]
-    assert not torch.equal(before, after)
+    assert_trained_with_the_same_zeros(tmp_path / "out", sparse)
+
+
+# transformers' Trainer
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainer_resumes_in_the_middle_as_if_never_stopped(
+    sparse: Path, tmp_path: Path, bf16: bool
+) -> None:
+    for name, checkpoint in (("unbroken", None), ("resumed", tmp_path / "unbroken/checkpoint-2")):
+        model = load(sparse)
+        opfa.lock(model)
+        loop = trainer(model, tmp_path / name, SparsityGuard(every_steps=1), bf16=bf16)
+        loop.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        opfa.fuse(model)
+        loop.save_model(str(tmp_path / name / "model"))
+        assert_trained_with_the_same_zeros(tmp_path / name / "checkpoint-4", sparse)
+        assert_trained_with_the_same_zeros(tmp_path / name / "model", sparse)
+    assert_resumed_as_if_never_stopped(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def zero(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests/trainer_ranks.py leaves: the Trainer on two ranks, at ZeRO 2 and 3."""
+    output = tmp_path_factory.mktemp("zero")
+    program = Path(__file__).parent / "trainer_ranks.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
+    with subprocess.Popen(
+        [sys.executable, *launch, sparse, examples / "train.jsonl", output],
+        env=outside(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(LOOPS.parent.parent)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # torchrun ends its ranks then; nothing if it is over
+    assert process.returncode == 0, errors[-4000:]
+    return output
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_example_trains_and_keeps_every_zero(
+    zero: Path, sparse: Path, stage: int
+) -> None:
+    assert_trained_with_the_same_zeros(zero / f"{stage}", sparse)
+    assert list((zero / f"{stage}/checkpoints").glob("checkpoint-*/global_step*"))  # DeepSpeed's
+
+
+@pytest.mark.parametrize("run", ["2-fp32", "2-bf16", "3-fp32", "3-bf16", "3-loaded-partitioned"])
+def test_zeros_are_held_at_every_zero_stage_and_in_its_checkpoints(
+    zero: Path, sparse: Path, run: str
+) -> None:
+    for directory in ("unbroken/checkpoint-2", "unbroken/checkpoint-4", "unbroken/model"):
+        assert_trained_with_the_same_zeros(zero / run / directory, sparse)
+
+
+@pytest.mark.parametrize("run", ["2-fp32", "2-bf16", "3-fp32", "3-bf16"])
+def test_a_zero_stage_resumes_in_the_middle_as_if_never_stopped(zero: Path, run: str) -> None:
+    assert_resumed_as_if_never_stopped(zero / run)
+
+
+def assert_trained_with_the_same_zeros(directory: Path, sparse: Path) -> None:
+    assert opfa.inspect(directory)["fingerprint"] == opfa.inspect(sparse)["fingerprint"]
+    before, after = (load_file(path / "model.safetensors") for path in (sparse, directory))
+    assert not [name for name in after if "mask" in name]
+    weight = after["bert.encoder.layer.0.output.dense.weight"]
+    assert (weight != before["bert.encoder.layer.0.output.dense.weight"].to(weight.dtype)).any()
+
+
+def assert_resumed_as_if_never_stopped(root: Path) -> None:
+    assert not (root / "resumed/checkpoint-2").exists()  # it began behind it
+    files = [root / run / "model/model.safetensors" for run in ("unbroken", "resumed")]
+    unbroken, resumed = map(load_file, files)
+    assert unbroken.keys() == resumed.keys()
+    for name, value in unbroken.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 # the guard
 
 
-def trainer(model: PreTrainedModel, directory: Path, guard: SparsityGuard) -> Trainer:
-    data: Any = [{"input_ids": [2, 7 + i % 5, 3], "labels": i % 2} for i in range(32)]
+def trainer(
+    model: PreTrainedModel, directory: Path, guard: SparsityGuard, **settings: Any
+) -> Trainer:
     arguments = TrainingArguments(
-        str(directory), max_steps=4, use_cpu=True, report_to=[], disable_tqdm=True
+        str(directory),
+        **{"max_steps": 4, "save_steps": 2, **settings},
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
     )
-    return Trainer(model, arguments, train_dataset=data, callbacks=[guard])
+    return Trainer(model, arguments, train_dataset=DATA, callbacks=[guard])
 
 
 def test_the_guard_lets_a_locked_model_pass(sparse: Path, tmp_path: Path) -> None:
@@ -72,9 +158,17 @@ def test_the_guard_stops_a_training_that_fills_zeros(sparse: Path, tmp_path: Pat
         trainer(load(sparse), tmp_path, SparsityGuard(every_steps=2)).train()
 
 
-def test_the_guard_looks_at_the_end_too(sparse: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"lost by the end \(step 4\)"):
-        trainer(load(sparse), tmp_path, SparsityGuard(every_steps=1000)).train()
+@pytest.mark.parametrize(
+    ("save", "when"), [("steps", "step 2"), ("epoch", "step 4"), ("no", r"the end \(step 4\)")]
+)
+def test_the_guard_looks_before_a_checkpoint_and_at_the_end(
+    sparse: Path, tmp_path: Path, save: str, when: str
+) -> None:
+    guard = SparsityGuard(every_steps=1000)
+    settings = {"save_strategy": save, "max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ModelError, match=f"lost by {when}"):
+        trainer(load(sparse), tmp_path, guard, **settings).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_the_guard_notices_a_mask_that_was_changed(sparse: Path) -> None:

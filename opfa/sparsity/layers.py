@@ -108,8 +108,26 @@ def zero_masks(model: nn.Module) -> Masks:
 def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    linear = {f"{n}.weight": m.weight for n, m in modules.items() if isinstance(m, nn.Linear)}
-    return {name: w.detach() for name, w in linear.items() if id(w) not in embeddings}
+    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
+    return {
+        f"{name}.weight": whole_weight(name, layer).detach()
+        for name, layer in linear.items()
+        if id(layer.weight) not in embeddings
+    }
+
+
+def whole_weight(name: str, layer: nn.Linear) -> Tensor:
+    """A layer's weight. Raises `ModelError` where it is partitioned: this process then sees nothing
+    of it, or a flat part.
+    """
+    if layer.weight.ndim != 2:
+        raise ModelError(
+            f"{name}.weight: is partitioned (ZeRO 3?), and whole weights are needed here. Lock a "
+            "model before TrainingArguments or an engine are made; or call this, on every rank, "
+            "inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), "
+            "modifier_rank=0):`"
+        )
+    return layer.weight
 
 
 def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
@@ -120,7 +138,7 @@ def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
     process: the layers compute with zeros and `fuse` writes them, but momentum from before the lock
     may move what is stored under a mask. `names` says exactly which weights to lock, whatever
     number of zeros each has. Returns the sparsity report of what was locked. Raises `ModelError`
-    for a model without zeros and for one that is locked.
+    for a model without zeros, for one that is locked, and for one whose weights are partitioned.
     """
     if masked_layers(model):
         raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")
@@ -149,11 +167,11 @@ def fuse(model: nn.Module) -> dict:
 
     A kept weight that happens to be zero becomes the smallest normal number of its type, so that
     the zeros in a file and the mask always say the same. Returns the sparsity report. Raises
-    `ModelError` on non-finite weights.
+    `ModelError` on non-finite and on partitioned weights.
     """
     layers, masks = masked_layers(model), masks_of(model)
     for name, layer in layers.items():  # all of them, before any is changed
-        if not torch.isfinite(layer.weight).all():
+        if not torch.isfinite(whole_weight(name, layer)).all():
             raise ModelError(f"{name}.weight: holds a non-finite value; this model can't be saved")
     for layer in layers.values():
         weight, mask = layer.weight, layer.mask

@@ -25,6 +25,7 @@ classes = data.features["label"].num_classes
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=128), batched=True)
 
 model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
+model.accepts_loss_kwargs = False  # else its loss is too large by the accumulation steps
 print(opfa.lock(model)["total"])  # before the Trainer is made
 
 trainer = Trainer(
