@@ -54,7 +54,7 @@ def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
         final = [row for row in evaluations if row.get("final")]
         right.plot(*_series(before, metric), "o-", color=GREEN, markersize=4)
         right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
-        right.set_ylabel(f"Held-out {metric} (star: the finished model)", color=GREEN)
+        right.set_ylabel(f"Held-out {metric} (star: finished)", color=GREEN)
         right.spines["top"].set_visible(False)
     _save(figure, directory / "loss.png")
     learning_rate_picture(training, directory)
@@ -93,6 +93,8 @@ def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     deviations = [row["std"][metric] or 0.0 for row in rows]
     axes.errorbar(rates, means, deviations, fmt="o-", color=BLUE, capsize=3)
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
     path.parent.mkdir(exist_ok=True)
     _save(figure, path)
 

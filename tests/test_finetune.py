@@ -136,6 +136,28 @@ def test_a_resumed_run_equals_an_unbroken_one(
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
 
 
+def test_a_resume_with_other_examples_is_refused(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(examples, tmp_path / "examples")
+    recipe = finetune_recipe(sparse, tmp_path / "examples")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "finish", stop)
+        with pytest.raises(StoppedError):
+            finetune(recipe, tmp_path / "run")
+    path = tmp_path / "examples/train.jsonl"
+    path.write_text(path.read_text().replace("captain", "colonel"))
+    with pytest.raises(RunError, match="the train examples have changed meanwhile"):
+        finetune(recipe, tmp_path / "run", resume=True)
+
+
 def test_one_shot_pruning_is_a_schedule_without_a_ramp(
     dense: Path, examples: Path, tmp_path: Path
 ) -> None:

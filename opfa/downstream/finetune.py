@@ -62,11 +62,14 @@ def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict
         if run.is_done:
             log.info("%s: is finished already", output)
             return json.loads((output / "results.json").read_text())
+        splits = {"train": trainer.data.train, "validation": trainer.data.validation}
+        digests = {name: split.examples.sha256() for name, split in splits.items()}
+        run.describe({"world_size": 1, "data": digests})
+        before = json.loads((output / "environment.json").read_text())["data"]
+        changed = [name for name in digests if digests[name] != before[name]]
+        if changed:
+            raise RunError(f"{output}: the {' and '.join(changed)} examples have changed meanwhile")
         start = trainer.resume(run) if resume else 0
-        if start == 0:
-            splits = {"train": trainer.data.train, "validation": trainer.data.validation}
-            digests = {name: split.examples.sha256() for name, split in splits.items()}
-            run.describe({"world_size": 1, "data": digests})
         run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
         trainer.train(run, start)
         return trainer.finish(run)
