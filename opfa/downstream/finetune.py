@@ -32,7 +32,7 @@ from opfa.checkpoint import (
 from opfa.distill import soft_loss
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
-from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.engine import choose_accelerator
 from opfa.inspection import stated_report
 from opfa.models import decay_groups, load_config, load_tokenizer
@@ -114,11 +114,7 @@ class Trainer:
 
     def _quantized(self) -> dict[str, quant.QuantLinear]:
         settings = self.recipe.quantization
-        if settings is None:
-            return {}
-        if not masks_of(self.student):  # a dense model: the layers that would be pruned
-            mask_layers(self.student, Pattern().layers(self.student))
-        return quant.prepare(self.student, settings.momentum)
+        return prepare_8_bits(self.student, settings) if settings else {}
 
     def _load_teacher(self) -> PreTrainedModel | None:
         settings = self.recipe.distillation
@@ -202,9 +198,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _start_quantizing(self, step: int) -> None:
-        settings = self.recipe.quantization
-        if settings is not None and step >= max(1, int(settings.start * self.schedule.steps)):
-            quant.start(self.quantized.values())
+        settings, steps = self.recipe.quantization, self.schedule.steps
+        if settings is None:
+            return
+        if step >= max(1, int(settings.start * steps)):
+            quant.start(self.student)
+        if step >= max(1, int(settings.freeze * steps)):
+            quant.freeze(self.student)
 
     def _write_ranges(self, directory: Path) -> None:
         if self.quantized:
@@ -273,6 +273,19 @@ class Trainer:
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
         run.finish({"step": self.schedule.steps})
         return results
+
+
+def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.QuantLinear]:
+    """Make the masked layers, or those of a dense model that would be pruned, observe."""
+    if not masks_of(model):
+        mask_layers(model, Pattern().layers(model))
+    return quant.prepare(
+        model,
+        settings.momentum,
+        weights=settings.weights,
+        percentile=settings.percentile,
+        embeddings=settings.embeddings,
+    )
 
 
 def hold_zeros(model: PreTrainedModel, init: str) -> None:
