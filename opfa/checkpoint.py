@@ -52,7 +52,7 @@ def save_point(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     barrier()
-    with _complete_or_removed(aside):
+    with complete_or_removed(aside):
         write(aside)
     barrier()
     if is_writer:
@@ -145,14 +145,14 @@ def new_directory(final: Path) -> Iterator[Path]:
     aside = final.with_name(f".{final.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with _complete_or_removed(aside):
+    with complete_or_removed(aside):
         yield aside
         shutil.rmtree(final, ignore_errors=True)  # of a run that was stopped before it was done
         os.replace(aside, final)
 
 
 @contextlib.contextmanager
-def _complete_or_removed(directory: Path) -> Iterator[None]:
+def complete_or_removed(directory: Path) -> Iterator[None]:
     """Remove a directory whose filling failed, and say so when the reason was a full disk.
 
     torch and safetensors report a full disk as errors of their own, so their text is read and the

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.recipe import STOPPED, OpfaError, RecipeError
+from opfa.recipe import STOPPED, OpfaError, RecipeError, RunError
 from opfa.run import check_output
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
 NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 INTERRUPTED = 130
@@ -128,7 +129,7 @@ def finetune(
 
 @app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")],
+    model: ModelName,
     recipe: Annotated[Path, typer.Option("--recipe", help="The recipe whose task is evaluated.")],
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result here.")
@@ -149,9 +150,69 @@ def evaluate(
     _print_json(result)
 
 
+@app.command(
+    epilog="Example: opfa calibrate runs/sst2/model --recipe runs/sst2/recipe.toml --output sst2-8"
+)
+def calibrate(
+    model: ModelName,
+    recipe: Annotated[Path, typer.Option("--recipe", help="The recipe whose task is used.")],
+    output: Annotated[Path, typer.Option("--output", help="The new model; must be new.")],
+    examples: Annotated[
+        int, typer.Option("--examples", min=1, help="Training examples that it sees.")
+    ] = 512,
+    overrides: Overrides = None,
+) -> None:
+    """Quantize a fine-tuned model to 8 bits without training."""
+    from opfa.downstream.recipe import FinetuneRecipe
+
+    checked = FinetuneRecipe.read(recipe, overrides or ())
+    from opfa.downstream.calibrate import calibrate as execute
+
+    _print_json(execute(model, checked, output, num_examples=examples))
+
+
+@app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
+def export(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", help="FILE.onnx; must be new.")],
+    is_int8: Annotated[
+        bool | None,
+        typer.Option("--int8/--fp32", help="Default: 8 bits if the model has its ranges."),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option("--verify", help="A file, or a Hub split: compare with torch on it first."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="The recipe whose task is compared.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Also write what was found here.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
+    if (verify is None) != (recipe is None):
+        raise RunError("--verify and --recipe need each other: data, and what their columns mean")
+    task = None
+    if verify is not None and recipe is not None:
+        from opfa.downstream.recipe import FinetuneRecipe
+
+        task = FinetuneRecipe.read(recipe, overrides or ()).task
+        task = task.model_copy(update={"validation": verify})
+    from opfa.export import export as execute
+
+    result = execute(model, output, is_int8=is_int8, task=task, report=report)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_export(output, result)
+
+
 @app.command(epilog="Example: opfa inspect Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")],
+    model: ModelName,
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is: any checkpoint, in total and tensor by tensor."""
@@ -285,6 +346,25 @@ def _print_sparsity(name: str, result: dict[str, Any]) -> None:
     print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
     print(f"weight files: {result['bytes']:,} bytes")
     print(f"sparsity.json: {result['stated'] or 'none'}")
+
+
+def _print_export(output: Path, result: dict[str, Any]) -> None:
+    table = Table("", "model", "ONNX", title=f"{output} ({result['precision']})")
+    for key in ("bytes", "zeros"):
+        table.add_row(key, *(f"{result[key][side]:,}" for side in ("model", "onnx")))
+    table.add_row("fingerprint", *(result["fingerprint"][s][:12] for s in ("model", "onnx")))
+    parity = result.get("parity")
+    if parity:
+        for name, value in parity["metrics"]["torch"].items():
+            table.add_row(name, f"{value:.4f}", f"{parity['metrics']['onnx'][name]:.4f}")
+    Console().print(table)
+    if result["zeros"]["rounded"]:
+        print(f"live weights that 8 bits round to zero: {result['zeros']['rounded']:,}")
+    if parity:
+        equal = parity["equal_predictions"]
+        shown = "" if equal is None else f", {equal:.2%} of the predictions equal"
+        print(f"{parity['examples']:,} examples: logits differ by up to ", end="")
+        print(f"{parity['max_difference']:.1e}{shown}")
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertForPreTraining,
     BertTokenizer,
@@ -57,6 +61,14 @@ FAMILIES = {
         transform=lambda m, h: m.head(h),
         dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
     ),
+}
+
+
+HEADS: dict[str, Any] = {  # Any: Auto classes share no base
+    "SequenceClassification": AutoModelForSequenceClassification,
+    "QuestionAnswering": AutoModelForQuestionAnswering,
+    "TokenClassification": AutoModelForTokenClassification,
+    "MultipleChoice": AutoModelForMultipleChoice,
 }
 
 
@@ -133,6 +145,34 @@ def new_config(values: dict[str, Any]) -> PretrainedConfig:
         raise ModelError(f"model.config.{unknown[0]}: not a value of {type(config).__name__}")
     with loading("model.config", kind):
         return AutoConfig.for_model(kind, **values)
+
+
+def head_of(config: PretrainedConfig) -> str:
+    """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none."""
+    made_for = ", ".join(config.architectures or ("nothing",))
+    found = [head for head in HEADS if made_for.endswith(f"For{head}")]
+    if not found:
+        raise ModelError(
+            f"a model for {made_for} has no head of a task; fine-tune it first (heads: "
+            f"{', '.join(HEADS)})"
+        )
+    return found[0]
+
+
+def load_finetuned_model(name: str) -> PreTrainedModel:
+    """A model with the head that it was saved with, fp32, for evaluation.
+
+    Attention is written out in full: of the two forms, only this one gives padding the same values
+    in torch and in an exported graph.
+    """
+    auto = HEADS[head_of(load_config(name))]
+    with loading("model", name):
+        model, info = auto.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise ModelError(f"model {name!r}: {min(info['missing_keys'])} is missing")
+    return model.eval()
 
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:

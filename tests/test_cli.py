@@ -174,7 +174,8 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "pretrain", "finetune", "evaluate", "inspect", "quickstart"]
+    "command",
+    ["prepare", "pretrain", "finetune", "evaluate", "calibrate", "export", "inspect", "quickstart"],
 )
 def test_every_command_explains_itself_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]

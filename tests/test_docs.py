@@ -58,7 +58,17 @@ def test_the_readme_names_every_command() -> None:
         for command in cli.app.registered_commands
         if command.callback
     ]
-    assert names == ["prepare", "pretrain", "finetune", "evaluate", "inspect", "quickstart", "plan"]
+    assert names == [
+        "prepare",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "calibrate",
+        "export",
+        "inspect",
+        "quickstart",
+        "plan",
+    ]
     assert all(f"`opfa {name}" in text for name in names)
 
 

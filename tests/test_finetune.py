@@ -17,6 +17,7 @@ from opfa import quant
 from opfa.checkpoint import model_digest
 from opfa.downstream import finetune as module
 from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import inspect
 from opfa.recipe import ModelError, RunError
 from opfa.sparsity.masks import num_zeros
@@ -108,12 +109,10 @@ def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path
         assert not layers[name].effective_weight()[zero].any()
 
 
-@pytest.mark.parametrize("variant", ["plain", "quantized"])
-def test_a_resumed_run_equals_an_unbroken_one(
-    sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch, last: int, recipe: FinetuneRecipe, output: Path
 ) -> None:
-    recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
-    finetune(recipe, tmp_path / "unbroken")
+    """Begin a run and break off after a step."""
 
     class StoppedError(Exception):
         pass
@@ -122,13 +121,23 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
     def stopping(self: module.Trainer, step: int) -> None:
         prune(self, step)
-        if step == 6:
+        if step == last:
             raise StoppedError
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "prune", stopping)
         with pytest.raises(StoppedError):
-            finetune(recipe, tmp_path / "broken")
+            finetune(recipe, output)
+
+
+@pytest.mark.parametrize("variant", ["plain", "quantized"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
+    finetune(recipe, tmp_path / "unbroken")
+
+    stop_at(monkeypatch, 6, recipe, tmp_path / "broken")
     resumed: list[int] = []
     monkeypatch.setattr(module.Run, "forget_after", lambda self, step: resumed.append(step))
     finetune(recipe, tmp_path / "broken", resume=True)
@@ -156,6 +165,43 @@ def test_a_resume_with_other_examples_is_refused(
     path.write_text(path.read_text().replace("captain", "colonel"))
     with pytest.raises(RunError, match="the train examples have changed meanwhile"):
         finetune(recipe, tmp_path / "run", resume=True)
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "tensor": {"weights": "tensor"},
+    "percentile": {"ranges": "percentile", "percentile": 99.0},
+    "embeddings": {"embeddings": True},
+    "frozen": {"start": 0.2, "freeze": 0.5},
+}
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_every_way_to_quantize_resumes_and_reloads_exactly(
+    sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(sparse, examples, quantization=QUANTIZED[variant])
+    results = finetune(recipe, tmp_path / "unbroken")
+    stop_at(monkeypatch, 9, recipe, tmp_path / "broken")
+    finetune(recipe, tmp_path / "broken", resume=True)
+    assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
+    again = evaluate_model(str(tmp_path / "unbroken/model"), recipe)
+    assert again["metrics"] == results["metrics"]
+    assert fingerprint(tmp_path / "unbroken/model") == fingerprint(sparse)
+
+
+def test_ranges_stay_where_they_are_after_the_freeze(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    ranges = []
+    for freeze, epochs in ((1.0, 0.5), (0.5, 1.0), (1.0, 1.0)):  # 5 steps, 5 of 10, 10
+        run = tmp_path / f"{freeze}-{epochs}"
+        options = {"training": {"epochs": epochs, "learning_rate": 1e-30, "warmup": 0.0}}
+        recipe = finetune_recipe(sparse, examples, quantization={"freeze": freeze}, **options)
+        finetune(recipe, run)
+        found = load_file(run / "model" / quant.FILE)
+        ranges.append({name: x for name, x in found.items() if "input" in name})
+    assert all(torch.equal(ranges[0][name], ranges[1][name]) for name in ranges[0])
+    assert not all(torch.equal(ranges[0][name], ranges[2][name]) for name in ranges[0])
 
 
 def test_one_shot_pruning_is_a_schedule_without_a_ramp(

@@ -32,7 +32,7 @@ from opfa.checkpoint import (
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.features import Split
-from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.selection import Best
 from opfa.downstream.teacher import Teacher
 from opfa.engine import choose_accelerator
@@ -130,11 +130,7 @@ class Trainer:
 
     def _quantized(self) -> dict[str, quant.QuantLinear]:
         settings = self.recipe.quantization
-        if settings is None:
-            return {}
-        if not masks_of(self.student):  # a dense model: the layers that would be pruned
-            mask_layers(self.student, Pattern().layers(self.student))
-        return quant.prepare(self.student, settings.momentum)
+        return prepare_8_bits(self.student, settings) if settings else {}
 
     def _load_teacher(self) -> Teacher | None:
         settings, classes = self.recipe.distillation, self.data.train.classes
@@ -231,8 +227,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _start_quantizing(self, step: int) -> None:
-        if self.quantized and step >= self._first_quantized(self.schedule.steps):
-            quant.start(self.quantized.values())
+        settings, steps = self.recipe.quantization, self.schedule.steps
+        if settings is None:
+            return
+        if step >= self._first_quantized(steps):
+            quant.start(self.student)
+        if step >= max(1, int(settings.freeze * steps)):
+            quant.freeze(self.student)
 
     def _first_quantized(self, steps: int) -> int:
         settings = self.recipe.quantization
@@ -319,6 +320,19 @@ class Trainer:
         run.finish({"step": self.done})
         (run.directory / TEACHER).unlink(missing_ok=True)
         return results
+
+
+def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.QuantLinear]:
+    """Make the masked layers, or those of a dense model that would be pruned, observe."""
+    if not masks_of(model):
+        mask_layers(model, Pattern().layers(model))
+    return quant.prepare(
+        model,
+        settings.momentum,
+        weights=settings.weights,
+        percentile=settings.percentile,
+        embeddings=settings.embeddings,
+    )
 
 
 def hold_zeros(model: PreTrainedModel, init: str) -> None:

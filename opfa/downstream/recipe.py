@@ -174,13 +174,35 @@ class Quantization(Section):
     """8-bit quantization-aware training of the masked (or, in a dense model, the encoder's) linear
     layers.
 
-    Ranges of activations are moving averages with this momentum; the first `start` fraction of all
-    steps only observes.
+    Activations: `ranges = "moving-average"` follows the minimum and maximum of each batch,
+    `"percentile"` cuts off what lies beyond `percentile` on either side. The first `start` fraction
+    of all steps only observes; after the `freeze` fraction ranges no longer move. Weights have one
+    scale for each output channel or one for the tensor (as in Q8BERT); `embeddings` rounds the
+    embedding tables too, one scale each.
     """
 
     bits: Literal[8] = 8
     start: float = Field(default=0.0, ge=0.0, lt=1.0)
+    freeze: float = Field(default=1.0, gt=0.0, le=1.0)  # 1: never
     momentum: float = Field(default=0.05, gt=0.0, le=1.0)  # how much a new batch counts
+    ranges: Literal["moving-average", "percentile"] = "moving-average"
+    percentile: float | None = Field(default=None, gt=50.0, lt=100.0)  # such as 99.99
+    weights: Literal["channel", "tensor"] = "channel"
+    embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.freeze < self.start:
+            raise ValueError(
+                f"freeze = {self.freeze}: must not be less than start = {self.start}; ranges "
+                "move until training is in 8 bits"
+            )
+        if (self.ranges == "percentile") != (self.percentile is not None):
+            raise ValueError(
+                f"percentile = {self.percentile}: ranges = 'percentile' needs one, such as 99.99, "
+                f"and no other does (ranges = {self.ranges!r})"
+            )
+        return self
 
 
 class Logging(Section):

@@ -1,0 +1,88 @@
+"""Calibration: 8 bits without further training. A fine-tuned model sees some training examples, and
+the ranges of its activations are the mean over batches of what they span.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from opfa import quant
+from opfa.checkpoint import model_digest, write_finished
+from opfa.downstream import tasks
+from opfa.downstream.evaluate import evaluate
+from opfa.downstream.finetune import hold_zeros, prepare_8_bits
+from opfa.downstream.recipe import FinetuneRecipe, Quantization
+from opfa.engine import choose_accelerator
+from opfa.inspection import inspect
+from opfa.models import load_config, load_tokenizer
+from opfa.order import generator
+from opfa.recipe import ModelError, RunError
+from opfa.sparsity.layers import SPARSE_FROM
+
+log = logging.getLogger(__name__)
+
+
+def calibrate(
+    name: str, recipe: FinetuneRecipe, output: Path, *, num_examples: int = 512
+) -> dict[str, Any]:
+    """Write the model with ranges beside it; its metrics before and after.
+
+    The examples are the first ones of a shuffle with the recipe's seed. Of `[quantization]`, what
+    concerns training (`start`, `freeze`, `momentum`) has no meaning here.
+    """
+    if output.exists():
+        raise RunError(f"{output}: exists already; give a new directory")
+    if (Path(name) / quant.FILE).is_file():
+        raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
+    task, tokenizer, config = recipe.task, load_tokenizer(name), load_config(name)
+    tasks.check_head(task, config)
+    validation = tasks.load_validation(task, tokenizer, config)
+    training_task = task.model_copy(update={"validation": task.train})
+    training = tasks.load_validation(training_task, tokenizer, config)
+    model = tasks.load_model(task, name, validation.classes, is_trained=True)
+    if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:
+        hold_zeros(model, name)
+    device = torch.device(choose_accelerator())
+    nn.Module.to(model, device)
+    before = evaluate(model, task, validation, batch=64, device=device)
+    prepare_8_bits(model, recipe.quantization or Quantization())
+    order = generator(recipe.seed).permutation(len(training.features))[:num_examples].tolist()
+    log.info("%s: calibrating on %d examples", name, len(order))
+    loader = DataLoader(
+        Subset(training.features, order),  # pyright: ignore[reportArgumentType]
+        batch_size=recipe.training.batch,
+        collate_fn=training.collate,
+    )
+    _observe(model, loader, device)
+    quant.start(model)
+    after = evaluate(model, task, validation, batch=64, device=device)
+    report = write_finished(
+        model, tokenizer, output, lambda directory: quant.save(model, directory / quant.FILE)
+    )
+    return {
+        "task": recipe.name,
+        "fp32": before,
+        "int8": after,
+        "examples": len(order),
+        "sparsity": report["total"]["sparsity"],
+        "model_sha256": model_digest(output),
+    }
+
+
+@torch.no_grad()
+def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
+    """Let the ranges become the mean over all batches; dropout is off."""
+    model.eval()
+    layers = quant.quant_layers(model).values()
+    for layer in layers:
+        layer.train()  # which observe in training only
+    for index, batch in enumerate(loader):
+        for layer in layers:
+            layer.momentum = 1 / (index + 1)
+        model(**{name: tensor.to(device) for name, tensor in tasks.inputs_of(batch).items()})
+    model.eval()

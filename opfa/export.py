@@ -1,0 +1,132 @@
+"""Export: a fine-tuned model -> FILE.onnx, with its configuration and tokenizer beside it.
+
+A file gets its name only when its zeros are those of the model, and, where data are given, when
+ONNX Runtime answers as torch does.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opfa import quant
+from opfa.checkpoint import complete_or_removed
+from opfa.downstream import tasks
+from opfa.downstream.recipe import Task
+from opfa.inspection import inspect
+from opfa.models import load_finetuned_model, load_tokenizer
+from opfa.onnx_graph import (
+    OPSET,
+    input_names,
+    nonzeros,
+    quantize,
+    rounded_to_zero,
+    trace,
+    write,
+)
+from opfa.parity import parity, problems
+from opfa.recipe import ModelError, RunError
+from opfa.run import write_json
+from opfa.sparsity import masks
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    name: str,
+    output: Path,
+    *,
+    is_int8: bool | None = None,
+    task: Task | None = None,
+    report: Path | None = None,
+) -> dict[str, Any]:
+    """Write FILE.onnx and return what is in it; 8 bits where the model has them, unless told.
+
+    With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
+    leaves only the report, when the two don't agree.
+    """
+    if output.exists():
+        raise RunError(f"{output}: exists already; give a new file")
+    ranges = Path(name) / quant.FILE
+    is_int8 = ranges.is_file() if is_int8 is None else is_int8
+    if is_int8 and not ranges.is_file():
+        raise ModelError(
+            f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
+            "[quantization], or use `opfa calibrate`"
+        )
+    stated = inspect(name)
+    if stated["stated"] == "differs":
+        raise ModelError(f"{name}: its zeros are not where its sparsity.json says")
+    tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
+    split = None
+    if task is not None:
+        tasks.check_head(task, model.config)
+        split = tasks.load_validation(task, tokenizer, model.config)
+    with _appearing(output, model, tokenizer) as aside:
+        log.info("%s: tracing", name)
+        graph = trace(model, input_names(model, tokenizer.model_input_names))
+        if is_int8:
+            quant.load(model, ranges)
+            quantize(graph, model)
+        write(graph, aside / output.name)
+        result, wrong = _zeros(stated, model, aside / output.name)
+        result = {"precision": "int8" if is_int8 else "fp32", "opset": OPSET, **result}
+        if task is not None and split is not None:
+            log.info("%s: comparing %d examples", name, len(split.examples.texts))
+            result["parity"] = parity(model, aside / output.name, task, split)
+            wrong += problems(result["parity"], task, is_int8=is_int8)
+        if report is not None:
+            write_json(report, {**result, "problems": wrong})
+        if wrong:
+            raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
+    return result
+
+
+def _zeros(
+    stated: dict[str, Any], model: PreTrainedModel, path: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Zeros and bytes of a file and of the model's own files, and what is wrong with the zeros.
+
+    8 bits round some live weights to zero. They are counted, and are live in the fingerprint.
+    """
+    rounded = rounded_to_zero(model)
+    found = nonzeros(path, list(stated["tensors"]))
+    counted = masks.report(found)["total"]["zeros"]
+    live = {n: mask | rounded[n] if n in rounded else mask for n, mask in found.items()}
+    num_rounded = sum(int(rounded[n].sum()) for n in found if n in rounded)
+    fingerprints = {"model": stated["fingerprint"], "onnx": masks.fingerprint(live)}
+    zeros = {"model": stated["total"]["zeros"], "onnx": counted, "rounded": num_rounded}
+    wrong = []
+    if counted != zeros["model"] + num_rounded or len(set(fingerprints.values())) > 1:
+        wrong.append(f"it has {counted} zeros, or elsewhere; the model has {zeros['model']}")
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    sizes = {"model": stated["bytes"], "onnx": size}
+    return {"bytes": sizes, "zeros": zeros, "fingerprint": fingerprints}, wrong
+
+
+@contextlib.contextmanager
+def _appearing(
+    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Path]:
+    """A directory with configuration and tokenizer, to be filled; its files move to where `output`
+    is when the block ends well, `output` last, and replace nothing that is different.
+    """
+    aside = output.with_name(f".{output.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with complete_or_removed(aside):
+        model.config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            other = output.with_name(path.name)
+            if other.exists() and other.read_bytes() != path.read_bytes():
+                raise RunError(f"{other}: is there and is different; give a directory of its own")
+        yield aside
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
+            os.replace(path, output.with_name(path.name))
+        aside.rmdir()

@@ -1,0 +1,102 @@
+"""Whether an exported file answers as the model does: torch and ONNX Runtime on the same batches.
+
+In 8 bits both compute with the same integers, but sums in another order can carry a value over the
+middle between two steps, so there the measure is the predictions and the metrics, not the logits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from opfa.downstream.evaluate import predict, score
+from opfa.downstream.features import NO_LABEL, Split
+from opfa.downstream.recipe import Task
+from opfa.downstream.squad import decode
+from opfa.recipe import RunError
+
+try:
+    from onnxruntime import InferenceSession
+except ImportError as error:
+    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
+
+MOST_DIFFERENCE = 1e-4  # of a logit, in fp32
+LEAST_EQUAL = 0.99  # predictions, in 8 bits
+MOST_POINTS = 0.3  # of a metric of 0..100, in 8 bits
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file that is called like the model it was made of."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the file into ONNX Runtime, on the CPU."""
+        super().__init__()
+        self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.names = [entry.name for entry in self.session.get_inputs()]
+        self.outputs = [entry.name for entry in self.session.get_outputs()]
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """The file's outputs by name; inputs that it doesn't know are left out."""
+        arrays = self.session.run(None, {name: inputs[name].numpy() for name in self.names})
+        return {name: torch.as_tensor(a) for name, a in zip(self.outputs, arrays, strict=True)}
+
+
+def parity(model: nn.Module, path: Path, task: Task, split: Split) -> dict[str, Any]:
+    """Logits, predictions and metrics of both, compared over a whole split."""
+    torch_logits = predict(model, task, split, batch=64, device="cpu")
+    onnx_logits = predict(OnnxModel(path), task, split, batch=64, device="cpu")
+    both = list(zip(torch_logits, onnx_logits, strict=True))
+    return {
+        "examples": len(split.examples.texts),
+        "max_difference": max(_difference(*pair) for pair in both),
+        "equal_predictions": _equal(task, torch_logits, onnx_logits, split),
+        "metrics": {
+            "torch": score(task, torch_logits, split),
+            "onnx": score(task, onnx_logits, split),
+        },
+    }
+
+
+def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:
+    """What keeps a file from standing for its model."""
+    if not is_int8:
+        difference = found["max_difference"]
+        is_close = difference <= MOST_DIFFERENCE  # not so when it is NaN
+        return [] if is_close else [f"logits differ by up to {difference:g} (> {MOST_DIFFERENCE})"]
+    wrong = []
+    equal, points = found["equal_predictions"], MOST_POINTS
+    if task.kind != "question-answering":
+        points /= 100  # metrics of 0..1
+    if equal is not None and equal < LEAST_EQUAL:
+        wrong.append(f"only {equal:.2%} of the predictions are equal (< {LEAST_EQUAL:.0%})")
+    ours, theirs = found["metrics"]["torch"], found["metrics"]["onnx"]
+    for name in ours:
+        is_score = not name.endswith("_threshold")
+        if is_score and not abs(ours[name] - theirs[name]) <= points:
+            wrong.append(f"{name} is {theirs[name]:.4f}, in torch {ours[name]:.4f}")
+    return wrong
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest; where a window has no token both are -inf."""
+    return torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()
+
+
+def _equal(
+    task: Task, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], split: Split
+) -> float | None:
+    """The share of equal predictions; numbers are never quite equal, so a regression has none."""
+    if task.kind == "regression":
+        return None
+    if task.kind == "question-answering":
+        answers = (decode(task, logits, split)[0] for logits in (ours, theirs))
+        equal = torch.tensor([one == other for one, other in zip(*answers, strict=True)])
+    else:
+        equal = ours[0].argmax(-1) == theirs[0].argmax(-1)
+    if task.kind == "token-classification":  # words' first tokens only
+        labels = [torch.tensor(row) for row in split.features["labels"]]
+        kept = pad_sequence(labels, batch_first=True, padding_value=NO_LABEL) != NO_LABEL
+        equal = equal[kept]
+    return equal.float().mean().item()
