@@ -189,7 +189,6 @@ def export(
     report: Annotated[
         Path | None, typer.Option("--report", help="Also write what was found here.")
     ] = None,
-    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
@@ -199,8 +198,7 @@ def export(
     if verify is not None and recipe is not None:
         from opfa.downstream.recipe import FinetuneRecipe
 
-        task = FinetuneRecipe.read(recipe, overrides or ()).task
-        task = task.model_copy(update={"validation": verify})
+        task = FinetuneRecipe.read(recipe).task.model_copy(update={"validation": verify})
     from opfa.export import export as execute
 
     result = execute(model, output, is_int8=is_int8, task=task, report=report)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -416,6 +417,12 @@ def found(ours: float, theirs: float, equal: float = 1.0) -> dict[str, Any]:
 def test_tolerances_in_8_bits(kind: Any, report: dict[str, Any], num_problems: int) -> None:
     task = Task.model_construct(kind=kind)
     assert len(parity.problems(report, task, is_int8=True)) == num_problems
+
+
+def test_windows_without_a_token_do_not_differ() -> None:
+    ours, theirs = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
+    assert parity._difference(ours, theirs) == 0.5
+    assert math.isnan(parity._difference(ours, torch.tensor([torch.nan, -torch.inf])))
 
 
 @pytest.mark.parametrize(("difference", "is_fine"), [(9e-5, 1), (2e-4, 0), (float("nan"), 0)])

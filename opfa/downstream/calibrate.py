@@ -80,9 +80,8 @@ def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -
     model.eval()
     layers = quant.quant_layers(model).values()
     for layer in layers:
-        layer.train()  # which observe in training only
+        layer.train()  # they observe in training only; `evaluate` ends that
     for index, batch in enumerate(loader):
         for layer in layers:
             layer.momentum = 1 / (index + 1)
         model(**{name: tensor.to(device) for name, tensor in tasks.inputs_of(batch).items()})
-    model.eval()
