@@ -140,7 +140,7 @@ def evaluate(
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
-    from opfa.downstream.finetune import evaluate_model
+    from opfa.downstream.evaluate import evaluate_model
 
     result = evaluate_model(model, checked)
     if output is not None:

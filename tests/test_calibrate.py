@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from opfa import cli, quant
 from opfa.downstream import tasks
 from opfa.downstream.calibrate import calibrate
-from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.downstream.evaluate import evaluate_model
+from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import inspect
 from opfa.models import load_tokenizer

@@ -16,7 +16,8 @@ import opfa
 from opfa import quant
 from opfa.checkpoint import model_digest
 from opfa.downstream import finetune as module
-from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.downstream.evaluate import evaluate_model
+from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import inspect
 from opfa.recipe import ModelError, RunError

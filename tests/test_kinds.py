@@ -17,8 +17,9 @@ from transformers import BertConfig, BertTokenizer
 
 import opfa
 from opfa.downstream import evaluate, squad, tasks
+from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.features import NO_LABEL
-from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Task
 from opfa.recipe import DataError
 

@@ -16,7 +16,7 @@ LEVELS = [
     {"upstream.corpus", "downstream.features", "plan"},
     {"upstream.batches", "downstream.scores", "downstream.squad"},
     {"upstream.objective", "downstream.tasks"},
-    {"downstream.evaluate", "downstream.selection"},
+    {"downstream.evaluate", "downstream.selection", "downstream.student"},
     {"downstream.teacher", "parity"},
     {"upstream.pretrain", "downstream.finetune"},
     {"quickstart", "bench", "downstream.sweep", "downstream.calibrate", "export"},

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from opfa.checkpoint import model_digest
 from opfa.cli import run as command
 from opfa.downstream import finetune as module
-from opfa.downstream.finetune import evaluate_model, finetune
+from opfa.downstream.evaluate import evaluate_model
+from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe, Sweep
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table

@@ -15,8 +15,8 @@ from opfa import quant
 from opfa.checkpoint import model_digest, write_finished
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
-from opfa.downstream.finetune import hold_zeros, prepare_8_bits
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
+from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.engine import choose_accelerator
 from opfa.inspection import inspect
 from opfa.models import load_config, load_tokenizer

@@ -1,13 +1,20 @@
 """What a model predicts on a split, and what that is worth."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
 
+from opfa import quant
+from opfa.downstream import tasks
 from opfa.downstream.features import Split, num_tokens
-from opfa.downstream.recipe import Task
+from opfa.downstream.recipe import FinetuneRecipe, Task
 from opfa.downstream.tasks import KINDS, inputs_of, logits_of
+from opfa.engine import choose_accelerator
+from opfa.models import load_config, load_tokenizer
 
 
 def evaluate(
@@ -56,3 +63,25 @@ def _stack(batches: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(
         [pad(t, (0, 0) * (t.ndim - 2) + (0, width - t.shape[1]), value=-torch.inf) for t in batches]
     )
+
+
+def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
+    split.
+    """
+    tokenizer, config = load_tokenizer(name), load_config(name)
+    tasks.check_head(recipe.task, config)
+    split = tasks.load_validation(recipe.task, tokenizer, config)
+    model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)
+    ranges = Path(name) / quant.FILE
+    if ranges.is_file():
+        quant.load(model, ranges)
+    device = torch.device(choose_accelerator())
+    nn.Module.to(model, device)
+    metrics = evaluate(model, recipe.task, split, batch=64, device=device)
+    return {
+        "task": recipe.name,
+        "metrics": metrics,
+        "quantized": ranges.is_file(),
+        "examples_sha256": split.examples.sha256(),
+    }

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from opfa import quant, report
 from opfa.checkpoint import (
@@ -32,21 +31,19 @@ from opfa.checkpoint import (
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.features import Split
-from opfa.downstream.recipe import FinetuneRecipe, Quantization
+from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.selection import Best
+from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import Teacher
 from opfa.engine import choose_accelerator
-from opfa.inspection import stated_report
 from opfa.models import decay_groups, load_config, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
-from opfa.recipe import ModelError, RecipeError, RunError
+from opfa.recipe import RecipeError, RunError
 from opfa.run import Run, check_output, write_json
 from opfa.schedules import LearningRate
 from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import lock, mask_layers, masks_of, set_masks
-from opfa.sparsity.masks import fingerprint
-from opfa.sparsity.pattern import Pattern
+from opfa.sparsity.layers import masks_of, set_masks
 
 TEACHER = "teacher.safetensors"  # its logits, while the run lasts
 log = logging.getLogger(__name__)
@@ -320,67 +317,3 @@ class Trainer:
         run.finish({"step": self.done})
         (run.directory / TEACHER).unlink(missing_ok=True)
         return results
-
-
-def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.QuantLinear]:
-    """Make the masked layers, or those of a dense model that would be pruned, observe."""
-    if not masks_of(model):
-        mask_layers(model, Pattern().layers(model))
-    return quant.prepare(
-        model,
-        settings.momentum,
-        weights=settings.weights,
-        percentile=settings.percentile,
-        embeddings=settings.embeddings,
-    )
-
-
-def hold_zeros(model: PreTrainedModel, init: str) -> None:
-    """Lock a model's zeros: those that its sparsity.json names, if it has one, and then exactly
-    those.
-    """
-    stated = stated_report(Path(init))
-    if stated is None or not stated["tensors"]:
-        report = _lock(model, init, None)
-        log.info(
-            "locked %d zeros, sparsity %.4f", report["total"]["zeros"], report["total"]["sparsity"]
-        )
-        return
-    prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are named without it
-    _lock(model, init, [prefix + name.removeprefix(prefix) for name in stated["tensors"]])
-    if fingerprint(masks_of(model)) != stated["fingerprint"]:
-        raise ModelError(
-            f"{init}: its zeros are not where its sparsity.json says; "
-            "was it changed after it was written?"
-        )
-
-
-def _lock(model: PreTrainedModel, init: str, names: list[str] | None) -> dict[str, Any]:
-    try:
-        return lock(model, names)
-    except ModelError as error:
-        raise ModelError(
-            f"model.init = {init!r}: {error} For a dense one: model.zeros=free"
-        ) from None
-
-
-def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
-    split.
-    """
-    tokenizer, config = load_tokenizer(name), load_config(name)
-    tasks.check_head(recipe.task, config)
-    split = tasks.load_validation(recipe.task, tokenizer, config)
-    model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)
-    ranges = Path(name) / quant.FILE
-    if ranges.is_file():
-        quant.load(model, ranges)
-    device = torch.device(choose_accelerator())
-    nn.Module.to(model, device)
-    metrics = evaluate(model, recipe.task, split, batch=64, device=device)
-    return {
-        "task": recipe.name,
-        "metrics": metrics,
-        "quantized": ranges.is_file(),
-        "examples_sha256": split.examples.sha256(),
-    }
