@@ -87,7 +87,7 @@ def newest_point(root: Path) -> Path | None:
     """
     points = sorted(root.glob("step-*"), reverse=True)
     for point in points:
-        problem = _problem(point)
+        problem = problem_of(point)
         if problem is None:
             return point
         log.warning("%s: passed over, %s", point, problem)
@@ -110,7 +110,8 @@ def _sealed(facts: dict[str, Any]) -> str:
     return json.dumps({**facts, "manifest": digest})
 
 
-def _problem(point: Path) -> str | None:
+def problem_of(point: Path) -> str | None:
+    """What is wrong with a resume point; None where its files are what its manifest says."""
     try:
         text = (point / MANIFEST).read_text()
         facts = json.loads(text)

@@ -18,7 +18,7 @@ from opfa import quant
 from opfa.checkpoint import complete_or_removed
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
-from opfa.inspection import inspect
+from opfa.inspection import check_stated, directory_of, inspect
 from opfa.models import load_finetuned_model, load_tokenizer
 from opfa.onnx_graph import (
     OPSET,
@@ -52,16 +52,15 @@ def export(
     """
     if output.exists():
         raise RunError(f"{output}: exists already; give a new file")
-    ranges = Path(name) / quant.FILE
+    ranges = directory_of(name) / quant.FILE
     is_int8 = ranges.is_file() if is_int8 is None else is_int8
     if is_int8 and not ranges.is_file():
         raise ModelError(
             f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
             "[quantization], or use `opfa calibrate`"
         )
+    check_stated(name)
     stated = inspect(name)
-    if stated["stated"] == "differs":
-        raise ModelError(f"{name}: its zeros are not where its sparsity.json says")
     tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
     split = None
     if task is not None:

@@ -35,18 +35,27 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     """
     if isinstance(model, nn.Module):
         return report(masks_of(model) or zero_masks(model))
-    directory = _directory(str(model))
+    directory = directory_of(str(model))
     files = _weight_files(directory)
     stated = stated_report(directory)
     masks, dense = _masks(files, set(stated["tensors"]) if stated else set())
     result = report(masks)
-    agreement = None if stated is None else stated["fingerprint"] == result["fingerprint"]
+    agreement = None if stated is None else all(stated[key] == result[key] for key in stated)
     return {
         **result,
         "dense": dense,
         "bytes": sum(file.stat().st_size for file in files),
         "stated": {None: None, True: "matches", False: "differs"}[agreement],
     }
+
+
+def check_stated(name: str) -> None:
+    """Refuse a checkpoint that isn't what its own sparsity.json says."""
+    if stated_report(directory_of(name)) is not None and inspect(name)["stated"] == "differs":
+        raise ModelError(
+            f"{name}: its zeros are not what its sparsity.json says; was it changed after it was "
+            "written?"
+        )
 
 
 def stated_report(directory: Path) -> dict[str, Any] | None:
@@ -65,7 +74,8 @@ def stated_report(directory: Path) -> dict[str, Any] | None:
         raise ModelError(f"{path}: not a sparsity report: {error!r}") from error
 
 
-def _directory(name: str) -> Path:
+def directory_of(name: str) -> Path:
+    """The directory of a checkpoint; one of the Hub is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

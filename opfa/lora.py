@@ -38,6 +38,9 @@ class MaskedLora(Linear):
             return super().forward(x, *args, **options)
         if options.get("adapter_names") is not None:
             raise ModelError("adapter_names: batches that mix adapters can't be masked")
+        for name in self.active_adapters:
+            if name in self.lora_variant:
+                raise ModelError(f"adapter {name!r}: is a variant of LoRA that can't be masked")
         result = self.base_layer(x)
         for name in self.active_adapters:
             if name in self.lora_A:

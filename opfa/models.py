@@ -33,6 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from opfa.recipe import ModelError
 
+# Families that count positions from pad_token_id + 1.
+COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 
 
@@ -236,7 +238,7 @@ def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, toke
             f"{config.vocab_size}; they don't belong together"
         )
     positions = config.max_position_embeddings
-    if config.model_type == "roberta":  # its positions are counted from pad_token_id + 1
+    if config.model_type in COUNTED_FROM_PADDING:
         positions -= config.pad_token_id + 1
     if tokens > positions:
         raise ModelError(f"sequence_tokens = {tokens}: this model has only {positions} positions")

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from opfa.models import head_of
 from opfa.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
-from opfa.recipe import RunError
+from opfa.recipe import ModelError, RunError
 from opfa.sparsity.masks import Masks
 
 try:
@@ -91,7 +91,8 @@ def quantize(proto: onnx.ModelProto, model: nn.Module) -> None:
     rewriting = _Rewriting(proto.graph, model)
     nodes = [new for node in proto.graph.node for new in rewriting.of(node)]
     missed = {*rewriting.layers, *rewriting.embeddings} - rewriting.done
-    assert not missed, f"{min(missed)}: the exporter wrote this layer in an unknown form"
+    if missed:
+        raise ModelError(f"{min(missed)}: torch exports this layer in an unknown form")
     rewritten = onnx.GraphProto(node=nodes)  # copies, before the old ones go
     del proto.graph.node[:]
     proto.graph.node.extend(rewritten.node)
@@ -151,6 +152,8 @@ class _Rewriting:
 
     def _input(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
         """Round the layer's input; zero points are uint8."""
+        if weight in self.done:
+            raise ModelError(f"{weight}: is shared by layers; not exported in 8 bits")
         layer, name = self.layers[weight], weight.removesuffix(".weight")
         scale, zero_point = activation_scale(layer.low, layer.high)
         parameters = [

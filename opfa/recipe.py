@@ -44,6 +44,10 @@ class RunError(OpfaError):
     """A run directory or machine that can't be used for what was asked."""
 
 
+class DivergedError(RunError):
+    """A run whose loss or gradient is not finite any more."""
+
+
 class Section(BaseModel):
     """Base of everything a recipe can say: frozen, keyword-only, no unknown keys, no silent
     conversions.
@@ -67,8 +71,12 @@ class Recipe(Section):
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         for override in overrides:
             _override(values, override)
-        overridden = f" with {' '.join(overrides)}" if overrides else ""
-        return cls.check(values, where=f"{path}{overridden}")
+        try:
+            return cls.check(values, where=str(path))
+        except RecipeError as error:
+            named = [o for o in overrides if o.partition("=")[0].strip() in str(error)]
+            given = f" with {' '.join(named)}" if named else ""
+            raise RecipeError(str(error).replace(str(path), f"{path}{given}", 1)) from None
 
     @classmethod
     def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:

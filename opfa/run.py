@@ -196,6 +196,11 @@ def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK):
+        raise RunError(f"{directory}: can't be written, {there} doesn't let you")
+    if there != directory and not there.is_dir():
+        raise RunError(f"{directory}: can't be made, {there} is a file")
     if not resume:
         if directory.exists() and (directory.is_file() or _has_more_than_a_start(directory)):
             raise RunError(
@@ -282,6 +287,7 @@ def environment() -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.incomplete")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)

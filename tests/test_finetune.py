@@ -1,7 +1,9 @@
 """Fine-tuning with held zeros, end to end on a tiny model."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from transformers import AutoModelForSequenceClassification
 import opfa
 from opfa import quant
 from opfa.checkpoint import model_digest
+from opfa.distributed import Stopped
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.inspection import inspect
-from opfa.recipe import ModelError, RunError
+from opfa.inspection import check_stated, inspect
+from opfa.recipe import DivergedError, ModelError, RecipeError, RunError
 from opfa.sparsity.masks import num_zeros
 from opfa.upstream.pretrain import pretrain
 
@@ -259,6 +262,90 @@ def test_a_tampered_model_is_refused(sparse: Path, examples: Path, tmp_path: Pat
     save_file(tensors, tmp_path / "tampered/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not where its sparsity.json says"):
         finetune(finetune_recipe(tmp_path / "tampered", examples), tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["tensors", "total"])
+def test_a_tampered_report_is_refused(
+    sparse: Path, examples: Path, tmp_path: Path, key: str
+) -> None:
+    shutil.copytree(sparse, tmp_path / "tampered")
+    path = tmp_path / "tampered/sparsity.json"
+    report = json.loads(path.read_text())
+    counts = report["total"] if key == "total" else next(iter(report["tensors"].values()))
+    counts["zeros"] -= 1
+    path.write_text(json.dumps(report))
+    assert inspect(tmp_path / "tampered")["stated"] == "differs"
+    with pytest.raises(ModelError, match="not where its sparsity.json says"):
+        finetune(finetune_recipe(tmp_path / "tampered", examples), tmp_path / "run")
+    with pytest.raises(ModelError, match="not what its sparsity.json says"):
+        check_stated(str(tmp_path / "tampered"))
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(sparse, examples)
+    finetune(recipe, tmp_path / "unbroken")
+    prune = module.Trainer.prune
+
+    def stopping(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 3:
+            (tmp_path / "run/stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "prune", stopping)
+        with pytest.raises(Stopped, match="stopped at step 3, which is saved"):
+            finetune(recipe, tmp_path / "run")
+    assert (tmp_path / "run/stopped").exists()
+    finetune(recipe, tmp_path / "run", resume=True)
+    assert model_digest(tmp_path / "run/model") == model_digest(tmp_path / "unbroken/model")
+
+
+def test_ctrl_c_saves_first(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = module.Trainer.prune
+
+    def interrupted(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module.Trainer, "prune", interrupted)
+    with pytest.raises(Stopped, match="stopped at step 2"):
+        finetune(finetune_recipe(sparse, examples), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/step-00000002").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = module.Trainer._backward
+
+    def broken(self: module.Trainer, places: Any) -> float:
+        loss = backward(self, places)
+        gradient = next(p.grad for p in self.student.parameters() if p.grad is not None)
+        gradient.view(-1)[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(module.Trainer, "_backward", broken)
+    with pytest.raises(DivergedError, match="step 1: the gradient norm is inf; nothing was"):
+        finetune(finetune_recipe(sparse, examples), tmp_path / "run")
+
+
+def test_an_output_that_cannot_be_made_is_refused(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="file is a file"):
+        finetune(finetune_recipe(sparse, examples), tmp_path / "file/run")
+
+
+def test_one_step_is_too_short_for_8_bits(sparse: Path, examples: Path, tmp_path: Path) -> None:
+    recipe = finetune_recipe(sparse, examples, training={"epochs": 0.1}, quantization={})
+    with pytest.raises(RecipeError, match="quantization: needs 2 steps or more"):
+        finetune(recipe, tmp_path / "run")
 
 
 def test_an_output_with_other_files_is_refused(

@@ -146,7 +146,7 @@ def test_a_tag_that_training_never_saw_is_named(tmp_path: Path, tokenizer: BertT
     unseen = write(tmp_path / "b.jsonl", TAGGED, {"tokens": ["rome"], "tags": ["B-TEAM"]})
     task = tagging(seen).model_copy(update={"validation": unseen})
     with pytest.raises(
-        DataError, match="line 2: class 'B-TEAM' is not one of 'B-CITY', 'O' of the training"
+        DataError, match="line 2: class 'B-TEAM' is not one of 'B-CITY', 'O' .the training ex"
     ):
         load(task, tokenizer)
 
@@ -395,6 +395,29 @@ def test_scores_of_version_2_by_hand(tmp_path: Path, tokenizer: BertTokenizer) -
     assert list(found)[: len(METRICS)] == METRICS
 
 
+def test_the_best_threshold_gives_the_best_score_also_when_silence_is_best(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = answering(tmp_path, (), (), metrics=["best_squad_f1"])
+    split = tasks.load_validation(task, tokenizer, CONFIG)
+    logits = spans((4, 4, -2.0), (4, 4, -1.0))
+    found = evaluate.score(task, logits, split)
+    assert found["best_squad_f1"] == 100.0
+    options = {"no_answer_threshold": found["best_squad_f1_threshold"], "metrics": ("squad_f1",)}
+    assert evaluate.score(task.model_copy(update=options), logits, split) == {"squad_f1": 100.0}
+
+
+def test_an_answer_of_an_article_alone_is_an_answer(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    row = {"q": "who won", "c": "the rome", "a": {"text": ["the"], "answer_start": [0]}}
+    task = answering(tmp_path, ("Rome",), metrics=["no_answer_accuracy", "has_answer_exact_match"])
+    task = task.model_copy(update={"validation": write(tmp_path / "b.jsonl", row)})
+    split = tasks.load_validation(task, tokenizer, CONFIG)
+    logits = torch.zeros(1, 7), torch.zeros(1, 7)
+    assert evaluate.score(task, logits, split)["no_answer_accuracy"] == 0.0  # there is none
+
+
 @pytest.mark.parametrize(("threshold", "answer"), [(-0.5, 0.0), (0.5, 100.0)])
 def test_no_answer_is_given_above_the_threshold(
     tmp_path: Path, tokenizer: BertTokenizer, threshold: float, answer: float
@@ -524,6 +547,25 @@ def test_held_out_examples_are_a_part_of_the_training_examples(
     assert len(data.train.features) == 30
     again = tasks.load(task, tokenizer, CONFIG, holdout=0.25)
     assert again.selection.examples.places == held
+
+
+def test_all_questions_of_a_context_are_held_out_together(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    contexts = ["rome beat paris", "paris beat rome", "rome won", "paris won"]
+    rows = [
+        {"q": f"who won {i}", "c": context, "a": {"text": [], "answer_start": []}}
+        for i in range(5)
+        for context in contexts
+    ]
+    task = answering(tmp_path, ()).model_copy(
+        update={"train": write(tmp_path / "b.jsonl", *rows), "more_validation": {}}
+    )
+    data = tasks.load(task, tokenizer, CONFIG, holdout=0.25)
+    train, held = data.train.examples.pairs, data.selection.examples.pairs
+    assert train is not None and held is not None
+    assert (len(train), len(held)) == (15, 5)
+    assert len(set(held)) == 1 and not set(held) & set(train)
 
 
 def test_a_holdout_of_nothing_is_refused(tmp_path: Path, tokenizer: BertTokenizer) -> None:

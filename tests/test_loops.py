@@ -147,6 +147,17 @@ def trainer(
     return Trainer(model, arguments, train_dataset=DATA, callbacks=[guard])
 
 
+def test_a_variant_of_lora_is_refused(sparse: Path) -> None:
+    from peft import KasaConfig
+
+    model = load(sparse)
+    opfa.lock(model)
+    config = LoraConfig(target_modules=["query"], kasa_config=KasaConfig())
+    adapted = get_peft_model(model, masked_lora(config))
+    with pytest.raises(ModelError, match="is a variant of LoRA that can't be masked"):
+        adapted(input_ids=torch.tensor([[2, 7, 3]]))
+
+
 def test_the_guard_lets_a_locked_model_pass(sparse: Path, tmp_path: Path) -> None:
     model = load(sparse)
     opfa.lock(model)

@@ -271,6 +271,14 @@ def test_the_learning_rate_rewinds_only_when_the_recipe_says_so(tmp_path: Path) 
             r"metrics = \['best_squad_f1'\]: for question-answering .*: exact_match, squad_f1$",
         ),
         (("selection.holdout=1.0",), "selection.holdout: Input should be less than 1"),
+        (
+            ("quantization.bits=8", "training.precision=bf16"),
+            "training.precision = 'bf16': 8 bits are trained in fp32",
+        ),
+        (
+            ("distillation.teacher=x", "distillation.soft_weight=0.0"),
+            "soft_weight and hidden_weight are both 0",
+        ),
         (("selection.patience=0",), "selection.patience: Input should be greater than or equal"),
         (("distillation.hidden_weight=-1.0",), "distillation.hidden_weight: Input should be"),
         (("training.batch=32", "training.micro_batch=5"), "micro_batch = 5: must divide batch"),

@@ -105,8 +105,9 @@ def test_a_run_stops_when_patience_is_over(
     assert json.loads((tmp_path / "run/done.json").read_text()) == {"step": 6}
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 7, 9])
-@pytest.mark.parametrize("patience", [None, 2])
+@pytest.mark.parametrize(
+    ("patience", "stop_at"), [(None, 3), (None, 5), (None, 7), (None, 9), (2, 3), (2, 5), (2, 7)]
+)
 def test_a_resume_keeps_the_same_best_model(
     sparse: Path,
     examples: Path,
@@ -122,7 +123,6 @@ def test_a_resume_keeps_the_same_best_model(
     monkeypatch.setattr(module, "evaluate", evaluate)
     recipe = selecting(sparse, examples, patience=patience)
     unbroken = finetune(recipe, tmp_path / "unbroken")
-    done = json.loads((tmp_path / "unbroken/done.json").read_text())
 
     class StoppedError(Exception):
         pass
@@ -134,16 +134,34 @@ def test_a_resume_keeps_the_same_best_model(
         if step == stop_at:
             raise StoppedError
 
-    if stop_at <= done["step"]:
-        with monkeypatch.context() as patch:
-            patch.setattr(module.Trainer, "prune", stopping)
-            with pytest.raises(StoppedError):
-                finetune(recipe, tmp_path / "broken")
-        assert finetune(recipe, tmp_path / "broken", resume=True) == unbroken
-        both = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("unbroken", "broken")]
-        assert both[0] == both[1]
-        digests = [model_digest(tmp_path / name / "model") for name in ("unbroken", "broken")]
-        assert digests[0] == digests[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "prune", stopping)
+        with pytest.raises(StoppedError):
+            finetune(recipe, tmp_path / "broken")
+    assert finetune(recipe, tmp_path / "broken", resume=True) == unbroken
+    both = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("unbroken", "broken")]
+    assert both[0] == both[1]
+    digests = [model_digest(tmp_path / name / "model") for name in ("unbroken", "broken")]
+    assert digests[0] == digests[1]
+
+
+def test_a_damaged_best_model_is_not_finished(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, 0.5, 0.8, 0.6, 0.7, 0.7)
+    path = tmp_path / "run/checkpoints/step-00000004/state.pt"
+    prune = module.Trainer.prune
+
+    def damaging(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 9:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    monkeypatch.setattr(module.Trainer, "prune", damaging)
+    with pytest.raises(RunError, match="step-00000004: is the best model and can't be used"):
+        finetune(selecting(sparse, examples), tmp_path / "run")
 
 
 def test_a_run_that_was_killed_after_its_last_evaluation_logs_it_once(
@@ -234,7 +252,8 @@ def test_a_sweep_compares_means_over_seeds(sparse: Path, examples: Path, tmp_pat
     assert result["metrics"] == best["mean"]
     assert (tmp_path / "out" / result["best_run"] / "model/config.json").exists()
     assert json.loads((tmp_path / "out/results.json").read_text()) == result
-    assert (tmp_path / "out/table.md").read_text().count("\n") == 4
+    seed = result["best_run"].rpartition("-")[2]
+    assert (tmp_path / "out/table.md").read_text().endswith(f"/seed-{seed}\n")
     assert (tmp_path / "out/report/sweep.png").exists()
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
@@ -247,6 +266,28 @@ def test_a_run_of_a_sweep_is_the_run_of_its_recipe(
     alone = finetune(recipe.model_copy(update={"seed": 4}), tmp_path / "alone")
     among = json.loads((tmp_path / "out/seed-4/results.json").read_text())
     assert among == alone
+
+
+def test_rates_that_look_alike_are_different_runs(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-3, 1.0000001e-3]})
+    rows = sweep(recipe, tmp_path / "out")["rows"]
+    hashes = [row["runs"][0]["recipe_sha256"] for row in rows]
+    assert hashes[0] != hashes[1]
+
+
+def test_a_rate_that_diverges_is_told_and_is_not_the_best(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-3, 1e30]})
+    result = sweep(recipe, tmp_path / "out")
+    assert [row["num_diverged"] for row in result["rows"]] == [0, 1]
+    assert result["learning_rate"] == 1e-3
+    assert "| 1e+30 | 0, 1 diverged |  |" in (tmp_path / "out/table.md").read_text()
+    recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e30]})
+    with pytest.raises(RunError, match="every learning rate diverged"):
+        sweep(recipe, tmp_path / "all")
 
 
 def test_a_sweep_resumes_where_it_was_and_may_get_more_seeds(
@@ -277,6 +318,7 @@ def test_the_command_runs_several_seeds(
 
 def test_the_table_says_mean_and_deviation() -> None:
     row = {
+        "num_diverged": 0,
         "learning_rate": 3e-5,
         "runs": [1, 2],
         "mean": {"accuracy": 0.5},

@@ -479,6 +479,61 @@ def test_the_loss_of_question_answering_is_that_of_transformers(tmp_path: Path) 
     torch.testing.assert_close(loss, outputs.loss)
 
 
+def test_padding_takes_no_part_in_the_loss_of_question_answering(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(tiny()).eval()
+    targets = {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([2, 2])}
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    batch = batch_of(attention_mask=mask, **targets)
+    task = answering(tmp_path, question())
+    alone = []
+    for row, length in ((0, 3), (1, 4)):
+        short = {
+            name: tensor[row : row + 1, :length]
+            for name, tensor in batch.items()
+            if tensor.ndim > 1
+        }
+        short |= {name: tensor[row : row + 1] for name, tensor in targets.items()}
+        outputs = model(**tasks.inputs_of(short))
+        alone.append(tasks.task_loss(task, outputs, short))
+    loss = tasks.task_loss(task, model(**tasks.inputs_of(batch)), batch)
+    torch.testing.assert_close(loss, sum(alone) / torch.tensor(2.0))
+
+
+def test_every_number_is_a_target() -> None:
+    assert tasks.num_targets(batch_of(labels=torch.tensor([-100.0, 2.0]))) == 2
+    assert tasks.num_targets(batch_of(labels=torch.tensor([-100, 2]))) == 1
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("classification", 1), ("regression", 2)])
+def test_a_head_of_another_size_is_not_evaluated(kind: str, outputs: int) -> None:
+    config = tiny(num_labels=outputs, architectures=["BertForSequenceClassification"])
+    metrics = ("accuracy",) if kind == "classification" else ("pearson",)
+    task = Task.model_validate_json(json.dumps({"kind": kind, "metrics": metrics}))
+    with pytest.raises(
+        ModelError, match=f"task.kind = '{kind}': needs .*, and this model has {outputs} "
+    ):
+        tasks.check_head(task, config)
+
+
+def test_f1_of_two_named_classes_needs_their_order(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = classification(tmp_path, "yes", "no", metrics=("f1",))
+    with pytest.raises(DataError, match=r"say which one that is, task.classes = \['no', 'yes'\]"):
+        tasks.load(task, tokenizer, tiny())
+    stated = classification(tmp_path, "yes", "no", metrics=("f1",), classes=("no", "yes"))
+    assert tasks.load(stated, tokenizer, tiny()).train.classes == ("no", "yes")
+
+
+def test_a_tokenizer_that_does_not_know_the_language_is_told(
+    tmp_path: Path, tokenizer: BertTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", *({"sentence": "quel film", "label": i} for i in (0, 1)))
+    tasks.load(task_of(train=path, validation=path), tokenizer, tiny())
+    assert "the tokenizer doesn't know 25 % of it" in caplog.text  # 1 of [CLS] quel film [SEP]
+
+
 def test_the_loss_is_fp32_also_from_bf16_logits() -> None:
     outputs = {"logits": torch.zeros(2, 4, dtype=torch.bfloat16)}
     loss = tasks.task_loss(task_of(), outputs, {"labels": torch.tensor([0, 3])})

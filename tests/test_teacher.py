@@ -115,8 +115,8 @@ def test_the_soft_loss_is_that_of_the_formula(
             if kind == "regression":
                 expected, num_rows = expected + mse_loss(ours, goal), num_rows + 1
                 continue
-            if kind == "question-answering":  # nothing is where no token is
-                goal = torch.cat([goal, torch.full((len(ours) - len(goal),), -1e4)])
+            if kind == "question-answering":
+                ours = ours[: len(goal)]  # no answer is where no token is
             if kind == "token-classification":
                 kept = torch.tensor(feature["labels"]) != -100
                 ours, goal = ours[: len(kept)][kept], goal[kept]
@@ -271,6 +271,29 @@ def test_a_teacher_with_another_order_of_labels_is_refused(
     (teacher / "config.json").write_text(json.dumps(config))
     message = refused(sparse, examples, teacher, tmp_path)
     assert "its classes are in another order, other, cat; the task's are cat, other" in message
+
+
+def test_a_teacher_that_wants_token_types_is_refused_to_a_student_without(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    teacher = trained(sparse, examples, tmp_path / "teacher")
+    path = teacher / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    message = refused(sparse, examples, teacher, tmp_path)
+    assert "its tokenizer gives input_ids, attention_mask; the student's gives" in message
+
+
+def test_a_teacher_with_too_few_positions_is_refused(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    shape = {**TINY_BERT, "max_position_embeddings": 8}
+    names = {"id2label": {0: "cat", 1: "other"}, "label2id": {"cat": 0, "other": 1}}
+    config = BertConfig(**shape, vocab_size=120, **names)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "t")
+    AutoTokenizer.from_pretrained(sparse).save_pretrained(tmp_path / "t")
+    message = refused(sparse, examples, tmp_path / "t", tmp_path)
+    assert "sequence_tokens = 24: this model has only 8 positions" in message
 
 
 def test_hidden_states_of_another_size_are_refused(

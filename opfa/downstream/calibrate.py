@@ -18,7 +18,7 @@ from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.engine import choose_accelerator
-from opfa.inspection import inspect
+from opfa.inspection import directory_of, inspect
 from opfa.models import load_config, load_tokenizer
 from opfa.order import generator
 from opfa.recipe import ModelError, RunError
@@ -37,9 +37,9 @@ def calibrate(
     """
     if output.exists():
         raise RunError(f"{output}: exists already; give a new directory")
-    if (Path(name) / quant.FILE).is_file():
+    if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
-    task, tokenizer, config = recipe.task, load_tokenizer(name), load_config(name)
+    task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
     tasks.check_head(task, config)
     validation = tasks.load_validation(task, tokenizer, config)
     training_task = task.model_copy(update={"validation": task.train})

@@ -1,6 +1,5 @@
 """What a model predicts on a split, and what that is worth."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from opfa.downstream.features import Split, num_tokens
 from opfa.downstream.recipe import FinetuneRecipe, Task
 from opfa.downstream.tasks import KINDS, inputs_of, logits_of
 from opfa.engine import choose_accelerator
+from opfa.inspection import check_stated, directory_of
 from opfa.models import load_config, load_tokenizer
 
 
@@ -69,11 +69,12 @@ def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
     """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
     split.
     """
-    tokenizer, config = load_tokenizer(name), load_config(name)
+    config, tokenizer = load_config(name), load_tokenizer(name)
     tasks.check_head(recipe.task, config)
+    check_stated(name)
     split = tasks.load_validation(recipe.task, tokenizer, config)
     model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)
-    ranges = Path(name) / quant.FILE
+    ranges = directory_of(name) / quant.FILE
     if ranges.is_file():
         quant.load(model, ranges)
     device = torch.device(choose_accelerator())

@@ -27,6 +27,7 @@ Build = Callable[[Task, PreTrainedTokenizerBase, Examples, slice, list[Any]], tu
 TARGETS = ("labels", "start_positions", "end_positions")
 DECODING = ("example", "context", "offsets", "cls", "words")  # what only scoring needs
 NO_LABEL = -100  # cross_entropy's ignore_index
+NOWHERE = -1e4  # the logit of a place without a token: its probability is 0, its logarithm finite
 
 
 @dataclass(frozen=True, kw_only=True)

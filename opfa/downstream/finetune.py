@@ -24,10 +24,12 @@ from opfa.checkpoint import (
     model_digest,
     newest_point,
     point_name,
+    problem_of,
     save_point,
     seed_step,
     write_finished,
 )
+from opfa.distributed import Stopped, Supervisor
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.features import Split
@@ -39,12 +41,13 @@ from opfa.engine import choose_accelerator
 from opfa.models import decay_groups, load_config, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
-from opfa.recipe import RecipeError, RunError
+from opfa.recipe import DivergedError, RecipeError, RunError
 from opfa.run import Run, check_output, write_json
 from opfa.schedules import LearningRate
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import masks_of, set_masks
 
+UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
 TEACHER = "teacher.safetensors"  # its logits, while the run lasts
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     check_output(output, recipe, resume)
     trainer = Trainer(recipe)
-    with Run(output, recipe, steps=trainer.schedule.steps) as run:
+    with Run(output, recipe, steps=trainer.schedule.steps) as run, trainer.supervisor:
         if run.is_done:
             log.info("%s: is finished already", output)
             return json.loads((output / "results.json").read_text())
@@ -78,6 +81,7 @@ class Trainer:
     def __init__(self, recipe: FinetuneRecipe) -> None:
         """Load everything and check that it fits together, before any work is done."""
         self.recipe = recipe
+        self.supervisor = Supervisor(math.inf)  # nothing to wait for: one process
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
@@ -107,6 +111,8 @@ class Trainer:
                 f"pruning.schedule: the last mask update, {last_update}, must not come after the "
                 f"end of training (step {steps})"
             )
+        if recipe.quantization is not None and steps < 2:
+            raise RecipeError("quantization: needs 2 steps or more; the first one only observes")
         every_epoch = math.ceil(self.order.num_examples / training.batch)
         self.evaluation_steps = (selection and selection.every_steps) or every_epoch
         self.best = Best(
@@ -138,6 +144,7 @@ class Trainer:
     def train(self, run: Run, start: int) -> None:
         """The steps from `start` to the end, or until patience is over."""
         settings = self.recipe.logging
+        self.supervisor.save_on_signals()
         self.remember(run.directory)
         self.student.train()
         self.done = start
@@ -156,8 +163,16 @@ class Trainer:
                 rates = {"learning_rate": self.schedule.at(step), "grad_norm": grad_norm}
                 run.log({"step": done, "loss": loss, **rates})
             is_best = self._compare(run, done)
-            if is_best or (done % settings.checkpoint_steps == 0 and not is_end):
+            is_stopping = not is_end and (self.supervisor.signal or run.is_told_to_stop)
+            is_due = done % settings.checkpoint_steps == 0 and not is_end
+            if is_best or is_due or is_stopping:
                 self.save(run, done)
+            if is_stopping:
+                run.stopped()
+                raise Stopped(
+                    f"{run.directory}: stopped at step {done}, which is saved; continue with the "
+                    "same command and --resume"
+                )
 
     def remember(self, directory: Path) -> None:
         """Let the teacher compute its logits of the training examples, or read them."""
@@ -170,10 +185,12 @@ class Trainer:
         seed_step(self.recipe.seed, step)
         loss = self._backward(self.order.step(step))
         if not math.isfinite(loss):
-            raise RunError(f"step {step + 1}: the loss is {loss}; nothing was changed by this step")
+            raise DivergedError(f"step {step + 1}: the loss is {loss}; {UNCHANGED}")
         grad_norm = nn.utils.clip_grad_norm_(
             self.student.parameters(), self.recipe.training.max_grad_norm
         )
+        if not torch.isfinite(grad_norm):
+            raise DivergedError(f"step {step + 1}: the gradient norm is {grad_norm}; {UNCHANGED}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         self.optimizer.step()
@@ -279,6 +296,8 @@ class Trainer:
         run.forget_after(step)
         if self.recipe.selection is not None:
             self.best.replay(run.rows())
+            if self.best.step != facts_of(point)["best"]:
+                raise RunError(f"{run.directory}/metrics.jsonl: has lost evaluations; start anew")
         log.info("%s: resumed at step %d", run.directory, step)
         return step
 
@@ -292,7 +311,10 @@ class Trainer:
     def finish(self, run: Run) -> dict[str, Any]:
         """Take the best model, evaluate, write the finished model, the results and the pictures."""
         if self.best.step is not None:
-            self._restore(run.directory / "checkpoints" / point_name(self.best.step))
+            point = run.directory / "checkpoints" / point_name(self.best.step)
+            if problem := problem_of(point):
+                raise RunError(f"{point}: is the best model and can't be used: {problem}")
+            self._restore(point)
             self._start_quantizing(self.best.step)
         metrics = self.evaluate(self.data.validation)
         for name, split in self.data.more.items():

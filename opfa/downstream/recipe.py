@@ -159,6 +159,12 @@ class Distillation(Section):
     temperature: float = Field(default=2.0, gt=0.0)
     cache: bool = True
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.soft_weight or self.hidden_weight):
+            raise ValueError("soft_weight and hidden_weight are both 0: nothing is distilled")
+        return self
+
 
 class Pruning(Section):
     """Pruning during fine-tuning, as a baseline for sparse upstream models.
@@ -184,7 +190,7 @@ class Quantization(Section):
     bits: Literal[8] = 8
     start: float = Field(default=0.0, ge=0.0, lt=1.0)
     freeze: float = Field(default=1.0, gt=0.0, le=1.0)  # 1: never
-    momentum: float = Field(default=0.05, gt=0.0, le=1.0)  # how much a new batch counts
+    momentum: float = Field(default=0.05, gt=0.0, le=1.0)  # how much a new micro-batch counts
     ranges: Literal["moving-average", "percentile"] = "moving-average"
     percentile: float | None = Field(default=None, gt=50.0, lt=100.0)  # such as 99.99
     weights: Literal["channel", "tensor"] = "channel"
@@ -234,4 +240,9 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
+        if self.quantization is not None and self.training.precision != "fp32":
+            raise ValueError(
+                f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "
+                "16-bit numbers can't tell their steps apart"
+            )
         return self

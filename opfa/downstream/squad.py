@@ -30,8 +30,8 @@ def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, flo
     if not task.has_unanswerable:
         measures: dict[str, Measure] = {"exact_match": exact_match, "squad_f1": squad_f1}
         return {name: _mean(_best(measures[name], spans, golds)) for name in task.metrics}
+    has_answer = np.array([bool(answers) for answers in golds])
     golds = [[gold for gold in answers if normalize(gold)] or [""] for answers in golds]
-    has_answer = np.array([answers != [""] for answers in golds])
     pairs = zip(spans, leads, strict=True)
     given = ["" if lead > task.no_answer_threshold else span for span, lead in pairs]
     scores: dict[str, float] = {}
@@ -64,10 +64,10 @@ def _best_threshold(
     """The best score that any threshold gives, and that threshold; `values` are the spans' scores.
 
     As the official script: begin with no question answered, then answer them one by one, the surest
-    first.
+    first. Its first threshold, 0, is for probabilities; here it is below all logits.
     """
     total = best = float((~has_answer).sum())
-    threshold = 0.0
+    threshold = min(leads) - 1.0
     for index in np.argsort(leads, kind="stable"):
         total += float(values[index]) if has_answer[index] else -float(bool(spans[index]))
         if total > best:

@@ -1,7 +1,6 @@
 """The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 
 from opfa import quant
 from opfa.downstream.recipe import Quantization
-from opfa.inspection import stated_report
+from opfa.inspection import directory_of, stated_report
 from opfa.recipe import ModelError
 from opfa.sparsity.layers import lock, mask_layers, masks_of
 from opfa.sparsity.masks import fingerprint
@@ -35,7 +34,7 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     """Lock a model's zeros: those that its sparsity.json names, if it has one, and then exactly
     those.
     """
-    stated = stated_report(Path(init))
+    stated = stated_report(directory_of(init))
     if stated is None or not stated["tensors"]:
         report = _lock(model, init, None)
         log.info(
@@ -43,8 +42,10 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
         )
         return
     prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are named without it
-    _lock(model, init, [prefix + name.removeprefix(prefix) for name in stated["tensors"]])
-    if fingerprint(masks_of(model)) != stated["fingerprint"]:
+    names = [prefix + name.removeprefix(prefix) for name in stated["tensors"]]
+    found = _lock(model, init, names)
+    counts = [(report["total"], list(report["tensors"].values())) for report in (found, stated)]
+    if counts[0] != counts[1] or fingerprint(masks_of(model)) != stated["fingerprint"]:
         raise ModelError(
             f"{init}: its zeros are not where its sparsity.json says; "
             "was it changed after it was written?"

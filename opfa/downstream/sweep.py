@@ -2,7 +2,8 @@
 
 Each is a whole run in a directory of its own, OUTPUT/learning_rate-3e-05/seed-42; the comparison is
 in OUTPUT/results.json and OUTPUT/table.md. Values are compared by the mean over seeds of what
-[selection] looked at, else of the task's first metric. Deviations are of a sample (n - 1).
+[selection] looked at, else of the task's first metric. Deviations are of a sample (n - 1). A run
+that diverges is told, and its value is none of the best.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from opfa import report
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.recipe import DivergedError, RunError
 from opfa.run import check_output, write_json, write_text
 
 Result = dict[str, Any]  # a run's results.json
@@ -36,12 +38,19 @@ def sweep(
     for rate in recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,):
         runs = []
         for seed in range(recipe.seed, recipe.seed + num_seeds):
-            name = f"learning_rate-{rate:g}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
+            name = f"learning_rate-{rate}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
             training = recipe.training.model_copy(update={"learning_rate": rate})
             changes = {"sweep": None, "seed": seed, "training": training}
-            runs.append({"run": name, **_finished(recipe, changes, output / name)})
-        rows.append(_row(recipe, rate, runs))
-    best = max(rows, key=lambda row: row["score"])
+            try:
+                runs.append({"run": name, **_finished(recipe, changes, output / name)})
+            except DivergedError as error:
+                log.warning("%s: %s", output / name, error)
+        num_diverged = num_seeds - len(runs)
+        rows.append(_row(recipe, rate, runs) | {"num_diverged": num_diverged})
+    steady = [row for row in rows if not row["num_diverged"]]
+    if not steady:
+        raise RunError(f"{output}: every learning rate diverged")
+    best = max(steady, key=lambda row: row["score"])
     result = {
         "task": recipe.name,
         "metrics": best["mean"],
@@ -54,9 +63,10 @@ def sweep(
         "rows": rows,
     }
     write_json(output / "results.json", result)
-    write_text(output / "table.md", table(rows))
-    if len(rows) > 1:
-        report.sweep_picture(rows, recipe.task.metrics[0], output / "report/sweep.png")
+    best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
+    write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
+    if len(steady) > 1:
+        report.sweep_picture(steady, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
     return result
 
@@ -76,10 +86,11 @@ def _score(recipe: FinetuneRecipe, run: Result) -> float:
 
 
 def _row(recipe: FinetuneRecipe, rate: float, runs: list[Result]) -> dict[str, Any]:
-    values = {name: [run["metrics"][name] for run in runs] for name in runs[0]["metrics"]}
+    names = runs[0]["metrics"] if runs else ()
+    values = {name: [run["metrics"][name] for run in runs] for name in names}
     return {
         "learning_rate": rate,
-        "score": fmean(_score(recipe, run) for run in runs),
+        "score": fmean(_score(recipe, run) for run in runs) if runs else None,
         "mean": {name: fmean(found) for name, found in values.items()},
         "std": {name: stdev(found) if len(found) > 1 else None for name, found in values.items()},
         "runs": runs,
@@ -88,14 +99,19 @@ def _row(recipe: FinetuneRecipe, rate: float, runs: list[Result]) -> dict[str, A
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: learning rate, number of seeds, mean and deviation of every metric."""
-    names = list(rows[0]["mean"])
+    names = list(max((row["mean"] for row in rows), key=len))
     lines = [
         "| learning rate | seeds | " + " | ".join(names) + " |",
         "|---:|---:|" + "---:|" * len(names),
     ]
     for row in rows:
-        cells = [_cell(row["mean"][name], row["std"][name]) for name in names]
-        lines.append(f"| {row['learning_rate']:g} | {len(row['runs'])} | {' | '.join(cells)} |")
+        found = [name for name in names if name in row["mean"]]
+        cells = [_cell(row["mean"][name], row["std"][name]) for name in found] or [
+            "" for _ in names
+        ]
+        diverged = f", {row['num_diverged']} diverged" if row["num_diverged"] else ""
+        seeds = f"{len(row['runs'])}{diverged}"
+        lines.append(f"| {row['learning_rate']} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

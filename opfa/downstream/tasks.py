@@ -23,13 +23,14 @@ from transformers import (
 from opfa.downstream import examples as reading
 from opfa.downstream import features, scores, squad
 from opfa.downstream.examples import Check, Examples
-from opfa.downstream.features import DECODING, NO_LABEL, TARGETS, Batch, Build, Split
+from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
 from opfa.models import check_fit, load_config, loading
 from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, ModelError
 
 CHUNK = 1_000  # examples that are tokenized at once
+UNKNOWN = 0.2  # more tokens that are none of the vocabulary's are worth a warning
 log = logging.getLogger(__name__)
 
 
@@ -124,11 +125,11 @@ def load(
     train, validation = (reading.read(task, name, check) for name in (task.train, task.validation))
     more = {name: reading.read(task, split, check) for name, split in task.more_validation.items()}
     classes = _classes(task, train)
-    split = partial(_split, task, tokenizer, config, classes=classes)
+    split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
     splits = {"validation": split(validation), "more": {n: split(e) for n, e in more.items()}}
     splits["selection"] = splits["validation"]
     if holdout:
-        train, held = _held_out(train, holdout)
+        train, held = _held_out(task, train, holdout)
         splits["selection"] = split(held)
     training = split(train)
     columns = [name for name in training.features.column_names if name not in DECODING]
@@ -136,17 +137,25 @@ def load(
     return Data(train=training, **splits)
 
 
-def _held_out(train: Examples, fraction: float) -> tuple[Examples, Examples]:
-    order = generator(0, HELD_OUT).permutation(len(train.texts)).tolist()
-    num_held = round(fraction * len(order))
-    if not 0 < num_held < len(order):
+def _held_out(task: Task, train: Examples, fraction: float) -> tuple[Examples, Examples]:
+    """Two parts; all questions of one context are in the same one."""
+    is_answering = task.kind == "question-answering"
+    groups = train.pairs if is_answering and train.pairs else list(range(len(train.texts)))
+    names = list(dict.fromkeys(groups))
+    num_held = round(fraction * len(names))
+    if not 0 < num_held < len(names):
+        what = "contexts" if is_answering else "examples"
         raise DataError(
-            f"{train.source}: selection.holdout = {fraction} of {len(order)} examples is "
+            f"{train.source}: selection.holdout = {fraction} of {len(names)} {what} is "
             f"{num_held}; both parts need some"
         )
-    held = train.select(sorted(order[:num_held]))
-    held = replace(held, source=f"{train.source} (held out)")
-    return train.select(sorted(order[num_held:])), held
+    order = generator(0, HELD_OUT).permutation(len(names)).tolist()
+    held = {names[index] for index in order[:num_held]}
+    parts = [
+        [i for i, group in enumerate(groups) if (group in held) == is_held] for is_held in (0, 1)
+    ]
+    source = f"{train.source} (held out)"
+    return train.select(parts[0]), replace(train.select(parts[1]), source=source)
 
 
 def load_validation(
@@ -156,7 +165,7 @@ def load_validation(
     validation = reading.read(task, task.validation, KINDS[task.kind].check)
     stated = task.classes or validation.names
     classes = _trained_classes(config, stated) if KINDS[task.kind].has_classes else ()
-    return _split(task, tokenizer, config, validation, classes=classes)
+    return _split(task, tokenizer, config, validation, classes=classes, whose="the model")
 
 
 def _classes(task: Task, train: Examples) -> tuple[str, ...]:
@@ -167,6 +176,11 @@ def _classes(task: Task, train: Examples) -> tuple[str, ...]:
     tags = task.kind == "token-classification"
     names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
     are_numbers = all(name.isdecimal() for name in names)
+    if "f1" in task.metrics and len(names) == 2 and not are_numbers:
+        raise DataError(
+            f"{train.source}: f1 of two classes is that of the second; say which one that is, "
+            f"task.classes = {sorted(names)} or the other way round"
+        )
     return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
 
 
@@ -192,13 +206,14 @@ def _split(
     examples: Examples,
     *,
     classes: tuple[str, ...],
+    whose: str,
 ) -> Split:
     check_fit(config, tokenizer, task.sequence_tokens)
     pad_token_id = tokenizer.pad_token_id
     if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
         raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
     kind = KINDS[task.kind]
-    labels = _label_indices(task, examples, classes) if kind.has_classes else examples.labels
+    labels = _label_indices(task, examples, classes, whose) if kind.has_classes else examples.labels
     if task.kind == "token-classification":
         examples = replace(examples, labels=[[classes[i] for i in tags] for tags in labels])
     chunks, num_misfits = [], 0
@@ -210,6 +225,7 @@ def _split(
     if num_misfits:
         what = kind.misfit.format(task)
         log.warning("%s: %d of %d examples %s", examples.source, num_misfits, len(labels), what)
+    _check_unknown(tokenizer, examples)
     return Split(
         features=concatenate_datasets(chunks),
         examples=examples,
@@ -218,7 +234,18 @@ def _split(
     )
 
 
-def _label_indices(task: Task, examples: Examples, classes: tuple[str, ...]) -> list[Any]:
+def _check_unknown(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
+    """Warn of a tokenizer that doesn't know this language."""
+    sample = [text if isinstance(text, str) else " ".join(text) for text in examples.texts[:CHUNK]]
+    ids = [i for row in tokenizer(sample, verbose=False)["input_ids"] for i in row]
+    share = ids.count(tokenizer.unk_token_id) / len(ids)
+    if share > UNKNOWN:
+        log.warning("%s: the tokenizer doesn't know %.0f %% of it", examples.source, 100 * share)
+
+
+def _label_indices(
+    task: Task, examples: Examples, classes: tuple[str, ...], whose: str
+) -> list[Any]:
     """Labels as the loss wants them: classes by index, tags by lists of them."""
     if len(classes) < 2:
         raise DataError(f"{examples.source}: two classes are needed, and there is only {classes}")
@@ -232,9 +259,9 @@ def _label_indices(task: Task, examples: Examples, classes: tuple[str, ...]) -> 
         unseen = [label for label in row if label not in index]
         if unseen:
             known = ", ".join(map(repr, classes))
-            whence = "" if task.classes or examples.names else " of the training examples"
+            whose = "task.classes" if task.classes else whose
             raise DataError(
-                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known}{whence}"
+                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known} ({whose})"
             )
     numbers = [[index[label] for label in row] for row in rows]
     return numbers if tags else [number for (number,) in numbers]
@@ -246,6 +273,13 @@ def check_head(task: Task, config: PretrainedConfig) -> None:
     if not any(head in name for name in config.architectures or ()):
         made_for = ", ".join(config.architectures or ("nothing",))
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
+    is_number = task.kind == "regression"
+    if head == "SequenceClassification" and (config.num_labels == 1) != is_number:
+        wanted = "one" if is_number else "two or more"
+        raise ModelError(
+            f"task.kind = {task.kind!r}: needs {wanted}, and this model has {config.num_labels} "
+            "output(s)"
+        )
 
 
 def load_model(
@@ -299,7 +333,25 @@ def targets_of(batch: Batch) -> list[Tensor]:
 
 def num_targets(batch: Batch) -> int:
     """How many predictions a batch asks for: examples, windows, or words with a tag."""
-    return int((targets_of(batch)[0] != NO_LABEL).sum())
+    return int(is_target(batch).sum())
+
+
+def is_target(batch: Batch) -> Tensor:
+    """Where a batch asks for a prediction; numbers are all asked for."""
+    targets = targets_of(batch)[0]
+    return (targets != NO_LABEL) | torch.tensor(targets.is_floating_point(), device=targets.device)
+
+
+def in_context(task: Task, logits: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    """Logits as the loss takes them, fp32: no answer begins or ends where no token is.
+
+    So padding neither counts nor learns, and the loss is the same however a batch is cut.
+    """
+    logits = [tensor.float() for tensor in logits]
+    if task.kind == "question-answering" and "attention_mask" in batch:
+        padding = batch["attention_mask"] == 0
+        logits = [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
+    return logits
 
 
 def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -311,7 +363,7 @@ def task_loss(task: Task, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor
     """Mean loss over targets, fp32: cross-entropy (of starts and ends: their mean) or squared
     error.
     """
-    logits = [tensor.float() for tensor in logits_of(task, outputs)]
+    logits = in_context(task, logits_of(task, outputs), batch)
     targets = targets_of(batch)
     if task.kind == "regression":
         return mse_loss(logits[0].squeeze(-1), targets[0])

@@ -22,13 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.distill import hidden_loss, soft_loss
 from opfa.downstream.evaluate import predict
-from opfa.downstream.features import NO_LABEL, Batch, Split
+from opfa.downstream.features import Batch, Split
 from opfa.downstream.recipe import Distillation, Task
-from opfa.downstream.tasks import inputs_of, load_model, logits_of, targets_of
-from opfa.models import load_tokenizer
+from opfa.downstream.tasks import in_context, inputs_of, is_target, load_model, logits_of
+from opfa.models import check_fit, load_tokenizer
 from opfa.recipe import ModelError
 
-NOWHERE = -1e4  # the logit of a place without a token: its probability is 0, its logarithm finite
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
 log = logging.getLogger(__name__)
@@ -54,6 +53,7 @@ class Teacher:
         self.model.eval().requires_grad_(False)
         self._kept: tuple[Tensor, ...] | None = None
         _check_tokenizer(settings.teacher, tokenizer)
+        check_fit(self.model.config, tokenizer, task.sequence_tokens)
         ours, theirs = student.config.hidden_size, self.model.config.hidden_size
         if settings.hidden_weight and ours != theirs:
             raise ModelError(
@@ -85,11 +85,12 @@ class Teacher:
         student's, `indices` the features' places in the split.
         """
         targets, states = self._targets(batch, indices)
-        pairs = zip(logits_of(self.task, outputs), targets, strict=True)
+        logits = in_context(self.task, logits_of(self.task, outputs), batch)
+        pairs = zip(logits, targets, strict=True)
         if self.task.kind == "regression":  # one number has no distribution: match it
-            losses = [mse_loss(ours.float(), theirs) for ours, theirs in pairs]
+            losses = [mse_loss(ours, theirs) for ours, theirs in pairs]
         else:
-            rows = targets_of(batch)[0] != NO_LABEL
+            rows = is_target(batch)
             temperature, num_rows = self.settings.temperature, rows.sum().clamp(min=1)
             losses = [soft_loss(s[rows], t[rows], temperature) / num_rows for s, t in pairs]
         soft = torch.stack(losses).mean()
@@ -100,21 +101,18 @@ class Teacher:
 
     @torch.no_grad()
     def _targets(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Tensor], Any]:
-        """Logits, and hidden states if they count; an answer is nowhere where no token is."""
+        """Logits, and hidden states if they count."""
         states = ()
         if self._kept is None:
             wants_states = bool(self.settings.hidden_weight)
             outputs = self.model(**inputs_of(batch), output_hidden_states=wants_states)
-            logits = [tensor.float() for tensor in logits_of(self.task, outputs)]
+            logits = list(logits_of(self.task, outputs))
             states = outputs.hidden_states if wants_states else ()
         else:
             logits = [tensor[list(indices)].to(self.device) for tensor in self._kept]
         if self.task.kind in PER_TOKEN:
             logits = [tensor[:, : batch["input_ids"].shape[1]] for tensor in logits]
-        if self.task.kind == "question-answering":
-            padding = batch["attention_mask"] == 0
-            logits = [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
-        return logits, states
+        return in_context(self.task, logits, batch), states
 
 
 def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,7 +125,13 @@ def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"distillation.teacher = {teacher!r}: has another tokenizer than the student "
             f"({len(vocabulary)} entries, {len(ours)}; {len(different)} differ{first})"
         )
-    cuts = [tokens(PROBE, verbose=False)["input_ids"] for tokens in (theirs, tokenizer)]
+    pairs = [dict(tokens(PROBE, PROBE, verbose=False)) for tokens in (theirs, tokenizer)]
+    if set(pairs[0]) != set(pairs[1]):
+        raise ModelError(
+            f"distillation.teacher = {teacher!r}: its tokenizer gives {', '.join(pairs[0])}; the "
+            f"student's gives {', '.join(pairs[1])}"
+        )
+    cuts = [pair["input_ids"] for pair in pairs]
     if cuts[0] != cuts[1]:
         raise ModelError(
             f"distillation.teacher = {teacher!r}: its tokenizer has the student's vocabulary and "
