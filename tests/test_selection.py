@@ -286,7 +286,7 @@ def test_a_rate_that_diverges_is_told_and_is_not_the_best(
     assert result["learning_rate"] == 1e-3
     assert "| 1e+30 | 0, 1 diverged |  |" in (tmp_path / "out/table.md").read_text()
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e30]})
-    with pytest.raises(RunError, match="every learning rate diverged"):
+    with pytest.raises(RunError, match="every run diverged"):
         sweep(recipe, tmp_path / "all")
 
 

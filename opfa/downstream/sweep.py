@@ -3,7 +3,7 @@
 Each is a whole run in a directory of its own, OUTPUT/learning_rate-3e-05/seed-42; the comparison is
 in OUTPUT/results.json and OUTPUT/table.md. Values are compared by the mean over seeds of what
 [selection] looked at, else of the task's first metric. Deviations are of a sample (n - 1). A run
-that diverges is told, and its value is none of the best.
+that diverges is told, and its value is not the best while another had none that did.
 """
 
 import json
@@ -47,10 +47,11 @@ def sweep(
                 log.warning("%s: %s", output / name, error)
         num_diverged = num_seeds - len(runs)
         rows.append(_row(recipe, rate, runs) | {"num_diverged": num_diverged})
-    steady = [row for row in rows if not row["num_diverged"]]
-    if not steady:
-        raise RunError(f"{output}: every learning rate diverged")
-    best = max(steady, key=lambda row: row["score"])
+    ended = [row for row in rows if row["runs"]]
+    if not ended:
+        raise RunError(f"{output}: every run diverged; lower learning rates may help")
+    steady = [row for row in ended if not row["num_diverged"]]
+    best = max(steady or ended, key=lambda row: row["score"])
     result = {
         "task": recipe.name,
         "metrics": best["mean"],
@@ -65,8 +66,8 @@ def sweep(
     write_json(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
-    if len(steady) > 1:
-        report.sweep_picture(steady, recipe.task.metrics[0], output / "report/sweep.png")
+    if len(ended) > 1:
+        report.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
     return result
 
