@@ -18,7 +18,7 @@ from opfa import quant
 from opfa.checkpoint import complete_or_removed
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
-from opfa.inspection import check_stated, directory_of, inspect
+from opfa.inspection import check_stated, directory_of
 from opfa.models import load_finetuned_model, load_tokenizer
 from opfa.onnx_graph import (
     OPSET,
@@ -59,8 +59,7 @@ def export(
             f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
             "[quantization], or use `opfa calibrate`"
         )
-    check_stated(name)
-    stated = inspect(name)
+    stated = check_stated(name)
     tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
     split = None
     if task is not None:

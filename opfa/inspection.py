@@ -49,13 +49,17 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     }
 
 
-def check_stated(name: str) -> None:
-    """Refuse a checkpoint that isn't what its own sparsity.json says."""
-    if stated_report(directory_of(name)) is not None and inspect(name)["stated"] == "differs":
+def check_stated(name: str) -> dict[str, Any]:
+    """The sparsity report of a checkpoint; raises `ModelError` if its own sparsity.json says
+    something else.
+    """
+    found = inspect(name)
+    if found["stated"] == "differs":
         raise ModelError(
             f"{name}: its zeros are not what its sparsity.json says; was it changed after it was "
             "written?"
         )
+    return found
 
 
 def stated_report(directory: Path) -> dict[str, Any] | None:

@@ -137,3 +137,25 @@ def finetune_recipe(init: Path, examples: Path, **sections: Any) -> FinetuneReci
         is_section = isinstance(section, dict)
         values[name] = {**values.get(name, {}), **section} if is_section else section
     return FinetuneRecipe.check(values)
+
+
+def break_off(
+    monkeypatch: pytest.MonkeyPatch, last: int, recipe: FinetuneRecipe, output: Path
+) -> None:
+    """Begin a fine-tuning and break off after a step."""
+    from opfa.downstream import finetune as finetuning
+
+    class StoppedError(Exception):
+        pass
+
+    prune = finetuning.Trainer.prune
+
+    def stopping(self: finetuning.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == last:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.Trainer, "prune", stopping)
+        with pytest.raises(StoppedError):
+            finetuning.finetune(recipe, output)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune_recipe, pretrain_recipe
+from conftest import break_off, finetune_recipe, pretrain_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -21,7 +21,6 @@ from opfa.distributed import Stopped
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
-from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import check_stated, inspect
 from opfa.recipe import DivergedError, ModelError, RecipeError, RunError
 from opfa.sparsity.masks import num_zeros
@@ -113,27 +112,6 @@ def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path
         assert not layers[name].effective_weight()[zero].any()
 
 
-def stop_at(
-    monkeypatch: pytest.MonkeyPatch, last: int, recipe: FinetuneRecipe, output: Path
-) -> None:
-    """Begin a run and break off after a step."""
-
-    class StoppedError(Exception):
-        pass
-
-    prune = module.Trainer.prune
-
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == last:
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(StoppedError):
-            finetune(recipe, output)
-
-
 @pytest.mark.parametrize("variant", ["plain", "quantized"])
 def test_a_resumed_run_equals_an_unbroken_one(
     sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +119,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
     finetune(recipe, tmp_path / "unbroken")
 
-    stop_at(monkeypatch, 6, recipe, tmp_path / "broken")
+    break_off(monkeypatch, 6, recipe, tmp_path / "broken")
     resumed: list[int] = []
     monkeypatch.setattr(module.Run, "forget_after", lambda self, step: resumed.append(step))
     finetune(recipe, tmp_path / "broken", resume=True)
@@ -185,7 +163,7 @@ def test_every_way_to_quantize_resumes_and_reloads_exactly(
 ) -> None:
     recipe = finetune_recipe(sparse, examples, quantization=QUANTIZED[variant])
     results = finetune(recipe, tmp_path / "unbroken")
-    stop_at(monkeypatch, 9, recipe, tmp_path / "broken")
+    break_off(monkeypatch, 9, recipe, tmp_path / "broken")
     finetune(recipe, tmp_path / "broken", resume=True)
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
     again = evaluate_model(str(tmp_path / "unbroken/model"), recipe)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune_recipe
+from conftest import break_off, finetune_recipe
 from safetensors.torch import load_file
 
 from opfa.checkpoint import model_digest
@@ -124,20 +124,7 @@ def test_a_resume_keeps_the_same_best_model(
     recipe = selecting(sparse, examples, patience=patience)
     unbroken = finetune(recipe, tmp_path / "unbroken")
 
-    class StoppedError(Exception):
-        pass
-
-    prune = module.Trainer.prune
-
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == stop_at:
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(StoppedError):
-            finetune(recipe, tmp_path / "broken")
+    break_off(monkeypatch, stop_at, recipe, tmp_path / "broken")
     assert finetune(recipe, tmp_path / "broken", resume=True) == unbroken
     both = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("unbroken", "broken")]
     assert both[0] == both[1]

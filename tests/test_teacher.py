@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_BERT, finetune_recipe
+from conftest import TINY_BERT, break_off, finetune_recipe
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -207,20 +207,7 @@ def test_a_resume_under_a_teacher_is_bit_identical(
     recipe = finetune_recipe(sparse, examples, distillation={"teacher": str(teacher)})
     finetune(recipe, tmp_path / "unbroken")
 
-    class StoppedError(Exception):
-        pass
-
-    prune = module.Trainer.prune
-
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 6:
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(StoppedError):
-            finetune(recipe, tmp_path / "broken")
+    break_off(monkeypatch, 6, recipe, tmp_path / "broken")
     finetune(recipe, tmp_path / "broken", resume=True)
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
 
