@@ -4,10 +4,14 @@ opfa.lock(model)      # the zeros that are there now stay; returns what was lock
 ...                   # any training
 opfa.fuse(model)      # plain modules again, exact zeros
 opfa.inspect(model)   # the sparsity report of a model, or of a checkpoint on disk or the Hub
+
+Importing opfa also makes `transformers.AutoModel*.from_pretrained` read compact files.
 """
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from opfa.registration import register_when_needed
 
 if TYPE_CHECKING:
     from opfa.inspection import inspect
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = version("opfa")
 __all__ = ["fuse", "inspect", "lock"]
+register_when_needed()
 
 
 def __getattr__(

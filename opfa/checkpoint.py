@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opfa.compact import tensors
 from opfa.models import write_model
 from opfa.recipe import ModelError, RunError
 from opfa.run import write_json
@@ -201,9 +202,9 @@ def verify(directory: Path, report: dict[str, Any]) -> None:
     """Check that the tensors in a directory have exactly the zeros of a sparsity report."""
     found: masks.Masks = {}
     for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in set(file.keys()) & set(report["tensors"]):
-                found[name] = file.get_tensor(name) != 0
+        for name, tensor in tensors(path):
+            if name in report["tensors"]:
+                found[name] = tensor != 0
     again = masks.report({name: found[name] for name in report["tensors"] if name in found})
     for name, expected in report["tensors"].items():
         if again["tensors"].get(name) != expected:

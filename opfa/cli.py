@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -206,6 +206,87 @@ def export(
         _print_json(result)
     else:
         _print_export(output, result)
+
+
+@app.command(
+    epilog="Example: opfa release runs/sst2-qat --output bert-base-90-sst2 --format compact-int8"
+)
+def release(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    output: Annotated[Path, typer.Option("--output", help="The release; must be new.")],
+    form: Annotated[
+        Literal["dense", "compact", "compact-int8"],
+        typer.Option("--format", help="Plain safetensors, or positions and values."),
+    ] = "dense",
+    dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Of what isn't in 8 bits.")
+    ] = "fp32",
+    embeddings: Annotated[
+        Literal["int8", "same"], typer.Option("--embeddings", help="Of compact-int8.")
+    ] = "int8",
+    name: Annotated[
+        str | None, typer.Option("--name", help="For the card; default: the directory's.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For the card, as the Hub calls it: apache-2.0.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="For the card: the Hub name it began with.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="LABEL=RUN: its results too, in the card; repeatable."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Then upload to this Hub name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Of the Hub; default: HF_ENDPOINT.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a finished run a release: verified weights, card and manifest; and upload it if asked.
+
+    Weights that are rounded are measured again: task.validation=DATA says on what, if not on the
+    recipe's.
+    """
+    runs = {}
+    for pair in compare or ():
+        label, separator, path = pair.partition("=")
+        if not separator:
+            raise RunError(f"--compare {pair!r}: give LABEL=RUN")
+        runs[label] = Path(path)
+    from opfa import release as releasing
+
+    result = releasing.release(
+        run,
+        output,
+        name=name or push,
+        form=form,
+        dtype=dtype,
+        embeddings=embeddings == "int8",
+        licence=licence,
+        base_model=base_model,
+        compare=runs,
+        overrides=overrides or (),
+    )
+    if push is not None:
+        result["address"] = releasing.push(output, push, endpoint=endpoint, private=private)
+    _print_json(result)
+
+
+@app.command(epilog="Example: opfa unpack bert-base-90-sst2 --output bert-base-90-sst2-plain")
+def unpack(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compact model.")],
+    output: Annotated[Path, typer.Option("--output", help="The plain one; must be new.")],
+) -> None:
+    """Write the plain form of a compact model, which transformers reads without opfa."""
+    from opfa.release import unpack as execute
+
+    execute(directory, output)
 
 
 @app.command(epilog="Example: opfa inspect Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from opfa import compact
 from opfa.recipe import ModelError
 from opfa.sparsity.layers import masks_of, zero_masks
 from opfa.sparsity.masks import Masks, nonzero_masks, report
@@ -127,8 +128,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             yield from state.items()
             return
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                yield name, opened.get_tensor(name)
+        yield from compact.tensors(file)
     except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         raise ModelError(f"{file}: can't be read: {str(error).splitlines()[0]}") from error

@@ -179,17 +179,19 @@ def freeze(model: nn.Module) -> None:
 
 @torch.no_grad()
 def int8_weight(layer: QuantLinear | QuantEmbedding) -> tuple[Tensor, Tensor]:
-    """The weight as int8 with its scales; masked weights are 0.
+    """The weight as int8 with its scales; masked weights are 0."""
+    if isinstance(layer, QuantLinear):
+        return to_int8(layer.weight * layer.mask, layer.scheme)
+    return to_int8(layer.weight, "tensor")
 
-    The integers are those of the values that the layer computes with: torch multiplies by 1 / scale
+
+def to_int8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as int8 with its scales.
+
+    The integers are those of the values that a layer computes with: torch multiplies by 1 / scale
     where others divide, and a weight half-way between two steps may go another way.
     """
-    if isinstance(layer, QuantLinear):
-        weight = layer.weight * layer.mask
-        scale = weight_scale(weight, layer.scheme)
-    else:
-        weight = layer.weight
-        scale = weight_scale(weight, "tensor")
+    scale = weight_scale(weight, scheme)
     steps = rounded(weight, scale) / (scale[:, None] if scale.ndim else scale)
     return steps.round().to(torch.int8), scale
 

@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"recipe", "order"},
-    {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
-    {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
-    {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
+    {"schedules", "records", "sparsity.masks", "sparsity.packing", "zero", "state", "distributed"},
+    {"sparsity.pattern", "sparsity.layers", "upstream.masking", "compact"},
+    {"loading"},
+    {"registration", "distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
     {"lora", "guard", "onnx_graph"},
     {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
     {"upstream.corpus", "downstream.features", "plan"},

@@ -1,0 +1,259 @@
+"""The model card of a release: what it is, how it was made, what it is worth, how to use it.
+
+Every number comes from the files of runs; nothing is typed in. The text goes into the template
+`data/model_card.md`, the metadata through huggingface_hub's own classes, which refuse what the Hub
+would refuse.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from opfa.provenance import Facts, Row, Step
+from opfa.recipe import RunError
+
+TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
+PIPELINES = {
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "question-answering": "question-answering",
+    "token-classification": "token-classification",
+    "multiple-choice": "multiple-choice",
+    None: "fill-mask",
+}
+AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "token-classification": "AutoModelForTokenClassification",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    None: "AutoModelForMaskedLM",
+}
+TEXTS = {
+    "question-answering": '"Who sees the sea?", "The old man sees the sea.", return_tensors="pt"',
+    "multiple-choice": '["He sees", "He sees"], ["the sea.", "a moon."], return_tensors="pt"',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """All that a card tells."""
+
+    name: str
+    form: str
+    dtype: str
+    is_quantized: bool
+    sparsity: Facts  # sparsity.json
+    files: Mapping[str, int]  # bytes of the weight files
+    dense_bytes: int  # of the same weights in fp32
+    steps: Sequence[Step]  # the newest first
+    rows: Sequence[Row]  # of the model itself first
+    is_measured: bool  # whether the first row is that of these very files
+    licence: str | None
+    base_model: str | None
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of task; None for a pre-trained model."""
+        return self.steps[0].recipe.get("task", {}).get("kind")
+
+
+def model_card(release: Release) -> ModelCard:
+    """The card. Raises `RunError` for metadata that the Hub would not accept."""
+    try:
+        data = _metadata(release)
+        return ModelCard.from_template(
+            data,
+            template_path=str(TEMPLATE),
+            name=release.name.rpartition("/")[2],
+            summary=_summary(release),
+            table_of_facts=_facts(release),
+            results=_results(release),
+            sparsity=_sparsity(release.sparsity),
+            usage=_usage(release),
+            making="\n\n".join(_made(step) for step in release.steps),
+            limits=_limits(release),
+            licence=release.licence or "Not stated.",
+        )
+    except ValueError as error:
+        raise RunError(f"the card of {release.name}: {error}") from error
+
+
+def _metadata(release: Release) -> ModelCardData:
+    task = release.steps[0].recipe.get("task", {})
+    results = []
+    pipeline = PIPELINES[release.kind]
+    if release.kind:
+        for metric, value in release.rows[0].metrics.items():
+            results.append(
+                EvalResult(
+                    task_type=pipeline,
+                    dataset_type=task.get("hub") or "local",
+                    dataset_name=_data_name(task),
+                    dataset_config=task.get("hub_config"),
+                    dataset_split=task["validation"] if task.get("hub") else "validation",
+                    metric_type=metric,
+                    metric_value=value,
+                )
+            )
+    tags = ["opfa", "sparse", "pruning", "prune-once-for-all"]
+    return ModelCardData(
+        model_name=release.name.rpartition("/")[2],
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        license=release.licence,
+        base_model=release.base_model,
+        datasets=[task["hub"]] if task.get("hub") else None,
+        tags=[*tags, "8-bit"] if release.is_quantized else tags,
+        eval_results=results or None,
+    )
+
+
+def _data_name(task: Facts) -> str:
+    if not task.get("hub"):
+        return Path(task["validation"]).name
+    return " ".join(filter(None, (task["hub"], task.get("hub_config"))))
+
+
+def _summary(release: Release) -> str:
+    total = release.sparsity["total"]
+    share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
+    what = f"fine-tuned for {release.kind}" if release.kind else "pre-trained"
+    eight = ", quantized to 8 bits while it was trained" if release.is_quantized else ""
+    return (
+        f"A sparse encoder, {what}{eight}: {share} of the weights of its pruned matrices are zero. "
+        "Made with opfa, after *Prune Once for All* (Zafrir et "
+        "al., 2021)."
+    )
+
+
+def _facts(release: Release) -> str:
+    size = sum(release.files.values())
+    rows = [
+        ("format", f"{release.form}, {release.dtype}"),
+        ("weights on disk", f"{size:,} bytes; dense in fp32: {release.dense_bytes:,}"),
+        ("fingerprint of the zeros", f"`{release.sparsity['fingerprint']}`"),
+        ("recipe", f"`{release.steps[0].sha256}`"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _results(release: Release) -> str:
+    names = list(release.rows[0].metrics)
+    lines = []
+    for row in release.rows:
+        cells = [_cell(row.metrics.get(n), row.deviations.get(n)) for n in names]
+        lines.append((row.label, f"{row.sparsity:.2%}", str(row.num_seeds), *cells))
+    table = _table(("model", "sparsity", "seeds", *names), lines)
+    if release.kind:
+        note = f"On the validation split of {_data_name(release.steps[0].recipe['task'])}."
+    else:
+        note = "Loss of a masked token on held-out documents of its own training data."
+    what = "these very files" if release.is_measured else "the weights before they were rounded"
+    return f"{table}\n\n{note} The first line is that of {what}."
+
+
+def _cell(value: float | None, deviation: float | None) -> str:
+    if value is None:
+        return ""
+    digits = 2 if abs(value) > 1.0 else 4  # SQuAD's are 0..100
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _sparsity(report: Facts) -> str:
+    layers: dict[str, list[int]] = {}
+    for name, tensor in report["tensors"].items():
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+        zeros, size = layers.setdefault(".".join(parts[: index + 1]), [0, 0])
+        rows, columns = tensor["shape"]
+        layers[".".join(parts[: index + 1])] = [zeros + tensor["zeros"], size + rows * columns]
+    rows = [
+        (f"`{name}`", f"{zeros:,}", f"{size:,}", f"{zeros / size:.4%}")
+        for name, (zeros, size) in layers.items()
+    ]
+    total = report["total"]
+    all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
+    return _table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
+
+
+def _usage(release: Release) -> str:
+    auto, name = AUTO[release.kind], release.name
+    texts = TEXTS.get(release.kind or "", '"The old man sees the sea.", return_tensors="pt"')
+    fit = ", padding=True" if release.kind == "multiple-choice" else ""
+    batch = "inputs = {name: tensor[None] for name, tensor in inputs.items()}\n" if fit else ""
+    reader = "import opfa  # reads the compact file\n" if release.form != "dense" else ""
+    load = f'model = {auto}.from_pretrained("{name}")\n'
+    return "\n\n".join(
+        (
+            "In transformers:",
+            f"```python\n{reader}from transformers import {auto}, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{load}'
+            f"inputs = tokenizer({texts}{fit})\n{batch}print(model(**inputs))\n```",
+            "Fine-tune it with its zeros held, in any training loop "
+            "(or with `opfa finetune RECIPE model.init=...`):",
+            f"```python\nimport opfa\nfrom transformers import {auto}\n\n{load}"
+            "print(opfa.lock(model)['total'])  # before the optimizer is made\n...  # train\n"
+            'opfa.fuse(model)  # plain modules, exact zeros\nmodel.save_pretrained("mine")\n```',
+            f"Download and verify every file (`opfa download {name} --output DIR`), and check that "
+            "the zeros are those of this card:",
+            f'```python\nimport opfa\n\nreport = opfa.inspect("{name}")\n'
+            f'assert report["fingerprint"] == "{release.sparsity["fingerprint"]}"\n'
+            'print(report["total"])\n```',
+        )
+    )
+
+
+def _made(step: Step) -> str:
+    recipe, machine = step.recipe, step.environment["machine"]
+    training = recipe["training"]
+    lines = [f"recipe `{recipe['name']}`, SHA-256 `{step.sha256}`, seed {recipe['seed']}"]
+    if start := recipe["model"].get("init"):
+        lines.append(f"from `{'/'.join(Path(start).parts[-2:])}`")  # nobody's directories
+    values = [f"{key.replace('_', ' ')} {value}" for key, value in training.items()]
+    lines.append(f"{step.steps:,} steps: " + ", ".join(values))
+    if "corpus" in recipe:
+        tokens = step.steps * training["batch"] * recipe["corpus"]["sequence_tokens"]
+        lines.append(f"{tokens:,} tokens at most, of `{recipe['data']}`")
+    for section in ("pruning", "distillation", "quantization"):
+        if recipe.get(section):
+            lines.append(f"{section}: {_flat(recipe[section])}")
+    lines.append(f"data: {_flat(step.environment.get('data', {}))}")
+    accelerators = ", ".join(machine["accelerators"]) or "no accelerator"
+    size = step.environment.get("world_size", 1)
+    lines.append(f"on {size} process(es), {machine['processors']} processors, {accelerators}")
+    versions = step.environment["versions"]
+    lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _flat(values: Facts, prefix: str = "") -> str:
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            parts.append(_flat(value, f"{prefix}{key}."))
+        else:
+            parts.append(f"{prefix}{key} `{value}`")
+    return ", ".join(part for part in parts if part)
+
+
+def _limits(release: Release) -> str:
+    lines = ["Sparse matrices don't run faster in plain PyTorch; the files are smaller."]
+    if release.form == "dense":
+        lines = ["The file stores zeros as zeros, so it is as large as a dense one."]
+    if release.is_quantized:
+        lines.append(
+            "Plain transformers computes in fp32; in 8 bits it answers as in the table above: "
+            "`opfa evaluate`, or `opfa export` for ONNX Runtime."
+        )
+    elif release.form == "compact-int8":
+        lines.append("Its matrices were rounded to 8 bits when it was released, without training.")
+    lines.append("It knows the language and the biases of its training data.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
