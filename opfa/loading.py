@@ -10,10 +10,9 @@ with random weights.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -23,10 +22,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from opfa.compact import FILE, VERSION, CompactFile
+from opfa.compact import FILE, METHOD, VERSION, CompactFile
 from opfa.sparsity.packing import PARTS, unpack
 
-METHOD = "opfa"
+if TYPE_CHECKING:  # importing models would come back here before this file is whole
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Unpack(ConversionOps):
@@ -59,7 +59,7 @@ class CompactQuantizer(HfQuantizer):
 
     serialized_names = {"weight": [rf"weight\.{part}$" for part in PARTS]}
 
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
         """The hook before files are looked for: say which file it is."""
         config.transformers_weights = FILE
         return config
@@ -69,14 +69,14 @@ class CompactQuantizer(HfQuantizer):
         return {"dequantize": Unpack}
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, *, checkpoint_files: Sequence[str] = (), **_: Any
-    ) -> PreTrainedModel:
+        self, model: "PreTrainedModel", *, checkpoint_files: Sequence[str] = (), **_: Any
+    ) -> "PreTrainedModel":
         CompactFile(Path(checkpoint_files[0]))  # verified before anything is loaded
         return model
 
     def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **_: Any
-    ) -> PreTrainedModel:
+        self, model: "PreTrainedModel", **_: Any
+    ) -> "PreTrainedModel":
         conversions: Any = model._weight_conversions  # a list that transformers sets, or None
         kept = [conversion for conversion in conversions or () if not _is_ours(conversion)]
         # else saving would look for ours in reverse

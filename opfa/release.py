@@ -30,7 +30,6 @@ from opfa.checkpoint import model_digest, new_directory, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import check_stated, stated_report
-from opfa.loading import METHOD
 from opfa.recipe import ModelError, RunError
 from opfa.run import write_json
 from opfa.weights import PLAIN, Dtype, Format, write_weights
@@ -172,7 +171,7 @@ def _copy(source: Path, directory: Path) -> None:
 
 
 def _set_config(path: Path) -> None:
-    entry = {"quant_method": METHOD, "version": compact.VERSION}
+    entry = {"quant_method": compact.METHOD, "version": compact.VERSION}
     write_json(path, {**json.loads(path.read_text()), "quantization_config": entry})
 
 

@@ -1,0 +1,417 @@
+"""A release: verified, told truthfully, and usable by others."""
+
+import base64
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import finetune_recipe
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from opfa import cli, compact, manifest, quant
+from opfa.downstream.evaluate import evaluate_model
+from opfa.downstream.finetune import finetune
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.sweep import sweep
+from opfa.inspection import inspect
+from opfa.models import load_finetuned_model
+from opfa.recipe import ModelError, RunError
+from opfa.release import push, release, unpack
+from opfa.weights import write_weights
+
+SPARSITY = "89.94%"  # of the tiny model: exact counts of small matrices
+
+
+@pytest.fixture(scope="module")
+def run(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning of a sparse model."""
+    output = tmp_path_factory.mktemp("runs") / "plain"
+    finetune(finetune_recipe(sparse, examples), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def quantized(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fine-tuning to 8 bits, embeddings too."""
+    output = tmp_path_factory.mktemp("runs") / "quantized"
+    quantization = {"bits": 8, "embeddings": True, "weights": "tensor"}
+    finetune(finetune_recipe(sparse, examples, quantization=quantization), output)
+    return output
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    (path,) = directory.glob("model*.safetensors")
+    return dict(compact.tensors(path))
+
+
+def logits(directory: Path) -> Tensor:
+    model = load_finetuned_model(str(directory))
+    if (directory / quant.FILE).is_file():
+        quant.load(model, directory / quant.FILE)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 17).view(2, 6)).logits
+
+
+def test_a_dense_release_is_the_model_of_the_run_with_everything_to_check_it(
+    run: Path, tmp_path: Path
+) -> None:
+    facts = release(run, tmp_path / "out")
+    released = tmp_path / "out"
+    assert set(manifest.check(released).files) == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "recipe.toml",
+        "results.json",
+        "sparsity.json",
+        "sparsity.png",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name, tensor in load_file(run / "model" / "model.safetensors").items():
+        assert torch.equal(weights(released)[name], tensor)
+    for name in ("config.json", "sparsity.json", "tokenizer.json"):
+        one, other = ((d / name).read_text() for d in (released, run / "model"))
+        assert json.loads(one) == json.loads(other)
+    results = json.loads((run / "results.json").read_text())
+    assert facts["metrics"] == results["metrics"]
+    assert facts["fingerprint"] == inspect(released)["fingerprint"]
+    assert manifest.read(released).facts == facts
+
+
+def test_a_compact_release_answers_as_the_run(run: Path, tmp_path: Path) -> None:
+    release(run, tmp_path / "out", form="compact")
+    assert torch.equal(logits(tmp_path / "out"), logits(run / "model"))
+    assert inspect(tmp_path / "out")["stated"] == "matches"
+
+
+def test_8_bits_of_a_quantized_model_are_the_same_8_bits(quantized: Path, tmp_path: Path) -> None:
+    facts = release(quantized, tmp_path / "out", form="compact-int8")
+    answers = logits(tmp_path / "out"), logits(quantized / "model")
+    torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
+    stored = compact.CompactFile(tmp_path / "out" / compact.FILE)
+    kinds = {form.dtype for name, form in stored.forms.items() if ".layer." in name}
+    assert kinds == {torch.int8}
+    assert facts["quantized"]
+
+
+def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
+    run: Path, tmp_path: Path
+) -> None:
+    facts = release(run, tmp_path / "out", form="compact-int8")
+    assert inspect(tmp_path / "out")["stated"] == "matches"
+    recipe = FinetuneRecipe.read(run / "recipe.toml")
+    assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
+
+
+def test_rounded_weights_are_measured_on_the_data_that_overrides_name(
+    run: Path, examples: Path, tmp_path: Path
+) -> None:
+    rows = (examples / "validation.jsonl").read_text().splitlines(keepends=True)
+    wrong = [row.replace('"other"', '"cat"') for row in rows]
+    (tmp_path / "all-cats.jsonl").write_text("".join(wrong))
+    override = f"task.validation={tmp_path / 'all-cats.jsonl'}"
+    facts = release(run, tmp_path / "out", form="compact-int8", overrides=[override])
+    recipe = FinetuneRecipe.read(run / "recipe.toml", [override])
+    assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
+    assert facts["metrics"] != json.loads((run / "results.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_16_bits_are_rounded_once_and_kept_bit_for_bit(
+    run: Path, tmp_path: Path, dtype: Any
+) -> None:
+    for form in ("dense", "compact"):
+        release(run, tmp_path / form, form=form, dtype=dtype)
+    plain, packed = weights(tmp_path / "dense"), weights(tmp_path / "compact")
+    assert {tensor.dtype for tensor in plain.values()} <= {torch.float16, torch.bfloat16}
+    for name, tensor in plain.items():
+        assert torch.equal(packed[name], tensor), name
+    assert inspect(tmp_path / "dense")["fingerprint"] == inspect(run / "model")["fingerprint"]
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "compact")
+    assert loaded.dtype == torch.float32
+
+
+def test_a_live_weight_that_16_bits_round_to_zero_stays_live(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": torch.tensor([[1e-30, 0.0], [1.0, 0.0]]),
+        "a.bias": torch.tensor([1e-30]),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    write_weights(tmp_path, tmp_path / "out", {"a.weight"}, form="dense", dtype="fp16")
+    found = weights(tmp_path / "out")
+    assert (found["a.weight"] != 0).tolist() == [[True, False], [True, False]]
+    assert found["a.bias"].tolist() == [0.0]
+
+
+def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.full((2, 2), 1e6)}, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=r"a\.weight: has values that torch\.float16 can't hold"):
+        write_weights(tmp_path, tmp_path / "out", set(), form="dense", dtype="fp16")
+
+
+def test_embeddings_stay_when_asked(run: Path, tmp_path: Path) -> None:
+    release(run, tmp_path / "out", form="compact-int8", embeddings=False)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(weights(tmp_path / "out")[name], weights(run / "model")[name])
+
+
+def changed(run: Path, to: Path, name: str, value: float) -> Path:
+    """A copy of a run in whose model one weight was changed."""
+    shutil.copytree(run, to)
+    path = to / "model" / "model.safetensors"
+    tensors = load_file(path)
+    flat = tensors[name].view(-1)
+    place = int((flat == 0).nonzero()[0] if value else (flat != 0).nonzero()[0])
+    flat[place] = value
+    save_file(tensors, path, {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_zero_too_many_or_too_few_is_refused(run: Path, tmp_path: Path, value: float) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    wrong = changed(run, tmp_path / "run", name, value)
+    with pytest.raises(ModelError, match=r"not what its sparsity\.json says"):
+        release(wrong, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_that_is_not_the_evaluated_one_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["classifier.bias"] += 1
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="not those that were evaluated"):
+        release(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run, it has no recipe.toml"):
+        release(run / "model", tmp_path / "out")
+    with pytest.raises(RunError, match="exists already"):
+        release(run, tmp_path)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "done.json").unlink()
+    with pytest.raises(RunError, match="only a finished run"):
+        release(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_pickle_beside_the_model_is_not_released(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    torch.save({}, tmp_path / "run" / "model" / "training_args.pt")
+    with pytest.raises(ModelError, match=r"training_args\.pt"):
+        release(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_or_a_failed_check_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwritable(*_: Any, **__: Any) -> None:
+        raise ModelError("the last check failed")
+
+    monkeypatch.setattr(manifest, "check", unwritable)
+    with pytest.raises(ModelError, match="the last check"):
+        release(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unpacking_gives_what_the_dense_release_is(run: Path, tmp_path: Path) -> None:
+    release(run, tmp_path / "dense")
+    release(run, tmp_path / "compact", form="compact")
+    unpack(tmp_path / "compact", tmp_path / "plain")
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "dense")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("plain", "dense")]
+    assert configs[0] == configs[1]
+    assert not (tmp_path / "plain" / manifest.MANIFEST).exists()
+    with pytest.raises(ModelError, match="nothing to unpack"):
+        unpack(tmp_path / "dense", tmp_path / "again")
+
+
+def test_a_compact_release_is_a_start_for_fine_tuning(
+    run: Path, examples: Path, tmp_path: Path
+) -> None:
+    release(run, tmp_path / "out", form="compact-int8")
+    finetune(finetune_recipe(tmp_path / "out", examples), tmp_path / "next")
+    before, after = inspect(tmp_path / "out"), inspect(tmp_path / "next" / "model")
+    assert after["fingerprint"] == before["fingerprint"]
+
+
+# The card
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("form", ["dense", "compact-int8"])
+def test_the_snippets_of_the_card_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    release(run, tmp_path / "tiny-cats", form=form)
+    monkeypatch.chdir(tmp_path)
+    found = snippets((tmp_path / "tiny-cats" / "README.md").read_text())
+    assert len(found) == 3
+    for code in found:
+        exec(code, {})
+    assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
+
+
+def test_the_snippets_of_a_pretrained_model_run(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = release(sparse.parent, tmp_path / "tiny-encoder", form="compact")
+    monkeypatch.chdir(tmp_path)
+    for code in snippets((tmp_path / "tiny-encoder" / "README.md").read_text()):
+        exec(code, {})
+    lines = (sparse.parent / "metrics.jsonl").read_text().splitlines()
+    evaluations = [row for row in map(json.loads, lines) if row.get("eval")]
+    assert facts["metrics"] == {"mlm_loss": evaluations[-1]["mlm_loss"]}
+
+
+def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: Path) -> None:
+    facts = release(
+        run,
+        tmp_path / "out",
+        name="org/tiny-cats",
+        licence="apache-2.0",
+        base_model="org/base",
+        compare={"8 bits": quantized},
+    )
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "org/base"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-classification"
+    (entry,) = data["model-index"]
+    assert entry["name"] == "tiny-cats"
+    (metric,) = entry["results"][0]["metrics"]
+    assert (metric["type"], metric["value"]) == ("accuracy", facts["metrics"]["accuracy"])
+    total = json.loads((tmp_path / "out" / "sparsity.json").read_text())["total"]
+    assert f"{total['zeros']:,} of {total['size']:,}" in card.text
+    assert facts["fingerprint"] in card.text
+    other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
+    assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
+    assert facts["recipe_sha256"] in card.text
+    assert str(tmp_path) not in card.text
+    assert str(run.parent) not in card.text
+
+
+def test_a_run_of_several_seeds_is_shown_beside_their_mean(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    sweep(finetune_recipe(sparse, examples), tmp_path / "runs", num_seeds=2, resume=False)
+    with pytest.raises(RunError, match=r"it holds several, the best is .*seed-4[23]"):
+        release(tmp_path / "runs", tmp_path / "out")
+    release(tmp_path / "runs" / "seed-43", tmp_path / "out", compare={"all": tmp_path / "runs"})
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    mean = f"{results['metrics']['accuracy']:.4f} ± {results['std']['accuracy']:.4f}"
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"| its recipe | {SPARSITY} | 2 | {mean} |" in text
+    assert f"| all | {SPARSITY} | 2 | {mean} |" in text
+
+
+# Uploading
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as one commit needs."""
+
+    commits: list[dict[str, bytes]]
+    refused: bool
+
+    def do_POST(self) -> None:  # noqa: N802 - http.server's name
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            values = [line["value"] for line in lines if line["key"] == "file"]
+            self.commits.append({v["path"]: base64.b64decode(v["content"]) for v in values})
+            self.answer({"commitUrl": "http://hub/commit/1", "commitOid": "1", "hookOutput": ""})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            self.answer({"files": modes})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []}, 400 if self.refused else 200)
+        else:
+            self.answer({"url": "http://hub/org/tiny"})
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+        self.answer({"sha": "0", "id": "org/tiny", "siblings": []})
+
+    def answer(self, value: Any, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[type[Hub], str]]:
+    handler = type("OneHub", (Hub,), {"commits": [], "refused": False})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_push_is_one_commit_of_every_file(
+    run: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    arguments = ["release", str(run), "--output", str(tmp_path / "out"), "--push", "org/tiny"]
+    assert cli.run([*arguments, "--endpoint", hub[1]]) == 0
+    (commit,) = hub[0].commits
+    assert set(commit) == {*manifest.check(tmp_path / "out").files, manifest.MANIFEST}
+    for name, content in commit.items():
+        assert content == (tmp_path / "out" / name).read_bytes()
+    assert 'from_pretrained("org/tiny")' in commit["README.md"].decode()
+
+
+def test_nothing_is_pushed_when_a_file_changed_after_the_release(
+    run: Path, tmp_path: Path, hub: tuple[type[Hub], str]
+) -> None:
+    release(run, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config\.json has"):
+        push(tmp_path / "out", "org/tiny", endpoint=hub[1])
+    assert not hub[0].commits
+
+
+def test_a_card_that_the_hub_refuses_is_not_pushed(
+    run: Path, tmp_path: Path, hub: tuple[type[Hub], str]
+) -> None:
+    release(run, tmp_path / "out")
+    hub[0].refused = True
+    with pytest.raises(RunError, match="org/tiny: not uploaded"):
+        push(tmp_path / "out", "org/tiny", endpoint=hub[1])
+    assert not hub[0].commits
+
+
+def test_a_hub_that_is_not_there_is_one_message(run: Path, tmp_path: Path) -> None:
+    release(run, tmp_path / "out")
+    with pytest.raises(RunError, match="org/tiny: not uploaded"):
+        push(tmp_path / "out", "org/tiny", endpoint="http://127.0.0.1:9")
