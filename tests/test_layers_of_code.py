@@ -7,13 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
-    {"recipe", "order"},
-    {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
+    {"recipe", "order", "anatomy", "sparsity.structure"},
+    {
+        "tables",
+        "schedules",
+        "hub",
+        "onnx_weights",
+        "records",
+        "sparsity.masks",
+        "zero",
+        "state",
+        "distributed",
+    },
     {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"lora", "guard", "onnx_graph"},
-    {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
-    {"upstream.corpus", "downstream.features", "plan"},
+    {"lora", "guard", "onnx_graph", "sources"},
+    {"comparison", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
+    {"inspection", "upstream.corpus", "downstream.features", "plan"},
     {"upstream.batches", "downstream.scores", "downstream.squad"},
     {"upstream.objective", "downstream.tasks"},
     {"downstream.evaluate", "downstream.selection", "downstream.student"},
