@@ -162,7 +162,8 @@ class RemoteFiles:
         if len(answer.content) != end - start or not (answer.status_code == PARTIAL or is_whole):
             raise ModelError(
                 f"{self.name}/{file}: bytes {start} to {end} were asked for, and "
-                f"{len(answer.content)} came (HTTP {answer.status_code})"
+                f"{len(answer.content)} came (HTTP {answer.status_code}); download the model, and "
+                "inspect its directory"
             )
         return answer.content
 

@@ -39,7 +39,7 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
         return report(masks_of(model) or zero_masks(model))
     source = open_source(str(model))
     stated = _stated(source.read_json("sparsity.json"), model)
-    found = _read(source, set(stated["tensors"]) if stated else set())
+    found = _read(source, set(stated["tensors"]) if stated else set(), model)
     result = report(found.masks)
     agreement = None if stated is None else all(stated[key] == result[key] for key in stated)
     layers = _layers(result, found)
@@ -109,7 +109,7 @@ class _Found:
     limit_bytes: float = 0.0
 
 
-def _read(source: Source, stated: set[str]) -> _Found:
+def _read(source: Source, stated: set[str], where: object) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
     found = _Found()
     num_heads = _num_heads(source.read_json("config.json"))
@@ -130,6 +130,8 @@ def _read(source: Source, stated: set[str]) -> _Found:
         heads = heads_of(name, num_heads) if num_heads else None
         found.patterns[name] = asdict(structure_of(mask, heads))
         found.limit_bytes += _limit(mask, tensor.element_size())
+    if not found.dense_bytes:
+        raise ModelError(f"{where}: its files hold no weights")
     return found
 
 

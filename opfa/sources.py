@@ -148,7 +148,9 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:  # torch's text says how to run what is in it
-        raise ModelError(f"{file}: can't be read: no pickle, or one of more than tensors") from error
+        raise ModelError(
+            f"{file}: can't be read: no pickle, or one of more than tensors"
+        ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{file}: can't be read: {reason[0]}") from error

@@ -1,4 +1,4 @@
-"""An imitation of the Hub on the loopback device: one model, ranges, and a count of what is sent."""
+"""An imitation of the Hub on the loopback device: one model, ranges, and a count of bytes."""
 
 import json
 import threading

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 REGULAR = 0.9
-MIN_ZEROS = 8  # fewer may lie anywhere by chance
+MIN_WEIGHTS = 8  # fewer zeros, or fewer live weights, may lie anywhere by chance
 MIN_GROUPS = 32
 GROUPS = (2, 4, 8, 16, 32)  # of N:M
 EDGES = (2, 4, 8, 16, 32, 64)  # of blocks
@@ -47,7 +47,7 @@ def structure_of(mask: Tensor, heads: tuple[int, int] | None = None) -> Structur
     if heads is not None and len(lines := (rows, columns)[heads[0]]) % heads[1] == 0:
         dead_heads = int((~lines.view(heads[1], -1).any(1)).sum())
     pattern, exceptions = "unstructured", 0
-    if num_zeros >= MIN_ZEROS:
+    if MIN_WEIGHTS <= num_zeros <= mask.numel() - MIN_WEIGHTS:
         dead = int((~rows).sum()), int((~columns).sum())
         found = (
             _lines(mask, num_zeros, dead, heads, dead_heads)
