@@ -1,7 +1,7 @@
 """Parts of safetensors files on the Hub: headers first, then only the tensors that are wanted.
 
 A file is 8 bytes (length of the header, little-endian), a header in JSON, and data. Of BERT-base
-that is 340 MB of 440 without embeddings. huggingface_hub's own reader of headers is not used:
+342 of 438 MB remain without embeddings. huggingface_hub's own reader of headers is not used:
 it doesn't say where the data begin, nor how much was transferred. Nothing is kept; what is in the
 local cache already is read from there.
 """
