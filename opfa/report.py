@@ -178,7 +178,8 @@ def _heat_map(axes: Axes, rows: Sequence[Row], layers: Sequence[Row], limit: flo
         if not np.isnan(value):
             colour = "white" if value > 0.55 * limit else "black"  # readable on its cell
             text = f"{100 * value:.2f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+            shown = axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
+            shown.set_in_layout(False)  # it lies in its cell; measuring all of them takes seconds
     axes.set_xticks(range(len(kinds)), list(kinds.values()))
     labels = layer_labels([(row["stack"], row["layer"]) for row in layers])
     axes.set_yticks(range(len(rows)), [f"layer {label}" for label in labels])

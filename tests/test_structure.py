@@ -116,6 +116,13 @@ def test_dead_heads_are_rows_of_queries_and_columns_of_the_projection() -> None:
     assert (found.pattern, found.dead_heads) == ("heads", 1)
 
 
+def test_heads_do_not_explain_dead_columns() -> None:
+    query = torch.ones(64, 64, dtype=torch.bool)
+    query[16:32], query[:, 5] = False, False
+    found = structure_of(query, (0, 4))
+    assert (found.pattern, found.dead_heads) == ("rows and columns", 1)
+
+
 def test_rows_that_are_no_whole_head_are_rows() -> None:
     query = torch.ones(64, 64, dtype=torch.bool)
     query[10:26] = False
