@@ -199,3 +199,4 @@ def test_names_are_paired_with_and_without_the_base_model() -> None:
     assert paired_names(bare, whole) == dict(zip(bare, whole, strict=False))
     assert paired_names(whole, bare) == dict(zip(whole, bare, strict=False))
     assert paired_names(["dense.weight"], ["a.dense.weight", "b.dense.weight"]) == {}
+    assert paired_names(["a.dense.weight", "b.dense.weight"], ["dense.weight"]) == {}
