@@ -10,10 +10,10 @@ system's cached pages of the file are given up before each.
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opfa.anatomy import EMBEDDING
 from opfa.compact import FILE, METHOD
-from opfa.inspection import EMBEDDING
 from opfa.models import HEADS, new_config
 from opfa.quant import to_int8
 from opfa.run import write_json
@@ -38,10 +38,17 @@ FORMS: tuple[tuple[Format, Dtype], ...] = (
     ("dense", "fp32"),
     ("compact", "fp32"),
     ("compact", "fp16"),
-    ("compact-int8", "fp32"),
+    ("compact-int8", "fp16"),
 )
+
+
+OF_ENCODER = {
+    "positions": "positions",
+    "values": "encoder values",
+    "scale": "encoder scales",
+    "form": "encoder scales",
+}
 KINDS = ("positions", "encoder values", "encoder scales", "embeddings", "rest")
-Sizes = dict[str, int]
 
 
 def bench_files() -> dict[str, Any]:
@@ -52,23 +59,22 @@ def bench_files() -> dict[str, Any]:
         loads = _load_in_turn(list(directories.values()))
         for (form, dtype), directory in directories.items():
             parts = _parts(directory, pruned)
-            encoder = parts["positions"] + parts["encoder values"] + parts["encoder scales"]
-            seconds, peak = loads[directory]
+            encoder = sum(parts[kind] for kind in KINDS[:3])
             rows.append(
                 {
                     "format": form,
                     "dtype": dtype,
-                    "bytes": {**parts, "total": sum(p.stat().st_size for p in _weights(directory))},
-                    "encoder_bits": 8 * encoder / sum(pruned.values()),
+                    "parts": parts,
                     "limits": _limits(directory, pruned) if form != "dense" else {},
-                    "seconds": seconds,
-                    "peak_bytes": peak,
+                    "bytes": sum(path.stat().st_size for path in _weights(directory)),
+                    "encoder_bits": 8 * encoder / sum(pruned.values()),
+                    **loads[directory],
                 }
             )
     return {"weights": sum(pruned.values()), "sparsity": SPARSITY, "rows": rows}
 
 
-def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], Sizes]:
+def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]]:
     """The model in every form; and how many weights each pruned matrix has."""
     config = new_config({"model_type": "bert"})
     torch.manual_seed(0)
@@ -79,7 +85,7 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], Sizes]:
             weight = layer.weight
             weight.mul_(torch.randn(weight.shape[0], 1).mul(0.3).exp())
             weight.mul_(torch.randn(1, weight.shape[1]).mul(0.2).exp())
-            weight.mul_(magnitude_mask(weight, num_zeros(SPARSITY, weight.numel())))
+            weight.masked_fill_(~magnitude_mask(weight, num_zeros(SPARSITY, weight.numel())), 0.0)
     model.save_pretrained(root / "source")
     pruned = {f"{name}.weight": layer.weight.numel() for name, layer in layers.items()}
     directories: dict[tuple[Format, Dtype], Path] = {}
@@ -98,22 +104,18 @@ def _weights(directory: Path) -> list[Path]:
     return [path for path in (directory / PLAIN, directory / FILE) if path.exists()]
 
 
-def _parts(directory: Path, pruned: Mapping[str, int]) -> Sizes:
+def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
     """Bytes of what is stored, by kind."""
-    sizes = dict.fromkeys(
-        ("positions", "encoder values", "encoder scales", "embeddings", "rest"), 0
-    )
+    sizes: Counter[str] = Counter()
     for name, tensor in load_file(_weights(directory)[0]).items():
         owner, _, part = name.rpartition(".")
         kind = "embeddings" if EMBEDDING.search(name) and "Norm" not in name else "rest"
         if name in pruned:
             kind = "encoder values"
         elif owner in pruned and part in PARTS:
-            kind = {"positions": "positions", "values": "encoder values"}.get(
-                part, "encoder scales"
-            )
+            kind = OF_ENCODER[part]
         sizes[kind] += tensor.numel() * tensor.element_size()
-    return sizes
+    return {kind: sizes[kind] for kind in KINDS}
 
 
 def _limits(directory: Path, pruned: Mapping[str, int]) -> dict[str, float]:
@@ -141,28 +143,40 @@ def _bits(counts: Tensor) -> float:
     return float(-(shares.double() * shares.double().log2()).sum())
 
 
-def _load_in_turn(directories: list[Path]) -> dict[Path, tuple[float, int]]:
-    """Median seconds and largest peak of extra memory of loading each."""
-    seconds: dict[Path, list[float]] = {directory: [] for directory in directories}
-    peaks: dict[Path, int] = dict.fromkeys(directories, 0)
+def _load_in_turn(directories: list[Path]) -> dict[Path, dict[str, float]]:
+    """Medians of what each load took."""
+    found: dict[Path, list[dict[str, float]]] = {directory: [] for directory in directories}
     for _ in range(REPEATS):
         for directory in directories:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                took, peak = pool.apply(_load, (directory,))
-            seconds[directory].append(took)
-            peaks[directory] = max(peaks[directory], peak)
-    return {d: (statistics.median(seconds[d]), peaks[d]) for d in directories}
+                found[directory].append(pool.apply(_load, (directory,)))
+    return {
+        directory: {key: statistics.median(load[key] for load in loads) for key in loads[0]}
+        for directory, loads in found.items()
+    }
 
 
-def _load(directory: Path) -> tuple[float, int]:
-    """Seconds and extra bytes at the peak; both as from_pretrained has it."""
+def _load(directory: Path) -> dict[str, float]:
+    """Seconds until `from_pretrained` returns and until every weight was read once, for a plain
+    file is only mapped until then; and the peak of extra memory.
+    """
     model = HEADS["SequenceClassification"]
-    torch.ones(8, 8) @ torch.ones(8, 8)  # what libraries allocate once
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # what libraries allocate once
     for path in _weights(directory):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _memory("VmRSS")
     start = time.perf_counter()
-    model.from_pretrained(directory, dtype=DTYPES["fp32"])
-    seconds = time.perf_counter() - start
-    return seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    loaded = model.from_pretrained(directory, dtype=DTYPES["fp32"])
+    returned = time.perf_counter()
+    for parameter in loaded.parameters():
+        parameter.detach().sum()
+    seconds = {"returned": returned - start, "seconds": time.perf_counter() - start}
+    return {**seconds, "peak_bytes": _memory("VmHWM") - before}
+
+
+def _memory(key: str) -> int:
+    """Bytes of this process: VmRSS resident now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

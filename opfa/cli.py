@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.recipe import STOPPED, OpfaError, RecipeError, RunError
+from opfa.recipe import STOPPED, ModelError, OpfaError, RecipeError, RunError
 from opfa.run import check_output
 
 app = typer.Typer(
@@ -219,8 +219,9 @@ def release(
         typer.Option("--format", help="Plain safetensors, or positions and values."),
     ] = "dense",
     dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Of what isn't in 8 bits.")
-    ] = "fp32",
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option("--dtype", help="Default: fp32; of matrices that compact-int8 leaves: fp16."),
+    ] = None,
     embeddings: Annotated[
         Literal["int8", "same"], typer.Option("--embeddings", help="Of compact-int8.")
     ] = "int8",
@@ -291,17 +292,41 @@ def unpack(
 
 @app.command(epilog="Example: opfa inspect Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")
 def inspect(
-    model: ModelName,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A directory, a run, a weight file or a Hub name."),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OTHER", help="Compare masks and values with this one."),
+    ] = None,
+    has_tensors: Annotated[
+        bool, typer.Option("--tensors", help="Every tensor instead of layers.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="FILE.png: draw it too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how sparse a checkpoint is: any checkpoint, in total and tensor by tensor."""
-    from opfa.inspection import inspect as look
+    """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
+    from opfa import inspection, tables
 
-    result = look(model)
+    found = inspection.inspect(model) if against is None else inspection.compare(model, against)
+    if plot is not None:
+        if not found["layers"]:
+            raise ModelError(f"{model}: has no numbered layers with matrices, so nothing to draw")
+        from opfa.report import comparison_picture, inspection_picture
+
+        if against is None:
+            inspection_picture(model, found, plot)
+        else:
+            comparison_picture(found, plot)
     if as_json:
-        _print_json(result)
+        _print_json(found)
+    elif against is None:
+        tables.print_sparsity(model, found, has_tensors=has_tensors)
     else:
-        _print_sparsity(model, result)
+        tables.print_comparison(found, has_tensors=has_tensors)
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
@@ -344,6 +369,19 @@ def bench_distillation(as_json: AsJson = False) -> None:
             cells = (f"{row['kept']:.2f}", f"{row['anew']:.2f}", f"{row['ratio']:.2f}")
             table.add_row(row["teacher"], *cells)
         Console().print(table)
+
+
+@bench.command("files", epilog="Example: opfa bench files")
+def bench_files(as_json: AsJson = False) -> None:
+    """Bytes of a 90 % sparse BERT-base in each form of a release, and what loading it costs."""
+    from opfa.bench_files import bench_files as execute
+    from opfa.tables import print_files
+
+    result = execute()
+    if as_json:
+        _print_json(result)
+    else:
+        print_files(result)
 
 
 @app.command(
@@ -407,24 +445,6 @@ def _print_plan(result: dict[str, Any]) -> None:
     )
     print(f"use: launch.deepspeed=launch/{best}.json launch.micro_batch={micro_batch}")
     print(f"about {result['days']:.1f} days, if nothing of the wire overlaps with computing")
-
-
-def _print_sparsity(name: str, result: dict[str, Any]) -> None:
-    total, dense = result["total"], result["dense"]
-    if result["tensors"]:
-        table = Table("tensor", "shape", "zeros", "sparsity")
-        for tensor, row in result["tensors"].items():
-            shape = " x ".join(str(extent) for extent in row["shape"])
-            table.add_row(tensor, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}")
-        Console().print(table)
-        share = f"{total['zeros']:,} of {total['size']:,} weights are zero"
-        print(f"{name}: {share} ({total['sparsity']:.4%})")
-        print(f"fingerprint: {result['fingerprint']}")
-    else:
-        print(f"{name}: dense, no linear matrix has zeros")
-    print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
-    print(f"weight files: {result['bytes']:,} bytes")
-    print(f"sparsity.json: {result['stated'] or 'none'}")
 
 
 def _print_export(output: Path, result: dict[str, Any]) -> None:

@@ -1,60 +1,72 @@
-"""Inspection: exact sparsity of a model in memory, or of any checkpoint in a directory or on the
-Hub.
+"""Inspection: exact sparsity of a model in memory, or of any checkpoint in a directory, in a file
+or on the Hub.
 
 Only tensors are read, one at a time: no model class, no code of the checkpoint, no unsafe pickle. A
 tensor counts as pruned when it is the matrix of a linear layer and has some zeros but not only
-zeros. Embeddings are told by their names.
+zeros. Embeddings are told by their names. What is not pruned is counted by parts, so that a reader
+sees what a sparsity refers to.
 """
 
 import json
-import re
-from collections.abc import Iterator
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from opfa import compact
+from opfa.anatomy import PARTS, heads_of, is_matrix, layer_of, part_of
+from opfa.comparison import compare as compare
 from opfa.recipe import ModelError
+from opfa.sources import Source, open_source
+from opfa.sources import directory_of as directory_of
 from opfa.sparsity.layers import masks_of, zero_masks
-from opfa.sparsity.masks import Masks, nonzero_masks, report
-
-EMBEDDING = re.compile(r"embed|wte|wpe|lm_head\.decoder|predictions\.decoder|vocab_projector")
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+from opfa.sparsity.masks import Masks, report
+from opfa.sparsity.structure import structure_of
 
 
 def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
-    """The sparsity report of a model, or of a checkpoint by directory or Hub name.
+    """The sparsity report of a model; of a checkpoint by directory, file or Hub name much more.
 
     The keys of `sparsity.json`, and of a checkpoint also `dense` (the linear matrices without
-    zeros, with their sizes), `bytes` (of its weight files), and `stated` (what its own
-    sparsity.json says: "matches", "differs" or None).
+    zeros, with their sizes), `bytes` (of its weight files), `stated` (what its own sparsity.json
+    says: "matches", "differs" or None), `patterns` (what structure the zeros of each tensor have),
+    `layers`, `encoder` and `whole` (sparsity by numbered layer, of all of them, and of everything
+    in the file), `excluded` (what has no zeros, by parts), `sizes` and `downloaded_bytes`.
     """
     if isinstance(model, nn.Module):
         return report(masks_of(model) or zero_masks(model))
-    directory = directory_of(str(model))
-    files = _weight_files(directory)
-    stated = stated_report(directory)
-    masks, dense = _masks(files, set(stated["tensors"]) if stated else set())
-    result = report(masks)
+    source = open_source(str(model))
+    stated = _stated(source.read_json("sparsity.json"), model)
+    found = _read(source, set(stated["tensors"]) if stated else set(), model)
+    result = report(found.masks)
     agreement = None if stated is None else all(stated[key] == result[key] for key in stated)
+    layers = _layers(result, found)
     return {
         **result,
-        "dense": dense,
-        "bytes": sum(file.stat().st_size for file in files),
+        "dense": found.dense,
+        "bytes": source.file_bytes,
         "stated": {None: None, True: "matches", False: "differs"}[agreement],
+        "patterns": found.patterns,
+        "layers": layers,
+        "encoder": _share(layers),
+        "whole": _share([result["total"], *found.excluded.values()]),
+        "excluded": found.excluded,
+        "sizes": {
+            "dense": found.dense_bytes,
+            "file": source.file_bytes,
+            "limit": math.ceil(found.limit_bytes),
+        },
+        "downloaded_bytes": source.downloaded_bytes(),
     }
 
 
 def check_stated(name: str) -> dict[str, Any]:
-    """The sparsity report of a checkpoint; raises `ModelError` if its own sparsity.json says
-    something else.
+    """The sparsity report of a checkpoint that is going to be used; raises `ModelError` if its own
+    sparsity.json says something else.
     """
-    found = inspect(name)
+    found = inspect(directory_of(name))
     if found["stated"] == "differs":
         raise ModelError(
             f"{name}: its zeros are not what its sparsity.json says; was it changed after it was "
@@ -69,65 +81,101 @@ def stated_report(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        stated = json.loads(path.read_text())
-        return {
-            "tensors": stated["tensors"],
-            "fingerprint": stated["fingerprint"],
-            "total": stated["total"],
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        return _stated(json.loads(path.read_text()), directory)
+    except ValueError as error:
         raise ModelError(f"{path}: not a sparsity report: {error!r}") from error
 
 
-def directory_of(name: str) -> Path:
-    """The directory of a checkpoint; one of the Hub is downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"{name}: no such directory")
-    patterns = ["*.safetensors", "*.json"]
+def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what JSON can hold
+    if values is None:
+        return None
     try:
-        found = Path(snapshot_download(name, allow_patterns=patterns))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(name, allow_patterns=["pytorch_model*.bin", "*.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{name}: no such directory, and not to be had from the Hub: {reason}"
-        ) from error
+        return {key: values[key] for key in ("tensors", "fingerprint", "total")}
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{where}/sparsity.json: not a sparsity report: {error!r}") from error
+
+
+@dataclass
+class _Found:
+    """What one pass over the tensors of a checkpoint found."""
+
+    masks: Masks = field(default_factory=dict)
+    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dense: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {part: {"tensors": 0, "size": 0} for part in PARTS}
+    )
+    dense_bytes: int = 0
+    limit_bytes: float = 0.0
+
+
+def _read(source: Source, stated: set[str], where: object) -> _Found:
+    """One pass; the stated tensors count as pruned in any case."""
+    found = _Found()
+    num_heads = _num_heads(source.read_json("config.json"))
+    for name, tensor in source.tensors(is_matrix):
+        num_bytes = tensor.numel() * tensor.element_size()
+        found.dense_bytes += num_bytes
+        mask = _mask(tensor) if is_matrix(name, tensor.shape) else None
+        is_pruned = mask is not None and bool(mask.any()) and not bool(mask.all())
+        if mask is None or not (is_pruned or name in stated):
+            part = found.excluded[part_of(name, tensor.shape)]
+            part["tensors"] += 1
+            part["size"] += tensor.numel()
+            found.limit_bytes += num_bytes
+            if mask is not None:
+                found.dense[name] = tensor.numel()
+            continue
+        found.masks[name] = mask
+        heads = heads_of(name, num_heads) if num_heads else None
+        found.patterns[name] = asdict(structure_of(mask, heads))
+        found.limit_bytes += _limit(mask, tensor.element_size())
+    if not found.dense_bytes:
+        raise ModelError(f"{where}: its files hold no weights")
     return found
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    for pattern in WEIGHT_FILES:
-        files = [f for f in sorted(directory.glob(pattern)) if f.name != "quantization.safetensors"]
-        if files:
-            return files
-    raise ModelError(f"{directory}: has no weights ({' or '.join(WEIGHT_FILES)})")
+def _mask(tensor: Tensor) -> Tensor:
+    is_8_bit_float = tensor.is_floating_point() and tensor.element_size() == 1
+    return (tensor.float() if is_8_bit_float else tensor) != 0
 
 
-def _masks(files: list[Path], stated: set[str]) -> tuple[Masks, dict[str, int]]:
-    """Masks of the pruned tensors, the stated ones in any case, and the sizes of the others."""
-    masks: Masks = {}
-    dense: dict[str, int] = {}
-    for file in files:
-        for name, tensor in _tensors(file):
-            if tensor.ndim != 2 or not name.endswith("weight") or EMBEDDING.search(name):
-                continue
-            mask = nonzero_masks({name: tensor})[name]
-            if name not in stated and (mask.all() or not mask.any()):
-                dense[name] = tensor.numel()
-            else:
-                masks[name] = mask
-    return masks, dense
+def _limit(mask: Tensor, value_bytes: int) -> float:
+    """The fewest bytes for a matrix whose zeros lie anywhere: the entropy of their positions, and
+    the live values as they are.
+    """
+    num_live = int(mask.count_nonzero())
+    shares = [num_live / mask.numel(), 1 - num_live / mask.numel()]
+    bits = -sum(share * math.log2(share) for share in shares if share)
+    return bits * mask.numel() / 8 + num_live * value_bytes
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        if file.suffix == ".bin":
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            yield from state.items()
-            return
-        yield from compact.tensors(file)
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        raise ModelError(f"{file}: can't be read: {str(error).splitlines()[0]}") from error
+def _num_heads(config: Any) -> int | None:  # Any: what JSON can hold
+    values = config if isinstance(config, dict) else {}
+    found = values.get("num_attention_heads", values.get("n_heads"))  # DistilBERT's word for it
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _layers(result: dict[str, Any], found: _Found) -> list[dict[str, Any]]:
+    """Zeros of each numbered layer's matrices, pruned or not, and the sparsity of each kind."""
+    matrices = {name: (0, size) for name, size in found.dense.items()}
+    for name, row in result["tensors"].items():
+        matrices[name] = row["zeros"], math.prod(row["shape"])
+    grouped: dict[tuple[str, int], dict[str, tuple[int, int]]] = defaultdict(dict)
+    for name, counts in matrices.items():
+        layer = layer_of(name)
+        if layer is not None:
+            grouped[layer.stack, layer.number][layer.kind] = counts
+    rows = []
+    for (stack, number), kinds in sorted(grouped.items()):
+        zeros, size = (sum(counts[i] for counts in kinds.values()) for i in (0, 1))
+        row = {"stack": stack, "layer": number, "zeros": zeros, "size": size}
+        shares = {kind: z / n if n else 0.0 for kind, (z, n) in kinds.items()}
+        rows.append({**row, "sparsity": zeros / size if size else 0.0, "kinds": shares})
+    return rows
+
+
+def _share(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Zeros among all weights of these rows; a row without zeros is dense."""
+    zeros, size = (sum(row.get(key, 0) for row in rows) for key in ("zeros", "size"))
+    return {"zeros": zeros, "size": size, "sparsity": zeros / size if size else 0.0}

@@ -43,8 +43,6 @@ class Row:
 def steps(run: Path) -> Iterator[Step]:
     """This run, and those that its model was made from, as far as they are here."""
     path = run / "recipe.toml"
-    if not path.is_file():
-        raise RunError(f"{run}: not a run, it has no recipe.toml")
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
     recipe = kind.check(values, str(path))

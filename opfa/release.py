@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from httpx2 import HTTPError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
@@ -44,7 +44,7 @@ def release(
     *,
     name: str | None = None,
     form: Format = "dense",
-    dtype: Dtype = "fp32",
+    dtype: Dtype | None = None,
     embeddings: bool = True,
     licence: str | None = None,
     base_model: str | None = None,
@@ -53,15 +53,17 @@ def release(
 ) -> dict[str, Any]:
     """Write a release and return what its manifest says of it.
 
-    `name` is what the card calls it (default: that of the directory), `compare` gives runs whose
-    results stand beside it, by label. Raises `ModelError` or `RunError`, and leaves nothing, when
-    a check fails.
+    `name` is what the card calls it (default: that of the directory). `dtype` is for what is not in
+    8 bits (default: fp32; for the few matrices that compact-int8 leaves fp16). `compare` gives runs
+    whose results stand beside it, by label. Raises `ModelError` or `RunError`, and leaves nothing,
+    when a check fails.
     """
     if output.exists():
         raise RunError(f"{output}: exists already; give a new directory")
-    steps = list(provenance.steps(run))
+    dtype = dtype or ("fp16" if form == "compact-int8" else "fp32")
     model = run / "model"
     stated = _checked(run, model)
+    steps = list(provenance.steps(run))
     rows = provenance.own_rows(run)
     rows += [provenance.row_of(label, path) for label, path in (compare or {}).items()]
     with new_directory(output) as aside:
@@ -134,19 +136,20 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
         commit = api.upload_folder(
             repo_id=name, folder_path=directory, commit_message="Release, by opfa"
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise RunError(f"{name}: not uploaded: {error}") from error
+    except (HTTPError, ValueError, OSError) as error:  # a refused card or name is a ValueError
+        raise RunError(f"{name}: not uploaded: {str(error).strip()}") from error
     return str(commit.commit_url)
 
 
 def _checked(run: Path, model: Path) -> dict[str, Any]:
     """The sparsity report of a finished run's model, if the model is what the run wrote."""
+    if not (run / "recipe.toml").is_file():
+        raise RunError(f"{run}: not a run, it has no recipe.toml")
     if not (run / "done.json").is_file():
-        several = run / "table.md"
-        best = (
-            json.loads((run / "results.json").read_text())["best_run"] if several.exists() else ""
-        )
-        hint = f": it holds several runs; the best is {run / best}" if best else ""
+        hint = ""
+        if (run / "table.md").is_file():
+            best = json.loads((run / "results.json").read_text())["best_run"]
+            hint = f"; it holds several, the best is {run / best}"
         raise RunError(f"{run}: not a finished run{hint}")
     found = check_stated(str(model))
     stated = stated_report(model)

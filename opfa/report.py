@@ -1,4 +1,5 @@
-"""Pictures of a run: the sparsity schedule against the loss, sparsity per layer, learning rate.
+"""Pictures: of a run the sparsity schedule against the loss, sparsity per layer, learning rate; of
+a checkpoint the sparsity of each matrix; of two, whose masks changed.
 
 Colours are Okabe and Ito's, which readers with colour-blindness can tell apart.
 """
@@ -11,10 +12,14 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only; needs no display
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from opfa.anatomy import layer_labels, short_kinds
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+ALL = "whole layer"
 Row = Mapping[str, Any]
 
 
@@ -119,6 +124,73 @@ def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
     for axes in (left, right):
         _tidy(axes)
     _save(figure, path)
+
+
+def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None:
+    """Draw the sparsity of each kind of matrix in each layer, in percent."""
+    rows = [{**row["kinds"], ALL: row["sparsity"]} for row in result["layers"]]
+    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
+    _heat_map(axes, rows, result["layers"], limit=1.0)
+    encoder, whole, sizes = result["encoder"], result["whole"], result["sizes"]
+    _captions(
+        figure,
+        f"{name}\nsparsity of each matrix, %",
+        f"{encoder['sparsity']:.2%} of the {encoder['size'] / 1e6:,.1f} M weights in the layers' "
+        f"matrices are zero, {whole['sparsity']:.2%} of all {whole['size'] / 1e6:,.1f} M.\n"
+        f"As dense tensors {sizes['dense'] / 1e6:,.1f} MB; the zeros' places and the other values "
+        f"need at least {sizes['limit'] / 1e6:,.1f} MB.",
+    )
+    _save(figure, path)
+
+
+def comparison_picture(result: Mapping[str, Any], path: Path) -> None:
+    """Draw for two checkpoints how much of each matrix has another mask."""
+    rows = [row["kinds"] for row in result["layers"]]
+    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
+    shares = [share for row in rows for share in row.values()]
+    _heat_map(axes, rows, result["layers"], limit=max(shares) or 1.0)
+    title = f"{result['a']} against {result['b']}\nweights whose mask changed, %"
+    _captions(figure, title, result["summary"].replace("; ", ";\n"))
+    _save(figure, path)
+
+
+def _captions(figure: Figure, title: str, below: str) -> None:
+    """Two lines above a picture and two below."""
+    longest = max(len(line) for line in (title + "\n" + below).splitlines())
+    width = figure.get_figwidth()
+    size = min(11.0, 120 * width / longest)  # points; a letter is about 0.6 as wide as high
+    figure.suptitle(title, fontsize=size, linespacing=1.4)
+    figure.supxlabel(below, fontsize=min(9.0, size), linespacing=1.4)
+
+
+def _cells(rows: Sequence[Row]) -> tuple[float, float]:
+    """Inches for a picture of so many cells."""
+    return max(6.5, 1.2 + 0.95 * len(rows[0])), 2.0 + 0.27 * len(rows)
+
+
+def _heat_map(axes: Axes, rows: Sequence[Row], layers: Sequence[Row], limit: float) -> None:
+    """One cell for each layer and kind of matrix; those that a layer lacks stay empty."""
+    names = short_kinds(kind for row in rows for kind in row if kind != ALL)
+    kinds = {**names, **({ALL: ALL} if ALL in rows[0] else {})}
+    values = np.array([[row.get(kind, np.nan) for kind in kinds] for row in rows])
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value > 0.55 * limit else "black"  # readable on its cell
+            text = f"{100 * value:.2f}"
+            shown = axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
+            shown.set_in_layout(False)  # it lies in its cell; measuring all of them takes seconds
+    axes.set_xticks(range(len(kinds)), list(kinds.values()))
+    labels = layer_labels([(row["stack"], row["layer"]) for row in layers])
+    axes.set_yticks(range(len(rows)), [f"layer {label}" for label in labels])
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.set_xticks(np.arange(len(kinds) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    if ALL in kinds:
+        axes.axvline(len(kinds) - 1.5, color="white", linewidth=8)
+    axes.spines[:].set_visible(False)
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opfa import compact, quant
-from opfa.inspection import EMBEDDING
+from opfa.anatomy import EMBEDDING
 from opfa.recipe import ModelError
 from opfa.sparsity.packing import Int8
 
@@ -30,14 +30,14 @@ def write_weights(
     pruned: set[str],
     *,
     form: Format,
-    dtype: Dtype = "fp32",
+    dtype: Dtype,
     embeddings: bool = True,
 ) -> bool:
     """Write the weights of a finished model into a directory; whether they are another's now.
 
     `pruned` names the matrices with zeros. With `compact-int8` these and what the model was
-    quantized in are written in 8 bits, and with `embeddings` every embedding too; all else in
-    `dtype`. The file is read again and compared.
+    quantized in are written in 8 bits, and with `embeddings` every embedding too; other matrices
+    in `dtype`, and vectors in fp32. The file is read again and compared.
     """
     files = sorted(source.glob("model*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in compact.tensors(path)}
@@ -48,6 +48,8 @@ def write_weights(
             values, scale = quant.to_int8(tensor, schemes[name])
             mask = None if EMBEDDING.search(name) else tensor != 0
             written[name] = Int8(values=values, scale=scale, mask=mask)
+        elif form == "compact-int8" and tensor.ndim < 2:
+            written[name] = tensor
         else:
             written[name] = _cast(name, tensor, DTYPES[dtype])
     if form == "dense":

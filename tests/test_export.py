@@ -224,6 +224,16 @@ def test_the_zeros_of_the_initializers_are_those_of_sparsity_json(
         assert not live[weights[name] == 0].any()
 
 
+def test_inspecting_the_file_finds_the_zeros_that_the_report_tells(
+    run: Path, exported: tuple[Path, dict[str, Any]]
+) -> None:
+    path, report = exported
+    found, stated = inspect(path), inspect(run)
+    assert found["total"]["zeros"] == report["zeros"]["onnx"]
+    assert found["tensors"].keys() == stated["tensors"].keys()
+    assert report["precision"] == "int8" or found["fingerprint"] == stated["fingerprint"]
+
+
 def test_the_file_lies_beside_what_is_needed_to_use_it(
     run: Path, exported: tuple[Path, dict[str, Any]]
 ) -> None:

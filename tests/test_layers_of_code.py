@@ -7,21 +7,35 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
-    {"recipe", "order"},
-    {"schedules", "records", "sparsity.masks", "sparsity.packing", "zero", "state", "distributed"},
+    {"recipe", "order", "anatomy", "sparsity.structure"},
+    {
+        "tables",
+        "schedules",
+        "hub",
+        "onnx_weights",
+        "records",
+        "sparsity.masks",
+        "sparsity.packing",
+        "zero",
+        "state",
+        "distributed",
+    },
     {"sparsity.pattern", "sparsity.layers", "upstream.masking", "compact"},
     {"loading"},
     {"registration", "distill", "quant"},
     {"models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"lora", "guard", "onnx_graph"},
-    {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
-    {"upstream.corpus", "downstream.features", "plan"},
+    {"lora", "guard", "onnx_graph", "sources", "manifest", "provenance"},
+    {"card", "comparison", "pruner", "checkpoint", "report"},
+    {"upstream.segments", "downstream.examples"},
+    {"inspection", "upstream.corpus"},
+    {"downstream.features", "plan", "weights"},
     {"upstream.batches", "downstream.scores", "downstream.squad"},
     {"upstream.objective", "downstream.tasks"},
     {"downstream.evaluate", "downstream.selection", "downstream.student"},
     {"downstream.teacher", "parity"},
     {"upstream.pretrain", "downstream.finetune"},
-    {"quickstart", "bench", "downstream.sweep", "downstream.calibrate", "export"},
+    {"quickstart", "bench", "bench_files", "downstream.sweep", "downstream.calibrate"},
+    {"export", "release"},
     {"cli"},
     {"__main__"},
 ]
@@ -80,7 +94,8 @@ def test_only_the_engine_names_deepspeed() -> None:
 
 def test_only_models_and_tasks_name_model_classes() -> None:
     def classes(path: Path) -> set[str]:
-        types = {"PreTrainedModel", "PreTrainedTokenizerBase", "PretrainedConfig", "BatchEncoding"}
+        types = {"PreTrainedModel", "PreTrainedTokenizerBase", "BatchEncoding"}
+        types |= {"PretrainedConfig", "PreTrainedConfig"}
         found = {i.split(".")[1] for i in imports(path) if i.startswith("transformers.")}
         return {name for name in found if name[0].isupper()} - types
 

@@ -96,7 +96,7 @@ def test_a_compact_release_answers_as_the_run(run: Path, tmp_path: Path) -> None
 
 
 def test_8_bits_of_a_quantized_model_are_the_same_8_bits(quantized: Path, tmp_path: Path) -> None:
-    facts = release(quantized, tmp_path / "out", form="compact-int8")
+    facts = release(quantized, tmp_path / "out", form="compact-int8", dtype="fp32")
     answers = logits(tmp_path / "out"), logits(quantized / "model")
     torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
     stored = compact.CompactFile(tmp_path / "out" / compact.FILE)
@@ -163,7 +163,7 @@ def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:
 
 
 def test_embeddings_stay_when_asked(run: Path, tmp_path: Path) -> None:
-    release(run, tmp_path / "out", form="compact-int8", embeddings=False)
+    release(run, tmp_path / "out", form="compact-int8", dtype="fp32", embeddings=False)
     name = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(weights(tmp_path / "out")[name], weights(run / "model")[name])
 
@@ -207,7 +207,7 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
         release(run, tmp_path)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "done.json").unlink()
-    with pytest.raises(RunError, match="only a finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         release(tmp_path / "run", tmp_path / "out")
 
 
@@ -344,7 +344,13 @@ class Hub(BaseHTTPRequestHandler):
             lines = [json.loads(line) for line in body.splitlines()]
             values = [line["value"] for line in lines if line["key"] == "file"]
             self.commits.append({v["path"]: base64.b64decode(v["content"]) for v in values})
-            self.answer({"commitUrl": "http://hub/commit/1", "commitOid": "1", "hookOutput": ""})
+            self.answer(
+                {
+                    "commitUrl": "https://huggingface.co/org/tiny/commit/1",
+                    "commitOid": "1",
+                    "hookOutput": "",
+                }
+            )
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
@@ -352,7 +358,7 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []}, 400 if self.refused else 200)
         else:
-            self.answer({"url": "http://hub/org/tiny"})
+            self.answer({"url": "https://huggingface.co/org/tiny"})
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's name
         self.answer({"sha": "0", "id": "org/tiny", "siblings": []})
@@ -364,7 +370,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 

@@ -24,6 +24,7 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PARTS = ("form", "positions", "values", "scale")
 RUN = 255  # a gap's byte that stands for so many zeros and no value
 ZSTANDARD = pyarrow.Codec("zstd", compression_level=1)
+MEMORY = pyarrow.system_memory_pool()  # gives back at once what is freed
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,10 @@ def _positions(frame: Tensor, form: Form) -> np.ndarray:
 def _values(frame: Tensor, form: Form) -> Tensor:
     width = form.dtype.itemsize
     planes = _decompressed(frame, form.count * width).reshape(width, form.count)
-    return torch.from_numpy(planes.T.copy()).view(-1).view(form.dtype)
+    values = np.empty((form.count, width), np.uint8)
+    for index, plane in enumerate(planes):  # half the time of a transposed copy
+        values[:, index] = plane
+    return torch.from_numpy(values).view(-1).view(form.dtype)
 
 
 def _scaled(
@@ -148,7 +152,7 @@ def _compressed(array: np.ndarray) -> Tensor:
 
 def _decompressed(frame: Tensor, num_bytes: int) -> np.ndarray:
     """The content of a frame; raises `OSError` when it isn't of this size."""
-    content = ZSTANDARD.decompress(frame.numpy(), decompressed_size=num_bytes)
+    content = ZSTANDARD.decompress(frame.numpy(), num_bytes, memory_pool=MEMORY)
     return np.frombuffer(content, np.uint8)
 
 

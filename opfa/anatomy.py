@@ -1,0 +1,129 @@
+"""Which part of a model a tensor is, told by its name and shape alone.
+
+Numbered layers are found in every family known: bert.encoder.layer.0.…, distilbert.transformer.
+layer.0.…, model.layers.0.…, and in others' models h.0.… and block.0.…. Loading the model class
+would say the same for the families that transformers knows, at the price of running its code on
+whatever was downloaded.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+EMBEDDING = re.compile(r"embed|wte|wpe|lm_head\.decoder|predictions\.decoder|vocab_projector")
+LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?:layers?|h|blocks?)\.(?P<number>\d+)\.(?P<kind>.+)$")
+TABLE = re.compile(r"weight(_quantized)?$")  # ONNX Runtime's quantizer appends a word
+NORM = re.compile(r"(weight|gamma|beta)$")
+HEAD_ROWS = re.compile(r"(query|key|value|[qkv]_lin|[qkv]_proj)\.weight$")
+HEAD_COLUMNS = re.compile(r"(attention\.output\.dense|out_lin|out_proj|o_proj|attn\.Wo)\.weight$")
+FUSED = re.compile(r"attn\.Wqkv\.weight$")
+GENERIC = {"dense", "self", "linear"}  # parts of names that tell nothing apart
+READING_ORDER = (  # as data flow through a layer
+    re.compile(r"Wqkv|query|q_(lin|proj)"),
+    re.compile(r"key|k_(lin|proj)"),
+    re.compile(r"value|v_(lin|proj)"),
+    re.compile(r"att\w*\."),
+    re.compile(r"intermediate|lin1|Wi|fc1|gate|up_proj"),
+)
+PARTS = ("encoder", "embeddings", "pooler", "heads", "norms", "biases", "other")
+
+
+class Layer(NamedTuple):
+    """The place of a tensor in a stack of numbered layers."""
+
+    stack: str
+    number: int
+    kind: str
+
+
+def layer_of(name: str) -> Layer | None:
+    """Where a tensor of a numbered layer is; None for all others."""
+    found = LAYER.match(name)
+    if found is None:
+        return None
+    kind = found["kind"].removesuffix(".weight")
+    return Layer(found["stack"], int(found["number"]), kind)
+
+
+def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
+    """Short names for kinds of matrices, in the order in which data flow through a layer."""
+
+    def place(kind: str) -> tuple[int, str]:
+        found = [i for i, pattern in enumerate(READING_ORDER) if pattern.search(kind)]
+        return min(found, default=len(READING_ORDER)), kind
+
+    kinds = sorted(set(kinds), key=place)
+    words = {kind: [w for w in kind.split(".") if w not in GENERIC] or [kind] for kind in kinds}
+    lasts = [parts[-1] for parts in words.values()]
+    short = {k: " ".join(w[-2:] if lasts.count(w[-1]) > 1 else w[-1:]) for k, w in words.items()}
+    is_clear = len(set(short.values())) == len(short)
+    return short if is_clear else {kind: kind for kind in kinds}
+
+
+def layer_labels(layers: Sequence[tuple[str, int]]) -> list[str]:
+    """What to call numbered layers: by number, and by stack too where there are several."""
+    is_one_stack = len({stack for stack, _ in layers}) == 1
+    return [str(n) if is_one_stack else f"{stack}.{n}".lstrip(".") for stack, n in layers]
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the matrix of a linear layer, which pruning is about."""
+    return len(shape) == 2 and name.endswith("weight") and not EMBEDDING.search(name)
+
+
+def part_of(name: str, shape: Sequence[int]) -> str:
+    """One of `PARTS`: what a tensor without zeros counts to."""
+    if len(shape) == 1:
+        if name.endswith("bias"):
+            return "biases"
+        return "norms" if NORM.search(name) else "other"
+    if EMBEDDING.search(name) and TABLE.search(name):
+        return "embeddings"
+    if not is_matrix(name, shape):
+        return "other"
+    if layer_of(name):
+        return "encoder"
+    return "pooler" if "pooler" in name else "heads"
+
+
+def heads_of(name: str, num_heads: int) -> tuple[int, int] | None:
+    """Where an attention matrix holds its heads: (dimension, number of groups of lines); None for
+    every other matrix.
+    """
+    if FUSED.search(name):
+        return 0, 3 * num_heads
+    if HEAD_ROWS.search(name):
+        return 0, num_heads
+    return (1, num_heads) if HEAD_COLUMNS.search(name) else None
+
+
+def paired_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Which names of two checkpoints mean the same tensor: equal, or one is the other behind the
+    path of a base model (`bert.`), and no second one is.
+    """
+    ours, theirs = list(ours), list(theirs)
+    pairs = {name: name for name in set(ours) & set(theirs)}
+    open_ours = [name for name in ours if name not in pairs]
+    open_theirs = [name for name in theirs if name not in pairs]
+    longer = _by_endings(open_ours), _by_endings(open_theirs)
+    for name in open_ours:
+        found = {n for n in open_theirs if n in _endings(name)} | set(longer[1].get(name, []))
+        if len(found) == 1:
+            other = found.pop()
+            back = {n for n in open_ours if n in _endings(other)} | set(longer[0].get(other, []))
+            if len(back) == 1:
+                pairs[name] = other
+    return {name: pairs[name] for name in ours if name in pairs}
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
+
+
+def _by_endings(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for ending in _endings(name):
+            found.setdefault(ending, []).append(name)
+    return found

@@ -1,0 +1,99 @@
+"""The weights in an ONNX file, ours or another exporter's.
+
+Our files hold matrices under the names and in the layout of the state dict. Others transpose them
+to [input, output] and call them onnx::MatMul_123; the node that multiplies by one still says which
+module it was (/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is whatever equals the zero
+point. Rejected: onnx_graph.py, which needs torch's exporter and transformers to be there.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opfa.recipe import ModelError, RunError
+
+try:  # an optional extra
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx import helper, numpy_helper
+except ImportError as error:
+    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
+
+PRODUCTS = ("MatMul", "MatMulInteger")
+
+
+class _Use(NamedTuple):
+    """What the nodes say of a matrix: the name of its module, and its zero point."""
+
+    name: str
+    is_transposed: bool
+    zero_point: str | None
+    axis: int
+
+
+def read_onnx(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The initializers of a file, matrices as [output, input]."""
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except (DecodeError, OSError) as error:
+        raise ModelError(f"{file}: can't be read as ONNX: {error}") from error
+    if not graph.initializer:
+        raise ModelError(f"{file}: has no weights, or is no ONNX file")
+    items = {item.name: item for item in graph.initializer}
+    uses = _uses(graph)
+    for name, item in items.items():
+        values = _values(item, file)
+        use = uses.get(name)
+        if use is None or values.ndim != 2:
+            yield name, _tensor(values, file, name)
+            continue
+        if use.zero_point in items:
+            values = _centred(values, _values(items[use.zero_point], file), use.axis)
+        values = values.T if use.is_transposed else values
+        yield use.name, _tensor(values, file, name)
+
+
+def _tensor(values: np.ndarray, file: Path, name: str) -> Tensor:
+    try:
+        return torch.from_numpy(values.copy())
+    except TypeError as error:
+        raise ModelError(f"{file}: {name}: values of type {values.dtype} can't be read") from error
+
+
+def _values(item: onnx.TensorProto, file: Path) -> np.ndarray:
+    try:
+        return numpy_helper.to_array(item, str(file.parent))
+    except (onnx.checker.ValidationError, ValueError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{file}: {item.name}: can't be read: {reason}") from error
+
+
+def _centred(values: np.ndarray, zero_point: np.ndarray, axis: int) -> np.ndarray:
+    """8-bit integers minus their zero point; what leaves the range wraps around, never to zero."""
+    shape = [1] * values.ndim
+    shape[axis] = zero_point.size if zero_point.size > 1 else 1
+    return (values.astype(np.int16) - zero_point.astype(np.int16).reshape(shape)).astype(np.int8)
+
+
+def _uses(graph: onnx.GraphProto) -> dict[str, _Use]:
+    """By initializer, for those that nodes multiply by."""
+    dequantized: dict[str, tuple[str, str | None, int]] = {}
+    uses: dict[str, _Use] = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            zero_point = node.input[2] if len(node.input) > 2 else None
+            axes = [helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"]
+            dequantized[node.output[0]] = node.input[0], zero_point, int(axes[0]) if axes else 1
+        elif node.op_type in PRODUCTS:
+            source = node.input[1]
+            zero_point = node.input[3] if len(node.input) > 3 else None
+            initializer, zero_point, axis = dequantized.get(source, (source, zero_point, 1))
+            path, _, _ = node.name.strip("/").rpartition("/")
+            if path and not initializer.endswith("weight"):
+                name = f"{path.replace('/', '.')}.weight"
+                uses[initializer] = _Use(name, True, zero_point, axis)
+    return uses
