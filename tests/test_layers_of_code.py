@@ -8,11 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"recipe", "order"},
-    {"schedules", "records", "sparsity.masks", "zero", "state", "distributed"},
-    {"sparsity.pattern", "sparsity.layers", "upstream.masking"},
+    {"schedules", "records", "sparsity.masks", "zero", "state", "distributed", "index", "aside"},
+    {"sparsity.pattern", "sparsity.layers", "upstream.masking", "transfer"},
     {"distill", "quant", "models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"lora", "guard", "onnx_graph"},
+    {"lora", "guard", "onnx_graph", "manifest"},
     {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
+    {"hub_listing"},
+    {"hub"},
+    {"download"},
     {"upstream.corpus", "downstream.features", "plan"},
     {"upstream.batches", "downstream.scores", "downstream.squad"},
     {"upstream.objective", "downstream.tasks"},
