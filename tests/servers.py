@@ -42,6 +42,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
 
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
     def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server wants
         self._answer()
 
