@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from opfa.recipe import OpfaError, RunError
+from opfa.recipe import RunError
 
 FILES = "files"
 LOCK = ".lock"
@@ -64,8 +64,6 @@ def disk_errors(output: Path) -> Iterator[None]:
     """Turn what a disk or its rights refuse into one message."""
     try:
         yield
-    except OpfaError:
-        raise
     except OSError as error:
         where = error.filename or output
         if error.errno in FULL:

@@ -188,34 +188,38 @@ def _fill(source: Source, directory: Path, name: str) -> None:
         raise RunError(f"{directory}: {needed - here:,} bytes are needed, {free:,} are free here")
     for file in _configurations(source):
         if source.files[file].size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{name}: {file} has {source.files[file].size:,} bytes; too many")
+            raise ModelError(f"{shown(name)}: {file} has more than {MAX_CONFIG_BYTES:,} bytes")
     with _progress(name, needed) as advance:
         for number, file in enumerate(source.files, 1):
-            _bring(source, file, directory / file, advance)
-            log.info("%s: %d of %d files", name, number, len(source.files))
+            if problem := _bring(source, file, directory / file, advance):
+                raise ModelError(f"{shown(name)}: {file} {problem}; it is not what was released")
+            log.info("%s: %d of %d files", shown(name), number, len(source.files))
     for file in _configurations(source):
-        _check_plain(directory / file, f"{name}: {file}")
+        _check_plain(directory / file, f"{shown(name)}: {file}")
     if source.manifest is not None:
         (directory / MANIFEST).write_bytes(source.manifest)
 
 
-def _bring(source: Source, file: str, path: Path, advance: Advance) -> None:
-    """Bring a file and verify it; one that is wrong is brought once more, from its beginning."""
+def _bring(source: Source, file: str, path: Path, advance: Advance) -> str | None:
+    """Bring a file unless it is there, and look what is wrong with it.
+
+    One that is wrong is brought once more, from its beginning: what an earlier attempt left, or a
+    cache holds, may be of another release.
+    """
     expected = source.files[file]
     if expected.problem(path) is None:
         advance(expected.size)
-        return
-    source.bring(file, path, advance, is_again=False)
-    problem = expected.problem(path)
-    if problem:
-        log.info("%s %s; once more from its beginning", file, problem)
-        path.unlink()
-        advance(-expected.size)
-        source.bring(file, path, advance, is_again=True)
+        return None
+    problem = None
+    for is_again in (False, True):
+        source.bring(file, path, advance, is_again=is_again)
         problem = expected.problem(path)
-    if problem:
+        if problem is None:
+            return None
+        log.info("%s %s", file, problem)
+        advance(-expected.size)
         path.unlink()
-        raise ModelError(f"{file} {problem}; what is sent is not what was released")
+    return problem
 
 
 def _configurations(source: Source) -> list[str]:

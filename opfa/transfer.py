@@ -65,8 +65,8 @@ class Patience:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if self._failures == ATTEMPTS:
             raise RunError(
-                f"{self.what}: {reason}; given up after {ATTEMPTS} attempts, the same command goes "
-                "on with what has come"
+                f"{self.what}: {reason}; given up after {ATTEMPTS} attempts; the same command goes "
+                "on from here"
             ) from error
         pause = PAUSE_SECONDS * 2 ** (self._failures - 1)
         if isinstance(error, PassingError) and error.pause_seconds is not None:
@@ -74,7 +74,7 @@ class Patience:
         if pause > MAX_PAUSE_SECONDS:
             raise RunError(
                 f"{self.what}: {reason}, and the server asks to come back in {pause:.0f} s; the "
-                "same command goes on with what has come"
+                "same command goes on from here"
             ) from error
         log.info("%s: %s; again in %.1f s", self.what, reason, pause)
         time.sleep(pause)

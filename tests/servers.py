@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import socket
 import struct
 import threading
@@ -40,7 +41,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -112,7 +113,8 @@ def reset(num_bytes: int) -> Odd:
         handler.send(content, num_bytes=num_bytes)
         handler.wfile.flush()
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        handler.connection.close()
+        os.close(handler.connection.detach())
+        handler.close_connection = True
 
     return answer
 

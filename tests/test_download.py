@@ -98,7 +98,8 @@ def test_all_misbehaviours_after_another_end_complete(server: Server, tmp_path: 
     server.script["/m/release.json"] = [servers.status(503), servers.cut(20), servers.stall(5)]
     server.script["/m/config.json"] = [servers.cut(3), servers.status(429), servers.cut(2)]
     server.script[PATH] = [
-        servers.status(503), servers.cut(100_000), servers.whole, servers.reset(10), servers.stall(9)
+        servers.status(503), servers.cut(100_000), servers.whole, servers.reset(10),
+        servers.stall(9),
     ]  # fmt: skip
     download(f"{server.url}/m", tmp_path / "out")
     assert files_in(tmp_path / "out") == release(FILES)
@@ -126,7 +127,7 @@ def test_a_server_that_always_hangs_up_is_given_up_and_the_same_command_goes_on(
     server: Server, tmp_path: Path
 ) -> None:
     server.always[PATH] = servers.cut(1000)
-    with pytest.raises(RunError, match=r"given up after 6 attempts, the same command goes on"):
+    with pytest.raises(RunError, match=r"given up after 6 attempts; the same command goes on"):
         download(f"{server.url}/m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     server.always.clear()
