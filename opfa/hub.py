@@ -42,7 +42,7 @@ from opfa.recipe import ModelError, RunError
 from opfa.transfer import PASSING, Advance, Patience
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # what may become a name in the cache
+PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 Result = TypeVar("Result")
 
 
@@ -163,12 +163,10 @@ class HubModel:
                 f"{self.name}, {file}: the Hub would send {offer.size:,} bytes, but at most "
                 f"{limit:,} are expected"
             )
-        for pattern, text, what in (
-            (COMMIT, offer.commit_hash, "commit"),
-            (PLAIN, offer.etag, "ETag"),
-        ):
-            if text is not None:
-                checked(pattern, text, what, self.name)
+        if offer.commit_hash is not None:  # both become names in the cache
+            checked(COMMIT, offer.commit_hash, "commit", self.name)
+        if offer.etag is not None:
+            checked(PLAIN, offer.etag, "ETag", self.name)
 
 
 class Meter:

@@ -159,11 +159,11 @@ def instead(other: bytes, **headers: str) -> Odd:
 
 
 def endless(handler: Handler, content: bytes) -> None:
-    """The content, and then more and more, with no length stated."""
+    """The content, and then more and more, with no length stated; a disk is never filled up."""
     handler.start(200, None, Connection="close")
     handler.close_connection = True
     handler.wfile.write(content)
-    while not handler.server.let_go.is_set():
+    for _ in range(1024):
         handler.wfile.write(bytes(1 << 16))
 
 

@@ -8,15 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import servers
 from huggingface_hub import close_session, constants, try_to_load_from_cache
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from servers import COMMIT, Handler, Server, hub, release, serving
 from test_download import FILES, PROXIES, WEIGHTS, files_in, patient
 
 from opfa import transfer
 from opfa.download import download
+from opfa.hub import Meter
 from opfa.recipe import ModelError, OpfaError, RunError
 
 NAME = "org/tiny"
@@ -251,6 +254,27 @@ def test_without_a_manifest_it_also_works_offline(bare: Server, tmp_path: Path) 
     assert files_in(tmp_path / "again") == files_in(tmp_path / "out")
     blob_of("config.json").write_bytes(b'{"model_type": "trap"}')
     assert offline(tmp_path, "third").returncode == 2
+
+
+def test_the_meter_does_as_a_bar_for_the_xet_storage_too() -> None:
+    advanced: list[int] = []
+    meter = Meter("a file", 100, advanced.append)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="",
+        total=100,
+        log_level=20,
+        tqdm_class=meter,  # type: ignore[arg-type]
+    ) as reporter:
+        for done in (60, 100):
+            report = SimpleNamespace(
+                total_bytes=100,
+                total_bytes_completed=done,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes_completed=done // 2,
+                total_transfer_bytes_completion_rate=None,
+            )
+            reporter.update_progress(report)
+    assert advanced == [60, 40]
 
 
 LISTING = f"/api/models/{NAME}/revision/main"

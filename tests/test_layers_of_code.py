@@ -15,6 +15,7 @@ LEVELS = [
     {"inspection", "pruner", "checkpoint", "report", "upstream.segments", "downstream.examples"},
     {"hub_listing"},
     {"hub"},
+    {"sources"},
     {"download"},
     {"upstream.corpus", "downstream.features", "plan"},
     {"upstream.batches", "downstream.scores", "downstream.squad"},
