@@ -81,12 +81,10 @@ class Patience:
 
 
 def fetch(url: str, path: Path, size: int, advance: Advance) -> None:
-    """Bring a file of exactly this many bytes to a path, after the bytes that are there already."""
+    """Bring a file of this many bytes to a path, after the bytes that are there already."""
     patience = Patience(shown(url))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        if file.tell() > size:
-            _drop(file)
         advance(file.tell())
         while file.tell() < size:
             try:

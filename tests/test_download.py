@@ -113,6 +113,12 @@ def test_a_server_without_ranges_is_asked_from_the_beginning(
     assert files_in(tmp_path / "out") == release(FILES)
 
 
+def test_a_part_that_was_not_asked_for_is_not_written(server: Server, tmp_path: Path) -> None:
+    server.script[PATH] = [servers.cut(100_000), servers.elsewhere]
+    download(f"{server.url}/m", tmp_path / "out")
+    assert server.ranges(PATH) == [None, "bytes=100000-", None]
+
+
 def test_a_long_file_may_break_off_more_often_than_it_may_fail(
     server: Server, tmp_path: Path
 ) -> None:
@@ -243,12 +249,18 @@ def test_what_another_release_left_half_is_not_mixed_in(server: Server, tmp_path
     assert not (tmp_path / "victim").exists()
 
 
-@pytest.mark.parametrize("odd", [servers.endless, servers.instead(WEIGHTS + b"x")])
-def test_an_answer_that_is_too_long_is_cut_off(
-    server: Server, tmp_path: Path, odd: servers.Odd
+def test_an_answer_that_is_too_long_by_its_own_account_is_not_begun(
+    server: Server, tmp_path: Path
 ) -> None:
-    server.always[PATH] = odd
-    with pytest.raises(ModelError, match=r"(sends more than the|has) 300,0"):
+    server.always[PATH] = servers.instead(WEIGHTS + b"x")
+    with pytest.raises(ModelError, match="has 300,001 bytes, but the manifest says 300,000"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / ".out.incomplete/files")["model.safetensors"] == b""
+
+
+def test_an_endless_answer_is_cut_off(server: Server, tmp_path: Path) -> None:
+    server.always[PATH] = servers.endless
+    with pytest.raises(ModelError, match="sends more than the 300,000 bytes of the manifest"):
         download(f"{server.url}/m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     held = sum(len(content) for content in files_in(tmp_path).values())
