@@ -90,7 +90,7 @@ def _is_wanted(file: str, name: str) -> bool:
 def _chosen(blobs: Mapping[str, Blob], name: str) -> dict[str, Blob]:
     """Without pickles, unless the weights are there in no other form."""
     pickles = {file for file in blobs if PICKLE.fullmatch(file)}
-    if len(pickles) < len(blobs) and any(file.endswith(".safetensors") for file in blobs):
+    if any(file.endswith(".safetensors") for file in blobs):
         blobs = {file: blob for file, blob in blobs.items() if file not in pickles}
     elif pickles:
         log.info("%s: has no safetensors; takes %s", name, ", ".join(sorted(pickles)))

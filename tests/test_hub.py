@@ -304,6 +304,7 @@ def test_a_listing_that_is_none_is_one_message(
     if isinstance(listing, dict):
         listing = json.dumps({"id": NAME, "sha": COMMIT, **listing}).encode()
     bare.content[LISTING] = listing
-    with pytest.raises(OpfaError):
+    with pytest.raises(OpfaError) as error:
         download(NAME, tmp_path / "out", endpoint=bare.url)
+    assert ("leads out" in str(error.value)) == (b"evil.json" in listing)
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
