@@ -35,7 +35,7 @@ from opfa import manifest
 from opfa.aside import disk_errors, held
 from opfa.manifest import MANIFEST
 from opfa.recipe import ModelError, RunError
-from opfa.sources import Source, source_of
+from opfa.origin import Source, source_of
 from opfa.transfer import Advance, shown
 
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is

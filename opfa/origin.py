@@ -14,7 +14,7 @@ from typing import Protocol
 import httpx2
 
 from opfa import manifest
-from opfa.hub import HubModel
+from opfa.hub_origin import HubModel
 from opfa.index import released
 from opfa.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from opfa.recipe import ModelError, RunError

@@ -19,7 +19,7 @@ from test_download import FILES, PROXIES, WEIGHTS, files_in, patient
 
 from opfa import transfer
 from opfa.download import download
-from opfa.hub import Meter
+from opfa.hub_origin import Meter
 from opfa.recipe import ModelError, OpfaError, RunError
 
 NAME = "org/tiny"
