@@ -329,6 +329,47 @@ def inspect(
         tables.print_comparison(found, has_tensors=has_tensors)
 
 
+@app.command(
+    epilog="Example: opfa download Intel/bert-base-uncased-sparse-90-unstructured-pruneofa "
+    "--output bert-base-90"
+)
+def download(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A Hub name, an https URL or a directory.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The model's directory; must be new.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of the Hub: a branch, tag or commit.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Get a released model and verify every file; what was interrupted goes on."""
+    from opfa.download import download as execute
+
+    result = execute(name, output, revision=revision, endpoint=endpoint)
+    if as_json:
+        _print_json(result)
+    else:
+        held_to = "its manifest" if result["manifest_sha256"] else "the Hub's listing"
+        files = f"{result['files']:,} files, {result['bytes']:,} bytes"
+        print(f"{output}: complete; {files}, each as {held_to} says")
+
+
+@app.command("list", epilog="Example: opfa list")
+def list_models(as_json: AsJson = False) -> None:
+    """Show released models that `opfa download` knows."""
+    from opfa.index import released
+
+    models = [model.model_dump() for model in released()]
+    if as_json:
+        _print_json(models)
+    else:
+        _print_models(models)
+
+
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
 def quickstart(
     output: Annotated[Path, typer.Option("--output", help="Where everything goes; must be new.")],
@@ -447,6 +488,21 @@ def _print_plan(result: dict[str, Any]) -> None:
     print(f"about {result['days']:.1f} days, if nothing of the wire overlaps with computing")
 
 
+def _print_models(models: list[dict[str, Any]]) -> None:
+    table = Table()
+    table.add_column("name", overflow="fold")
+    for column in ("task", "sparsity", "bytes", "results"):
+        table.add_column(column)
+    for model in models:
+        sparsity = "" if model["sparsity"] is None else f"{model['sparsity']:.0%}"
+        size = "" if model["bytes"] is None else f"{model['bytes']:,}"
+        results = {k: v for k, v in (model["results"] or {}).items() if v is not None}
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results.items())
+        table.add_row(model["name"], model["task"], sparsity, size, shown)
+    Console().print(table)
+    print("empty: not measured by this project")
+
+
 def _print_export(output: Path, result: dict[str, Any]) -> None:
     table = Table("", "model", "ONNX", title=f"{output} ({result['precision']})")
     for key in ("bytes", "zeros"):
@@ -496,7 +552,9 @@ def run(arguments: list[str]) -> int:
         raise
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
         return _refuse(
-            "interrupted; a run that had begun continues with the same command and --resume", status
+            "interrupted; a run that had begun continues with the same command and --resume, a "
+            "download with the same command",
+            status,
         )
     return status if isinstance(status, int) else 0
 

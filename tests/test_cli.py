@@ -175,8 +175,11 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 @pytest.mark.parametrize(
     "command",
-    ["prepare", "pretrain", "finetune", "evaluate", "calibrate", "export", "inspect", "quickstart"],
-)
+    [
+        "prepare", "pretrain", "finetune", "evaluate", "calibrate", "export", "inspect", "download",
+        "list", "quickstart",
+    ],
+)  # fmt: skip
 def test_every_command_explains_itself_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

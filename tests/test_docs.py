@@ -66,6 +66,8 @@ def test_the_readme_names_every_command() -> None:
         "calibrate",
         "export",
         "inspect",
+        "download",
+        "list",
         "quickstart",
         "plan",
     ]

@@ -1,0 +1,162 @@
+"""Download: a released model from the Hub, from a web server or from a directory, whole or not at
+all.
+
+Every file is brought into `.NAME.incomplete` beside the output, held to size and digest, and only
+when all are right does the directory get its name, by one rename. What an interruption leaves is
+used by the next attempt: whole files are not asked for again, half ones go on where they ended. Of
+two processes with one output the second waits, and then finds it complete. Nothing that comes is
+executed or unpickled, and a configuration that asks for code of its own is refused.
+
+`snapshot_download` to a local directory was rejected: it knows no release manifest, names files
+before they were looked at, and takes code and pickles along.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from opfa import manifest
+from opfa.aside import disk_errors, held
+from opfa.manifest import MANIFEST
+from opfa.origin import Source, source_of
+from opfa.recipe import ModelError, RunError
+from opfa.transfer import Advance, shown
+
+CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
+MAX_CONFIG_BYTES = 1 << 24
+log = logging.getLogger(__name__)
+
+
+def download(
+    name: str, output: Path, *, revision: str | None = None, endpoint: str | None = None
+) -> dict[str, Any]:
+    """Bring a released model into a new directory, and verify it; what came, in figures.
+
+    The name is one of `opfa list`, of the Hub, a URL, or a local directory. An output that holds
+    the same release already is left as it is.
+    """
+    output = output.absolute()
+    with disk_errors(output):
+        source = source_of(name, revision, endpoint)
+        with held(output) as aside:
+            if os.path.lexists(output):
+                _check_same(output, source)
+                log.info("%s: is complete already", output)
+            else:
+                _fill(source, aside, name)
+                os.replace(aside, output)
+    digest = None if source.manifest is None else hashlib.sha256(source.manifest).hexdigest()
+    return {
+        "name": name,
+        "directory": str(output),
+        "files": len(source.files),
+        "bytes": sum(file.size for file in source.files.values()),
+        "manifest_sha256": digest,
+    }
+
+
+def _fill(source: Source, directory: Path, name: str) -> None:
+    """Bring every file into a directory that may have some already, and verify each."""
+    directory.mkdir(exist_ok=True)
+    for path in sorted(directory.rglob("*"), reverse=True):
+        is_kept = path.is_dir() or path.relative_to(directory).as_posix() in source.files
+        if path.is_symlink() or not is_kept:
+            path.unlink()
+    needed = sum(file.size for file in source.files.values())
+    here = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
+    if needed - here > free:
+        raise RunError(f"{directory}: {needed - here:,} bytes are needed, {free:,} are free here")
+    for file in _configurations(source):
+        if source.files[file].size > MAX_CONFIG_BYTES:
+            raise ModelError(f"{shown(name)}: {file} has more than {MAX_CONFIG_BYTES:,} bytes")
+    with _progress(name, needed) as advance:
+        for number, file in enumerate(source.files, 1):
+            if problem := _bring(source, file, directory / file, advance):
+                raise ModelError(f"{shown(name)}: {file} {problem}; it is not what was released")
+            log.info("%s: %d of %d files", shown(name), number, len(source.files))
+    for file in _configurations(source):
+        _check_plain(directory / file, f"{shown(name)}: {file}")
+    if source.manifest is not None:
+        (directory / MANIFEST).write_bytes(source.manifest)
+
+
+def _bring(source: Source, file: str, path: Path, advance: Advance) -> str | None:
+    """Bring a file unless it is there, and look what is wrong with it.
+
+    One that is wrong is brought once more, from its beginning: what an earlier attempt left, or a
+    cache holds, may be of another release.
+    """
+    expected = source.files[file]
+    if expected.problem(path) is None:
+        advance(expected.size)
+        return None
+    problem = None
+    for is_again in (False, True):
+        source.bring(file, path, advance, is_again=is_again)
+        problem = expected.problem(path)
+        if problem is None:
+            return None
+        log.info("%s %s", file, problem)
+        advance(-expected.size)
+        path.unlink()
+    return problem
+
+
+def _configurations(source: Source) -> list[str]:
+    return [file for file in source.files if file.endswith("config.json")]
+
+
+def _check_plain(path: Path, what: str) -> None:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{what} is not valid JSON: {error}") from error
+    asked = [key for key in CODE_KEYS if isinstance(values, dict) and key in values]
+    if asked:
+        raise ModelError(
+            f"{what} asks for code of its own ({', '.join(asked)}), and remote code is never run; "
+            "this model is not taken"
+        )
+
+
+def _check_same(output: Path, source: Source) -> None:
+    """Refuse an existing output, unless it is what would be downloaded."""
+    problems = [file for file, expected in source.files.items() if expected.problem(output / file)]
+    files = {*source.files, *([] if source.manifest is None else [MANIFEST])}
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    is_same = source.manifest is None or (
+        MANIFEST in found and manifest.read_bytes(output) == source.manifest
+    )
+    if problems or found != files or not is_same:
+        raise RunError(
+            f"{output}: exists already, and is not this release; give a new directory, or remove it"
+        )
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Advance]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        task = progress.add_task(shown(name), total=total)
+        yield lambda num_bytes: progress.advance(task, num_bytes)
