@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from opfa.provenance import Facts, Row, Step
 from opfa.recipe import RunError
 
+PICTURE = "sparsity.png"
 TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 PIPELINES = {
     "classification": "text-classification",
@@ -31,10 +32,12 @@ AUTO = {
     "multiple-choice": "AutoModelForMultipleChoice",
     None: "AutoModelForMaskedLM",
 }
-TEXTS = {
-    "question-answering": '"Who sees the sea?", "The old man sees the sea.", return_tensors="pt"',
-    "multiple-choice": '["He sees", "He sees"], ["the sea.", "a moon."], return_tensors="pt"',
+INPUTS = {
+    "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
+    "multiple-choice": "{name: ids[None] for name, ids in "
+    'tokenizer(["He sees"] * 2, ["it.", "her."], return_tensors="pt").items()}',
 }
+ANY_INPUTS = 'tokenizer("The old man sees the sea.", return_tensors="pt")'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +70,17 @@ def model_card(release: Release) -> ModelCard:
         return ModelCard.from_template(
             data,
             template_path=str(TEMPLATE),
-            name=release.name.rpartition("/")[2],
+            title=release.name.rpartition("/")[2],
+            name=release.name,
+            auto=AUTO[release.kind],
+            inputs=INPUTS.get(release.kind or "", ANY_INPUTS),
+            is_compact=release.form != "dense",
+            is_sparse=bool(release.sparsity["tensors"]),
+            fingerprint=release.sparsity["fingerprint"],
             summary=_summary(release),
-            table_of_facts=_facts(release),
+            facts=_facts(release),
             results=_results(release),
             sparsity=_sparsity(release.sparsity),
-            usage=_usage(release),
             making="\n\n".join(_made(step) for step in release.steps),
             limits=_limits(release),
             licence=release.licence or "Not stated.",
@@ -119,14 +127,14 @@ def _data_name(task: Facts) -> str:
 
 def _summary(release: Release) -> str:
     total = release.sparsity["total"]
-    share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
     what = f"fine-tuned for {release.kind}" if release.kind else "pre-trained"
     eight = ", quantized to 8 bits while it was trained" if release.is_quantized else ""
-    return (
-        f"A sparse encoder, {what}{eight}: {share} of the weights of its pruned matrices are zero. "
-        "Made with opfa, after *Prune Once for All* (Zafrir et "
-        "al., 2021)."
-    )
+    made = "Made with opfa, after *Prune Once for All* (Zafrir et al., 2021)."
+    if not total["size"]:
+        return f"A dense encoder, {what}{eight}. {made}"
+    share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
+    zeros = f"{share} of the weights of its pruned matrices are zero"
+    return f"A sparse encoder, {what}{eight}: {zeros}. {made}"
 
 
 def _facts(release: Release) -> str:
@@ -163,6 +171,8 @@ def _cell(value: float | None, deviation: float | None) -> str:
 
 
 def _sparsity(report: Facts) -> str:
+    if not report["tensors"]:
+        return "None: no matrix has zeros."
     layers: dict[str, list[int]] = {}
     for name, tensor in report["tensors"].items():
         parts = name.split(".")
@@ -176,34 +186,8 @@ def _sparsity(report: Facts) -> str:
     ]
     total = report["total"]
     all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
-    return _table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
-
-
-def _usage(release: Release) -> str:
-    auto, name = AUTO[release.kind], release.name
-    texts = TEXTS.get(release.kind or "", '"The old man sees the sea.", return_tensors="pt"')
-    fit = ", padding=True" if release.kind == "multiple-choice" else ""
-    batch = "inputs = {name: tensor[None] for name, tensor in inputs.items()}\n" if fit else ""
-    reader = "import opfa  # reads the compact file\n" if release.form != "dense" else ""
-    load = f'model = {auto}.from_pretrained("{name}")\n'
-    return "\n\n".join(
-        (
-            "In transformers:",
-            f"```python\n{reader}from transformers import {auto}, AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{load}'
-            f"inputs = tokenizer({texts}{fit})\n{batch}print(model(**inputs))\n```",
-            "Fine-tune it with its zeros held, in any training loop "
-            "(or with `opfa finetune RECIPE model.init=...`):",
-            f"```python\nimport opfa\nfrom transformers import {auto}\n\n{load}"
-            "print(opfa.lock(model)['total'])  # before the optimizer is made\n...  # train\n"
-            'opfa.fuse(model)  # plain modules, exact zeros\nmodel.save_pretrained("mine")\n```',
-            f"Download and verify every file (`opfa download {name} --output DIR`), and check that "
-            "the zeros are those of this card:",
-            f'```python\nimport opfa\n\nreport = opfa.inspect("{name}")\n'
-            f'assert report["fingerprint"] == "{release.sparsity["fingerprint"]}"\n'
-            'print(report["total"])\n```',
-        )
-    )
+    table = _table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
+    return f"{table}\n\n![Sparsity by layer and matrix]({PICTURE})"
 
 
 def _made(step: Step) -> str:

@@ -520,6 +520,9 @@ def _print_export(output: Path, result: dict[str, Any]) -> None:
         shown = "" if equal is None else f", {equal:.2%} of the predictions equal"
         print(f"{parity['examples']:,} examples: logits differ by up to ", end="")
         print(f"{parity['max_difference']:.1e}{shown}")
+        if parity.get("repeated_predictions") is not None:
+            again = f"{parity['repeated_predictions']:.2%}"
+            print(f"torch with itself, its layers disturbed in the last digit: {again} equal")
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold

@@ -76,7 +76,7 @@ def export(
         result = {"precision": "int8" if is_int8 else "fp32", "opset": OPSET, **result}
         if task is not None and split is not None:
             log.info("%s: comparing %d examples", name, len(split.examples.texts))
-            result["parity"] = parity(model, aside / output.name, task, split)
+            result["parity"] = parity(model, aside / output.name, task, split, is_int8=is_int8)
             wrong += problems(result["parity"], task, is_int8=is_int8)
         if report is not None:
             write_json(report, {**result, "problems": wrong})

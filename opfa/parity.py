@@ -2,8 +2,14 @@
 
 In 8 bits both compute with the same integers, but sums in another order can carry a value over the
 middle between two steps, so there the measure is the predictions and the metrics, not the logits.
+From layer to layer more values fall to the other side, until two runs differ as much as 8 bits
+themselves; a model that decides narrowly then answers differently, whoever computes it. How much
+is measured: torch once more, with every layer's output disturbed by less than fp32 can tell apart.
+A file may differ from torch by the limits, or by one point more than torch differs from itself.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,8 @@ except ImportError as error:
 MOST_DIFFERENCE = 1e-4  # of a logit, in fp32
 LEAST_EQUAL = 0.99  # predictions, in 8 bits
 MOST_POINTS = 0.3  # of a metric of 0..100, in 8 bits
+MARGIN = 0.01  # predictions, below those that torch repeats
+NOISE = 1e-7  # relative; the step from 1 to the next fp32 number is 1.2e-7
 
 
 class OnnxModel(nn.Module):
@@ -43,12 +51,16 @@ class OnnxModel(nn.Module):
         return {name: torch.as_tensor(a) for name, a in zip(self.outputs, arrays, strict=True)}
 
 
-def parity(model: nn.Module, path: Path, task: Task, split: Split) -> dict[str, Any]:
-    """Logits, predictions and metrics of both, compared over a whole split."""
+def parity(
+    model: nn.Module, path: Path, task: Task, split: Split, *, is_int8: bool
+) -> dict[str, Any]:
+    """Logits, predictions and metrics of both, compared over a whole split; in 8 bits also torch
+    with itself.
+    """
     torch_logits = predict(model, task, split, batch=64, device="cpu")
     onnx_logits = predict(OnnxModel(path), task, split, batch=64, device="cpu")
     both = list(zip(torch_logits, onnx_logits, strict=True))
-    return {
+    found: dict[str, Any] = {
         "examples": len(split.examples.texts),
         "max_difference": max(_difference(*pair) for pair in both),
         "equal_predictions": _equal(task, torch_logits, onnx_logits, split),
@@ -57,6 +69,33 @@ def parity(model: nn.Module, path: Path, task: Task, split: Split) -> dict[str, 
             "onnx": score(task, onnx_logits, split),
         },
     }
+    if is_int8:
+        with _disturbed(model):
+            again = predict(model, task, split, batch=64, device="cpu")
+        found["repeated_predictions"] = _equal(task, torch_logits, again, split)
+        found["metrics"]["torch, disturbed"] = score(task, again, split)
+    return found
+
+
+@contextlib.contextmanager
+def _disturbed(model: nn.Module) -> Iterator[None]:
+    """Every float that a module without parts gives changes in its last digit, always the same
+    way.
+    """
+    numbers = torch.Generator().manual_seed(0)
+
+    def disturb(_: nn.Module, __: Any, output: Any) -> Any:  # Any: torch's protocol
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        return output * (1 + NOISE * torch.randn(output.shape, generator=numbers))
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(disturb) for module in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:
@@ -69,12 +108,15 @@ def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:
     equal, points = found["equal_predictions"], MOST_POINTS
     if task.kind != "question-answering":
         points /= 100  # metrics of 0..1
-    if equal is not None and equal < LEAST_EQUAL:
-        wrong.append(f"only {equal:.2%} of the predictions are equal (< {LEAST_EQUAL:.0%})")
-    ours, theirs = found["metrics"]["torch"], found["metrics"]["onnx"]
+    if equal is not None:
+        least = min(LEAST_EQUAL, found["repeated_predictions"] - MARGIN)
+        if equal < least:
+            wrong.append(f"only {equal:.2%} of the predictions are equal (< {least:.2%})")
+    ours, theirs, again = (found["metrics"][k] for k in ("torch", "onnx", "torch, disturbed"))
     for name in ours:
         is_score = not name.endswith("_threshold")
-        if is_score and not abs(ours[name] - theirs[name]) <= points:
+        most = points + abs(ours[name] - again[name])
+        if is_score and not abs(ours[name] - theirs[name]) <= most:
             wrong.append(f"{name} is {theirs[name]:.4f}, in torch {ours[name]:.4f}")
     return wrong
 

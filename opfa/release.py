@@ -25,11 +25,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from opfa import compact, manifest, provenance, quant, report
-from opfa.card import Release, model_card
+from opfa.card import PICTURE, Release, model_card
 from opfa.checkpoint import model_digest, new_directory, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.inspection import check_stated, stated_report
+from opfa.inspection import check_stated, inspect, stated_report
 from opfa.recipe import ModelError, RunError
 from opfa.run import write_json
 from opfa.weights import PLAIN, Dtype, Format, write_weights
@@ -96,7 +96,8 @@ def release(
         )
         facts = _facts(found)
         write_json(aside / "results.json", facts)
-        report.sparsity_picture(stated, aside)
+        if stated["tensors"]:
+            report.inspection_picture(found.name, inspect(aside), aside / PICTURE)
         model_card(found).save(aside / "README.md")
         for path in aside.iterdir():
             path.chmod(READABLE)  # safetensors makes files for their owner alone

@@ -132,13 +132,15 @@ def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None
     figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
     _heat_map(axes, rows, result["layers"], limit=1.0)
     encoder, whole, sizes = result["encoder"], result["whole"], result["sizes"]
+    limit = f"; the zeros' places and the other values at least {sizes['limit'] / 1e6:,.1f} MB"
+    at_least = limit if sizes["limit"] < sizes["file"] else ""  # a file in 8 bits is below it
     _captions(
         figure,
         f"{name}\nsparsity of each matrix, %",
         f"{encoder['sparsity']:.2%} of the {encoder['size'] / 1e6:,.1f} M weights in the layers' "
         f"matrices are zero, {whole['sparsity']:.2%} of all {whole['size'] / 1e6:,.1f} M.\n"
-        f"As dense tensors {sizes['dense'] / 1e6:,.1f} MB; the zeros' places and the other values "
-        f"need at least {sizes['limit'] / 1e6:,.1f} MB.",
+        f"As dense tensors {sizes['dense'] / 1e6:,.1f} MB, in files {sizes['file'] / 1e6:,.1f} MB"
+        f"{at_least}.",
     )
     _save(figure, path)
 

@@ -33,10 +33,11 @@ def print_sparsity(name: str, result: Report, *, has_tensors: bool) -> None:
         print(f"{name}: dense, no linear matrix has zeros")
     dense, sizes = result["dense"], result["sizes"]
     print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
-    print(
-        f"bytes: {sizes['dense']:,} as dense tensors, {sizes['file']:,} in files, "
-        f"{sizes['limit']:,} at least (live weights as they are, and where they lie)"
-    )
+    print(f"bytes: {sizes['dense']:,} as dense tensors, {sizes['file']:,} in files", end="")
+    if sizes["limit"] < sizes["file"]:  # a file in 8 bits is below it
+        print(f", {sizes['limit']:,} at least (live weights as they are, and where they lie)")
+    else:
+        print()
     if result["downloaded_bytes"]:
         print(f"downloaded: {result['downloaded_bytes']:,} bytes")
     print(f"sparsity.json: {result['stated'] or 'none'}")
