@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ TINY_BERT = {
     "intermediate_size": 32,
     "max_position_embeddings": 32,
 }
+
+
+# Started in the background, a shell tells its children to ignore Ctrl-C, and they theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
