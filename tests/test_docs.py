@@ -65,6 +65,8 @@ def test_the_readme_names_every_command() -> None:
         "evaluate",
         "calibrate",
         "export",
+        "release",
+        "unpack",
         "inspect",
         "download",
         "list",

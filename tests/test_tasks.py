@@ -103,7 +103,7 @@ JSONL = '{"sentence": "good", "label": "1"}\n'
     [
         ("a.jsonl", JSONL.encode()),
         ("a.json", JSONL.encode()),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
         ("a.jsonl.zst", zstandard.compress(JSONL.encode())),
         ("a.csv", b'label,sentence\n1,"good"\n'),
         ("a.tsv", b"label\tsentence\n1\tgood\n"),
