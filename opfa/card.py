@@ -5,12 +5,15 @@ Every number comes from the files of runs; nothing is typed in. The text goes in
 would refuse.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from opfa.anatomy import layer_of
 from opfa.provenance import Facts, Row, Step
 from opfa.recipe import RunError
 
@@ -49,7 +52,7 @@ class Release:
     dtype: str
     is_quantized: bool
     sparsity: Facts  # sparsity.json
-    files: Mapping[str, int]  # bytes of the weight files
+    num_bytes: int  # of the weight file
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Row]  # of the model itself first
@@ -60,7 +63,12 @@ class Release:
     @property
     def kind(self) -> str | None:
         """The kind of task; None for a pre-trained model."""
-        return self.steps[0].recipe.get("task", {}).get("kind")
+        return self.steps[0].kind
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any matrix was pruned."""
+        return bool(self.sparsity["tensors"])
 
 
 def model_card(release: Release) -> ModelCard:
@@ -75,7 +83,7 @@ def model_card(release: Release) -> ModelCard:
             auto=AUTO[release.kind],
             inputs=INPUTS.get(release.kind or "", ANY_INPUTS),
             is_compact=release.form != "dense",
-            is_sparse=bool(release.sparsity["tensors"]),
+            is_sparse=release.is_sparse,
             fingerprint=release.sparsity["fingerprint"],
             summary=_summary(release),
             facts=_facts(release),
@@ -106,7 +114,7 @@ def _metadata(release: Release) -> ModelCardData:
                     metric_value=value,
                 )
             )
-    tags = ["opfa", "sparse", "pruning", "prune-once-for-all"]
+    tags = ["opfa", *(["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else [])]
     return ModelCardData(
         model_name=release.name.rpartition("/")[2],
         library_name="transformers",
@@ -138,13 +146,14 @@ def _summary(release: Release) -> str:
 
 
 def _facts(release: Release) -> str:
-    size = sum(release.files.values())
+    size = f"{release.num_bytes:,} bytes; dense in fp32: {release.dense_bytes:,}"
     rows = [
         ("format", f"{release.form}, {release.dtype}"),
-        ("weights on disk", f"{size:,} bytes; dense in fp32: {release.dense_bytes:,}"),
-        ("fingerprint of the zeros", f"`{release.sparsity['fingerprint']}`"),
-        ("recipe", f"`{release.steps[0].sha256}`"),
+        ("weights on disk", size),
+        ("recipe (SHA-256)", f"`{release.steps[0].sha256}`"),
     ]
+    if release.is_sparse:
+        rows.append(("zeros (fingerprint)", f"`{release.sparsity['fingerprint']}`"))
     return _table(("", ""), rows)
 
 
@@ -153,7 +162,9 @@ def _results(release: Release) -> str:
     lines = []
     for row in release.rows:
         cells = [_cell(row.metrics.get(n), row.deviations.get(n)) for n in names]
-        lines.append((row.label, f"{row.sparsity:.2%}", str(row.num_seeds), *cells))
+        lines.append(
+            (row.label.replace("|", "/"), f"{row.sparsity:.2%}", str(row.num_seeds), *cells)
+        )
     table = _table(("model", "sparsity", "seeds", *names), lines)
     if release.kind:
         note = f"On the validation split of {_data_name(release.steps[0].recipe['task'])}."
@@ -173,16 +184,15 @@ def _cell(value: float | None, deviation: float | None) -> str:
 def _sparsity(report: Facts) -> str:
     if not report["tensors"]:
         return "None: no matrix has zeros."
-    layers: dict[str, list[int]] = {}
+    zeros, sizes = Counter[str](), Counter[str]()
     for name, tensor in report["tensors"].items():
-        parts = name.split(".")
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-        zeros, size = layers.setdefault(".".join(parts[: index + 1]), [0, 0])
-        rows, columns = tensor["shape"]
-        layers[".".join(parts[: index + 1])] = [zeros + tensor["zeros"], size + rows * columns]
+        layer = layer_of(name)
+        where = name if layer is None else f"{layer.stack} layer {layer.number}"
+        zeros[where] += tensor["zeros"]
+        sizes[where] += math.prod(tensor["shape"])
     rows = [
-        (f"`{name}`", f"{zeros:,}", f"{size:,}", f"{zeros / size:.4%}")
-        for name, (zeros, size) in layers.items()
+        (where, f"{zeros[where]:,}", f"{size:,}", f"{zeros[where] / size:.4%}")
+        for where, size in sizes.items()
     ]
     total = report["total"]
     all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
@@ -195,38 +205,40 @@ def _made(step: Step) -> str:
     training = recipe["training"]
     lines = [f"recipe `{recipe['name']}`, SHA-256 `{step.sha256}`, seed {recipe['seed']}"]
     if start := recipe["model"].get("init"):
-        lines.append(f"from `{'/'.join(Path(start).parts[-2:])}`")  # nobody's directories
-    values = [f"{key.replace('_', ' ')} {value}" for key, value in training.items()]
-    lines.append(f"{step.steps:,} steps: " + ", ".join(values))
+        lines.append(f"from `{start}`")
+    lines.append(f"{step.steps:,} steps: {_flat(training)}")
     if "corpus" in recipe:
         tokens = step.steps * training["batch"] * recipe["corpus"]["sequence_tokens"]
         lines.append(f"{tokens:,} tokens at most, of `{recipe['data']}`")
-    for section in ("pruning", "distillation", "quantization"):
+    for section in ("pruning", "distillation", "quantization", "corpus"):
         if recipe.get(section):
             lines.append(f"{section}: {_flat(recipe[section])}")
-    lines.append(f"data: {_flat(step.environment.get('data', {}))}")
+    for name, split in step.splits.items():
+        lines.append(f"{name} data: {_flat(split)}")
     accelerators = ", ".join(machine["accelerators"]) or "no accelerator"
-    size = step.environment.get("world_size", 1)
-    lines.append(f"on {size} process(es), {machine['processors']} processors, {accelerators}")
+    size = step.environment["world_size"]
+    lines.append(f"processes: {size}, processors: {machine['processors']}, {accelerators}")
     versions = step.environment["versions"]
     lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _flat(values: Facts, prefix: str = "") -> str:
+def _flat(values: Facts) -> str:
     parts = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            parts.append(_flat(value, f"{prefix}{key}."))
-        else:
-            parts.append(f"{prefix}{key} `{value}`")
+            parts.append(_flat(value))
+        elif value not in (None, [], {}):
+            parts.append(f"{key} `{value}`")
     return ", ".join(part for part in parts if part)
 
 
 def _limits(release: Release) -> str:
-    lines = ["Sparse matrices don't run faster in plain PyTorch; the files are smaller."]
-    if release.form == "dense":
-        lines = ["The file stores zeros as zeros, so it is as large as a dense one."]
+    lines = []
+    if release.is_sparse:
+        lines.append("Sparse matrices don't run faster in plain PyTorch.")
+    if release.is_sparse and release.form == "dense":
+        lines.append("The file stores zeros as zeros, so it is as large as a dense one.")
     if release.is_quantized:
         lines.append(
             "Plain transformers computes in fp32; in 8 bits it answers as in the table above: "

@@ -59,6 +59,10 @@ NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
+]
 INTERRUPTED = 130
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -223,8 +227,9 @@ def release(
         typer.Option("--dtype", help="Default: fp32; of matrices that compact-int8 leaves: fp16."),
     ] = None,
     embeddings: Annotated[
-        Literal["int8", "same"], typer.Option("--embeddings", help="Of compact-int8.")
-    ] = "int8",
+        Literal["int8", "same"] | None,
+        typer.Option("--embeddings", help="Of compact-int8; default: int8."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="For the card; default: the directory's.")
     ] = None,
@@ -241,12 +246,8 @@ def release(
     push: Annotated[
         str | None, typer.Option("--push", help="Then upload to this Hub name.")
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
-    ] = False,
-    endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="Of the Hub; default: HF_ENDPOINT.")
-    ] = None,
+    private: Private = False,
+    endpoint: Endpoint = None,
     overrides: Overrides = None,
 ) -> None:
     """Make a finished run a release: verified weights, card and manifest; and upload it if asked.
@@ -254,10 +255,12 @@ def release(
     Weights that are rounded are measured again: task.validation=DATA says on what, if not on the
     recipe's.
     """
+    if push is None and (private or endpoint):
+        raise RunError("--private and --endpoint are for --push")
     runs = {}
     for pair in compare or ():
-        label, separator, path = pair.partition("=")
-        if not separator:
+        label, _, path = pair.partition("=")
+        if not label.strip() or not path:
             raise RunError(f"--compare {pair!r}: give LABEL=RUN")
         runs[label] = Path(path)
     from opfa import release as releasing
@@ -268,7 +271,7 @@ def release(
         name=name or push,
         form=form,
         dtype=dtype,
-        embeddings=embeddings == "int8",
+        embeddings=None if embeddings is None else embeddings == "int8",
         licence=licence,
         base_model=base_model,
         compare=runs,
@@ -277,6 +280,19 @@ def release(
     if push is not None:
         result["address"] = releasing.push(output, push, endpoint=endpoint, private=private)
     _print_json(result)
+
+
+@app.command(epilog="Example: opfa push bert-base-90-sst2 my-team/bert-base-90-sst2")
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A release.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name on the Hub.")],
+    private: Private = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Verify a release and upload it as one commit."""
+    from opfa.release import push as execute
+
+    print(execute(directory, name, endpoint=endpoint, private=private))
 
 
 @app.command(epilog="Example: opfa unpack bert-base-90-sst2 --output bert-base-90-sst2-plain")
@@ -341,9 +357,7 @@ def download(
     revision: Annotated[
         str | None, typer.Option("--revision", help="Of the Hub: a branch, tag or commit.")
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
-    ] = None,
+    endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Get a released model and verify every file; what was interrupted goes on."""

@@ -98,10 +98,10 @@ class CompactFile:
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a safetensors file, a compact one or any, one at a time."""
-    if path.name == FILE:
-        yield from CompactFile(path)
-        return
     with safe_open(path, "pt") as file:
+        if "opfa-compact" in (file.metadata() or {}):
+            yield from CompactFile(path)
+            return
         for name in file.keys():  # noqa: SIM118 - not a dict
             yield name, file.get_tensor(name)
 

@@ -43,6 +43,7 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     result = report(found.masks)
     agreement = None if stated is None else all(stated[key] == result[key] for key in stated)
     layers = _layers(result, found)
+    limit = math.ceil(found.limit_bytes)  # of the tensors; a file in 8 bits is below it
     return {
         **result,
         "dense": found.dense,
@@ -56,7 +57,7 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
         "sizes": {
             "dense": found.dense_bytes,
             "file": source.file_bytes,
-            "limit": math.ceil(found.limit_bytes),
+            "limit": limit if limit <= source.file_bytes else None,
         },
         "downloaded_bytes": source.downloaded_bytes(),
     }

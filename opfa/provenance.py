@@ -21,12 +21,32 @@ Facts = Mapping[str, Any]  # what JSON files of runs hold
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One run on the way to a model: its recipe and what its run directory says."""
+    """One run on the way to a model: its recipe and what its run directory says, without the
+    directories of whoever ran it.
+    """
 
     recipe: Facts  # resolved, as in recipe.toml
-    sha256: str  # of the recipe
+    toml: str
+    sha256: str  # of the recipe as it was run
     environment: Facts
     steps: int
+    start: str  # where its model came from, as it was run; empty if from scratch
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of task; None for pre-training."""
+        return self.recipe.get("task", {}).get("kind")
+
+    @property
+    def splits(self) -> Mapping[str, Facts]:
+        """Digests of its training and validation data, upstream with their sizes."""
+        data = self.environment["data"]
+        return data["splits"] if self.kind is None else {k: {"sha256": v} for k, v in data.items()}
+
+    @property
+    def data(self) -> str:
+        """Digest of what its metrics were measured on."""
+        return self.splits["validation"]["sha256"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,78 +58,116 @@ class Row:
     deviations: Mapping[str, float | None] = field(default_factory=dict)
     num_seeds: int = 1
     sparsity: float
+    data: str  # digest of what they were measured on
 
 
 def steps(run: Path) -> Iterator[Step]:
     """This run, and those that its model was made from, as far as they are here."""
     path = run / "recipe.toml"
+    if not path.is_file():
+        raise RunError(f"{run}: not a run, it has no recipe.toml")
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
     recipe = kind.check(values, str(path))
+    public = kind.check(shortened(values), str(path))
+    start = values["model"].get("init", "")
     yield Step(
-        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        recipe=public.model_dump(mode="json", exclude_none=True),
+        toml=public.to_toml(),
         sha256=recipe.sha256(),
-        environment=_json(run / "environment.json"),
-        steps=_json(run / "done.json")["step"],
+        environment=shortened(read_json(run / "environment.json")),
+        steps=read_json(run / "done.json")["step"],
+        start=start,
     )
-    start = Path(values["model"].get("init", ""))
-    if start.name == "model" and (start.parent / "done.json").is_file():
-        yield from steps(start.parent)
+    if start and Path(start).name == "model" and (Path(start).parent / "done.json").is_file():
+        yield from steps(Path(start).parent)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RunError(f"{path}: is missing; only a finished run can be released")
-    return json.loads(path.read_text())
+def shortened(value: Any) -> Any:  # Any: what JSON can hold
+    """The same without the directories of whoever ran it: the last two parts of absolute paths."""
+    if isinstance(value, Mapping):
+        return {key: shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    is_path = isinstance(value, str) and value.startswith(("/", "~"))
+    return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a finished run or model; raises `RunError` where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: can't be read: {error}") from error
 
 
 def own_rows(run: Path) -> list[Row]:
     """The results of a run, and the mean over the seeds of its recipe where there are several."""
     rows = [row_of("this model", run)]
-    for parent in (run.parent, run.parent.parent):
-        for row in _json_rows(parent):
-            names = [one["run"] for one in row["runs"]]
-            if len(names) > 1 and any(parent / name == run for name in names):
-                rows.append(_mean("its recipe", row))
+    for sweep in (run.parent, run.parent.parent):  # SWEEP/seed-42, SWEEP/learning_rate-.../seed-42
+        for row in _rates(sweep):
+            runs = [sweep / one["run"] for one in row["runs"]]
+            if len(runs) > 1 and run in runs:
+                rows.append(_mean("its recipe", row, sweep))
     return rows
 
 
-def _json_rows(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "results.json"
-    return json.loads(path.read_text()).get("rows", []) if path.is_file() else []
+def row_of(label: str, run: Path) -> Row:
+    """The results of a run, or of the best learning rate of several; of a pre-training its loss on
+    held-out text.
+    """
+    if rates := [row for row in _rates(run) if row["score"] is not None]:
+        return _mean(label, max(rates, key=lambda row: row["score"]), run)
+    step = next(steps(run))
+    if step.kind:
+        found = read_json(run / "results.json")
+        metrics = found["metrics"]
+    else:
+        found = read_json(run / "done.json")
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses = [row["mlm_loss"] for row in map(json.loads, lines) if row.get("eval")]
+        if not losses:
+            raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
+        metrics = {"mlm_loss": losses[-1]}
+    return Row(label=label, metrics=metrics, sparsity=found["sparsity"], data=step.data)
 
 
-def _mean(label: str, row: dict[str, Any]) -> Row:
+def _rates(sweep: Path) -> list[dict[str, Any]]:
+    """The rows of several runs' results.json, one for each learning rate; none where it is of one
+    run.
+    """
+    path = sweep / "results.json"
+    return read_json(path).get("rows", []) if path.is_file() else []
+
+
+def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:
     runs = row["runs"]
-    sparsity = runs[0]["sparsity"]
-    means, deviations = row["mean"], row["std"]
     return Row(
-        label=label, metrics=means, deviations=deviations, num_seeds=len(runs), sparsity=sparsity
+        label=label,
+        metrics=row["mean"],
+        deviations=row["std"],
+        num_seeds=len(runs),
+        sparsity=runs[0]["sparsity"],
+        data=next(steps(sweep / runs[0]["run"])).data,
     )
 
 
-def row_of(label: str, run: Path) -> Row:
-    """The results of a run, or of the best of several; of a pre-training its loss on held-out
-    text.
-    """
-    if rows := [row for row in _json_rows(run) if row["score"] is not None]:
-        return _mean(label, max(rows, key=lambda row: row["score"]))
-    if (run / "results.json").is_file():
-        results = _json(run / "results.json")
-        return Row(label=label, metrics=results["metrics"], sparsity=results["sparsity"])
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "done.json").exists() else []
-    evaluations = [row for row in map(json.loads, lines) if row.get("eval")]
-    if not evaluations:
-        raise RunError(f"{run}: has no results to show; was this run finished?")
-    loss = {"mlm_loss": evaluations[-1]["mlm_loss"]}
-    return Row(label=label, metrics=loss, sparsity=_json(run / "done.json")["sparsity"])
+def check_comparable(rows: Sequence[Row]) -> None:
+    """Refuse rows that were measured on other data than the first."""
+    for row in rows[1:]:
+        if row.data != rows[0].data:
+            raise RunError(
+                f"--compare {row.label}: was measured on other data than this model, so the two "
+                "don't belong into one table"
+            )
 
 
 def base_model(path: Sequence[Step]) -> str | None:
     """The Hub's model that all began with; None where it was a local one, or from scratch."""
-    start = path[-1].recipe["model"].get("init", "")
+    start = path[-1].start
     try:
         validate_repo_id(start)
     except HFValidationError:
         return None
-    return start if start and not Path(start).exists() else None
+    is_local = not start or start.endswith("/model") or Path(start).exists()
+    return None if is_local else start

@@ -3,16 +3,17 @@
     weights            in fp32 or 16 bits, plain or compact; or the matrices in 8 bits, compact
     config.json        and the tokenizer, as the run left them
     sparsity.json      zeros and fingerprint, checked against the weight file that was written
-    recipe.toml        and results.json of the run
+    recipe.toml        of the run, absolute paths shortened
     README.md          the model card, with its picture
-    release.json       size and SHA-256 of every file
+    release.json       size and SHA-256 of every file, and results
 
 Weights that differ from the run's (rounded, or in 8 bits) are measured anew on the task of the run:
 a card has no number of another model.
 """
 
-import json
+import functools
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from typing import Any
 
 from httpx2 import HTTPError
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
@@ -30,11 +32,24 @@ from opfa.checkpoint import model_digest, new_directory, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.inspection import check_stated, inspect, stated_report
+from opfa.provenance import Row
 from opfa.recipe import ModelError, RunError
-from opfa.run import write_json
+from opfa.run import write_json, write_text
 from opfa.weights import PLAIN, Dtype, Format, write_weights
 
 READABLE = 0o644
+ENTRY = "quantization_config"  # in config.json
+EXACT = (("dense", "fp32"), ("compact", "fp32"))  # nothing is rounded
+COPIED = (
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    quant.FILE,
+)
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +60,7 @@ def release(
     name: str | None = None,
     form: Format = "dense",
     dtype: Dtype | None = None,
-    embeddings: bool = True,
+    embeddings: bool | None = None,
     licence: str | None = None,
     base_model: str | None = None,
     compare: Mapping[str, Path] | None = None,
@@ -54,74 +69,75 @@ def release(
     """Write a release and return what its manifest says of it.
 
     `name` is what the card calls it (default: that of the directory). `dtype` is for what is not in
-    8 bits (default: fp32; for the few matrices that compact-int8 leaves fp16). `compare` gives runs
-    whose results stand beside it, by label. Raises `ModelError` or `RunError`, and leaves nothing,
-    when a check fails.
+    8 bits (default: fp32; for the few matrices that compact-int8 leaves fp16), `embeddings` says
+    whether compact-int8 has them in 8 bits (default: yes). `compare` gives runs whose results stand
+    beside it, by label; `overrides` of the recipe say where its data are now. Raises `ModelError`
+    or `RunError`, and leaves nothing, when a check fails.
     """
-    if output.exists():
-        raise RunError(f"{output}: exists already; give a new directory")
+    name = name or output.name
+    _check_output(output)
+    _check_name(name, "--name")
+    if embeddings is not None and form != "compact-int8":
+        raise RunError(f"--embeddings is for compact-int8, and this is {form}")
     dtype = dtype or ("fp16" if form == "compact-int8" else "fp32")
-    model = run / "model"
-    stated = _checked(run, model)
+    stated = _checked(run)
     steps = list(provenance.steps(run))
     rows = provenance.own_rows(run)
     rows += [provenance.row_of(label, path) for label, path in (compare or {}).items()]
+    provenance.check_comparable(rows)
+    recipe = _measuring(run, steps[0].kind, overrides, may_round=(form, dtype) not in EXACT)
     with new_directory(output) as aside:
-        _copy(model, aside)
+        _copy(run / "model", aside)
         log.info("%s: writing %s weights", output, form)
-        options: dict[str, Any] = {"form": form, "dtype": dtype, "embeddings": embeddings}
-        is_changed = write_weights(model, aside, set(stated["tensors"]), **options)
+        pruned = set(stated["tensors"])
+        write = functools.partial(write_weights, form=form, dtype=dtype)
+        is_same = write(run / "model", aside, pruned, embeddings=embeddings is not False)
         if form != "dense":
             _set_config(aside / "config.json")
         verify(aside, stated)
         write_json(aside / "sparsity.json", stated)
-        shutil.copy(run / "recipe.toml", aside)
-        if is_changed and "task" in steps[0].recipe:
-            log.info("%s: the weights are not the run's any more, measuring them", output)
-            recipe = FinetuneRecipe.read(run / "recipe.toml", overrides)
-            rows[0] = replace(rows[0], metrics=evaluate_model(str(aside), recipe)["metrics"])
+        write_text(aside / "recipe.toml", steps[0].toml)
+        if recipe is not None and not is_same:
+            log.info("%s: its weights are not the run's any more; measuring them", output)
+            rows[0] = _measured(aside, recipe, rows[0])
         found = Release(
-            name=name or output.name,
+            name=name,
             form=form,
             dtype=dtype,
-            is_quantized=(model / quant.FILE).is_file(),
+            is_quantized=(aside / quant.FILE).is_file(),
             sparsity=stated,
-            files={path.name: path.stat().st_size for path in aside.glob("model*.safetensors")},
-            dense_bytes=sum(path.stat().st_size for path in model.glob("model*.safetensors")),
+            num_bytes=sum(path.stat().st_size for path in aside.glob("model*.safetensors")),
+            dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
             steps=steps,
             rows=rows,
-            is_measured=not is_changed or "task" in steps[0].recipe,
+            is_measured=is_same or recipe is not None,
             licence=licence,
             base_model=base_model or provenance.base_model(steps),
         )
         facts = _facts(found)
-        write_json(aside / "results.json", facts)
         if stated["tensors"]:
-            report.inspection_picture(found.name, inspect(aside), aside / PICTURE)
+            report.inspection_picture(name, inspect(aside), aside / PICTURE)
         model_card(found).save(aside / "README.md")
         for path in aside.iterdir():
             path.chmod(READABLE)  # safetensors makes files for their owner alone
-        manifest.write(aside, found.name, facts)
+        manifest.write(aside, name, facts)
         manifest.check(aside)
     return facts
 
 
 def unpack(directory: Path, output: Path) -> None:
     """Write the plain form of a compact model: what transformers reads without opfa."""
-    if output.exists():
-        raise RunError(f"{output}: exists already; give a new directory")
+    _check_output(output)
     packed = directory / compact.FILE
     if not packed.is_file():
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")
     stated = stated_report(directory)
+    config = provenance.read_json(directory / "config.json")
     tensors = dict(compact.tensors(packed))
     with new_directory(output) as aside:
         _copy(directory, aside)
-        (aside / manifest.MANIFEST).unlink(missing_ok=True)  # it lists the compact file
         save_file(tensors, aside / PLAIN, {"format": "pt"})
-        config = json.loads((aside / "config.json").read_text())
-        config.pop("quantization_config", None)
-        write_json(aside / "config.json", config)
+        write_json(aside / "config.json", {k: v for k, v in config.items() if k != ENTRY})
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
@@ -129,68 +145,110 @@ def unpack(directory: Path, output: Path) -> None:
 
 def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
     """Upload a verified release as one commit; its address."""
+    _check_name(name, "the repository")
     manifest.check(directory)
     try:
-        validate_repo_id(name)
         api = HfApi(endpoint=endpoint)
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=name, folder_path=directory, commit_message="Release, by opfa"
         )
-    except (HTTPError, ValueError, OSError) as error:  # a refused card or name is a ValueError
-        raise RunError(f"{name}: not uploaded: {str(error).strip()}") from error
+    except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
+        raise RunError(
+            f"{name}: not uploaded: {str(error).strip()}. The release is whole in {directory}; "
+            f"to try again: opfa push {directory} {name}"
+        ) from error
     return str(commit.commit_url)
 
 
-def _checked(run: Path, model: Path) -> dict[str, Any]:
+def _check_output(output: Path) -> None:
+    if os.path.lexists(output):
+        raise RunError(f"{output}: exists already; give a new directory")
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{output}: can't be made: {error.strerror}") from error
+
+
+def _check_name(name: str, what: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise RunError(f"{what} {name!r}: no name that the Hub takes: {error}") from error
+
+
+def _checked(run: Path) -> dict[str, Any]:
     """The sparsity report of a finished run's model, if the model is what the run wrote."""
+    model = run / "model"
     if not (run / "recipe.toml").is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
-    if not (run / "done.json").is_file():
+    if not (run / "done.json").is_file() or not model.is_dir():
         hint = ""
         if (run / "table.md").is_file():
-            best = json.loads((run / "results.json").read_text())["best_run"]
+            best = provenance.read_json(run / "results.json")["best_run"]
             hint = f"; it holds several, the best is {run / best}"
         raise RunError(f"{run}: not a finished run{hint}")
     found = check_stated(str(model))
     stated = stated_report(model)
-    if stated is None or found["stated"] != "matches":
+    if stated is None:
         raise ModelError(f"{model}: has no sparsity.json; was this model written by opfa?")
-    results = run / "results.json"
-    if results.is_file():
-        expected = json.loads(results.read_text())["model_sha256"]
-        if model_digest(model) != expected:
-            raise ModelError(
-                f"{model}: its files are not those that were evaluated (SHA-256 in {results}); "
-                "they were changed after the run"
-            )
+    expected = provenance.read_json(run / "done.json").get("model_sha256")
+    if model_digest(model) != expected:
+        raise ModelError(
+            f"{model}: its files are not those that the run wrote and evaluated (SHA-256 in "
+            f"{run / 'done.json'}); they were changed afterwards"
+        )
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(f"{model}: has no tokenizer")
     return {"format": found["format"], **stated}
 
 
+def _measuring(
+    run: Path, kind: str | None, overrides: Sequence[str], *, may_round: bool
+) -> FinetuneRecipe | None:
+    """The recipe by which rounded weights are measured; None for a pre-trained model."""
+    if overrides and (kind is None or not may_round):
+        raise RunError(f"{overrides[0]}: nothing is measured again here, so nothing is overridden")
+    return None if kind is None else FinetuneRecipe.read(run / "recipe.toml", overrides)
+
+
+def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> Row:
+    found = evaluate_model(str(directory), recipe)
+    if found["examples_sha256"] != before.data:
+        raise RunError(
+            f"task.validation = {recipe.task.validation!r}: is other data than the run was "
+            "evaluated on; a release is measured on the same"
+        )
+    return replace(before, metrics=found["metrics"])
+
+
 def _copy(source: Path, directory: Path) -> None:
-    for path in source.iterdir():
-        is_weights = path.match("model*.safetensors*") or path.match("*.bin")
-        if path.is_file() and not is_weights and path.name != "sparsity.json":
-            shutil.copy(path, directory)
+    """Take configuration, tokenizer and ranges along, and nothing else that may lie there."""
+    for path in sorted(path for pattern in COPIED for path in source.glob(pattern)):
+        if path.is_symlink():
+            raise ModelError(f"{path}: is a link; what it points to is not released")
+        shutil.copy(path, directory)
 
 
 def _set_config(path: Path) -> None:
     entry = {"quant_method": compact.METHOD, "version": compact.VERSION}
-    write_json(path, {**json.loads(path.read_text()), "quantization_config": entry})
+    write_json(path, {**provenance.read_json(path), ENTRY: entry})
 
 
 def _facts(found: Release) -> dict[str, Any]:
     return {
         "name": found.name,
         "task": found.steps[0].recipe["name"],
-        "kind": found.kind,
+        "kind": found.steps[0].kind,
         "format": found.form,
         "dtype": found.dtype,
         "quantized": found.is_quantized,
         "sparsity": found.sparsity["total"]["sparsity"],
         "fingerprint": found.sparsity["fingerprint"],
-        "bytes": sum(found.files.values()),
+        "bytes": found.num_bytes,
         "metrics": dict(found.rows[0].metrics),
+        "metrics_of": "these files" if found.is_measured else "the weights before rounding",
+        "examples_sha256": found.rows[0].data,
         "seed": found.steps[0].recipe["seed"],
         "recipe_sha256": found.steps[0].sha256,
         "base_model": found.base_model,

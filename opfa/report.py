@@ -132,8 +132,10 @@ def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None
     figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
     _heat_map(axes, rows, result["layers"], limit=1.0)
     encoder, whole, sizes = result["encoder"], result["whole"], result["sizes"]
-    limit = f"; the zeros' places and the other values at least {sizes['limit'] / 1e6:,.1f} MB"
-    at_least = limit if sizes["limit"] < sizes["file"] else ""  # a file in 8 bits is below it
+    at_least = ""
+    if sizes["limit"] is not None:
+        limit = f"{sizes['limit'] / 1e6:,.1f} MB"
+        at_least = f"; the zeros' places and the other values at least {limit}"
     _captions(
         figure,
         f"{name}\nsparsity of each matrix, %",

@@ -34,7 +34,7 @@ def print_sparsity(name: str, result: Report, *, has_tensors: bool) -> None:
     dense, sizes = result["dense"], result["sizes"]
     print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
     print(f"bytes: {sizes['dense']:,} as dense tensors, {sizes['file']:,} in files", end="")
-    if sizes["limit"] < sizes["file"]:  # a file in 8 bits is below it
+    if sizes["limit"] is not None:
         print(f", {sizes['limit']:,} at least (live weights as they are, and where they lie)")
     else:
         print()

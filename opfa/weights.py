@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opfa import compact, quant
-from opfa.anatomy import EMBEDDING
+from opfa.anatomy import EMBEDDING, is_matrix, layer_of
 from opfa.recipe import ModelError
 from opfa.sparsity.packing import Int8
 
@@ -33,11 +33,11 @@ def write_weights(
     dtype: Dtype,
     embeddings: bool = True,
 ) -> bool:
-    """Write the weights of a finished model into a directory; whether they are another's now.
+    """Write the weights of a finished model into a directory; whether they are still the same.
 
-    `pruned` names the matrices with zeros. With `compact-int8` these and what the model was
-    quantized in are written in 8 bits, and with `embeddings` every embedding too; other matrices
-    in `dtype`, and vectors in fp32. The file is read again and compared.
+    `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers
+    and what the model was quantized in are written in 8 bits, and with `embeddings` every embedding
+    too; other matrices in `dtype`, and vectors in fp32. The file is read again and compared.
     """
     files = sorted(source.glob("model*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in compact.tensors(path)}
@@ -60,7 +60,7 @@ def write_weights(
     for name, tensor in written.items():
         if isinstance(tensor, Tensor) and not _is_same(found[name], tensor):
             raise ModelError(f"{directory}: {name} was not written as it is")
-    return any(not torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
+    return all(torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
 
 
 def _tensors(written: Mapping[str, Tensor | Int8]) -> dict[str, Tensor]:
@@ -77,8 +77,9 @@ def _schemes(
     """How each matrix goes into 8 bits: as the model was quantized, else with a scale a row."""
     schemes: dict[str, quant.Scheme] = {name: "channel" for name in pruned}
     for name, tensor in tensors.items():
+        is_of_layer = is_matrix(name, tensor.shape) and layer_of(name)
         is_table = tensor.ndim == 2 and name.endswith("weight") and EMBEDDING.search(name)
-        if is_table and embeddings:
+        if is_of_layer or (is_table and embeddings):
             schemes[name] = "channel"
     if (source / quant.FILE).is_file():
         for name, scale in load_file(source / quant.FILE).items():

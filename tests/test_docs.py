@@ -66,6 +66,7 @@ def test_the_readme_names_every_command() -> None:
         "calibrate",
         "export",
         "release",
+        "push",
         "unpack",
         "inspect",
         "download",

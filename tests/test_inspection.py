@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub import NAME, serving
 from onnx import TensorProto, helper, numpy_helper, save_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -537,7 +538,8 @@ def test_the_command_prints_a_row_for_each_layer(
 def test_the_command_prints_every_tensor_if_asked(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "150")
+    # rich's, which is not os.environ any more once a library has put another object there
+    monkeypatch.setitem(Console._environ, "COLUMNS", "150")  # pyright: ignore[reportArgumentType]
     out = printed(capsys, model, "--tensors")
     row = next(line.split() for line in out.splitlines() if QUERY in line)
     assert row[:7] == [QUERY, "16", "x", "16", "192", "75.0000%", "unstructured"]

@@ -25,7 +25,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
 from opfa.inspection import inspect
 from opfa.models import load_finetuned_model
-from opfa.recipe import ModelError, RunError
+from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.release import push, release, unpack
 from opfa.weights import write_weights
 
@@ -72,7 +72,6 @@ def test_a_dense_release_is_the_model_of_the_run_with_everything_to_check_it(
         "config.json",
         "model.safetensors",
         "recipe.toml",
-        "results.json",
         "sparsity.json",
         "sparsity.png",
         "tokenizer.json",
@@ -114,17 +113,60 @@ def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
     assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
 
 
-def test_rounded_weights_are_measured_on_the_data_that_overrides_name(
+def test_rounded_weights_are_measured_on_the_same_data_wherever_they_are_now(
     run: Path, examples: Path, tmp_path: Path
 ) -> None:
-    rows = (examples / "validation.jsonl").read_text().splitlines(keepends=True)
-    wrong = [row.replace('"other"', '"cat"') for row in rows]
-    (tmp_path / "all-cats.jsonl").write_text("".join(wrong))
-    override = f"task.validation={tmp_path / 'all-cats.jsonl'}"
+    shutil.copy(examples / "validation.jsonl", tmp_path / "moved.jsonl")
+    override = f"task.validation={tmp_path / 'moved.jsonl'}"
     facts = release(run, tmp_path / "out", form="compact-int8", overrides=[override])
-    recipe = FinetuneRecipe.read(run / "recipe.toml", [override])
-    assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
-    assert facts["metrics"] != json.loads((run / "results.json").read_text())["metrics"]
+    assert facts["metrics_of"] == "these files"
+    other = f"task.validation={examples / 'train.jsonl'}"
+    with pytest.raises(
+        RunError, match=r"train\.jsonl': is other data than the run was evaluated on"
+    ):
+        release(run, tmp_path / "other", form="compact-int8", overrides=[other])
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_has_no_use_is_refused(run: Path, sparse: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="task.validation=x: nothing is measured again here"):
+        release(run, tmp_path / "out", overrides=["task.validation=x"])
+    with pytest.raises(RunError, match="nothing is measured again here"):
+        release(sparse.parent, tmp_path / "out", form="compact-int8", overrides=["seed=1"])
+    with pytest.raises(RecipeError, match="bogus"):
+        release(run, tmp_path / "out", form="compact-int8", overrides=["bogus.key=1"])
+    with pytest.raises(RunError, match="--embeddings is for compact-int8, and this is compact"):
+        release(run, tmp_path / "out", form="compact", embeddings=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pretrained_model_in_8_bits_says_that_its_loss_is_not_of_these_files(
+    sparse: Path, tmp_path: Path
+) -> None:
+    facts = release(sparse.parent, tmp_path / "out", form="compact-int8")
+    assert facts["metrics_of"] == "the weights before rounding"
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "that of the weights before they were rounded" in text
+
+
+def test_a_dense_model_in_8_bits_has_its_layers_in_8_bits(
+    examples: Path, sparse: Path, tmp_path: Path
+) -> None:
+    dense = AutoModelForSequenceClassification.from_pretrained(sparse)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    dense.save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sparse / name, tmp_path / "dense")
+    recipe = finetune_recipe(tmp_path / "dense", examples, model={"zeros": "free"})
+    finetune(recipe, tmp_path / "run")
+    release(tmp_path / "run", tmp_path / "out", form="compact-int8")
+    forms = compact.CompactFile(tmp_path / "out" / compact.FILE).forms
+    assert {form.dtype for name, form in forms.items() if ".layer." in name} == {torch.int8}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A dense encoder" in card
+    assert "sparse" not in card
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -195,9 +237,18 @@ def test_a_model_that_is_not_the_evaluated_one_is_refused(run: Path, tmp_path: P
     tensors = load_file(path)
     tensors["classifier.bias"] += 1
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ModelError, match="not those that were evaluated"):
+    with pytest.raises(ModelError, match="not those that the run wrote and evaluated"):
         release(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pretrained_model_that_was_changed_is_refused(sparse: Path, tmp_path: Path) -> None:
+    """Its zeros are where they were, and no results.json tells."""
+    shutil.copytree(sparse.parent, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.safetensors"
+    save_file({name: 3 * t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="not those that the run wrote and evaluated"):
+        release(tmp_path / "run", tmp_path / "out")
 
 
 def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
@@ -211,12 +262,41 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
         release(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_pickle_beside_the_model_is_not_released(run: Path, tmp_path: Path) -> None:
+def test_only_what_belongs_to_a_model_is_taken_along(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    torch.save({}, tmp_path / "run" / "model" / "training_args.pt")
-    with pytest.raises(ModelError, match=r"training_args\.pt"):
+    torch.save({}, tmp_path / "run" / "model" / "training_args.bin")
+    (tmp_path / "run" / "model" / "notes.txt").write_text("private")
+    release(tmp_path / "run", tmp_path / "out")
+    assert not {"training_args.bin", "notes.txt"} & set(manifest.read(tmp_path / "out").files)
+
+
+def test_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "run" / "model" / "tokenizer_more.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=r"tokenizer_more\.json: is a link"):
         release(tmp_path / "run", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_a_run_that_are_missing_or_broken_are_named(run: Path, tmp_path: Path) -> None:
+    for number, (file, text) in enumerate(
+        [("results.json", None), ("results.json", "{"), ("environment.json", None)]
+    ):
+        broken = tmp_path / str(number)
+        shutil.copytree(run, broken)
+        (broken / file).unlink()
+        if text is not None:
+            (broken / file).write_text(text)
+        with pytest.raises(RunError, match=f"{file}: can't be read"):
+            release(broken, tmp_path / "out")
+    shutil.copytree(run, tmp_path / "no-model")
+    shutil.rmtree(tmp_path / "no-model" / "model")
+    with pytest.raises(RunError, match="not a finished run"):
+        release(tmp_path / "no-model", tmp_path / "out")
+    with pytest.raises(RunError, match="/dev/null/out: can't be made"):
+        release(run, Path("/dev/null/out"))
+    with pytest.raises(RunError, match="no name that the Hub takes"):
+        release(run, tmp_path / "my model")
 
 
 def test_a_full_disk_or_a_failed_check_leaves_nothing(
@@ -311,8 +391,25 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
     assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
     assert facts["recipe_sha256"] in card.text
-    assert str(tmp_path) not in card.text
-    assert str(run.parent) not in card.text
+
+
+def test_nobodys_directories_are_published(run: Path, sparse: Path, tmp_path: Path) -> None:
+    for number, source in enumerate((run, sparse.parent)):
+        released = tmp_path / f"release-{number}"
+        release(source, released)
+        for path in released.glob("*.*"):
+            if path.suffix in (".json", ".md", ".toml"):
+                assert not re.search(r"[\"'` ]/\w", path.read_text()), path
+
+
+def test_runs_on_other_data_are_not_compared(
+    run: Path, sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    task = {"validation": str(examples / "train.jsonl")}
+    finetune(finetune_recipe(sparse, examples, task=task), tmp_path / "other")
+    for other in (tmp_path / "other", sparse.parent):
+        with pytest.raises(RunError, match="--compare other: was measured on other data"):
+            release(run, tmp_path / "out", compare={"other": other})
 
 
 def test_a_run_of_several_seeds_is_shown_beside_their_mean(
@@ -419,5 +516,5 @@ def test_a_card_that_the_hub_refuses_is_not_pushed(
 
 def test_a_hub_that_is_not_there_is_one_message(run: Path, tmp_path: Path) -> None:
     release(run, tmp_path / "out")
-    with pytest.raises(RunError, match="org/tiny: not uploaded"):
+    with pytest.raises(RunError, match="org/tiny: not uploaded.*to try again: opfa push"):
         push(tmp_path / "out", "org/tiny", endpoint="http://127.0.0.1:9")

@@ -336,6 +336,6 @@ class Trainer:
             results["selected"] = {"step": self.best.step, self.best.metric: self.best.value}
         write_json(run.directory / "results.json", results)
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": self.done})
+        run.finish({"step": self.done, "model_sha256": results["model_sha256"]})
         (run.directory / TEACHER).unlink(missing_ok=True)
         return results

@@ -19,7 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opfa import distributed, report
-from opfa.checkpoint import facts_of, newest_point, save_point, seed_step, write_finished
+from opfa.checkpoint import (
+    facts_of,
+    model_digest,
+    newest_point,
+    save_point,
+    seed_step,
+    write_finished,
+)
 from opfa.distributed import Stopped, Supervisor
 from opfa.engine import Engine, start_distributed
 from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pretraining_model
@@ -275,7 +282,10 @@ class Trainer:
             set_masks(model, self.pruner.masks())
         result = write_finished(model, self.prepared.tokenizer, run.directory / "model")
         report.pretraining_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": self.recipe.training.steps, "sparsity": result["total"]["sparsity"]})
+        digest = model_digest(run.directory / "model")
+        sparsity = result["total"]["sparsity"]
+        steps = self.recipe.training.steps
+        run.finish({"step": steps, "sparsity": sparsity, "model_sha256": digest})
         return distributed.barrier()
 
 
