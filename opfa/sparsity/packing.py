@@ -112,12 +112,13 @@ def _gaps(positions: np.ndarray) -> np.ndarray:
 def _positions(frame: Tensor, form: Form) -> np.ndarray:
     codes = _decompressed(frame, form.num_gap_bytes)
     is_end = codes != RUN
-    positions = np.cumsum(codes, dtype=np.int64)
+    largest = RUN * len(codes) + form.count  # that the sums can become, whatever the bytes are
+    positions = np.cumsum(codes, dtype=np.int32 if largest < 1 << 31 else np.int64)
     if not is_end.all():
         positions = positions[is_end]
     if len(positions) != form.count:
         raise ValueError(f"{len(positions)} positions for {form.count} values")
-    positions += np.arange(form.count)
+    positions += np.arange(form.count, dtype=positions.dtype)
     if form.count and positions[-1] >= math.prod(form.shape):
         raise ValueError(f"a position {positions[-1]} in a matrix of {form.shape}")
     return positions
