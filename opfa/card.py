@@ -18,6 +18,7 @@ from opfa.provenance import Facts, Row, Step
 from opfa.recipe import RunError
 
 PICTURE = "sparsity.png"
+BEFORE = "\n\nIt started from a model that was made so:\n\n"
 TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 PIPELINES = {
     "classification": "text-classification",
@@ -89,7 +90,7 @@ def model_card(release: Release) -> ModelCard:
             facts=_facts(release),
             results=_results(release),
             sparsity=_sparsity(release.sparsity),
-            making="\n\n".join(_made(step) for step in release.steps),
+            making=BEFORE.join(map(_made, release.steps)),
             limits=_limits(release),
             licence=release.licence or "Not stated.",
         )

@@ -391,6 +391,7 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
     assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
     assert facts["recipe_sha256"] in card.text
+    assert card.text.count("It started from a model that was made so:") == 1  # two runs
 
 
 def test_nobodys_directories_are_published(run: Path, sparse: Path, tmp_path: Path) -> None:
