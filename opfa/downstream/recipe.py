@@ -243,6 +243,7 @@ class FinetuneRecipe(Recipe):
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "
-                "16-bit numbers can't tell their steps apart"
+                "16-bit numbers can't tell their steps apart (opfa calibrate trains nothing: give "
+                "it training.precision=fp32)"
             )
         return self
