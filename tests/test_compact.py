@@ -68,8 +68,9 @@ def test_every_tensor_comes_back(file: Path) -> None:
 
 
 def test_the_same_tensors_give_the_same_bytes(file: Path, tmp_path: Path) -> None:
-    write(small(), tmp_path / "again", sparse=NAMES[:1])
-    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    for _ in range(6):  # safetensors orders metadata by chance
+        write(small(), tmp_path / "again", sparse=NAMES[:1])
+        assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
 def split(data: bytes) -> tuple[Header, bytes]:
