@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from opfa import cli, compact, manifest, quant
+from opfa import release as releasing
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
@@ -260,6 +261,22 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "done.json").unlink()
     with pytest.raises(RunError, match="not a finished run"):
         release(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_weight_file_with_other_zeros_than_the_model_is_not_released(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losing_one(source: Path, directory: Path, *_: Any, **__: Any) -> bool:
+        tensors = load_file(source / "model.safetensors")
+        weight = tensors["bert.encoder.layer.0.attention.self.query.weight"].view(-1)
+        weight[int(weight.nonzero()[0])] = 0.0
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return True
+
+    monkeypatch.setattr(releasing, "write_weights", losing_one)
+    with pytest.raises(ModelError, match=r"query\.weight has \{.*\}, not \{"):
+        release(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_what_belongs_to_a_model_is_taken_along(run: Path, tmp_path: Path) -> None:
