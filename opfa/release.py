@@ -11,7 +11,6 @@ Weights that differ from the run's (rounded, or in 8 bits) are measured anew on 
 a card has no number of another model.
 """
 
-import functools
 import logging
 import os
 import shutil
@@ -89,9 +88,14 @@ def release(
     with new_directory(output) as aside:
         _copy(run / "model", aside)
         log.info("%s: writing %s weights", output, form)
-        pruned = set(stated["tensors"])
-        write = functools.partial(write_weights, form=form, dtype=dtype)
-        is_same = write(run / "model", aside, pruned, embeddings=embeddings is not False)
+        is_same = write_weights(
+            run / "model",
+            aside,
+            set(stated["tensors"]),
+            form=form,
+            dtype=dtype,
+            embeddings=embeddings is not False,
+        )
         if form != "dense":
             _set_config(aside / "config.json")
         verify(aside, stated)

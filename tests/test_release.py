@@ -442,6 +442,9 @@ def test_a_run_of_several_seeds_is_shown_beside_their_mean(
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"| its recipe | {SPARSITY} | 2 | {mean} |" in text
     assert f"| all | {SPARSITY} | 2 | {mean} |" in text
+    shutil.copytree(tmp_path / "runs" / "seed-43", tmp_path / "runs" / "not-of-them")
+    release(tmp_path / "runs" / "not-of-them", tmp_path / "alone")
+    assert "its recipe" not in (tmp_path / "alone" / "README.md").read_text()
 
 
 # Uploading
