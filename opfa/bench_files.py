@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opfa.anatomy import EMBEDDING
-from opfa.compact import FILE, METHOD
+from opfa.compact import CONFIG, FILE
 from opfa.models import HEADS, new_config
 from opfa.quant import to_int8
 from opfa.run import write_json
@@ -40,8 +40,6 @@ FORMS: tuple[tuple[Format, Dtype], ...] = (
     ("compact", "fp16"),
     ("compact-int8", "fp16"),
 )
-
-
 OF_ENCODER = {
     "positions": "positions",
     "values": "encoder values",
@@ -94,8 +92,7 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]
         directory.mkdir()
         write_weights(root / "source", directory, set(pruned), form=form, dtype=dtype)
         values = json.loads((root / "source" / "config.json").read_text())
-        entry = {"quantization_config": {"quant_method": METHOD}} if form != "dense" else {}
-        write_json(directory / "config.json", {**values, **entry})
+        write_json(directory / "config.json", {**values, **(CONFIG if form != "dense" else {})})
         directories[form, dtype] = directory
     return directories, pruned
 
@@ -121,13 +118,13 @@ def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
 def _limits(directory: Path, pruned: Mapping[str, int]) -> dict[str, float]:
     """Entropy in bytes: of independent positions, and of 8-bit values one by one."""
     stored = load_file(directory / FILE)
+    source = load_file(directory.parent / "source" / PLAIN)
     limits = {"positions": 0.0, "encoder values": 0.0}
     for name, size in pruned.items():
         kind, count = stored[f"{name}.form"].tolist()[:2]
         limits["positions"] += size * _bits(torch.tensor([count, size - count])) / 8
         if TYPES[kind] == torch.int8:
-            source = load_file(directory.parent / "source" / PLAIN, device="cpu")[name]
-            limits["encoder values"] += _entropy_of_8_bits(source) / 8
+            limits["encoder values"] += _entropy_of_8_bits(source[name]) / 8
     return {name: limit for name, limit in limits.items() if limit}
 
 

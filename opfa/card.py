@@ -14,8 +14,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from opfa.anatomy import layer_of
+from opfa.downstream.tasks import KINDS
 from opfa.provenance import Facts, Row, Step
 from opfa.recipe import RunError
+from opfa.tables import figure
 
 PICTURE = "sparsity.png"
 BEFORE = "\n\nIt started from a model that was made so:\n\n"
@@ -27,14 +29,6 @@ PIPELINES = {
     "token-classification": "token-classification",
     "multiple-choice": "multiple-choice",
     None: "fill-mask",
-}
-AUTO = {
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "token-classification": "AutoModelForTokenClassification",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    None: "AutoModelForMaskedLM",
 }
 INPUTS = {
     "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
@@ -81,7 +75,7 @@ def model_card(release: Release) -> ModelCard:
             template_path=str(TEMPLATE),
             title=release.name.rpartition("/")[2],
             name=release.name,
-            auto=AUTO[release.kind],
+            auto=KINDS[release.kind].head.__name__ if release.kind else "AutoModelForMaskedLM",
             inputs=INPUTS.get(release.kind or "", ANY_INPUTS),
             is_compact=release.form != "dense",
             is_sparse=release.is_sparse,
@@ -162,7 +156,8 @@ def _results(release: Release) -> str:
     names = list(release.rows[0].metrics)
     lines = []
     for row in release.rows:
-        cells = [_cell(row.metrics.get(n), row.deviations.get(n)) for n in names]
+        means, deviations = row.metrics, row.deviations
+        cells = [figure(means[n], deviations.get(n)) if n in means else "" for n in names]
         lines.append(
             (row.label.replace("|", "/"), f"{row.sparsity:.2%}", str(row.num_seeds), *cells)
         )
@@ -173,13 +168,6 @@ def _results(release: Release) -> str:
         note = "Loss of a masked token on held-out documents of its own training data."
     what = "these very files" if release.is_measured else "the weights before they were rounded"
     return f"{table}\n\n{note} The first line is that of {what}."
-
-
-def _cell(value: float | None, deviation: float | None) -> str:
-    if value is None:
-        return ""
-    digits = 2 if abs(value) > 1.0 else 4  # SQuAD's are 0..100
-    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _sparsity(report: Facts) -> str:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.compact import tensors
+from opfa.manifest import digest
 from opfa.models import write_model
 from opfa.recipe import ModelError, RunError
 from opfa.run import write_json
@@ -58,7 +59,7 @@ def save_point(
     barrier()
     if is_writer:
         files = {
-            str(p.relative_to(aside)): _digest(p) for p in sorted(aside.rglob("*")) if p.is_file()
+            str(p.relative_to(aside)): digest(p) for p in sorted(aside.rglob("*")) if p.is_file()
         }
         (aside / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
         for path in (*aside.rglob("*"), aside):
@@ -118,17 +119,12 @@ def problem_of(point: Path) -> str | None:
         facts = json.loads(text)
         if _sealed({k: v for k, v in facts.items() if k != "manifest"}) != text:
             return f"{MANIFEST} is damaged"
-        for name, digest in facts["files"].items():
-            if _digest(point / name) != digest:
+        for name, expected in facts["files"].items():
+            if digest(point / name) != expected:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({error.__class__.__name__}: {error})"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -218,7 +214,7 @@ def verify(directory: Path, report: dict[str, Any]) -> None:
 def model_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a model's safetensors files."""
     files = sorted(directory.glob("*.safetensors"))
-    return hashlib.sha256("".join(f"{p.name} {_digest(p)}\n" for p in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{p.name} {digest(p)}\n" for p in files).encode()).hexdigest()
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

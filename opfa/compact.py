@@ -22,7 +22,9 @@ from opfa.sparsity.packing import PARTS, TYPES, Int8, form_of, pack, unpack
 
 FILE = "model.opfa.safetensors"
 VERSION = "1"
-METHOD = "opfa"  # the quant_method in config.json
+METHOD = "opfa"
+ENTRY = "quantization_config"  # in config.json: what makes transformers look for our file
+CONFIG = {ENTRY: {"quant_method": METHOD, "version": VERSION}}
 MOST_WEIGHTS_PER_BYTE = 1_000  # of a file, beyond the first 2^24; bounds what a small file can ask
 FREE_WEIGHTS = 1 << 24
 MOST_HEADER = 1 << 24  # bytes

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub.hf_api import RepoSibling
 
-from opfa.manifest import MANIFEST, MAX_FILES, File, problem_of_name
+from opfa.manifest import MANIFEST, MAX_FILES, File, problem_of_name, problem_of_size
 from opfa.recipe import ModelError
 
 PICKLE = re.compile(r"pytorch_model[A-Za-z0-9_-]*\.bin")
@@ -32,14 +32,11 @@ class Blob:
 
     def problem(self, path: Path) -> str | None:
         """How a file on disk differs from what it must be; None where it does not."""
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        if size != self.size:
-            return f"has {size:,} bytes, not {self.size:,}"
         if len(self.digest) == 64:
-            return File(size=size, sha256=self.digest).problem(path)
-        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+            return File(size=self.size, sha256=self.digest).problem(path)
+        if problem := problem_of_size(path, self.size):
+            return problem
+        digest = hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -39,14 +39,10 @@ class File(Section):
 
     def problem(self, path: Path) -> str | None:
         """How a file on disk differs from what it must be; None where it does not."""
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        if size != self.size:
-            return f"has {size:,} bytes, not {self.size:,}"
-        if digest(path) != self.sha256:
+        problem = problem_of_size(path, self.size)
+        if problem is None and digest(path) != self.sha256:
             return f"has another SHA-256 than {self.sha256[:12]}..."
-        return None
+        return problem
 
 
 class Manifest(Section):
@@ -78,6 +74,14 @@ class Manifest(Section):
     def num_bytes(self) -> int:
         """Of all files together."""
         return sum(file.size for file in self.files.values())
+
+
+def problem_of_size(path: Path, size: int) -> str | None:
+    """Why a file on disk can't be one of this size; None where it can."""
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    return None if found == size else f"has {found:,} bytes, not {size:,}"
 
 
 def problem_of_name(name: str) -> str | None:

@@ -37,7 +37,6 @@ from opfa.run import write_json, write_text
 from opfa.weights import PLAIN, Dtype, Format, write_weights
 
 READABLE = 0o644
-ENTRY = "quantization_config"  # in config.json
 EXACT = (("dense", "fp32"), ("compact", "fp32"))  # nothing is rounded
 COPIED = (
     "config.json",
@@ -97,7 +96,8 @@ def release(
             embeddings=embeddings is not False,
         )
         if form != "dense":
-            _set_config(aside / "config.json")
+            config = aside / "config.json"
+            write_json(config, {**provenance.read_json(config), **compact.CONFIG})
         verify(aside, stated)
         write_json(aside / "sparsity.json", stated)
         write_text(aside / "recipe.toml", steps[0].toml)
@@ -141,7 +141,7 @@ def unpack(directory: Path, output: Path) -> None:
     with new_directory(output) as aside:
         _copy(directory, aside)
         save_file(tensors, aside / PLAIN, {"format": "pt"})
-        write_json(aside / "config.json", {k: v for k, v in config.items() if k != ENTRY})
+        write_json(aside / "config.json", {k: v for k, v in config.items() if k != compact.ENTRY})
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
@@ -232,11 +232,6 @@ def _copy(source: Path, directory: Path) -> None:
         if path.is_symlink():
             raise ModelError(f"{path}: is a link; what it points to is not released")
         shutil.copy(path, directory)
-
-
-def _set_config(path: Path) -> None:
-    entry = {"quant_method": compact.METHOD, "version": compact.VERSION}
-    write_json(path, {**provenance.read_json(path), ENTRY: entry})
 
 
 def _facts(found: Release) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""What `opfa inspect` prints: short enough for a screen, whatever the size of the model."""
+"""Tables: what `opfa inspect` and `opfa bench files` print, short enough for a screen whatever the
+size of the model; and how a measured figure is written.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +14,12 @@ from opfa.anatomy import layer_labels, short_kinds
 
 Report = dict[str, Any]  # what `inspect` and `compare` return
 DEAD = {"dead_rows": "output rows", "dead_columns": "input columns", "dead_heads": "heads"}
+
+
+def figure(mean: float, deviation: float | None) -> str:
+    """A metric, with its deviation over seeds where there are several."""
+    digits = 2 if abs(mean) > 1.0 else 4  # SQuAD's are 0..100
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def print_sparsity(name: str, result: Report, *, has_tensors: bool) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opfa import compact, quant
-from opfa.anatomy import EMBEDDING, is_matrix, layer_of
+from opfa.anatomy import EMBEDDING, part_of
 from opfa.recipe import ModelError
 from opfa.sparsity.packing import Int8
 
@@ -76,10 +76,9 @@ def _schemes(
 ) -> dict[str, quant.Scheme]:
     """How each matrix goes into 8 bits: as the model was quantized, else with a scale a row."""
     schemes: dict[str, quant.Scheme] = {name: "channel" for name in pruned}
+    parts = ("encoder", "embeddings") if embeddings else ("encoder",)
     for name, tensor in tensors.items():
-        is_of_layer = is_matrix(name, tensor.shape) and layer_of(name)
-        is_table = tensor.ndim == 2 and name.endswith("weight") and EMBEDDING.search(name)
-        if is_of_layer or (is_table and embeddings):
+        if part_of(name, tensor.shape) in parts:
             schemes[name] = "channel"
     if (source / quant.FILE).is_file():
         for name, scale in load_file(source / quant.FILE).items():

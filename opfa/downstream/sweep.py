@@ -19,6 +19,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.recipe import DivergedError, RunError
 from opfa.run import check_output, write_json, write_text
+from opfa.tables import figure
 
 Result = dict[str, Any]  # a run's results.json
 log = logging.getLogger(__name__)
@@ -107,15 +108,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         found = [name for name in names if name in row["mean"]]
-        cells = [_cell(row["mean"][name], row["std"][name]) for name in found] or [
+        cells = [figure(row["mean"][name], row["std"][name]) for name in found] or [
             "" for _ in names
         ]
         diverged = f", {row['num_diverged']} diverged" if row["num_diverged"] else ""
         seeds = f"{len(row['runs'])}{diverged}"
         lines.append(f"| {row['learning_rate']} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(mean: float, deviation: float | None) -> str:
-    digits = 2 if mean > 1.0 else 4  # SQuAD's are 0..100
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
