@@ -410,6 +410,42 @@ def bench_masks(as_json: AsJson = False) -> None:
         Console().print(table)
 
 
+@bench.command(
+    "train",
+    epilog="Example: opfa bench train recipes/upstream/bert-base-90.toml launch.micro_batch=8",
+)
+def bench_train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [section.key=value]...",
+            help="Without a recipe: BERT-base, 8 x 128 random tokens, 90 % sparse.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps that are measured.")] = 7,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", help="Put the tables into this Markdown file, between its marks."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A pre-training step by part, and against the same step written plainly with transformers."""
+    from opfa.bench_markdown import training_markdown, write_between
+    from opfa.bench_train import bench_train as execute
+    from opfa.upstream.recipe import PretrainRecipe
+
+    given = arguments or []
+    has_recipe = bool(given) and "=" not in given[0]
+    recipe = PretrainRecipe.read(given[0], given[1:]) if has_recipe else None
+    result = execute(recipe, given, rounds)
+    if write is not None:
+        write_between(write, "opfa bench train", training_markdown(result))
+    if as_json:
+        _print_json(result)
+    else:
+        print(training_markdown(result))
+
+
 @bench.command("distillation", epilog="Example: opfa bench distillation")
 def bench_distillation(as_json: AsJson = False) -> None:
     """Time of a step under a teacher whose logits are kept, and computed anew."""

@@ -1,26 +1,27 @@
-"""Distillation: a frozen teacher's soft targets, and losses that never hold tokens x vocabulary for
-a whole batch.
+"""Distillation: a frozen teacher's soft targets, and the loss over the vocabulary, whose logits
+never exist for a whole batch.
 
     loss = hard * CE(labels) + soft * T^2 * KL(teacher || student)
 
 after Hinton et al. (2015) and Prune Once for All, section 3.
 
-The vocabulary projection, student's and teacher's, runs over chunks of tokens. If there are
-several, each chunk's logits are recomputed in the backward pass, so only one chunk's exist at any
-time. All sums are divided by counts of the whole global batch, so the result does not depend on how
-the batch is cut into micro-batches and ranks. Shape letters: N tokens, H hidden, V vocabulary.
+The vocabulary projection, student's and teacher's, runs over chunks of tokens, once: each chunk's
+gradient is known as soon as its logits are, takes their place, and is added to the gradients of
+features and weight (as in Liger Kernel, Hsu et al., 2024). Nothing is computed again in the
+backward pass. All sums are scaled by counts of the whole global batch, so the result does not
+depend on how it is cut into micro-batches and ranks. Shape letters: N tokens, H hidden, V
+vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 1 << 24  # logits in one chunk: 64 MiB in fp32
-
-Projection = Callable[[Tensor], Tensor]
+CHUNK_LOGITS = 1 << 24  # logits of one chunk, in the model's precision: 32 MiB in bf16
+PART_LOGITS = 1 << 19  # of which a CPU takes so many at a time to fp32: they stay in its cache
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -33,68 +34,189 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     )
 
 
-def vocabulary_losses(
-    features: Tensor,
-    project: Projection,
-    labels: Tensor,
-    *,
-    teacher: tuple[Tensor, Projection] | None = None,
-    temperature: float = 1.0,
-    vocabulary: int,
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over labels that aren't ignored, and summed soft loss over all rows
-    given.
+class Scales(NamedTuple):
+    """What each of the two sums is multiplied by, and the softening temperature."""
 
-    `teacher` is its features [N, H] and its projection; without one the soft loss is zero.
+    hard: float
+    soft: float = 0.0
+    temperature: float = 1.0
+
+
+Part = Callable[[Tensor, Tensor, Scales, Tensor | None], Tensor]
+
+
+class Sums(NamedTuple):
+    """The scaled loss, to differentiate; and its two sums unscaled, for the log."""
+
+    total: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+class VocabularyLoss(nn.Module):
+    """The loss over the vocabulary of a projection whose parameters it shares.
+
+    A module of its own, so that an engine which shards parameters gathers them for it.
     """
-    hard = features.new_zeros((), dtype=torch.float32)
-    soft = hard
-    chunk = max(1, CHUNK_LOGITS // vocabulary)
-    if len(labels) <= chunk:
-        return _chunk_losses(features, project, labels, teacher, temperature)
-    for start in range(0, len(labels), chunk):
-        rows = slice(start, start + chunk)
-        targets = (teacher[0][rows], teacher[1]) if teacher else None
-        chunk_hard, chunk_soft = checkpoint(
-            _chunk_losses,
-            features[rows],
-            project,
-            labels[rows],
-            targets,
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        hard, soft = hard + chunk_hard, soft + chunk_soft
-    return hard, soft
+
+    def __init__(self, projection: nn.Linear, is_compiled: bool = False) -> None:
+        """`projection`: weight [V, H], bias [V] or none. `is_compiled`: what is done to each logit
+        goes through torch.compile.
+        """
+        super().__init__()
+        self.weight, self.bias = projection.weight, projection.bias
+        self._part = torch.compile(_part, dynamic=True) if is_compiled else _part
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        scales: Scales,
+        teacher: tuple[Tensor, nn.Linear] | None = None,
+    ) -> Sums:
+        """Cross-entropy of the first rows, as many as there are labels; soft loss over all rows.
+
+        `features` [N, H], `labels` [at most N], `teacher` its features [N, H] and projection;
+        without one the soft loss is zero.
+        """
+        targets = None if teacher is None else (teacher[0], teacher[1].weight, teacher[1].bias)
+        settings = scales, targets, self._part, torch.is_grad_enabled()
+        return Sums(*_Loss.apply(features, self.weight, self.bias, labels, *settings))
 
 
-def _chunk_losses(
-    features: Tensor,
-    project: Projection,
-    labels: Tensor,
-    teacher: tuple[Tensor, Projection] | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    logits = project(features)
-    hard = functional.cross_entropy(logits.float(), labels, reduction="sum")
-    if teacher is None:
-        return hard, torch.zeros_like(hard)
-    with torch.no_grad():
-        targets = teacher[1](teacher[0])
-    return hard, soft_loss(logits, targets, temperature)
+class _Loss(torch.autograd.Function):
+    """Gradients are computed beside the loss, without the factor that comes in the backward pass.
+
+    In units of the larger scale, so that they are of order one, also in fp16.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102 - torch's protocol
+        ctx: Any,  # Any: torch gives it no type
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scales: Scales,
+        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+        part: Part,
+        is_training: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unit = max(scales.hard, scales.soft) or 1.0
+        units = Scales(scales.hard / unit, scales.soft / unit, scales.temperature)
+        sums = torch.zeros(2, device=features.device)
+        chunk = max(1, min(CHUNK_LOGITS // len(weight), len(features)))
+        has_several = len(features) > chunk
+        gradients = _Gradients(features, weight, bias, has_several) if is_training else None
+        room = [weight.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
+        for start in range(0, len(features), chunk):
+            rows = slice(start, start + chunk)
+            logits, targets = _project(room[0], features[rows], weight, bias), None
+            if teacher is not None:
+                targets = _project(room[1], teacher[0][rows], *teacher[1:])
+            sums += _to_gradients(logits, labels[rows], units, targets, part)
+            if gradients is not None:
+                gradients.add(rows, logits)
+        ctx.unit, ctx.gradients = unit, gradients
+        hard, soft = sums.unbind()
+        ctx.mark_non_differentiable(hard, soft)
+        return scales.hard * hard + scales.soft * soft, hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102 - protocol
+        assert ctx.gradients is not None, "a second backward pass through the same loss"
+        found, ctx.gradients = ctx.gradients.tensors(), None
+        factor = grads[0] * ctx.unit
+        return *(None if g is None else g.mul_(factor) for g in found), *[None] * 5
 
 
-def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kept: Tensor) -> Tensor:
-    """Squared distance of hidden states at kept positions: mean over H and layers, summed over
-    tokens.
+def _project(room: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [N, V] of features [N, H], in the first rows of `room`: fresh memory for each chunk
+    would cost a CPU as much time as what is done with it.
+    """
+    logits = room[: len(features)]
+    if bias is None:
+        return torch.mm(features, weight.t(), out=logits)
+    return torch.addmm(bias, features, weight.t(), out=logits)
+
+
+class _Gradients:
+    """Gradients of features, weight and bias, added up chunk by chunk; in fp32 if there are
+    several.
+    """
+
+    def __init__(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, has_several: bool
+    ) -> None:
+        self._inputs, self._weight = features, weight
+        self._features, self._product = torch.empty_like(features), torch.zeros_like(weight)
+        self._bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        self._sum = torch.zeros_like(weight, dtype=torch.float32) if has_several else None
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        """`gradient` of these rows' logits."""
+        torch.mm(gradient, self._weight, out=self._features[rows])
+        torch.mm(gradient.t(), self._inputs[rows], out=self._product)
+        if self._sum is not None:
+            self._sum += self._product
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=torch.float32)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the model's precision."""
+        weight = self._product if self._sum is None else self._product.copy_(self._sum)
+        return self._features, weight, None if self._bias is None else self._bias.to(weight.dtype)
+
+
+def _to_gradients(
+    logits: Tensor, labels: Tensor, units: Scales, targets: Tensor | None, part: Part
+) -> Tensor:
+    """Both sums [2] of a chunk; its logits become their gradient."""
+    num_rows = len(logits)
+    if not logits.is_cuda:
+        num_rows = max(1, PART_LOGITS // logits.shape[1])
+    sums = torch.zeros(2, device=logits.device)
+    for start in range(0, len(logits), num_rows):
+        rows = slice(start, start + num_rows)
+        target = None if targets is None else targets[rows]
+        sums += part(logits[rows], labels[rows], units, target)
+    return sums
+
+
+def _part(logits: Tensor, labels: Tensor, units: Scales, targets: Tensor | None) -> Tensor:
+    temperature, num_labels = units.temperature, len(labels)
+    scores = logits.float()
+    hard = soft = of_hard = scores.new_zeros(())
+    if num_labels:
+        log_student = scores[:num_labels].log_softmax(-1)
+        places = torch.arange(num_labels, device=labels.device), labels
+        hard = -log_student[places].sum()
+        of_hard = log_student.exp_()
+        of_hard[places] -= 1
+        of_hard.mul_(units.hard)
+    if targets is not None:
+        log_teacher = targets.float().div_(temperature).log_softmax(-1)
+        log_student = scores.div_(temperature).log_softmax(-1)
+        teacher = log_teacher.exp()
+        soft = torch.dot(teacher.view(-1), log_teacher.sub_(log_student).view(-1))
+        gradient = log_student.exp_().sub_(teacher).mul_(temperature * units.soft)
+    else:
+        gradient = scores.zero_()
+    gradient[:num_labels] += of_hard
+    logits.copy_(gradient)
+    return torch.stack([hard, soft * temperature**2])
+
+
+def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """Squared distance of hidden states [B, T, H] at flat positions [N]: mean over H and layers,
+    summed over tokens.
 
     Each student layer is matched with the teacher layer at the same relative depth.
     """
     ratio = (len(teacher) - 1) / (len(student) - 1)
     matched = [teacher[round(index * ratio)] for index in range(len(student))]
     distances = [
-        (s[kept].float() - t[kept].float()).square().mean(-1).sum()
+        (s.flatten(0, 1)[rows].float() - t.flatten(0, 1)[rows].float()).square().mean(-1).sum()
         for s, t in zip(student, matched, strict=True)
     ]
     return torch.stack(distances).mean()

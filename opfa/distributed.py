@@ -6,6 +6,7 @@ process has a watchdog, which ends it when nothing was finished for a while, and
 ends the others.
 """
 
+import functools
 import logging
 import os
 import signal
@@ -40,11 +41,18 @@ class Stopped(OpfaError):  # noqa: N818 - not an error
     status = STOPPED
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Add these numbers over all ranks. Collective."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Add these numbers of the host over all ranks, without waiting for a GPU. Collective."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total, group=_host_group())
     return total.tolist()
+
+
+@functools.cache
+def _host_group() -> Any:  # Any: torch's own signature has an int in it
+    """One of all ranks that adds up on the host; None where the usual one does. Collective."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def gather_texts(text: str) -> list[str]:

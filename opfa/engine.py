@@ -120,7 +120,7 @@ class Engine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": max_grad_norm,
             "steps_per_print": 10**9,
-            "bf16": {"enabled": precision == "bf16"},
+            "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
             "fp16": {"enabled": precision == "fp16"},
             "zero_force_ds_cpu_optimizer": False,  # torch's is as fast there, and needs no compiler
         }
@@ -138,6 +138,9 @@ class Engine:
         self._engine: Any = engine  # Any: DeepSpeed is not typed
         self._stage = file.stage
         self._is_fp16 = precision == "fp16"
+        self._is_bf16_stage_1 = precision == "bf16" and file.stage == 1  # a class of its own
+        if self._is_bf16_stage_1 and dist.get_world_size() == 1:
+            engine.enable_backward_allreduce = False  # it would copy all gradients twice
         self._parameters = dict(model.named_parameters())
         self.ranks = ALONE  # at stage 0 every rank holds everything
         if self._stage > 0:
@@ -158,26 +161,39 @@ class Engine:
         if not is_last:
             self._engine.step()
 
-    def step(self, learning_rate: float) -> float | None:
-        """One optimizer step after the last backward pass; the gradient norm before clipping.
+    def step(self, learning_rate: float) -> Tensor | None:
+        """One optimizer step after the last backward pass; the gradient norm before clipping, which
+        is still on its way on a GPU.
 
         None when gradients overflowed fp16: the step is skipped and the loss scale halved. In other
         precisions raises `RunError`, on every rank, and the weights are as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = None
-        if self._stage == 0:  # DeepSpeed clips there too, but doesn't tell
+        if self._stage == 0:
+            # DeepSpeed clips there too, but neither tells the norm nor minds what it is.
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-        if norm is None or math.isfinite(norm):
-            self._engine.step()  # skipped by stages 1 to 3 when gradients are not finite
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
-        if norm is not None and math.isfinite(norm) and norm >= 0:
-            return float(norm)
+            is_finite = math.isfinite(norm)
+            if is_finite:
+                self._engine.step()
+        else:
+            self._engine.step()  # skipped when gradients are not finite
+            is_finite = not self._engine.optimizer.overflow
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        if self._is_bf16_stage_1:
+            for parameter in self._parameters.values():
+                parameter.grad = None  # DeepSpeed would set it to zero, and autograd add to that
+        if is_finite:
+            return norm
         if self._is_fp16:
             return None
         raise RunError("the gradient is not finite; nothing was changed by this step")
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether parameters are whole between passes, and not only inside."""
+        return self._stage < 3
 
     # runs of masters and moments
 

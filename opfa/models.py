@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from opfa.recipe import ModelError
+from opfa.recipe import ModelError, RunError
 
 # Families that count positions from pad_token_id + 1.
 COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
@@ -76,9 +76,11 @@ HEADS: dict[str, Any] = {  # Any: Auto classes share no base
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a forward pass gives before the vocabulary projection. B batch, T tokens, H hidden."""
+    """What a forward pass gives before the vocabulary projection. B batch, T tokens, N of them with
+    features, H hidden.
+    """
 
-    mlm: Tensor
+    mlm: Tensor  # [N, H]
     nsp_logits: Tensor | None  # [B, 2]
     hidden_states: tuple[
         Tensor, ...
@@ -192,7 +194,9 @@ def load_pretraining_model(
     cls = _pretraining_class(config, objective)
     _set_dropout(config, dropout)
     with loading("model", name):
-        return cls.from_pretrained(name, config=config, dtype=torch.float32)
+        return cls.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=_attention()
+        )
 
 
 def new_pretraining_model(
@@ -205,7 +209,14 @@ def new_pretraining_model(
     cls = _pretraining_class(config, objective)
     _set_dropout(config, dropout)
     with loading("model.config", config.model_type):
-        return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
+        model = cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
+    model.set_attn_implementation(_attention())
+    return model
+
+
+def _attention() -> str:
+    """On a CPU, torch's fused attention takes longer than the plain products in training."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def _set_dropout(config: PretrainedConfig, probability: float | None) -> None:
@@ -245,25 +256,39 @@ def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, toke
 
 
 def pretraining_features(
-    model: PreTrainedModel, inputs: dict[str, Tensor], hidden_states: bool = False
+    model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, hidden_states: bool = False
 ) -> Features:
-    """Run the backbone and the head's transform, but not the vocabulary projection."""
+    """Run the backbone, and the head's transform for the tokens at these flat positions [N], but
+    not the vocabulary projection.
+    """
     outputs = model.base_model(**inputs, output_hidden_states=hidden_states)
     last = outputs.last_hidden_state
     nsp = None
     if isinstance(model, BertForPreTraining):
         nsp = model.cls.seq_relationship(outputs.pooler_output)
     return Features(
-        mlm=FAMILIES[model.config.model_type].transform(model, last),
+        mlm=FAMILIES[model.config.model_type].transform(model, last.flatten(0, 1)[rows]),
         nsp_logits=nsp,
         hidden_states=outputs.hidden_states if hidden_states else (),
     )
 
 
-def projection(model: PreTrainedModel) -> nn.Module:
+def compile_models(*models: PreTrainedModel) -> None:
+    """Run their backbones through torch.compile, in place; raises `RunError` where it can't."""
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"launch.compile = true: torch can't compile here: {reason}") from error
+    for model in models:
+        model.base_model.compile()
+
+
+def projection(model: PreTrainedModel) -> nn.Linear:
     """The layer from features to vocabulary logits."""
     layer = model.get_output_embeddings()
-    assert layer is not None, f"{type(model).__name__} has no output embeddings"
+    assert isinstance(layer, nn.Linear), f"{type(model).__name__} has no output embeddings"
     return layer
 
 

@@ -1,18 +1,22 @@
 """Data order: which examples make up each step, as a function of (seed, epoch) alone.
 
-Global position p = step * batch + i is example `permutation(epoch)[p mod N]` of epoch p div N. Each
-rank takes its slice of every global batch, cut into micro-batches. So ranks, micro-batches, workers
-and a resume change nothing.
+Global position p = step * batch + i is example `order(epoch)[p mod N]` of epoch p div N. Each rank
+takes its slice of every global batch, cut into micro-batches. So ranks, micro-batches, workers and
+a resume change nothing.
+
+An epoch's order is a permutation. With lengths, examples of similar length come together, so that
+little of a batch is padding: as in transformers' group_by_length, runs of `GROUPED` batches of the
+permutation are sorted by length and cut into batches again, and the batches shuffled.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 
 Place = tuple[int, int]  # epoch, example
-ORDER, MASKING, HELD_OUT, PAIRS = 1, 2, 3, 4  # what a random stream is for: no two share one
+ORDER, HELD_OUT, PAIRS = 1, 3, 4  # what a random stream is for: no two share one
+GROUPED = 50
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
@@ -24,7 +28,10 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which examples make up each rank's micro-batches."""
+    """Which examples make up each rank's micro-batches.
+
+    `lengths` [N] are all examples' in tokens; without them an epoch is a plain permutation.
+    """
 
     seed: int
     num_examples: int
@@ -32,6 +39,8 @@ class Order:
     micro_batch: int
     rank: int
     world_size: int
+    lengths: np.ndarray | None = None
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def accumulation(self) -> int:
@@ -47,12 +56,26 @@ class Order:
 
     def _place(self, position: int) -> Place:
         epoch, index = divmod(position, self.num_examples)
-        return epoch, int(_permutation(self.seed, epoch, self.num_examples)[index])
+        if epoch not in self._epochs:
+            self._epochs.pop(epoch - 2, None)  # a batch reaches back into the last one
+            self._epochs[epoch] = self._epoch(epoch)
+        return epoch, int(self._epochs[epoch][index])
 
-
-@lru_cache(maxsize=2)  # the current epoch and the one that a batch may reach into
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return generator(seed, ORDER, epoch).permutation(size)
+    def _epoch(self, epoch: int) -> np.ndarray:
+        size, random = self.num_examples, generator(self.seed, ORDER, epoch)
+        order = random.permutation(size)
+        if self.lengths is None:
+            return order
+        first = -epoch * size % self.batch  # these end the batch that the last epoch began
+        num_batches = max(0, size - first) // self.batch
+        whole = order[first : first + num_batches * self.batch]
+        run = self.batch * max(1, min(GROUPED, num_batches // 4))
+        for start in range(0, len(whole), run):
+            part = whole[start : start + run]
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = whole.reshape(num_batches, self.batch)
+        batches[:] = batches[random.permutation(num_batches)]
+        return order
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,14 @@ def memory_bytes(
     tokens = micro_batch * shape.tokens
     activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
     chunk = min(CHUNK_LOGITS, tokens * shape.vocabulary)
+    loss = (2 * shape.width + 5 * 4) * chunk + (4 + shape.width) * shape.vocabulary * shape.hidden
     return {
         "weights": width * size / (gpus if stage >= 3 else 1),
         "gradients": 4 * size / (gpus if stage >= 2 else 1),
         "optimizer": optimizer,
         "masks": (1 + width) * shape.pruned,
         "teacher": width * shape.teacher,
-        "activations": activations * width / 2 + 5 * 4 * chunk,
+        "activations": activations * width / 2 + loss,
     }
 
 

@@ -122,7 +122,7 @@ def language_losses(recipe: PretrainRecipe, output: Path) -> dict[str, float]:
             weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
             set_masks(model, pattern.masks(weights, sparsity))
         batches = validation_batches(
-            prepared, mask, batch=64, num_examples=len(prepared.validation), has_pairs=False
+            prepared, mask, batch=64, num_examples=len(prepared.validation)
         )
         losses[name] = mean_losses(Objective(model, None), batches)["mlm_loss"]
     return losses

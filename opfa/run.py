@@ -275,6 +275,7 @@ def environment() -> dict[str, Any]:
         },
         "machine": {
             "system": platform.platform(),
+            "processor": _processor(),
             "processors": os.cpu_count(),
             "accelerators": [
                 torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
@@ -283,6 +284,14 @@ def environment() -> dict[str, Any]:
         "git_commit": commit,
         "command": sys.argv[1:],
     }
+
+
+def _processor() -> str:
+    """What the processor is called, where the system tells."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -94,10 +94,12 @@ class DeepSpeedFile(Recipe):
         return values
 
     @classmethod
-    def load(cls, path: str | None) -> Self:
-        """Read a file, or take the default: ZeRO 2. Raises `RecipeError`."""
+    def load(cls, path: str | None, processes: int = 1) -> Self:
+        """Read a file, or take the default: ZeRO 2, and ZeRO 1 for a process alone, which is spared
+        the copies. Raises `RecipeError`.
+        """
         if path is None:
-            return cls()
+            return cls(zero_optimization=ZeroOptimization(stage=1 if processes == 1 else 2))
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_whole)
         except (OSError, ValueError) as error:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.upstream.batches import Batch
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -82,6 +84,13 @@ def pretrain_values(data: Path, **sections: Any) -> dict[str, Any]:
 def pretrain_recipe(data: Path, **sections: Any) -> PretrainRecipe:
     """A tiny upstream recipe."""
     return PretrainRecipe.check(pretrain_values(data, **sections))
+
+
+def dense_labels(batch: Batch) -> Tensor:
+    """MLM labels [B, T] as plain transformers takes them: -100 where nothing is predicted."""
+    labels = torch.full(batch.inputs["input_ids"].shape, -100)
+    labels.view(-1)[batch.predicted] = batch.labels
+    return labels
 
 
 @pytest.fixture(scope="session")

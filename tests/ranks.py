@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opfa.distributed import end_process
@@ -23,12 +24,12 @@ from opfa.recipe import OpfaError
 from opfa.sparsity.layers import MaskedLinear
 from opfa.sparsity.masks import fingerprint
 from opfa.upstream.batches import Batch
-from opfa.upstream.objective import Counts, Losses
+from opfa.upstream.objective import Counts, Losses, Objective, Targets
 from opfa.upstream.pretrain import Trainer, pretrain
 from opfa.upstream.recipe import PretrainRecipe
 
 EFFECTIVE_WEIGHT, PRUNE = MaskedLinear.effective_weight, Trainer.prune
-BACKWARD = Trainer._backward
+FORWARD = Objective.forward
 LINEAR = torch.nn.functional.linear
 seen = {"layers": 0, "violations": 0}
 
@@ -47,10 +48,14 @@ def run(
 ) -> None:
     """One upstream run, watched."""
 
-    def slow_backward(trainer: Trainer, batch: Batch, is_last: bool, counts: Counts) -> Losses:
+    def slow_forward(
+        objective: Objective, batch: Batch, targets: Targets | None, counts: Counts
+    ) -> Losses:
+        losses = FORWARD(objective, batch, targets, counts)
+        if not torch.is_grad_enabled():
+            return losses
         time.sleep(slow)
-        losses = BACKWARD(trainer, batch, is_last, counts)
-        is_bad = trainer.order.rank == trainer.order.world_size - 1 and steps[0] + 1 == bad_step
+        is_bad = dist.get_rank() == dist.get_world_size() - 1 and steps[0] + 1 == bad_step
         return losses._replace(total=losses.total * math.nan) if is_bad else losses
 
     def watched_prune(trainer: Trainer, step: int) -> None:
@@ -67,7 +72,7 @@ def run(
     with (
         patch.object(MaskedLinear, "effective_weight", watched_weight),
         patch.object(Trainer, "prune", watched_prune),
-        patch.object(Trainer, "_backward", slow_backward),
+        patch.object(Objective, "forward", slow_forward),
     ):
         pretrain(recipe, output, resume)
     assert torch.nn.functional.linear is LINEAR  # nothing of one run is left for the next

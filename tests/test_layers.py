@@ -1,5 +1,6 @@
 """Masked layers: what a lock holds, through which training, and what fusing leaves."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from opfa.recipe import ModelError
+from opfa.sparsity import layers as module
 from opfa.sparsity.layers import (
     MaskedLinear,
+    _product,
     fuse,
+    hold_weights,
     lock,
     mask_layers,
     masked_layers,
@@ -118,12 +122,206 @@ def test_the_clipping_norm_counts_live_weights_only() -> None:
     torch.testing.assert_close(nn.utils.clip_grad_norm_(net.parameters(), 1.0), expected)
 
 
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
+BITS |= {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def special_values(dtype: torch.dtype) -> Tensor:
+    """[12, 2] of all kinds of numbers, and the same negative."""
+    info = torch.finfo(dtype)
+    values = [0.0, 1.0, 1 / 3, torch.pi, info.max, info.tiny, info.smallest_normal / 4, info.eps]
+    column = torch.tensor([*values, torch.inf, torch.nan, 7.0, 1e-3], dtype=dtype)
+    return torch.stack([column, -column], dim=1)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_product_with_a_mask_keeps_each_bit_where_it_is_true(dtype: torch.dtype) -> None:
+    values = special_values(dtype)
+    found = _product(values, torch.ones_like(values, dtype=torch.bool))
+    assert found.dtype == dtype
+    assert torch.equal(found.view(BITS[dtype]), values.view(BITS[dtype]))
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_product_with_a_mask_is_positive_zero_where_it_is_false(dtype: torch.dtype) -> None:
+    values = special_values(dtype)
+    found = _product(values, torch.zeros_like(values, dtype=torch.bool))
+    assert not found.view(BITS[dtype]).any()
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+def test_a_product_is_right_for_any_strides(dtype: torch.dtype, how: str) -> None:
+    values, mask = special_values(dtype), torch.arange(24).view(12, 2) % 3 > 0
+    if how == "transposed":
+        values, mask = values.t(), mask.t().contiguous()
+    elif how == "sliced":
+        values, mask = values[1::3], mask[1::3]
+    else:
+        values = values[:1].expand(12, 2)
+    found = _product(values, mask)
+    expected = torch.where(mask, values, torch.zeros((), dtype=dtype)).contiguous()
+    assert torch.equal(found.contiguous().view(BITS[dtype]), expected.view(BITS[dtype]))
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_the_gradient_has_the_type_of_the_weight_and_positive_zeros(dtype: torch.dtype) -> None:
+    net = sparse_net().to(dtype)
+    lock(net)
+    (net(-data()[0].to(dtype)).sum() * -1).backward()
+    for layer in masked_layers(net).values():
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == dtype
+        assert not layer.weight.grad[~layer.mask].view(BITS[dtype]).any()
+
+
+def test_what_is_not_a_number_under_a_mask_takes_no_part() -> None:
+    net, twin = sparse_net(), sparse_net()
+    lock(net)
+    net.first.weight.data[~masked_layers(net)["first"].mask] = torch.nan
+    assert torch.equal(net(data()[0]), twin(data()[0]))
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_gradient_is_that_of_a_plain_product(precision: torch.dtype) -> None:
+    net, twin = sparse_net(), sparse_net()
+    lock(net)
+    masks = masks_of(net)
+    for model in (net, twin):
+        with torch.autocast("cpu", precision):
+            loss = nn.functional.mse_loss(model(data()[0]).float(), data()[1])
+        loss.backward()
+    for name, mask in masks.items():
+        found, plain = net.get_parameter(name).grad, twin.get_parameter(name).grad
+        assert found is not None and plain is not None and found.dtype == torch.float32
+        assert torch.equal(found, plain * mask)
+
+
 def test_a_frozen_weight_needs_no_gradient() -> None:
     net = sparse_net().requires_grad_(False)
     lock(net)
     net.last.bias.requires_grad_(True)
     backward(net)
     assert net.last.bias.grad is not None and net.last.weight.grad is None
+
+
+# weights that are held
+
+
+class Products:
+    """Counts `_product` calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(module, "_product", self)
+
+    def __call__(self, values: Tensor, mask: Tensor) -> Tensor:
+        self.count += 1
+        return _product(values, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_weights_give_the_same_outputs_and_gradients(dtype: torch.dtype) -> None:
+    found = []
+    for holding in (hold_weights, lambda _: contextlib.nullcontext()):
+        net = sparse_net().to(dtype)
+        lock(net)
+        net.first.weight.data += 1.0  # what lies under a mask is not zero
+        with holding(net):
+            outputs = []
+            for _ in range(3):
+                outputs.append(net(data()[0].to(dtype)))
+                backward(net)
+        found.append([*outputs, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_held_weights_are_computed_once_for_all_forward_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = sparse_net()
+    lock(net)
+    products = Products(monkeypatch)
+    for holding, count in ((hold_weights(net), 2), (contextlib.nullcontext(), 6)):
+        products.count = 0
+        with holding, torch.no_grad():
+            for _ in range(3):
+                net(data()[0])
+        assert products.count == count  # of two layers
+
+
+def test_each_backward_pass_still_masks_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sparse_net()
+    lock(net)
+    products = Products(monkeypatch)
+    with hold_weights(net):
+        for _ in range(3):
+            backward(net)
+    assert products.count == 2 + 3 * 2
+
+
+def test_weights_computed_without_grad_are_held_for_passes_with_it() -> None:
+    net, twin = sparse_net(), sparse_net()
+    lock(net)
+    lock(twin)
+    with hold_weights(net):
+        with torch.no_grad():
+            net(data()[0])
+        backward(net)
+    backward(twin)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_weight_that_changed_is_seen_after_holding() -> None:
+    net = sparse_net()
+    lock(net)
+    for value in (2.0, 3.0):
+        net.last.weight.data.fill_(value)
+        with hold_weights(net):
+            net(data()[0])
+            assert isinstance(net.last, MaskedLinear)
+            assert torch.equal(net.last.effective_weight(), net.last.mask * value)
+    net.last.weight.data.fill_(4.0)
+    assert torch.equal(net.last.effective_weight(), net.last.mask * 4.0)
+
+
+def test_a_pass_that_fails_lets_go_of_the_weights() -> None:
+    net = sparse_net()
+    lock(net)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), hold_weights(net):
+        net(torch.zeros(2, 99))
+    net.first.weight.data.fill_(2.0)
+    assert isinstance(net.first, MaskedLinear)
+    assert torch.equal(net.first.effective_weight(), net.first.mask * 2.0)
+
+
+def test_masks_must_not_change_while_weights_are_held() -> None:
+    net = sparse_net()
+    lock(net)
+    masks = {name: mask.clone() for name, mask in masks_of(net).items()}
+    with (
+        hold_weights(net),
+        pytest.raises(AssertionError, match="masks change while effective weights are held"),
+    ):
+        set_masks(net, masks)
+    set_masks(net, masks)
+
+
+def test_fuse_leaves_plain_layers_after_holding_too() -> None:
+    net = sparse_net()
+    lock(net)
+    with hold_weights(net):
+        net(data()[0])
+    fuse(net)
+    assert vars(net.first).keys() == vars(nn.Linear(6, 8)).keys()
+
+
+def test_a_model_without_masked_layers_can_be_held() -> None:
+    net = sparse_net()
+    with hold_weights(net):
+        assert torch.equal(net(data()[0]), sparse_net()(data()[0]))
 
 
 # the swap

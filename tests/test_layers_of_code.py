@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
-    {"recipe", "order", "anatomy", "sparsity.structure"},
+    {"recipe", "order", "anatomy", "sparsity.structure", "clock"},
     {
         "tables",
         "schedules",
@@ -38,8 +38,11 @@ LEVELS = [
     {"upstream.objective", "downstream.tasks"},
     {"downstream.evaluate", "downstream.selection", "downstream.student"},
     {"downstream.teacher", "parity"},
+    {"upstream.progress"},
     {"upstream.pretrain", "downstream.finetune"},
-    {"quickstart", "bench", "bench_files", "downstream.sweep", "downstream.calibrate"},
+    {"bench_plain", "bench_markdown"},
+    {"quickstart", "bench", "bench_files", "bench_train"},
+    {"downstream.sweep", "downstream.calibrate"},
     {"card"},
     {"export", "release"},
     {"cli"},

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import pretrain_recipe
+from conftest import dense_labels, pretrain_recipe
 from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import BertForPreTraining, BertModel
@@ -76,14 +76,22 @@ def test_losses_equal_a_plain_loop(prepared: Path, tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     )
-    size = len(data.train)
-    order = Order(seed=42, num_examples=size, batch=8, micro_batch=8, rank=0, world_size=1)
+    lengths = data.lengths()
+    order = Order(
+        seed=42,
+        num_examples=len(lengths),
+        lengths=lengths,
+        batch=8,
+        micro_batch=8,
+        rank=0,
+        world_size=1,
+    )
     mask = masker(data.tokenizer, recipe.masking, recipe.seed)
-    batches = training_steps(data, mask, order, steps=range(8), has_pairs=True, workers=0)
+    batches = training_steps(data, mask, order, steps=range(8), workers=0)
     rates = [0.5e-3, 1e-3, 1e-3, *(1e-3 * (8 - step) / 6 for step in range(3, 8))]
     for step, (batch,) in enumerate(batches):
         outputs = model(
-            **batch.inputs, labels=batch.labels, next_sentence_label=batch.next_sentence
+            **batch.inputs, labels=dense_labels(batch), next_sentence_label=batch.next_sentence
         )
         outputs.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

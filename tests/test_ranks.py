@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import outside, pretrain_values
+from conftest import dense_labels, outside, pretrain_values
 
 from opfa.inspection import inspect
 from opfa.models import load_pretraining_model
@@ -147,15 +147,21 @@ def reference(runs: Path, prepared: Path) -> list[tuple[float, float]]:
     recipe = PretrainRecipe.check(alone(prepared, "zero0"))
     assert recipe.pruning is not None and recipe.model.init is not None
     data, schedule = Prepared.open(prepared, recipe.corpus), recipe.pruning.schedule
+    lengths = data.lengths()
     order = Order(
-        seed=42, num_examples=len(data.train), batch=8, micro_batch=8, rank=0, world_size=1
+        seed=42,
+        num_examples=len(lengths),
+        lengths=lengths,
+        batch=8,
+        micro_batch=8,
+        rank=0,
+        world_size=1,
     )
     batches = training_steps(
         data,
         masker(data.tokenizer, recipe.masking, recipe.seed),
         order,
         steps=range(recipe.training.steps),
-        has_pairs=True,
         workers=0,
     )
     model = load_pretraining_model(recipe.model.init, "mlm+nsp", dropout=0.0).train()
@@ -176,7 +182,7 @@ def reference(runs: Path, prepared: Path) -> list[tuple[float, float]]:
                 order_of_all = magnitudes.size - 1 - np.argsort(magnitudes[::-1], kind="stable")
                 mask.fill_(1.0).view(-1)[order_of_all[:k].copy()] = 0.0
         live = {name: p * masks[name] if name in masks else p for name, p in parameters.items()}
-        targets = {"labels": batch.labels, "next_sentence_label": batch.next_sentence}
+        targets = {"labels": dense_labels(batch), "next_sentence_label": batch.next_sentence}
         loss = torch.func.functional_call(model, live, (), {**batch.inputs, **targets}).loss
         optimizer.zero_grad()
         loss.backward()

@@ -20,8 +20,8 @@ def test_shipped_files_are_read_and_say_what_they_are_called(path: Path) -> None
     assert file.values()["zero_optimization"]["stage"] == file.stage
 
 
-def test_without_a_file_it_is_zero_2() -> None:
-    assert DeepSpeedFile.load(None).stage == 2
+def test_without_a_file_it_is_zero_1_for_one_process_and_zero_2_for_several() -> None:
+    assert [DeepSpeedFile.load(None, processes).stage for processes in (1, 2, 8)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class Teacher:
         if not self.settings.hidden_weight:
             return soft, 0.0
         kept = batch["attention_mask"].bool().flatten(0, -2)
-        return soft, hidden_loss(outputs.hidden_states, states, kept)
+        return soft, hidden_loss(outputs.hidden_states, states, kept.flatten())
 
     @torch.no_grad()
     def _targets(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Tensor], Any]:

@@ -9,7 +9,8 @@ Rejected: zeroing weights after the optimizer's step (ZeRO copies its own fp32 v
 clipping norm counts dead weights), and torch's parametrizations (they rename keys).
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,26 +29,38 @@ class _Masked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:  # noqa: D102 - torch's protocol
+    def forward(ctx, weight: Tensor, mask: Tensor, known: Tensor | None) -> Tensor:  # noqa: D102 - torch's protocol
         ctx.save_for_backward(mask)
-        return weight * mask.view(torch.uint8).to(
-            weight.dtype
-        )  # 2 to 3 times faster than a bool product
+        return _product(weight, mask) if known is None else known.detach()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102 - torch's protocol
-        (mask,) = ctx.saved_tensors
-        return grads[0] * mask.view(torch.uint8).to(grads[0].dtype), None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102 - torch's protocol
+        return _product(grads[0], *ctx.saved_tensors), None, None
+
+
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _product(values: Tensor, mask: Tensor) -> Tensor:
+    """values * mask, as integers: bits times 1 are the same bits, and times 0 are +0.0. To make
+    floating-point numbers of the mask would take longer than the product.
+    """
+    integer = INTEGERS[values.element_size()]
+    return (values.view(integer) * mask.view(torch.int8).to(integer)).view(values.dtype)
 
 
 class MaskedLinear(nn.Linear):
     """`nn.Linear` whose masked weights take no part in the forward or the backward pass."""
 
     mask: Tensor
+    is_held = False  # inside of `hold_weights`
+    _known: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
         """The weight that the layer computes with: zero wherever the mask is False."""
-        return _Masked.apply(self.weight, self.mask)
+        if self.is_held and self._known is None:
+            self._known = _product(self.weight.detach(), self.mask)
+        return _Masked.apply(self.weight, self.mask, self._known)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its masked weight."""
@@ -81,6 +94,25 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLinear)}
 
 
+@contextlib.contextmanager
+def hold_weights(model: nn.Module) -> Iterator[None]:
+    """Compute each effective weight once for all forward passes inside, where neither weights nor
+    masks may change.
+
+    Said by the caller and not found out: sharding engines write weights behind autograd's version
+    counters.
+    """
+    layers = masked_layers(model).values()
+    for layer in layers:
+        layer.is_held = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in ("is_held", "_known"):
+                layer.__dict__.pop(name, None)
+
+
 def masks_of(model: nn.Module) -> Masks:
     """The masks in force, by the name of the weight that each belongs to."""
     return {f"{name}.weight": layer.mask for name, layer in masked_layers(model).items()}
@@ -92,6 +124,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     if {f"{name}.weight" for name in layers} != set(masks):
         raise ModelError("the masks and the masked layers of this model have different names")
     for name, layer in layers.items():
+        assert not layer.is_held, "masks change while effective weights are held"
         layer.mask.copy_(masks[f"{name}.weight"])
 
 

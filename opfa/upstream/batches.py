@@ -6,9 +6,8 @@ resume change neither. Shape letters: B sequences, T tokens.
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,19 +23,25 @@ from opfa.models import load_tokenizer
 from opfa.order import MicroBatches, Order, Place
 from opfa.recipe import DataError, RecipeError
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
-from opfa.upstream.masking import IGNORED, Masker
+from opfa.upstream.masking import Masker
 from opfa.upstream.recipe import Corpus, Masking
 
 # What another machine may call otherwise, and what examples that are there no longer depend on.
 PATHS = {"documents", "tokenizer", "bad_records"}
+MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
 
 
 class Batch(NamedTuple):
-    """One micro-batch: model inputs [B, T], MLM labels [B, T], next-sentence labels [B] (-100:
-    none).
+    """One micro-batch: model inputs [B, T]; flat positions in [B * T] of the tokens to predict [M]
+    and of all other real ones [O]; MLM labels [M], next-sentence labels [B] (-100: none).
+
+    Positions are found here, where the loader has them: to look for them on a GPU would make the
+    trainer wait for it.
     """
 
     inputs: dict[str, Tensor]
+    predicted: Tensor
+    others: Tensor
     labels: Tensor
     next_sentence: Tensor
 
@@ -45,12 +50,12 @@ class Batch(NamedTuple):
         inputs = {
             name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()
         }
-        return Batch(inputs, self.labels.to(device), self.next_sentence.to(device))
+        return Batch(inputs, *(tensor.to(device, non_blocking=True) for tensor in self[1:]))
 
     def counts(self) -> tuple[int, int, int]:
         """How many tokens are predicted, how many are real, and how many sequences there are."""
-        num_masked = int((self.labels != IGNORED).sum())
-        return num_masked, int(self.inputs["attention_mask"].sum()), len(self.labels)
+        num_predicted = len(self.predicted)
+        return num_predicted, num_predicted + len(self.others), len(self.next_sentence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class Prepared:
     """A directory that `opfa prepare` wrote."""
 
     train: Dataset
-    validation: Dataset
+    validation: Dataset  # in Arrow's own format, which reads 10 times faster than numpy's
     tokenizer: PreTrainedTokenizerBase
     summary: dict[str, Any]
 
@@ -94,9 +99,14 @@ class Prepared:
             summary=summary,
         )
 
+    def lengths(self) -> np.ndarray:
+        """Of all training examples in tokens, [N]."""
+        column = self.train.data.column("input_ids")
+        return np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
+
 
 def _split(directory: Path) -> Dataset:
-    split = load_from_disk(str(directory)).with_format("numpy")
+    split = load_from_disk(str(directory)).with_format("arrow")
     assert isinstance(split, Dataset)
     return split
 
@@ -122,68 +132,67 @@ def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> M
     )
 
 
-class MaskedExamples(torch.utils.data.Dataset):
-    """Examples by (epoch, index), masked for that epoch."""
-
-    def __init__(self, examples: Dataset, mask: Masker) -> None:
-        """Examples as `opfa prepare` wrote them, in numpy format."""
-        self.examples = examples
-        self.mask = mask
-
-    def __getitem__(self, place: Place) -> dict[str, Any]:
-        """One example: its columns, with masked `input_ids` and `labels`."""
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: list[Place]) -> list[dict[str, Any]]:
-        """A batch of them, which is what a `DataLoader` asks for: rows are read together."""
-        columns = self.examples[[index for _, index in places]]
-        examples = []
-        for row, (epoch, index) in enumerate(places):
-            example = {name: column[row] for name, column in columns.items()}
-            ids = np.asarray(example["input_ids"], dtype=np.int64)
-            inputs, labels = self.mask(ids, epoch, index)
-            examples.append({**example, "input_ids": inputs, "labels": labels})
-        return examples
-
-
-def collate(
-    examples: list[dict[str, Any]], *, pad_id: int, has_pairs: bool, most: int, multiple: int = 8
-) -> Batch:
-    """Pad examples to the longest of the batch, rounded up to a multiple of tokens, but to `most`
-    at most, since a model may have no position for more.
+class Batches(torch.utils.data.Dataset):
+    """Batches of (epoch, index), masked for that epoch. `inputs` [B, T] are padded to the longest
+    example, rounded up to `MULTIPLE` tokens, but to `most` at most, since a model may have no
+    position for more.
     """
-    longest = max(len(example["input_ids"]) for example in examples)
-    shape = (len(examples), min(-(-longest // multiple) * multiple, most))
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    attention, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        ids[row, :length] = example["input_ids"]
-        labels[row, :length] = example["labels"]
-        attention[row, :length] = 1
-        types[row, int(example["second_segment"]) : length] = 1
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(attention)}
-    if has_pairs:
-        inputs["token_type_ids"] = torch.from_numpy(types)
-    next_sentence = torch.tensor([int(example["next_sentence_label"]) for example in examples])
-    return Batch(inputs, torch.from_numpy(labels), next_sentence)
+
+    def __init__(self, prepared: Prepared, examples: Dataset, mask: Masker) -> None:
+        """`examples` are a split of `prepared`."""
+        self._examples, self._mask = examples, mask
+        self._pad_id = prepared.tokenizer.pad_token_id
+        self._most = prepared.summary["corpus"]["sequence_tokens"]
+        self._has_pairs = prepared.summary["corpus"]["objective"] == "mlm+nsp"
+        assert isinstance(self._pad_id, int), "the tokenizer has no padding token"
+
+    def __getitems__(self, places: list[Place]) -> Batch:
+        """What a `DataLoader` asks for. Rows are read together, from memory-mapped files."""
+        table = self._examples[[index for _, index in places]]
+        column = table["input_ids"].combine_chunks()
+        lengths = column.value_lengths().to_numpy()
+        width = min(-(-lengths.max() // MULTIPLE) * MULTIPLE, self._most)
+        positions = np.arange(width)
+        is_real = positions < lengths[:, None]
+        ids = np.full(is_real.shape, self._pad_id, dtype=np.int64)
+        ids[is_real] = column.flatten().to_numpy()
+        inputs, predicted = self._mask(ids, lengths, np.array(places))
+        is_other = is_real.reshape(-1).copy()
+        is_other[predicted] = False
+        tensors = {"input_ids": torch.from_numpy(inputs)}
+        if not is_real.all():
+            tensors["attention_mask"] = torch.from_numpy(is_real.astype(np.int64))
+        if self._has_pairs:
+            types = is_real & (positions >= table["second_segment"].to_numpy()[:, None])
+            tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))
+        return Batch(
+            tensors,
+            torch.from_numpy(predicted),
+            torch.from_numpy(np.flatnonzero(is_other)),
+            torch.from_numpy(ids.reshape(-1)[predicted]),
+            torch.from_numpy(table["next_sentence_label"].to_numpy().astype(np.int64)),
+        )
 
 
 def training_steps(
-    prepared: Prepared, mask: Masker, order: Order, *, steps: range, has_pairs: bool, workers: int
+    prepared: Prepared, mask: Masker, order: Order, *, steps: range, workers: int
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches, one list for each step of `steps`."""
     loader = DataLoader(
-        MaskedExamples(prepared.train, mask),
+        Batches(prepared, prepared.train, mask),
         batch_sampler=MicroBatches(order, steps),
-        collate_fn=_collate(prepared, has_pairs),
+        collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
+        pin_memory=torch.cuda.is_available(),
     )
     micro_batches = iter(loader)
     while step := list(islice(micro_batches, order.accumulation)):
         yield step
+
+
+def _as_it_is(batch: Any) -> Any:  # Any: torch believes that it is a list
+    return batch
 
 
 def _ignore_signals(_: int) -> None:
@@ -193,17 +202,10 @@ def _ignore_signals(_: int) -> None:
 
 
 def validation_batches(
-    prepared: Prepared, mask: Masker, *, batch: int, num_examples: int, has_pairs: bool
+    prepared: Prepared, mask: Masker, *, batch: int, num_examples: int
 ) -> Iterator[Batch]:
     """The first held-out examples, always masked in the same way."""
-    examples = MaskedExamples(prepared.validation, mask)
+    batches = Batches(prepared, prepared.validation, mask)
     size = min(len(prepared.validation), num_examples)
-    pad = _collate(prepared, has_pairs)
     for start in range(0, size, batch):
-        yield pad(examples.__getitems__([(0, i) for i in range(start, min(start + batch, size))]))
-
-
-def _collate(prepared: Prepared, has_pairs: bool) -> Callable[[list[dict[str, Any]]], Batch]:
-    pad_id, most = prepared.tokenizer.pad_token_id, prepared.summary["corpus"]["sequence_tokens"]
-    assert isinstance(pad_id, int), "the tokenizer has no padding token"
-    return partial(collate, pad_id=pad_id, has_pairs=has_pairs, most=most)
+        yield batches.__getitems__([(0, i) for i in range(start, min(start + batch, size))])

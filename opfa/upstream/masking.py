@@ -1,23 +1,26 @@
-"""Dynamic masking (BERT, section 3.1) as a pure function of (seed, epoch, example).
+"""Dynamic masking (BERT, section 3.1) of a whole batch at once; what becomes of an example is a
+pure function of (seed, epoch, example).
 
-Of each example's ordinary tokens, round(probability * n) are chosen, at least one. Of the chosen,
-80 % become [MASK], 10 % a random token and 10 % stay. With whole words, words are drawn in random
-order until that many tokens are chosen. Nothing here depends on ranks, workers or what was masked
-before.
+Of each example's ordinary tokens, round(probability * n) are chosen, at least one: those with the
+smallest of random numbers that every token draws. With whole words, all tokens of a word share one
+number, so words are taken in random order until that many tokens are chosen. Of the chosen, 80 %
+become [MASK], 10 % a random token and 10 % stay. Nothing here depends on ranks, workers, the batch
+or what was masked before.
+
+The numbers come from a counter and a mixing function (SplitMix64, Steele et al., 2014) instead of a
+generator's state, so that numpy draws them for all tokens in one go.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from opfa.order import MASKING, generator
-
-IGNORED = -100  # the label of a token that is not predicted, torch's default
+CHOICE, FATE, REPLACEMENT = 1, 2, 3  # what a random number is for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masker:
-    """Masks one example at a time.
+    """Masks batches of examples.
 
     `is_special` and `is_continuation` are tables over the vocabulary, bool [V]: special tokens are
     never chosen, and a continuation belongs to the word before it.
@@ -30,30 +33,53 @@ class Masker:
     is_special: np.ndarray
     is_continuation: np.ndarray
 
-    def __call__(self, ids: np.ndarray, epoch: int, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """Masked copies of token ids [T]: (input ids, labels), labels `IGNORED` where nothing is
-        predicted.
+    def __call__(
+        self, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A masked copy of token ids [B, T], of which each row's first `lengths` [B] are real, and
+        the flat positions of those to predict, row by row; `places` [B, 2] are (epoch, example).
         """
-        random = generator(self.seed, MASKING, epoch, example)
-        chosen = self._choose(ids, random)
-        fate = random.random(len(chosen))
-        inputs, labels = ids.copy(), np.full(len(ids), IGNORED, dtype=np.int64)
-        labels[chosen] = ids[chosen]
-        inputs[chosen[fate < 0.8]] = self.mask_id
-        replaced = chosen[(fate >= 0.8) & (fate < 0.9)]
+        chosen = np.flatnonzero(self._choose(ids, lengths, places))
+        rows, columns = np.divmod(chosen, ids.shape[1])
+        fate = _uniform(_numbers(self.seed, FATE, places[rows], columns))
+        inputs = ids.copy()
+        flat = inputs.reshape(-1)
+        flat[chosen[fate < 0.8]] = self.mask_id
+        is_replaced = (fate >= 0.8) & (fate < 0.9)
         ordinary = np.flatnonzero(~self.is_special)
-        inputs[replaced] = ordinary[random.integers(len(ordinary), size=len(replaced))]
-        return inputs, labels
+        drawn = _numbers(self.seed, REPLACEMENT, places[rows[is_replaced]], columns[is_replaced])
+        flat[chosen[is_replaced]] = ordinary[drawn % np.uint64(len(ordinary))]
+        return inputs, chosen
 
-    def _choose(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        candidates = np.flatnonzero(~self.is_special[ids])
-        num_chosen = min(len(candidates), max(1, round(self.probability * len(candidates))))
-        if not self.whole_word:
-            return np.sort(random.permutation(candidates)[:num_chosen])
-        starts = ~self.is_continuation[ids[candidates]]
-        starts |= np.diff(candidates, prepend=-2) > 1  # no word goes on behind a special token
-        words = np.split(candidates, np.flatnonzero(starts)[1:])
-        order = random.permutation(len(words))
-        ends = np.cumsum([len(words[w]) for w in order])
-        num_words = int(np.searchsorted(ends, num_chosen)) + 1
-        return np.sort(np.concatenate([words[w] for w in order[:num_words]]))
+    def _choose(self, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray) -> np.ndarray:
+        columns = np.arange(ids.shape[1])
+        is_candidate = ~self.is_special[ids] & (columns < lengths[:, None])
+        keys = np.broadcast_to(columns, ids.shape)
+        if self.whole_word:
+            starts = ~self.is_continuation[ids]
+            keys = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        numbers = _numbers(self.seed, CHOICE, places[:, None], keys)
+        numbers[~is_candidate] = np.iinfo(np.uint64).max
+        num_chosen = np.rint(self.probability * is_candidate.sum(1)).astype(np.int64)
+        last = np.maximum(num_chosen - 1, 0)[:, None]
+        return is_candidate & (numbers <= np.take_along_axis(np.sort(numbers, axis=1), last, 1))
+
+
+def _numbers(seed: int, use: int, places: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """64 random bits for each counter of each place [..., 2]."""
+    number = _mixed(np.array([seed], dtype=np.uint64))
+    for part in (np.array([use]), places[..., 0], places[..., 1], counters):
+        number = _mixed(number + part.astype(np.uint64))
+    return number
+
+
+def _mixed(number: np.ndarray) -> np.ndarray:
+    number = number + np.uint64(0x9E3779B97F4A7C15)
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))
+
+
+def _uniform(numbers: np.ndarray) -> np.ndarray:
+    """In [0, 1), of which 53 bits are random."""
+    return (numbers >> np.uint64(11)) * 2.0**-53

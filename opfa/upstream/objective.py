@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from opfa.distill import Projection, hidden_loss, soft_loss, vocabulary_losses
+from opfa.clock import Clock
+from opfa.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
 from opfa.models import Features, pretraining_features, projection
 from opfa.recipe import ModelError
 from opfa.upstream.batches import Batch
-from opfa.upstream.masking import IGNORED
 from opfa.upstream.recipe import Distillation
 
 
 class Counts(NamedTuple):
-    """What the whole global batch holds: predicted tokens, real tokens, sequences."""
+    """What the whole global batch holds: predicted tokens, real tokens, sequences; at least one."""
 
     masked: float
     real: float
@@ -38,7 +38,7 @@ class Targets(NamedTuple):
     """A teacher's answer to one micro-batch."""
 
     features: Features
-    project: Projection
+    projection: nn.Linear
 
 
 class Losses(NamedTuple):
@@ -55,47 +55,74 @@ class Objective(nn.Module):
     parameters are there in it.
     """
 
-    def __init__(self, model: PreTrainedModel, distillation: Distillation | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        distillation: Distillation | None,
+        clock: Clock | None = None,
+        is_compiled: bool = False,
+    ) -> None:
         """`distillation` weighs the terms; the teacher itself stays outside."""
         super().__init__()
         self.model = model
+        self.vocabulary_loss = VocabularyLoss(projection(model), is_compiled)
         self.distillation = distillation
+        self._clock = clock or Clock()
 
     def forward(self, batch: Batch, targets: Targets | None, counts: Counts) -> Losses:
         """The losses of one micro-batch, with or without a teacher's targets for it."""
         settings = self.distillation if targets else None
-        features = pretraining_features(
-            self.model, batch.inputs, bool(settings and settings.hidden_weight)
+        rows = rows_of(batch, settings)
+        with self._clock.part("student forward"):
+            features = pretraining_features(
+                self.model, batch.inputs, rows, bool(settings and settings.hidden_weight)
+            )
+        with self._clock.part("loss"):
+            return self._losses(batch, features, targets, settings, counts)
+
+    def _losses(
+        self,
+        batch: Batch,
+        features: Features,
+        targets: Targets | None,
+        settings: Distillation | None,
+        counts: Counts,
+    ) -> Losses:
+        num_soft = counts.masked if settings is None or settings.tokens == "masked" else counts.real
+        weights = (1.0, 0.0) if settings is None else (settings.hard_weight, settings.soft_weight)
+        sums = self.vocabulary_loss(
+            features.mlm,
+            batch.labels,
+            Scales(
+                hard=weights[0] / counts.masked,
+                soft=weights[1] / num_soft,
+                temperature=settings.temperature if settings else 1.0,
+            ),
+            teacher=(targets.features.mlm, targets.projection) if targets else None,
         )
-        real = batch.inputs["attention_mask"].bool()
-        all_tokens = settings is not None and settings.tokens == "all"
-        rows = real if all_tokens else batch.labels != IGNORED
-        hard, soft = vocabulary_losses(
-            features.mlm[rows],
-            projection(self.model),
-            batch.labels[rows],
-            teacher=(targets.features.mlm[rows], targets.project) if targets else None,
-            temperature=settings.temperature if settings else 1.0,
-            vocabulary=self.model.config.vocab_size,
-        )
-        mlm = hard / counts.masked
+        total, mlm, distill = sums.total, sums.hard / counts.masked, sums.soft / num_soft
         nsp = torch.zeros_like(mlm)
         if features.nsp_logits is not None:
-            nsp = functional.cross_entropy(
-                features.nsp_logits.float(), batch.next_sentence, reduction="sum"
-            )
-            nsp = nsp / counts.sequences
-        if settings is None or targets is None:
-            return Losses(mlm + nsp, mlm.detach(), nsp.detach(), torch.zeros_like(mlm))
-        distill = soft / (counts.real if all_tokens else counts.masked)
-        if features.nsp_logits is not None and targets.features.nsp_logits is not None:
-            nsp_logits = features.nsp_logits, targets.features.nsp_logits
-            distill = distill + soft_loss(*nsp_logits, settings.temperature) / counts.sequences
-        total = settings.hard_weight * (mlm + nsp) + settings.soft_weight * distill
-        if settings.hidden_weight:
+            logits = features.nsp_logits
+            loss = functional.cross_entropy(logits.float(), batch.next_sentence, reduction="sum")
+            loss = loss / counts.sequences
+            total, nsp = total + weights[0] * loss, loss.detach()
+            if settings and targets and targets.features.nsp_logits is not None:
+                soft = soft_loss(logits, targets.features.nsp_logits, settings.temperature)
+                soft = soft / counts.sequences
+                total, distill = total + weights[1] * soft, distill + soft.detach()
+        if settings and targets and settings.hidden_weight:
             states = features.hidden_states, targets.features.hidden_states
+            real = torch.cat([batch.predicted, batch.others])
             total = total + settings.hidden_weight * hidden_loss(*states, real) / counts.real
-        return Losses(total, mlm.detach(), nsp.detach(), distill.detach())
+        return Losses(total, mlm, nsp, distill)
+
+
+def rows_of(batch: Batch, settings: Distillation | None) -> Tensor:
+    """The flat positions [N] that the vocabulary projection runs over, those with labels first."""
+    if settings is None or settings.tokens == "masked":
+        return batch.predicted
+    return torch.cat([batch.predicted, batch.others])
 
 
 class Teacher:
@@ -113,10 +140,11 @@ class Teacher:
                     f"the student's {ours}"
                 )
         self.model = model.eval().requires_grad_(False)
-        self._wants_hidden = settings.hidden_weight > 0
+        self._settings = settings
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
         """The teacher's features for one micro-batch."""
-        features = pretraining_features(self.model, batch.inputs, self._wants_hidden)
+        rows, settings = rows_of(batch, self._settings), self._settings
+        features = pretraining_features(self.model, batch.inputs, rows, settings.hidden_weight > 0)
         return Targets(features, projection(self.model))

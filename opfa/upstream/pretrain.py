@@ -7,15 +7,15 @@ Without [pruning] and [distillation] this is ordinary pre-training and gives the
 loop, step by step.
 """
 
-import itertools
+import contextlib
 import logging
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opfa import distributed, report
@@ -27,17 +27,25 @@ from opfa.checkpoint import (
     seed_step,
     write_finished,
 )
+from opfa.clock import Clock
 from opfa.distributed import Stopped, Supervisor
 from opfa.engine import Engine, start_distributed
-from opfa.models import check_fit, decay_groups, load_pretraining_model, new_pretraining_model
+from opfa.models import (
+    check_fit,
+    compile_models,
+    decay_groups,
+    load_pretraining_model,
+    new_pretraining_model,
+)
 from opfa.order import Order
 from opfa.pruner import Pruner
 from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import SPARSE_FROM, mask_layers, set_masks, zero_masks
+from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
+from opfa.upstream.progress import Meter, global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +64,7 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
         device = start_distributed(timeout)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
-        order = _order(recipe, len(prepared.train), rank, world_size)
+        order = order_of(recipe, prepared.lengths(), rank, world_size)
         trainer = Trainer(recipe, prepared, order, device, supervisor)
         with Run(output, recipe, steps=steps, is_writer=rank == 0) as run:
             # Rank 0 decides: machines may look at the run directory at different times.
@@ -73,7 +81,7 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
             launch = {
                 "from_step": start,
                 "world_size": world_size,
-                "deepspeed": recipe.launch.deepspeed_file().values(),
+                "deepspeed": recipe.launch.deepspeed_file(world_size).values(),
             }
             run.describe({"world_size": world_size, "data": prepared.summary}, launch)
             settings = recipe.logging
@@ -92,10 +100,11 @@ class Trainer:
         order: Order,
         device: torch.device,
         supervisor: Supervisor,
+        clock: Clock | None = None,
     ) -> None:
         """Load everything and check that it fits together, before any work is done. Collective."""
         self.recipe, self.prepared, self.order, self.device = recipe, prepared, order, device
-        self.supervisor = supervisor
+        self.supervisor, self.clock = supervisor, clock or Clock()
         torch.manual_seed(recipe.seed)  # new heads and models from scratch
         student = _student(recipe, prepared)
         check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
@@ -106,9 +115,11 @@ class Trainer:
         self.pruner = Pruner(student, pruning.schedule, pruning.pattern) if pruning else None
         self.config = student.config
         self.model_class = type(student)
+        if recipe.launch.compile:
+            compile_models(student, *([self.teacher.model] if self.teacher else []))
         training = recipe.training
         self.engine = Engine(
-            Objective(student, recipe.distillation),
+            Objective(student, recipe.distillation, self.clock, recipe.launch.compile),
             decay_groups(student, training.weight_decay),
             betas=(training.beta1, training.beta2),
             epsilon=training.epsilon,
@@ -116,11 +127,10 @@ class Trainer:
             micro_batch=order.micro_batch,
             accumulation=order.accumulation,
             precision=training.precision,
-            file=recipe.launch.deepspeed_file(),
+            file=recipe.launch.deepspeed_file(order.world_size),
         )
         self.student = student
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
-        self.has_pairs = recipe.corpus.objective == "mlm+nsp"
 
     def _load_teacher(self, student: PreTrainedModel) -> Teacher | None:
         settings = self.recipe.distillation
@@ -134,19 +144,19 @@ class Trainer:
     def train(self, run: Run, start: int) -> None:
         """The steps from `start` to the end."""
         schedule, settings = self.recipe.learning_rate(), self.recipe.logging
-        meter = Meter(self.device)
+        meter = Meter()
         self.supervisor.save_on_signals()
         self.engine.module.train()  # a model that was loaded is in evaluation mode
         if start == 0 and self.pruner is not None:
             self.prune(0)
-        for step, micro_batches in enumerate(self._batches(start), start):
+        for step, micro_batches in enumerate(self.batches(start), start):
             self.supervisor.beat(f"training step {step + 1}")
             seed_step(self.recipe.seed, step, self.order.rank)
             counts, is_stopping = self._counts(run, micro_batches)
-            losses = [self._backward(*item, counts) for item in _with_last(micro_batches)]
-            loss = meter.add(losses, counts, step)
+            losses = self.accumulate(micro_batches, counts)
             learning_rate = schedule.at(step)
-            grad_norm = self._optimize(step, learning_rate)
+            grad_norm = self.optimize(step, learning_rate, losses)
+            meter.add(counts)
             done = step + 1
             if self.pruner is not None:
                 self.prune(done)
@@ -156,8 +166,9 @@ class Trainer:
                 rates = {
                     "learning_rate": learning_rate,
                     "sparsity": sparsity,
-                    "grad_norm": grad_norm,
+                    "grad_norm": None if grad_norm is None else float(grad_norm),
                 }
+                loss = global_losses(losses, step)
                 run.log({"step": done, **loss, **rates, **meter.rates()})
             if done % settings.evaluate_steps == 0 or done == schedule.steps:
                 run.log({"step": done, "eval": True, **self.evaluate()})
@@ -170,41 +181,61 @@ class Trainer:
                         "the same command, and --resume unless a script of launch/ adds it"
                     )
 
-    def _batches(self, start: int) -> Iterator[list[Batch]]:
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step from `start` on, where they are computed with."""
         steps = range(start, self.recipe.training.steps)
-        batches = training_steps(
-            self.prepared,
-            self.mask,
-            self.order,
-            steps=steps,
-            has_pairs=self.has_pairs,
-            workers=self.recipe.launch.workers,
-        )
-        return ([batch.to(self.device) for batch in step] for step in batches)
+        workers = self.recipe.launch.workers
+        found = training_steps(self.prepared, self.mask, self.order, steps=steps, workers=workers)
+        while True:
+            with self.clock.part("data"):
+                step = next(found, None)
+                if step is None:
+                    return
+                batches = [batch.to(self.device) for batch in step]
+            yield batches
 
     def _counts(self, run: Run, micro_batches: list[Batch]) -> tuple[Counts, bool]:
         """Of the global batch; and whether some rank was told to stop. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
         stops = bool(self.supervisor.signal) or (self.order.rank == 0 and run.is_told_to_stop)
-        *counts, num_stopping = distributed.sum_over_ranks([*local, stops], self.device)
-        return Counts(*counts), num_stopping > 0
+        *counts, num_stopping = distributed.sum_over_ranks([*local, stops])
+        return Counts(*(max(1.0, count) for count in counts)), num_stopping > 0
 
-    def _backward(self, batch: Batch, is_last: bool, counts: Counts) -> Losses:
-        targets: Targets | None = self.teacher(batch) if self.teacher else None
-        losses: Losses = self.engine(batch, targets, counts)
-        self.engine.backward(losses.total, is_last)
+    def accumulate(self, micro_batches: list[Batch], counts: Counts) -> list[Losses]:
+        """Forward and backward passes of one step, which leave the loss where it was computed."""
+        last, losses = len(micro_batches) - 1, []
+        with self._held_weights(len(micro_batches)):
+            for index, batch in enumerate(micro_batches):
+                with self.clock.part("teacher forward"):
+                    targets: Targets | None = self.teacher(batch) if self.teacher else None
+                found: Losses = self.engine(batch, targets, counts)
+                with self.clock.part("backward"):
+                    self.engine.backward(found.total, index == last)
+                losses.append(Losses(*(part.detach() for part in found)))
         return losses
 
-    def _optimize(self, step: int, learning_rate: float) -> float | None:
+    def _held_weights(self, num_passes: int) -> contextlib.AbstractContextManager[None]:
+        if num_passes > 1 and self.engine.has_whole_weights and not self.recipe.launch.compile:
+            return hold_weights(self.student)
+        return contextlib.nullcontext()
+
+    def optimize(self, step: int, learning_rate: float, losses: list[Losses]) -> Tensor | None:
+        """The optimizer's step; raises `RunError` when the loss or a gradient is not finite."""
         try:
-            return self.engine.step(learning_rate)
+            with self.clock.part("optimizer"):
+                grad_norm = self.engine.step(learning_rate)
         except RunError as error:
+            global_losses(losses, step)  # it may say more
             raise RunError(f"step {step + 1}: {error}") from None
+        if grad_norm is None:
+            global_losses(losses, step)
+        return grad_norm
 
     def prune(self, step: int) -> None:
         """Update the masks when the schedule says so. Collective."""
         assert self.pruner is not None
-        self.pruner.after_step(step, self.engine)
+        with self.clock.part("mask update"):
+            self.pruner.after_step(step, self.engine)
 
     def evaluate(self) -> dict[str, float]:
         """The student's mean losses on held-out examples. Every rank computes the same."""
@@ -214,9 +245,9 @@ class Trainer:
             self.mask,
             batch=self.order.micro_batch,
             num_examples=self.recipe.logging.evaluate_examples,
-            has_pairs=self.has_pairs,
         )
-        return mean_losses(self.engine.module, (batch.to(self.device) for batch in batches))
+        with self._held_weights(self.recipe.logging.evaluate_examples):
+            return mean_losses(self.engine.module, (batch.to(self.device) for batch in batches))
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point. Collective."""
@@ -289,66 +320,8 @@ class Trainer:
         return distributed.barrier()
 
 
-@torch.no_grad()
-def mean_losses(module: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean losses per predicted token and per sequence of an `Objective`, without dropout."""
-    module.eval()
-    totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
-    for batch in batches:
-        losses: Losses = module(batch, None, Counts(1.0, 1.0, 1.0))
-        masked, _, sequences = batch.counts()
-        totals[0] += float(losses.mlm)
-        totals[1] += float(losses.nsp)
-        num_masked, num_sequences = num_masked + masked, num_sequences + sequences
-    module.train()
-    means = {"mlm_loss": totals[0] / num_masked, "nsp_loss": totals[1] / num_sequences}
-    return {"loss": sum(means.values()), **means}
-
-
-class Meter:
-    """Adds up losses over micro-batches and ranks, stops on non-finite ones, and counts tokens per
-    second.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Start the clock."""
-        self._device = device
-        self._since, self._num_tokens = time.monotonic(), 0.0
-
-    def add(self, losses: list[Losses], counts: Counts, step: int) -> dict[str, float]:
-        """The global batch's losses.
-
-        Collective; raises `RunError` on every rank when one is not finite.
-        """
-        local = [
-            sum(float(part.detach()) for part in column) for column in zip(*losses, strict=True)
-        ]
-        total, mlm, nsp, distill = distributed.sum_over_ranks(local, self._device)
-        if not torch.isfinite(torch.tensor(total)):
-            places = distributed.gather_texts(f"{local[0]}")
-            ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
-            raise RunError(
-                f"step {step + 1}: the loss is not finite on rank {ranks}; "
-                "nothing was changed by this step"
-            )
-        self._num_tokens += counts.real
-        return {"loss": total, "mlm_loss": mlm, "nsp_loss": nsp, "distill_loss": distill}
-
-    def rates(self) -> dict[str, float]:
-        """Real tokens per second, over all ranks, since the last call."""
-        now = time.monotonic()
-        rate = self._num_tokens / (now - self._since)
-        self._since, self._num_tokens = now, 0.0
-        return {"tokens_per_second": round(rate, 1)}
-
-
-def _with_last(micro_batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
-    return zip(
-        micro_batches, itertools.chain([False] * (len(micro_batches) - 1), [True]), strict=True
-    )
-
-
-def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int) -> Order:
+def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size: int) -> Order:
+    """The data order of a recipe on so many ranks, over examples of these lengths [N]."""
     batch = recipe.training.batch
     micro_batch = recipe.launch.micro_batch or batch // world_size
     if batch % world_size:
@@ -362,7 +335,8 @@ def _order(recipe: PretrainRecipe, num_examples: int, rank: int, world_size: int
         )
     return Order(
         seed=recipe.seed,
-        num_examples=num_examples,
+        num_examples=len(lengths),
+        lengths=lengths,
         batch=batch,
         micro_batch=micro_batch,
         rank=rank,

@@ -121,19 +121,21 @@ class Launch(Section):
     """Matters of the machine, which don't change the result beyond rounding.
 
     Shipped recipes leave them out. `deepspeed` is a DeepSpeed configuration file, such as
-    launch/zero3.json, which says how state is shared out; without one it is ZeRO 2.
+    launch/zero3.json, which says how state is shared out; without one it is ZeRO 2, and ZeRO 1 for
+    one process. `compile` runs the models through torch.compile: faster on GPUs, slower on CPUs.
     """
 
     micro_batch: int | None = Field(
         default=None, ge=1
     )  # sequences per rank and pass; default: all at once
     deepspeed: str | None = None
-    workers: int = Field(default=0, ge=0)  # processes that load data; 0: none beside the trainer
+    compile: bool = False
+    workers: int = Field(default=1, ge=0)  # processes that load data ahead; 0: the trainer itself
     timeout_seconds: float = Field(default=300.0, gt=0.0)  # a rank that hangs longer ends the job
 
-    def deepspeed_file(self) -> DeepSpeedFile:
+    def deepspeed_file(self, processes: int = 1) -> DeepSpeedFile:
         """What the configuration file says; raises `RecipeError`."""
-        return DeepSpeedFile.load(self.deepspeed)
+        return DeepSpeedFile.load(self.deepspeed, processes)
 
 
 class Logging(Section):
@@ -187,6 +189,11 @@ class PretrainRecipe(Recipe):
                 f"launch.deepspeed = {self.launch.deepspeed!r}: stage 0 not with "
                 f"{self.training.precision}, where DeepSpeed's fp32 masters can't be read and it "
                 "steps the optimizer before any training; use 1, 2 or 3"
+            )
+        if self.launch.compile and stage == 3:
+            raise ValueError(
+                f"launch.compile = true: not with stage 3 (launch.deepspeed = "
+                f"{self.launch.deepspeed!r}), which gathers weights in the middle of the model"
             )
         return self
 

@@ -1,0 +1,57 @@
+"""What `opfa bench train` found, as Markdown, and how it gets into a README without being typed."""
+
+from pathlib import Path
+from typing import Any
+
+from opfa.recipe import RunError
+from opfa.run import write_text
+
+
+def training_markdown(result: dict[str, Any]) -> str:
+    """What `opfa bench train` found, as Markdown."""
+    machine, ours = result["machine"], result["variants"]["ours"]["seconds"]
+    places = ", ".join(machine["accelerators"]) or machine["processor"]
+    lines = [
+        f"{result['batch']} x {result['sequence_tokens']} tokens in {result['precision']}, "
+        f"{places}, {result['threads']} threads; medians of {result['rounds']} steps, in turn:",
+        "",
+        "| step | seconds | fastest to slowest | peak memory, GB |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in result["variants"].items():
+        spread = f"{row['fastest']:.3g} to {row['slowest']:.3g}"
+        peak = f"{row['peak_bytes'] / 1e9:.2f}"
+        lines.append(f"| {name} | {row['seconds']:.3g} | {spread} | {peak} |")
+    lines += ["", "| ratio | |", "|---|---:|"]
+    lines += [f"| {name} | {ratio:.2f} |" for name, ratio in result["ratios"].items()]
+    rate = result["matrix_flops_per_second"]
+    lines += [
+        f"| share of this machine's matrix products, {rate / 1e9:,.0f} GFLOP/s | "
+        f"{result['share_of_matrix_rate']:.0%} |"
+    ]
+    speed = result["tokens_per_second"]
+    loader = f"{result['loader_tokens_per_second'] / speed:,.0f}"
+    lines += [f"| loader alone, in one process / training, tokens per second | {loader} |"]
+    if result["mask_update_share"] is not None:
+        share = f"{result['mask_update_share']:.3%}"
+        lines += [f"| mask update / time between two of them | {share} |"]
+    lines += ["", f"{speed:,.0f} real tokens per second. By part:", ""]
+    lines += ["| part | seconds | share |", "|---|---:|---:|"]
+    for part, seconds in result["seconds_by_part"].items():
+        lines.append(f"| {part} | {seconds:.3g} | {seconds / ours:.0%} |")
+    loss = f"{result['loss_bytes'] / 1e6:,.0f}"
+    lines += ["", f"Memory of the loss for 8 x 512 tokens and 30,522 entries: {loss} MB."]
+    return "\n".join(lines)
+
+
+def write_between(file: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`; raises `RunError` where
+    they don't stand.
+    """
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    before, found, rest = whole.partition(start)
+    _, has_end, after = rest.partition(end)
+    if not found or not has_end:
+        raise RunError(f"{file}: has no {start.strip()} with {end} after it")
+    write_text(file, f"{before}{start}{text}\n{end}{after}")
