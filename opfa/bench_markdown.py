@@ -13,7 +13,7 @@ def training_markdown(result: dict[str, Any]) -> str:
     places = ", ".join(machine["accelerators"]) or machine["processor"]
     lines = [
         f"{result['batch']} x {result['sequence_tokens']} tokens in {result['precision']}, "
-        f"{places}, {result['threads']} threads; medians of {result['rounds']} steps, in turn:",
+        f"{places}, {result['threads']} threads; medians of {result['steps']} steps each:",
         "",
         "| step | seconds | fastest to slowest | peak memory, GB |",
         "|---|---:|---:|---:|",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from opfa.distill import hidden_loss, soft_loss
 from opfa.engine import choose_accelerator
@@ -50,7 +51,7 @@ class Plain:
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
         order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
         mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
-        steps = range(recipe.training.steps)
+        steps = range(10**6)  # more than will be asked for
         self._batches = training_steps(
             prepared, mask, order, steps=steps, workers=recipe.launch.workers
         )
@@ -88,8 +89,12 @@ class Plain:
         if settings.tokens == "all":
             mask = batch.inputs.get("attention_mask", torch.ones_like(labels))
             is_taught = mask.bool()
-        pair = student[key][is_taught], teacher[key][is_taught]
-        soft = soft_loss(*pair, settings.temperature) / is_taught.sum()
+        ours, theirs = (
+            functional.log_softmax(output[key].float() / settings.temperature, dim=-1)
+            for output in (student, teacher)
+        )
+        distances = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        soft = distances[is_taught].mean() * settings.temperature**2
         if "seq_relationship_logits" in student:
             pair = student.seq_relationship_logits, teacher.seq_relationship_logits
             soft = soft + soft_loss(*pair, settings.temperature) / len(labels)

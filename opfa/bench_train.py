@@ -3,17 +3,19 @@ plainly.
 
     ours        the recipe as it is
     no teacher  without [distillation]
-    dense       without [distillation] and [pruning]
+    dense       without [distillation] and [pruning], if there is [pruning]
     plain       transformers and autocast as one would write them: fp32 weights cast at every step,
                 all logits kept, a hook that multiplies weights by their masks, torch's AdamW
 
-Each runs in a process of its own, one step at a time and in turn, so that ratios hold when the
-machine's speed drifts; after each round the machine's rate in matrix products is measured. Masks
+Each runs alone, in a process of its own, one after the other and then all again, so that ratios
+hold when the machine's speed drifts; each measures the machine's rate in matrix products too. Masks
 are at the target from the start. Without a recipe it is BERT-base with 8 x 128 random tokens.
 """
 
 import json
+import logging
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -21,11 +23,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,7 +51,9 @@ from opfa.upstream.pretrain import DTYPES, Trainer, order_of
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE
 
-WARMUP = 2  # steps of each variant before the measured ones
+WARMUP = 2  # steps of each process before those that count
+STEPS = 5
+ENDLESS = 10**6
 SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is timed
 LOSS_SHAPE = (4096, 768, 30_522)  # tokens, hidden, vocabulary: 8 x 512 tokens of BERT-base
 LOADER_SECONDS = 1.0
@@ -57,13 +61,15 @@ STANDARD: dict[str, Any] = {
     "name": "bench",
     "corpus": {"documents": ["random"], "objective": "mlm", "tokenizer": "random"},
     "model": {"config": {"model_type": "bert", "vocab_size": 30_522}},
-    "training": {"steps": 10**6, "batch": 8, "learning_rate": 1e-5},
+    "training": {"steps": ENDLESS, "batch": 8, "learning_rate": 1e-5},
     "pruning": {
         "schedule": {"end": 50_000, "hold_until": 80_000, "every": 1_000, "target": 0.9},
     },
     "distillation": {"teacher": "random"},
 }
+ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Results = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Results:
@@ -71,23 +77,36 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
 
     `overrides` are of the standard recipe, if `recipe` is none.
     """
-    with tempfile.TemporaryDirectory() as name:
+    choose_accelerator()  # before transformers makes DeepSpeed guess
+    with tempfile.TemporaryDirectory() as directory:
         if recipe is None:
-            recipe = _standard(Path(name), overrides)
+            recipe = _standard(Path(directory), overrides)
         names = ["ours"]
         if recipe.distillation is not None and recipe.pruning is not None:
             names.append("no teacher")
-        if recipe.distillation is not None or recipe.pruning is not None:
+        if recipe.pruning is not None:
             names.append("dense")
         names.append("plain")
-        with _Variants(recipe, names) as variants:
-            seconds, rates = variants.measure(rounds)
-            facts = variants.facts(rounds)
+        found: dict[str, list[Results]] = {name: [] for name in names}
+        for index in range(rounds):
+            for name in names:
+                found[name].append(_in_a_process(_measured, name, recipe))
+                seconds = " ".join(f"{s:.3g}" for s in found[name][-1]["seconds"])
+                log.info("round %d of %d, %s: %s s", index + 1, rounds, name, seconds)
         work = operations(shape_of(recipe), recipe.training.batch)
-    ours, medians = facts["ours"], {name: statistics.median(seconds[name]) for name in names}
+    return _summary(recipe, found, work)
+
+
+def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: float) -> Results:
+    """What the runs of all variants say; `work` are a step's operations were no token padding."""
+    names = list(found)
+    seconds = {name: [s for run in runs for s in run["seconds"]] for name, runs in found.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rate = statistics.median(r for runs in found.values() for run in runs for r in run["rates"])
+    facts = {name: runs[-1] for name, runs in found.items()}
+    ours = facts["ours"]
     tokens = recipe.training.batch * recipe.corpus.sequence_tokens
-    work *= ours["real_tokens"] / tokens  # nothing is gained by padding
-    rate = statistics.median(rates)
+    work *= ours["real_tokens"] / tokens
     every = recipe.pruning.schedule.every if recipe.pruning else 0
     return {
         "machine": environment()["machine"],
@@ -97,7 +116,7 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
         "sequence_tokens": recipe.corpus.sequence_tokens,
         "real_tokens": ours["real_tokens"],
         "precision": recipe.training.precision,
-        "rounds": rounds,
+        "steps": len(seconds["ours"]),
         "variants": {
             name: {
                 "seconds": medians[name],
@@ -115,20 +134,22 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
         "share_of_matrix_rate": work / medians["ours"] / rate,
         "mask_update_share": ours["mask_update"] / (every * medians["ours"]) if every else None,
         "loader_tokens_per_second": ours["loader"],
-        "loss_bytes": _in_a_process(_loss_bytes),
+        "loss_bytes": _in_a_process(_loss_bytes)["bytes"],
         "ratios": _ratios(medians, facts, names),
     }
 
 
 def _ratios(medians: Mapping[str, float], facts: Results, names: list[str]) -> dict[str, float]:
     peaks = {name: facts[name]["peak_bytes"] for name in names}
+    sparse = "no teacher" if "no teacher" in names else "ours"
     ratios = {
         "ours / plain, time": medians["ours"] / medians["plain"],
         "ours / plain, peak memory": peaks["ours"] / peaks["plain"],
     }
-    if "no teacher" in names:
-        ratios["ours / no teacher, time"] = medians["ours"] / medians["no teacher"]
-        ratios["no teacher / dense, time"] = medians["no teacher"] / medians["dense"]
+    if sparse != "ours":
+        ratios["ours / no teacher, time"] = medians["ours"] / medians[sparse]
+    if "dense" in names:
+        ratios[f"{sparse} / dense, time"] = medians[sparse] / medians["dense"]
     return ratios
 
 
@@ -146,6 +167,7 @@ def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
     vocabulary |= {f"word{index}": index for index in range(len(vocabulary), size)}
     tokenizer = wordpiece_tokenizer(vocabulary, lowercase=True, tokens=tokens)
     write_model(model, tokenizer, directory / "model")
+    disable_progress_bars()
     choose = np.random.default_rng(recipe.seed)
     examples = Dataset.from_dict(
         {
@@ -167,93 +189,57 @@ def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
     path = str(directory / "model")
     values = recipe.model_dump(mode="json", exclude_none=True)
     values |= {"data": str(directory / "prepared"), "model": {"init": path}}
-    values["distillation"]["teacher"] = path
+    if recipe.distillation is not None:
+        values["distillation"]["teacher"] = path
     return PretrainRecipe.check(values)
 
 
-class _Variants:
-    """Processes that take a step when they are told to; a context manager."""
-
-    def __init__(self, recipe: PretrainRecipe, names: Sequence[str]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._device = choose_accelerator()
-        self._dtype = DTYPES[recipe.training.precision]
-        self._connections: dict[str, Connection] = {}
-        self._processes = []
-        for name in names:
-            self._connections[name], theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, name, recipe))
-            process.start()
-            theirs.close()  # so that its end is seen here
-            self._processes.append(process)
-
-    def __enter__(self) -> Self:
-        for name in self._connections:
-            self._ask(name, WARMUP)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for connection in self._connections.values():
-            connection.close()
-        for process in self._processes:
-            process.join()
-
-    def measure(self, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-        """Seconds of each variant's steps, and the machine's rate in products, round by round."""
-        seconds: dict[str, list[float]] = {name: [] for name in self._connections}
-        rates = []
-        for _ in range(rounds):
-            for name in seconds:
-                seconds[name] += self._ask(name, 1)
-            rates.append(_matrix_rate(self._device, self._dtype))
-        return seconds, rates
-
-    def facts(self, rounds: int) -> dict[str, Results]:
-        """What each variant found out about itself, ours in `rounds` more steps."""
-        return {name: self._ask(name, -rounds) for name in self._connections}
-
-    def _ask(self, name: str, steps: int) -> Any:  # Any: what a variant sends
-        try:
-            self._connections[name].send(steps)
-            return self._connections[name].recv()
-        except (EOFError, OSError) as error:
-            raise RunError(f"{name}: this variant's process ended; its output says why") from error
-
-
-def _matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in the product of two large square matrices."""
+def _matrix_rates(device: str, dtype: torch.dtype) -> list[float]:
+    """Floating-point operations a second in products of two large square matrices."""
     side = SIDE[device]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     functional.linear(a, b)
-    seconds = []
-    for _ in range(3):
-        wait_for_gpu()
-        start = time.perf_counter()
-        functional.linear(a, b)
-        wait_for_gpu()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    return [2 * side**3 / _timed(lambda: functional.linear(a, b)) for _ in range(3)]
 
 
-def _serve(connection: Connection, name: str, recipe: PretrainRecipe) -> None:
-    """Take as many steps as asked for, and send their seconds; for a negative number, facts."""
+def _in_a_process(function: Callable[..., Results], *arguments: Any) -> Results:
+    """What a function finds in a process of its own, since a peak of memory never falls."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, *arguments))
+    process.start()
+    theirs.close()  # so that its end is seen here
+    try:
+        return ours.recv()
+    except EOFError as error:
+        raise RunError("a measuring process ended; its output says why") from error
+    finally:
+        process.join()
+
+
+def _send(connection: Connection, function: Callable[..., Results], *arguments: Any) -> None:
+    for key in ALONE:  # another group's, which this process has no part in
+        os.environ.pop(key, None)
+    connection.send(function(*arguments))
+
+
+def _measured(name: str, recipe: PretrainRecipe) -> Results:
+    """Seconds of steps of a variant, peak memory, and what ours finds out about itself."""
     library_bytes = _peak_bytes()
     variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
-    try:
-        while True:
-            num_steps = connection.recv()
-            if num_steps > 0:
-                connection.send([_timed(variant.step) for _ in range(num_steps)])
-            else:
-                peaks = {"peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
-                is_ours = name == "ours"
-                facts = variant.facts(-num_steps) if isinstance(variant, Ours) and is_ours else {}
-                connection.send({**peaks, **facts})
-    except EOFError:
-        return
+    for _ in range(WARMUP):
+        variant.step()
+    seconds = [_timed(variant.step) for _ in range(STEPS)]
+    found = {"seconds": seconds, "peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
+    if isinstance(variant, Ours) and name == "ours":
+        found |= variant.facts(STEPS)
+    return {
+        **found,
+        "rates": _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision]),
+    }
 
 
-def _timed(step: Callable[[], None]) -> float:
+def _timed(step: Callable[[], object]) -> float:
     wait_for_gpu()
     start = time.perf_counter()
     step()
@@ -262,15 +248,20 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _peak_bytes() -> int:
+    """The most memory this process had. (What getrusage says may be the peak of its parent.)"""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    facts = Path("/proc/self/status")
+    if not facts.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(li for li in facts.read_text().splitlines() if li.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
     """The recipe of a variant, with masks at the target from the start."""
     values = recipe.model_dump(mode="json", exclude_none=True)
-    values["training"]["rewind_learning_rate"] = False
+    values["training"] |= {"steps": ENDLESS, "rewind_learning_rate": False}
     if name != "ours":
         values.pop("distillation", None)
     if name == "dense":
@@ -329,7 +320,7 @@ class Ours:
         """Real tokens a second, loaded in this process."""
         trainer = self.trainer
         steps = training_steps(
-            trainer.prepared, trainer.mask, trainer.order, steps=range(10**6), workers=0
+            trainer.prepared, trainer.mask, trainer.order, steps=range(ENDLESS), workers=0
         )
         start, tokens = time.perf_counter(), 0
         while time.perf_counter() - start < LOADER_SECONDS:
@@ -337,13 +328,7 @@ class Ours:
         return tokens / (time.perf_counter() - start)
 
 
-def _in_a_process(function: Callable[[], int]) -> int:
-    """What a function finds in a process of its own, since a peak never falls."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function)
-
-
-def _loss_bytes() -> int:
+def _loss_bytes() -> Results:
     """Memory that the loss under a teacher takes at its peak, beside models and features."""
     tokens, hidden, size = LOSS_SHAPE
     device = choose_accelerator()
@@ -367,4 +352,4 @@ def _loss_bytes() -> int:
         scales = Scales(hard=1e-3, soft=1e-3, temperature=2.0)
         loss(student, labels[: num_tokens // 7], scales, teacher).total.backward()
         weight.grad = bias.grad = None
-    return _peak_bytes() - before
+    return {"bytes": _peak_bytes() - before}

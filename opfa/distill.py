@@ -105,11 +105,11 @@ class _Loss(torch.autograd.Function):
         unit = max(scales.hard, scales.soft) or 1.0
         units = Scales(scales.hard / unit, scales.soft / unit, scales.temperature)
         sums = torch.zeros(2, device=features.device)
-        chunk = max(1, min(CHUNK_LOGITS // len(weight), len(features)))
+        chunk = _rows_of_a_chunk(len(features), features.shape[1], len(weight))
         has_several = len(features) > chunk
         gradients = _Gradients(features, weight, bias, has_several) if is_training else None
         room = [weight.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
-        for start in range(0, len(features), chunk):
+        for start in range(0, len(features), max(1, chunk)):
             rows = slice(start, start + chunk)
             logits, targets = _project(room[0], features[rows], weight, bias), None
             if teacher is not None:
@@ -128,6 +128,14 @@ class _Loss(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients.tensors(), None
         factor = grads[0] * ctx.unit
         return *(None if g is None else g.mul_(factor) for g in found), *[None] * 5
+
+
+def _rows_of_a_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
+    """All of them, as long as the logits take no more memory than the fp32 sum of several chunks'
+    gradients of the weight would.
+    """
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+    return tokens if tokens <= rows + hidden else rows
 
 
 def _project(room: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -529,3 +529,35 @@ def test_loader_processes_ignore_signals_to_the_group(
     recipe = pretrain_recipe(prepared, launch={"workers": 2})
     with pytest.raises(Stopped, match="stopped at step 1, which is saved"):
         pretrain(recipe, tmp_path / "run")
+
+
+# torch.compile
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_models_give_the_same_masks(prepared: Path, teacher: Path, tmp_path: Path) -> None:
+    for name, is_compiled in (("plain", False), ("compiled", True)):
+        launch = {"compile": is_compiled}
+        recipe = student_recipe(prepared, teacher, launch=launch, training={"dropout": 0.0})
+        pretrain(recipe, tmp_path / name)
+    plain, compiled = training_rows(tmp_path / "plain"), training_rows(tmp_path / "compiled")
+    for one, other in zip(plain, compiled, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    reports = [
+        json.loads((tmp_path / name / "model/sparsity.json").read_text())
+        for name in ("plain", "compiled")
+    ]
+    assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
+    assert reports[0]["total"] == reports[1]["total"]
+
+
+def test_compiling_where_torch_can_not_is_one_error(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    recipe = pretrain_recipe(prepared, launch={"compile": True})
+    with pytest.raises(RunError, match="launch.compile = true: torch can't compile here: no comp"):
+        pretrain(recipe, tmp_path / "run")
