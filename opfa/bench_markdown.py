@@ -31,7 +31,7 @@ def training_markdown(result: dict[str, Any]) -> str:
     ]
     speed = result["tokens_per_second"]
     loader = f"{result['loader_tokens_per_second'] / speed:,.0f}"
-    lines += [f"| loader alone, in one process / training, tokens per second | {loader} |"]
+    lines += [f"| speed of the loader alone / of training | {loader} |"]
     if result["mask_update_share"] is not None:
         share = f"{result['mask_update_share']:.3%}"
         lines += [f"| mask update / time between two of them | {share} |"]

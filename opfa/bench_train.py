@@ -20,6 +20,7 @@ import resource
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.nn import functional
 from opfa.bench_plain import Plain
 from opfa.clock import Clock, wait_for_gpu
 from opfa.distill import Scales, VocabularyLoss
-from opfa.distributed import Supervisor
+from opfa.distributed import Supervisor, end_process
 from opfa.engine import choose_accelerator, start_distributed
 from opfa.models import (
     new_pretraining_model,
@@ -42,7 +43,7 @@ from opfa.models import (
     write_model,
 )
 from opfa.plan import operations, shape_of
-from opfa.recipe import RunError
+from opfa.recipe import RecipeError, RunError
 from opfa.run import environment
 from opfa.upstream.batches import Prepared, training_steps
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
@@ -51,8 +52,8 @@ from opfa.upstream.pretrain import DTYPES, Trainer, order_of
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE
 
-WARMUP = 2  # steps of each process before those that count
-STEPS = 5
+WARMUP = 3  # steps of each process before those that count
+STEPS = {"cpu": 5, "cuda": 50}  # that count
 ENDLESS = 10**6
 SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is timed
 LOSS_SHAPE = (4096, 768, 30_522)  # tokens, hidden, vocabulary: 8 x 512 tokens of BERT-base
@@ -77,6 +78,11 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
 
     `overrides` are of the standard recipe, if `recipe` is none.
     """
+    if recipe is not None and recipe.model.init is None:
+        raise RecipeError(
+            "model.config: opfa bench train needs a model that both loops can start from; give "
+            "model.init=DIRECTORY, and model.config= to take it away"
+        )
     choose_accelerator()  # before transformers makes DeepSpeed guess
     with tempfile.TemporaryDirectory() as directory:
         if recipe is None:
@@ -122,7 +128,7 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
                 "seconds": medians[name],
                 "fastest": min(seconds[name]),
                 "slowest": max(seconds[name]),
-                "peak_bytes": facts[name]["peak_bytes"],
+                "peak_bytes": max(run["peak_bytes"] for run in found[name]),
                 "library_bytes": facts[name]["library_bytes"],
             }
             for name in names
@@ -220,7 +226,14 @@ def _in_a_process(function: Callable[..., Results], *arguments: Any) -> Results:
 def _send(connection: Connection, function: Callable[..., Results], *arguments: Any) -> None:
     for key in ALONE:  # another group's, which this process has no part in
         os.environ.pop(key, None)
-    connection.send(function(*arguments))
+    is_done = False
+    try:
+        connection.send(function(*arguments))
+        is_done = True
+    finally:  # at once: a child that failed would wait for its own children before it says why
+        if not is_done:
+            traceback.print_exc()
+        end_process(0 if is_done else 1)
 
 
 def _measured(name: str, recipe: PretrainRecipe) -> Results:
@@ -229,10 +242,11 @@ def _measured(name: str, recipe: PretrainRecipe) -> Results:
     variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
     for _ in range(WARMUP):
         variant.step()
-    seconds = [_timed(variant.step) for _ in range(STEPS)]
+    num_steps = STEPS[choose_accelerator()]
+    seconds = [_timed(variant.step) for _ in range(num_steps)]
     found = {"seconds": seconds, "peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
     if isinstance(variant, Ours) and name == "ours":
-        found |= variant.facts(STEPS)
+        found |= variant.facts(num_steps)
     return {
         **found,
         "rates": _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision]),

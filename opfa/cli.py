@@ -422,7 +422,7 @@ def bench_train(
             help="Without a recipe: BERT-base, 8 x 128 random tokens, 90 % sparse.",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of five steps each.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured.")] = 2,
     write: Annotated[
         Path | None,
         typer.Option("--write", help="Put the tables into this Markdown file, between its marks."),

@@ -13,6 +13,7 @@ depend on how it is cut into micro-batches and ranks. Shape letters: N tokens, H
 vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class VocabularyLoss(nn.Module):
 class _Loss(torch.autograd.Function):
     """Gradients are computed beside the loss, without the factor that comes in the backward pass.
 
-    In units of the larger scale, so that they are of order one, also in fp16.
+    In units of about the larger scale, so that they are of order one, also in fp16.
     """
 
     @staticmethod
@@ -102,10 +103,10 @@ class _Loss(torch.autograd.Function):
         part: Part,
         is_training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unit = max(scales.hard, scales.soft) or 1.0
+        unit = 2.0 ** math.frexp(max(scales.hard, scales.soft))[1]  # exact in any precision
         units = Scales(scales.hard / unit, scales.soft / unit, scales.temperature)
         sums = torch.zeros(2, device=features.device)
-        chunk = _rows_of_a_chunk(len(features), features.shape[1], len(weight))
+        chunk = rows_of_a_chunk(len(features), features.shape[1], len(weight))
         has_several = len(features) > chunk
         gradients = _Gradients(features, weight, bias, has_several) if is_training else None
         room = [weight.new_empty(chunk, len(weight)) for _ in range(1 if teacher is None else 2)]
@@ -125,14 +126,13 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102 - protocol
         assert ctx.gradients is not None, "a second backward pass through the same loss"
-        found, ctx.gradients = ctx.gradients.tensors(), None
-        factor = grads[0] * ctx.unit
-        return *(None if g is None else g.mul_(factor) for g in found), *[None] * 5
+        found, ctx.gradients = ctx.gradients.tensors(grads[0] * ctx.unit), None
+        return *found, *[None] * 5
 
 
-def _rows_of_a_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
-    """All of them, as long as the logits take no more memory than the fp32 sum of several chunks'
-    gradients of the weight would.
+def rows_of_a_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
+    """How many tokens a chunk has: all, as long as their logits take no more memory than the fp32
+    sum of several chunks' gradients of the weight would.
     """
     rows = max(1, CHUNK_LOGITS // vocabulary)
     return tokens if tokens <= rows + hidden else rows
@@ -170,10 +170,14 @@ class _Gradients:
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=torch.float32)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the model's precision."""
-        weight = self._product if self._sum is None else self._product.copy_(self._sum)
-        return self._features, weight, None if self._bias is None else self._bias.to(weight.dtype)
+    def tensors(self, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Times a factor, in the model's precision, which fp32 sums take after it."""
+        if self._sum is None:
+            weight = self._product.mul_(factor)
+        else:
+            weight = self._product.copy_(self._sum.mul_(factor))
+        bias = None if self._bias is None else self._bias.mul_(factor).to(weight.dtype)
+        return self._features.mul_(factor), weight, bias
 
 
 def _to_gradients(

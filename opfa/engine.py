@@ -63,7 +63,10 @@ def start_distributed(timeout_seconds: float) -> torch.device:
             verbose=False,
             timeout=timedelta(seconds=2 * timeout_seconds),  # the supervisor speaks first
         )
-    return torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
+    if not accelerated:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def choose_accelerator() -> str:
@@ -109,6 +112,7 @@ class Engine:
     ) -> None:
         """Wrap a model whose modules will not be swapped any more. Collective."""
         import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
         from deepspeed.utils import set_z3_leaf_modules
 
         accelerator: Any = deepspeed.get_accelerator()
@@ -120,6 +124,7 @@ class Engine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": max_grad_norm,
             "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a pass
             "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
             "fp16": {"enabled": precision == "fp16"},
             "zero_force_ds_cpu_optimizer": False,  # torch's is as fast there, and needs no compiler
@@ -138,9 +143,8 @@ class Engine:
         self._engine: Any = engine  # Any: DeepSpeed is not typed
         self._stage = file.stage
         self._is_fp16 = precision == "fp16"
-        self._is_bf16_stage_1 = precision == "bf16" and file.stage == 1  # a class of its own
-        if self._is_bf16_stage_1 and dist.get_world_size() == 1:
-            engine.enable_backward_allreduce = False  # it would copy all gradients twice
+        if isinstance(engine.optimizer, BF16_Optimizer) and dist.get_world_size() == 1:
+            engine.enable_backward_allreduce = False  # it would only copy all gradients twice
         self._parameters = dict(model.named_parameters())
         self.ranks = ALONE  # at stage 0 every rank holds everything
         if self._stage > 0:
@@ -154,10 +158,10 @@ class Engine:
         """Accumulate the gradient of this rank's share of the global batch's loss.
 
         DeepSpeed divides by accumulation steps and ranks; our shares are already divided by the
-        global counts.
+        global counts. A loss that is not finite makes all gradients so, which `step` finds.
         """
         scale = self._engine.gradient_accumulation_steps() * dist.get_world_size()
-        self._engine.backward(loss * scale)
+        self._engine.backward(loss * (scale + 0 * loss.detach()))
         if not is_last:
             self._engine.step()
 
@@ -181,9 +185,6 @@ class Engine:
             self._engine.step()  # skipped when gradients are not finite
             is_finite = not self._engine.optimizer.overflow
             norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        if self._is_bf16_stage_1:
-            for parameter in self._parameters.values():
-                parameter.grad = None  # DeepSpeed would set it to zero, and autograd add to that
         if is_finite:
             return norm
         if self._is_fp16:

@@ -282,7 +282,7 @@ def compile_models(*models: PreTrainedModel) -> None:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"launch.compile = true: torch can't compile here: {reason}") from error
     for model in models:
-        model.base_model.compile()
+        model.base_model.compile(dynamic=True)  # batches differ in length
 
 
 def projection(model: PreTrainedModel) -> nn.Linear:

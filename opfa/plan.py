@@ -23,7 +23,7 @@ Time on the wire is counted as if nothing overlapped, so the efficiency is a flo
 from dataclasses import dataclass
 from typing import Any
 
-from opfa.distill import CHUNK_LOGITS
+from opfa.distill import rows_of_a_chunk
 from opfa.models import load_config, new_config, pretraining_skeleton
 from opfa.recipe import ModelError, RecipeError
 from opfa.upstream.recipe import PretrainRecipe
@@ -104,7 +104,7 @@ def memory_bytes(
     optimizer = 0.0 if is_offloaded else 12 * size / (gpus if stage >= 1 else 1)
     tokens = micro_batch * shape.tokens
     activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
-    chunk = min(CHUNK_LOGITS, tokens * shape.vocabulary)
+    chunk = rows_of_a_chunk(tokens, shape.hidden, shape.vocabulary) * shape.vocabulary
     loss = (2 * shape.width + 5 * 4) * chunk + (4 + shape.width) * shape.vocabulary * shape.hidden
     return {
         "weights": width * size / (gpus if stage >= 3 else 1),

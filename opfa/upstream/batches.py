@@ -6,7 +6,8 @@ resume change neither. Shape letters: B sequences, T tokens.
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -177,7 +178,7 @@ class Batches(torch.utils.data.Dataset):
 def training_steps(
     prepared: Prepared, mask: Masker, order: Order, *, steps: range, workers: int
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches, one list for each step of `steps`."""
+    """This rank's micro-batches, one list for each step of `steps`, the next one loaded ahead."""
     loader = DataLoader(
         Batches(prepared, prepared.train, mask),
         batch_sampler=MicroBatches(order, steps),
@@ -186,9 +187,17 @@ def training_steps(
         worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    micro_batches = iter(loader)
-    while step := list(islice(micro_batches, order.accumulation)):
-        yield step
+    micro_batches = iter(loader)  # here, since it draws a number from torch's generator
+    return _ahead(lambda: list(islice(micro_batches, order.accumulation)))
+
+
+def _ahead(load: Callable[[], list[Batch]]) -> Iterator[list[Batch]]:
+    """What `load` returns until that is empty, the next one loaded by a thread."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(load)
+        while step := future.result():
+            future = thread.submit(load)
+            yield step
 
 
 def _as_it_is(batch: Any) -> Any:  # Any: torch believes that it is a list

@@ -130,7 +130,7 @@ class Launch(Section):
     )  # sequences per rank and pass; default: all at once
     deepspeed: str | None = None
     compile: bool = False
-    workers: int = Field(default=1, ge=0)  # processes that load data ahead; 0: the trainer itself
+    workers: int = Field(default=0, ge=0)  # processes that load data ahead; 0: a thread does
     timeout_seconds: float = Field(default=300.0, gt=0.0)  # a rank that hangs longer ends the job
 
     def deepspeed_file(self, processes: int = 1) -> DeepSpeedFile:
