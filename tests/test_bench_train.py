@@ -13,9 +13,9 @@ from conftest import pretrain_recipe
 from opfa import cli
 from opfa.bench_markdown import training_markdown, write_between
 from opfa.bench_plain import Plain
-from opfa.bench_train import Ours, variant_of
+from opfa.bench_train import Ours, _in_a_process, bench_train, variant_of
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
-from opfa.recipe import RunError
+from opfa.recipe import RecipeError, RunError
 from opfa.sparsity.layers import masked_layers
 from opfa.sparsity.masks import fingerprint, nonzero_masks
 from opfa.upstream.recipe import PretrainRecipe
@@ -123,6 +123,21 @@ def test_tables_go_between_the_marks(result: dict[str, Any]) -> None:
     assert readme.endswith("<!-- /opfa bench train -->\nZ\n")
     assert training_markdown(result) in readme
     assert "old" not in readme
+
+
+def test_a_model_from_scratch_is_refused_before_anything_is_measured(prepared: Path) -> None:
+    with pytest.raises(RecipeError, match="model.config: opfa bench train needs a model"):
+        bench_train(pretrain_recipe(prepared), [], rounds=1)
+
+
+def test_a_measuring_process_that_fails_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match="a measuring process ended; its output says why"):
+        _in_a_process(_fails)
+    assert "RecipeError: told" in capfd.readouterr().err
+
+
+def _fails() -> dict[str, Any]:
+    raise RecipeError("told")
 
 
 def test_a_file_without_marks_is_left_alone(tmp_path: Path) -> None:

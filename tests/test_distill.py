@@ -177,6 +177,24 @@ def test_many_bf16_chunks_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(student.bias.grad.float(), expected, rtol=0.02, atol=0.0)
 
 
+def test_many_fp16_chunks_are_added_up_beyond_the_range_of_fp16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The sum of the label's gradients is beyond -65504, fp16's lowest number, before it is scaled.
+    in_parts(monkeypatch, 2**15, 2**15)
+    student = nn.Linear(1, VOCABULARY).half()
+    nn.init.zeros_(student.weight)
+    nn.init.zeros_(student.bias)
+    features = torch.ones(2**18, 1, dtype=torch.float16)
+    labels = torch.zeros(2**18, dtype=torch.int64)
+    VocabularyLoss(student)(features, labels, Scales(hard=2.0**-18)).total.backward()
+    expected = torch.full((VOCABULARY,), 1 / VOCABULARY)
+    expected[0] -= 1
+    assert student.bias.grad is not None and student.weight.grad is not None
+    torch.testing.assert_close(student.bias.grad.float(), expected, rtol=0.01, atol=0.0)
+    torch.testing.assert_close(student.weight.grad[:, 0].float(), expected, rtol=0.01, atol=0.0)
+
+
 def test_small_scales_keep_gradients_above_the_smallest_fp16_number() -> None:
     # As with a loss scale: the factor comes in the backward pass.
     student, features = linear(0).half(), rows(0, HIDDEN).half().requires_grad_()

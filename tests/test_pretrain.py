@@ -1,6 +1,7 @@
 """Upstream runs, end to end on a tiny model and one process."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -468,7 +469,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_weights_as_they_we
     calls: list[float] = []
 
     def poisoned(self: Engine, loss: torch.Tensor, is_last: bool) -> None:
-        calls.append(float(loss))
+        calls.append(float(loss.detach()))
         if len(calls) == 3:
             loss = (loss * 1e30) * 1e30  # finite when it was looked at, and no more
         backward(self, loss, is_last)
@@ -484,6 +485,36 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_weights_as_they_we
     monkeypatch.undo()
     pretrain(recipe, tmp_path / "whole")
     assert training_rows(tmp_path / "run") == training_rows(tmp_path / "whole")
+
+
+def test_an_infinite_loss_whose_gradient_is_finite_stops_the_run_too(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = Engine.backward
+    monkeypatch.setattr(
+        Engine, "backward", lambda self, loss, last: backward(self, loss + math.inf, last)
+    )
+    with pytest.raises(RunError, match="step 1: the gradient is not finite"):
+        pretrain(pretrain_recipe(prepared), tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_offloading_at_stage_1_alone_trains_as_without(
+    prepared: Path, tmp_path: Path, precision: str
+) -> None:
+    file = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "offload.json").write_text(json.dumps(file))
+    rows = []
+    for name in ("launch/zero1.json", str(tmp_path / "offload.json")):
+        output = tmp_path / Path(name).stem
+        training = {"precision": precision, "steps": 4}
+        pretrain(pretrain_recipe(prepared, training=training, launch={"deepspeed": name}), output)
+        rows.append(training_rows(output))
+    for key in ("loss", "grad_norm"):
+        plain, offloaded = ([row[key] for row in found] for found in rows)
+        assert len(plain) == 4 and min(plain) > 0
+        assert offloaded == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize(("first", "then"), [("zero1", "zero0"), ("zero3", "zero1")])
