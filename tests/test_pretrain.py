@@ -22,7 +22,7 @@ from opfa.engine import Engine
 from opfa.inspection import inspect
 from opfa.models import new_pretraining_model
 from opfa.order import Order
-from opfa.recipe import DataError, ModelError, RunError
+from opfa.recipe import DataError, ModelError, RecipeError, RunError
 from opfa.sparsity.masks import load, num_zeros
 from opfa.upstream import pretrain as module
 from opfa.upstream.batches import Prepared, masker, training_steps
@@ -446,6 +446,16 @@ def test_a_sparse_model_is_not_filled_in_silence(
         pretrain(
             pretrain_recipe(prepared, model={"init": str(student / "model")}), tmp_path / "run"
         )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_that_matches_the_vocabulary_projection_is_refused(
+    prepared: Path, tmp_path: Path
+) -> None:
+    pruning = {"schedule": SCHEDULE, "pattern": {"include": [r"encoder\.layer", "decoder"]}}
+    recipe = pretrain_recipe(prepared, pruning=pruning)
+    with pytest.raises(RecipeError, match="pruning.pattern: matches cls.predictions.decoder"):
+        pretrain(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
