@@ -214,6 +214,11 @@ class Engine:
         dist.all_reduce(whole)
         return whole.view(run.dtype).view(shape)
 
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This rank's run, [n], of a tensor in the parameter's shape."""
+        run, start = self._run(parameter)
+        return whole.view(-1)[start : start + run.numel()]
+
     def whole(self, parameter: Tensor) -> Tensor:
         """The full fp32 value of a parameter. Collective."""
         return self.join(parameter, self.read(parameter))

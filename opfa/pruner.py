@@ -15,6 +15,8 @@ from opfa.sparsity.layers import mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import ALONE, Ranks, fingerprint
 from opfa.sparsity.pattern import Pattern
 
+TINY = torch.finfo(torch.float32).tiny  # above every pruned weight, when those stay pruned
+
 
 class Weights(Protocol):
     """Where fp32 weights are: all here, or in runs on several ranks. Every method is collective."""
@@ -27,6 +29,10 @@ class Weights(Protocol):
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
         """The whole tensor, in the parameter's shape, from every rank's run."""
+        ...
+
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This rank's run of a tensor in the parameter's shape."""
         ...
 
     def compare(self, text: str) -> list[str]:
@@ -46,6 +52,10 @@ class OneProcess:
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
         """The run is the whole."""
         return run.view(parameter.shape)
+
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """All of it."""
+        return whole.view(-1)
 
     def compare(self, text: str) -> list[str]:
         """There is nobody to differ."""
@@ -76,6 +86,10 @@ class Pruner:
         weights = weights or OneProcess()
         parameters = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
         runs = {name: weights.read(parameter) for name, parameter in parameters.items()}
+        if self.pattern.monotone:
+            for name, mask in self.masks().items():
+                lives = weights.cut(parameters[name], mask)
+                runs[name] = torch.where(lives, runs[name].abs().clamp_min(TINY), 0.0)
         try:
             kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
         except ValueError as error:  # on every rank

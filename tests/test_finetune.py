@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"training": {"precision": "bf16"}},
     "accumulated": {"training": {"micro_batch": 2, "weight_decay": 0.1}},
+    "grouped": {"training": {"group_by_length": True}},
     "quantized": {"quantization": {"start": 0.3}},
 }
 
@@ -112,7 +113,7 @@ def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path
         assert not layers[name].effective_weight()[zero].any()
 
 
-@pytest.mark.parametrize("variant", ["plain", "quantized"])
+@pytest.mark.parametrize("variant", ["plain", "grouped", "quantized"])
 def test_a_resumed_run_equals_an_unbroken_one(
     sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,24 @@ def test_a_resumed_run_equals_an_unbroken_one(
     finetune(recipe, tmp_path / "broken", resume=True)
     assert resumed == [4]
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
+
+
+def test_grouping_by_length_pads_less(sparse: Path, examples: Path, tmp_path: Path) -> None:
+    rows = [{"text": "the cat " * (1 + i % 10), "label": i % 2} for i in range(320)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    padded = {}
+    for is_grouped in (False, True):
+        training = {"group_by_length": is_grouped}
+        task = {"train": str(file), "validation": str(file)}
+        trainer = module.Trainer(finetune_recipe(sparse, examples, task=task, training=training))
+        lengths = trainer.data.train.lengths()
+        assert lengths[:3].tolist() == [4, 6, 8]  # and [CLS] and [SEP]
+        batches = [trainer.order.step(step)[0] for step in range(trainer.schedule.steps)]
+        places = [[index for _, index in batch] for batch in batches]
+        assert sorted(sum(places, [])) == list(range(320))
+        padded[is_grouped] = sum(int((lengths[p].max() - lengths[p]).sum()) for p in places)
+    assert padded[True] < padded[False] / 4
 
 
 def test_a_resume_with_other_examples_is_refused(

@@ -216,6 +216,7 @@ def test_choices_stand_beside_each_other(tmp_path: Path, tokenizer: BertTokenize
     ]
     assert batch["token_type_ids"][0, 0].tolist() == [0, 0, 0, 0, 1, 1, 0]
     assert batch["labels"].tolist() == [1, 0]
+    assert train.lengths().tolist() == [7, 7]  # of the longest choice
 
 
 @pytest.mark.parametrize(("label", "position"), [(1, 1), ("1", 1), ("A", 0), ("B", 1)])

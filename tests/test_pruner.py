@@ -12,12 +12,12 @@ from opfa.schedules import Gradual
 from opfa.sparsity.pattern import Pattern
 
 
-def pruner(**schedule: int) -> Pruner:
+def pruner(monotone: bool = False, **schedule: int) -> Pruner:
     layer = nn.Linear(4, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -4.0], [5.0, -6.0, 7.0, -8.0]]))
     model = nn.ModuleDict({"layer": nn.ModuleList([nn.ModuleDict({"dense": layer})])})
-    return Pruner(model, Gradual(target=0.5, **schedule), Pattern())
+    return Pruner(model, Gradual(target=0.5, **schedule), Pattern(monotone=monotone))
 
 
 class Told(OneProcess):
@@ -40,6 +40,25 @@ def test_an_update_puts_exact_masks_in_force() -> None:
     (mask,) = made.masks().values()
     assert mask.tolist() == [[False] * 4, [True] * 4]
     assert made.sparsity() == 0.5
+
+
+def shrunk(monotone: bool) -> list[list[bool]]:
+    """The mask after live weights have become smaller than pruned ones were, one of them zero."""
+    made = pruner(end=2, monotone=monotone)
+    made.after_step(1)  # 44 % of 8 weights: the first four
+    (layer,) = made.layers.values()
+    with torch.no_grad():
+        layer.weight[1] = torch.tensor([0.0, 0.5, 0.5, 9.0])
+    made.after_step(2)
+    return layer.mask.tolist()
+
+
+def test_a_pruned_weight_returns_when_live_ones_have_become_smaller() -> None:
+    assert shrunk(monotone=False) == [[False, True, True, True], [False, False, False, True]]
+
+
+def test_monotone_masks_only_shrink() -> None:
+    assert shrunk(monotone=True) == [[False] * 4, [True] * 4]
 
 
 def test_between_updates_nothing_is_read() -> None:

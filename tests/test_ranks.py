@@ -75,6 +75,12 @@ def alone(prepared: Path, name: str) -> dict[str, Any]:
     return {**values(prepared, name, "fp32"), "distillation": None}
 
 
+def monotone(prepared: Path, name: str) -> dict[str, Any]:
+    """A student whose pruned weights stay pruned."""
+    pruning = {"schedule": SCHEDULE, "pattern": {"monotone": True}}
+    return {**values(prepared, name, "fp32"), "pruning": pruning}
+
+
 @pytest.fixture(scope="module")
 def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS/{world size}-{precision}-{configuration} for all of them."""
@@ -99,6 +105,10 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"values": alone(prepared, name), "output": str(root / f"2-alone-{name}")}
                 for name in NAMES["fp32"]
             ]
+        jobs += [
+            {"values": monotone(prepared, name), "output": str(root / f"{ranks}-monotone-{name}")}
+            for name in ("zero1", "zero3")
+        ]
         launch(jobs, root, ranks)
     return root
 
@@ -126,6 +136,13 @@ def test_bf16_gives_the_same_masks_and_losses_everywhere(runs: Path, ranks: int,
     reference, run = runs / "1-bf16-zero2", runs / f"{ranks}-bf16-{name}"
     assert masks(run) == masks(reference)
     assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("run", ["1-monotone-zero3", "2-monotone-zero1", "2-monotone-zero3"])
+def test_monotone_masks_are_the_same_everywhere(runs: Path, run: str) -> None:
+    reference = masks(runs / "1-monotone-zero1")
+    assert len(set(reference)) >= 4  # they move
+    assert masks(runs / run) == reference != masks(runs / "1-fp32-zero1")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

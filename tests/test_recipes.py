@@ -39,6 +39,8 @@ def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
     """The class that must load a recipe, by its folder and name."""
     folder, name = recipe.split("/")
     is_finetuning = folder == "downstream" or name.startswith("finetune")
+    if folder == "minilm":
+        is_finetuning = name.removeprefix("minilm-").removesuffix(".toml") in TASKS
     return FinetuneRecipe if is_finetuning else PretrainRecipe
 
 
@@ -85,7 +87,13 @@ def test_recipe_is_listed_in_the_readme(recipe: str) -> None:
     assert f"| `{recipe}` |" in README.read_text()
 
 
-@pytest.mark.parametrize("recipe", [r for r in ALL if not r.startswith("quickstart/")])
+@pytest.mark.parametrize("recipe", [r for r in ALL if r.startswith("minilm/")])
+def test_recipe_of_the_experiment_says_what_runs_it(recipe: str) -> None:
+    head = (RECIPES / recipe).read_text().partition("name = ")[0]
+    assert "bash launch/reproduce.sh" in head
+
+
+@pytest.mark.parametrize("recipe", [r for r in ALL if r.startswith(("upstream/", "downstream/"))])
 def test_recipe_begins_with_commands_that_use_it(recipe: str) -> None:
     shown = commands((RECIPES / recipe).read_text())
     assert f"recipes/{recipe}" in [words[2] for words in shown]

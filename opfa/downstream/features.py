@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -38,6 +39,13 @@ class Split:
     examples: Examples
     classes: tuple[str, ...]  # in the order of the model's outputs
     collate: Callable[[Sequence[Row]], Batch]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example [N]; of its longest choice, where it has several."""
+        rows = self.features["input_ids"]
+        return np.array(
+            [max(map(len, ids)) if isinstance(ids[0], list) else len(ids) for ids in rows]
+        )
 
 
 def sequences(

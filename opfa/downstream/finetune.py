@@ -99,6 +99,7 @@ class Trainer:
         self.order = Order(
             seed=recipe.seed,
             num_examples=len(self.data.train.features),
+            lengths=self.data.train.lengths() if training.group_by_length else None,
             batch=training.batch,
             micro_batch=training.micro_batch or training.batch,
             rank=0,

@@ -111,6 +111,7 @@ class Training(Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    group_by_length: bool = False  # examples of similar length together: less padding, less random
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -28,12 +28,14 @@ class Pattern(Section):
 
     `include` and `exclude` are regular expressions searched for in the names of linear layers.
     `scope` says whether every tensor reaches the target ("layer") or all of them together
-    ("global").
+    ("global"). A pruned weight keeps the value it had, and a later update takes it back if live
+    ones have become smaller; not if `monotone`.
     """
 
     include: tuple[str, ...] = (ENCODER_LAYER,)
     exclude: tuple[str, ...] = ()
     scope: Literal["layer", "global"] = "layer"
+    monotone: bool = False
 
     @field_validator("include", "exclude")
     @classmethod
