@@ -2,7 +2,7 @@
 with.
 
 fp32 weights that autocast casts at every step, the logits of all tokens at once, a hook that
-multiplies weights by their masks, and torch's AdamW.
+multiplies weights by their masks, and torch's AdamW, fused.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ class Plain:
                 mask = magnitude_mask(weight, num_zeros(target, weight.numel())).to(weight.dtype)
                 layer.register_forward_pre_hook(_Mask(mask))
         groups = decay_groups(self.student, recipe.training.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=recipe.training.learning_rate)
+        self._optimizer = torch.optim.AdamW(groups, lr=recipe.training.learning_rate, fused=True)
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
         order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
         mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
@@ -56,8 +56,8 @@ class Plain:
             prepared, mask, order, steps=steps, workers=recipe.launch.workers
         )
 
-    def step(self) -> None:
-        """One optimizer step."""
+    def step(self) -> int:
+        """One optimizer step; its real tokens."""
         batches = next(self._batches)
         for batch in batches:
             loss = self._loss(batch.to(self._device)) / len(batches)
@@ -65,6 +65,7 @@ class Plain:
         nn.utils.clip_grad_norm_(self.student.parameters(), self._recipe.training.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        return sum(batch.counts()[1] for batch in batches)
 
     def _loss(self, batch: Batch) -> Tensor:
         settings = self._recipe.distillation

@@ -5,12 +5,12 @@ plainly.
     no teacher  without [distillation]
     dense       without [distillation] and [pruning], if there is [pruning]
     plain       transformers and autocast as one would write them: fp32 weights cast at every step,
-                all logits kept, a hook that multiplies weights by their masks, torch's AdamW
+                all logits kept, a hook that multiplies weights by their masks, fused AdamW
 
 Each runs alone, in a process of its own, one after the other and then all again; each measures the
-machine's rate in matrix products too. Ratios are of the fastest steps, as `timeit` advises: slower
-ones tell what else the machine did. Masks are at the target from the start. Without a recipe it is
-BERT-base with 8 x 128 random tokens.
+machine's rate in matrix products too. Ratios are of the fastest steps for their tokens, as `timeit`
+advises: slower ones tell what else the machine did. Masks are at the target from the start. Without
+a recipe it is BERT-base with 8 x 128 random tokens.
 """
 
 import json
@@ -106,14 +106,20 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
 
 def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: float) -> Results:
     """What the runs of all variants say; `work` are a step's operations were no token padding."""
-    names = list(found)
-    seconds = {name: [s for run in runs for s in run["seconds"]] for name, runs in found.items()}
+    ours = found["ours"][-1]
+    real_tokens = statistics.mean(ours["tokens"])
+    seconds = {
+        name: [
+            s * real_tokens / tokens  # of a step of as many as the mean
+            for run in runs
+            for s, tokens in zip(run["seconds"], run["tokens"], strict=True)
+        ]
+        for name, runs in found.items()
+    }
     fastest = {name: min(values) for name, values in seconds.items()}
     rate = max(r for runs in found.values() for run in runs for r in run["rates"])
-    facts = {name: runs[-1] for name, runs in found.items()}
-    ours = facts["ours"]
-    tokens = recipe.training.batch * recipe.corpus.sequence_tokens
-    work *= ours["real_tokens"] / tokens
+    peaks = {name: max(run["peak_bytes"] for run in runs) for name, runs in found.items()}
+    work *= real_tokens / (recipe.training.batch * recipe.corpus.sequence_tokens)
     every = recipe.pruning.schedule.every if recipe.pruning else 0
     return {
         "machine": environment()["machine"],
@@ -121,7 +127,7 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
         "model": recipe.model.model_dump(exclude_none=True),
         "batch": recipe.training.batch,
         "sequence_tokens": recipe.corpus.sequence_tokens,
-        "real_tokens": ours["real_tokens"],
+        "real_tokens": real_tokens,
         "precision": recipe.training.precision,
         "steps": len(seconds["ours"]),
         "variants": {
@@ -129,33 +135,32 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
                 "seconds": fastest[name],
                 "median": statistics.median(seconds[name]),
                 "slowest": max(seconds[name]),
-                "peak_bytes": max(run["peak_bytes"] for run in found[name]),
-                "library_bytes": facts[name]["library_bytes"],
+                "peak_bytes": peaks[name],
+                "library_bytes": found[name][-1]["library_bytes"],
             }
-            for name in names
+            for name in found
         },
         "seconds_by_part": ours["parts"],
-        "tokens_per_second": ours["real_tokens"] / fastest["ours"],
+        "tokens_per_second": real_tokens / fastest["ours"],
         "flops_per_step": work,
         "matrix_flops_per_second": rate,
         "share_of_matrix_rate": work / fastest["ours"] / rate,
         "mask_update_share": ours["mask_update"] / (every * fastest["ours"]) if every else None,
         "loader_tokens_per_second": ours["loader"],
         "loss_bytes": _in_a_process(_loss_bytes)["bytes"],
-        "ratios": _ratios(fastest, facts, names),
+        "ratios": _ratios(fastest, peaks),
     }
 
 
-def _ratios(fastest: Mapping[str, float], facts: Results, names: list[str]) -> dict[str, float]:
-    peaks = {name: facts[name]["peak_bytes"] for name in names}
-    sparse = "no teacher" if "no teacher" in names else "ours"
+def _ratios(fastest: Mapping[str, float], peaks: Mapping[str, int]) -> dict[str, float]:
+    sparse = "no teacher" if "no teacher" in fastest else "ours"
     ratios = {
         "ours / plain, time": fastest["ours"] / fastest["plain"],
         "ours / plain, peak memory": peaks["ours"] / peaks["plain"],
     }
     if sparse != "ours":
         ratios["ours / no teacher, time"] = fastest["ours"] / fastest[sparse]
-    if "dense" in names:
+    if "dense" in fastest:
         ratios[f"{sparse} / dense, time"] = fastest[sparse] / fastest["dense"]
     return ratios
 
@@ -238,14 +243,18 @@ def _send(connection: Connection, function: Callable[..., Results], *arguments: 
 
 
 def _measured(name: str, recipe: PretrainRecipe) -> Results:
-    """Seconds of steps of a variant, peak memory, and what ours finds out about itself."""
+    """Seconds and real tokens of steps of a variant, peak memory, and what ours finds out about
+    itself.
+    """
     library_bytes = _peak_bytes()
     variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
     for _ in range(WARMUP):
         variant.step()
     num_steps = STEPS[choose_accelerator()]
-    seconds = [_timed(variant.step) for _ in range(num_steps)]
-    found = {"seconds": seconds, "peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
+    tokens: list[int] = []
+    seconds = [_timed(lambda: tokens.append(variant.step())) for _ in range(num_steps)]
+    found = {"seconds": seconds, "tokens": tokens}
+    found |= {"peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
     if isinstance(variant, Ours) and name == "ours":
         found |= variant.facts(num_steps)
     return {
@@ -305,15 +314,14 @@ class Ours:
         if self._has_masks:
             self.trainer.prune(0)
         self._batches = self.trainer.batches(0)
-        self._tokens: list[int] = []
 
-    def step(self) -> None:
-        """One optimizer step."""
+    def step(self) -> int:
+        """One optimizer step; its real tokens."""
         batches = next(self._batches)
         counts = Counts(*(float(sum(c)) for c in zip(*(b.counts() for b in batches), strict=True)))
         losses = self.trainer.accumulate(batches, counts)
         self.trainer.optimize(0, self.trainer.recipe.training.learning_rate, losses)
-        self._tokens.append(int(counts.real))
+        return int(counts.real)
 
     def facts(self, num_steps: int) -> Results:
         """Seconds by part of a step, of a mask update, and the loader's speed alone."""
@@ -328,7 +336,6 @@ class Ours:
             "parts": parts,
             "mask_update": statistics.median(updates) if updates else None,
             "loader": self._loader_rate(),
-            "real_tokens": statistics.mean(self._tokens),
         }
 
     def _loader_rate(self) -> float:

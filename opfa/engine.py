@@ -217,7 +217,7 @@ class Engine:
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This rank's run, [n], of a tensor in the parameter's shape."""
         run, start = self._run(parameter)
-        return whole.view(-1)[start : start + run.numel()]
+        return whole.view(-1)[start : start + run.numel()].to(run.device)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """The full fp32 value of a parameter. Collective."""

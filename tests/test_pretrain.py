@@ -449,12 +449,13 @@ def test_a_sparse_model_is_not_filled_in_silence(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pattern_that_matches_the_vocabulary_projection_is_refused(
-    prepared: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["predictions.decoder", "predictions.transform.dense"])
+def test_a_pattern_that_matches_a_head_is_refused(
+    prepared: Path, tmp_path: Path, name: str
 ) -> None:
-    pruning = {"schedule": SCHEDULE, "pattern": {"include": [r"encoder\.layer", "decoder"]}}
+    pruning = {"schedule": SCHEDULE, "pattern": {"include": [r"encoder\.layer", name]}}
     recipe = pretrain_recipe(prepared, pruning=pruning)
-    with pytest.raises(RecipeError, match="pruning.pattern: matches cls.predictions.decoder"):
+    with pytest.raises(RecipeError, match=f"pruning.pattern: matches cls.{name}, which belongs"):
         pretrain(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -43,9 +43,7 @@ class Split:
     def lengths(self) -> np.ndarray:
         """Tokens of each example [N]; of its longest choice, where it has several."""
         rows = self.features["input_ids"]
-        return np.array(
-            [max(map(len, ids)) if isinstance(ids[0], list) else len(ids) for ids in rows]
-        )
+        return np.array([num_tokens(ids) for ids in rows])
 
 
 def sequences(

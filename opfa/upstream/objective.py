@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from opfa.clock import Clock
 from opfa.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
 from opfa.models import Features, pretraining_features, projection
-from opfa.recipe import ModelError, RecipeError
-from opfa.sparsity.layers import MaskedLinear
+from opfa.recipe import ModelError
 from opfa.upstream.batches import Batch
 from opfa.upstream.recipe import Distillation
 
@@ -63,19 +62,10 @@ class Objective(nn.Module):
         clock: Clock | None = None,
         is_compiled: bool = False,
     ) -> None:
-        """`distillation` weighs the terms; the teacher itself stays outside. Raises `RecipeError`
-        where the vocabulary projection is masked: the loss knows its parameters only.
-        """
+        """`distillation` weighs the terms; the teacher itself stays outside."""
         super().__init__()
         self.model = model
-        output = projection(model)
-        if isinstance(output, MaskedLinear):
-            name = next(name for name, module in model.named_modules() if module is output)
-            raise RecipeError(
-                f"pruning.pattern: matches {name}, the projection to the vocabulary, which can't "
-                "be pruned; exclude it"
-            )
-        self.vocabulary_loss = VocabularyLoss(output, is_compiled)
+        self.vocabulary_loss = VocabularyLoss(projection(model), is_compiled)
         self.distillation = distillation
         self._clock = clock or Clock()
 

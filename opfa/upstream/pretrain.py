@@ -43,6 +43,7 @@ from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
+from opfa.sparsity.pattern import Pattern
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
 from opfa.upstream.progress import Meter, global_losses, mean_losses
@@ -112,6 +113,8 @@ class Trainer:
         pruning = recipe.pruning
         if pruning is None:
             _refuse_sparse(student, recipe.model.init)
+        else:
+            _refuse_heads(student, pruning.pattern)
         self.pruner = Pruner(student, pruning.schedule, pruning.pattern) if pruning else None
         self.config = student.config
         self.model_class = type(student)
@@ -342,6 +345,17 @@ def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size:
         rank=rank,
         world_size=world_size,
     )
+
+
+def _refuse_heads(model: PreTrainedModel, pattern: Pattern) -> None:
+    """Fine-tuning drops them, and the loss knows the vocabulary projection without its mask."""
+    encoder = f"{model.base_model_prefix}."
+    heads = [name for name in pattern.layers(model) if not name.startswith(encoder)]
+    if heads:
+        raise RecipeError(
+            f"pruning.pattern: matches {heads[0]}, which belongs to the head of pre-training; only "
+            "the encoder can be pruned"
+        )
 
 
 def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:
