@@ -89,7 +89,7 @@ class Pruner:
         if self.pattern.monotone:
             for name, mask in self.masks().items():
                 lives = weights.cut(parameters[name], mask)
-                runs[name] = torch.where(lives, runs[name].abs().clamp_min(TINY), 0.0)
+                runs[name] = runs[name].abs().clamp_min(TINY) * lives
         try:
             kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
         except ValueError as error:  # on every rank

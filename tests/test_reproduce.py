@@ -3,8 +3,13 @@
 import gzip
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import torch
 from conftest import sentences
 
 from opfa import cli
+from opfa.inspection import inspect
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
 from opfa.recipe import STOPPED
 
@@ -74,8 +80,10 @@ def reproduce(output: Path) -> Any:
             program.commands.append(arguments)
             return cli.run(arguments)
 
+        program.EXECUTE = program.execute
         patch.setattr(program, "execute", execute)
         patch.setattr(program, "SHORT", SHORT)
+        patch.setattr(program, "SEEDS", {"sst2": 2})
         patch.setattr(program, "RATES", "sweep.learning_rate=[1e-4, 1e-3]")
         program.main(["students", "sst2", "ablations"])
         yield program
@@ -88,53 +96,78 @@ def table(reproduce: Any, output: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output: Path) -> None:
     found = {(row["method"], row["percent"]): row for row in table["rows"]}
-    methods = ("one-shot", "gradual", "prune-once", "prune-once-8bit")
-    assert list(found) == [("dense", 0), *((m, p) for m in methods for p in (85, 90))]
+    sparse = ("one-shot", "gradual", "prune-once", "prune-once-8bit")
+    dense = ("dense", "dense-8bit", "dense-teacher")
+    assert list(found) == [*((m, 0) for m in dense), *((m, p) for m in sparse for p in (85, 90))]
     for (method, percent), row in found.items():
-        results = json.loads((output / row["run"] / "results.json").read_text())
-        assert results["sparsity"] == pytest.approx(percent / 100, abs=2e-3)
-        assert results["quantized"] == method.endswith("8bit")
-        assert row["mean"] == results["metrics"]["accuracy"]
+        for seed, value in zip(row["seeds"], row["values"], strict=True):
+            results = json.loads((output / row["run"] / f"seed-{seed}/results.json").read_text())
+            assert results["sparsity"] == pytest.approx(percent / 100, abs=2e-3)
+            assert results["quantized"] == method.endswith("8bit")
+            assert value == results["metrics"]["accuracy"]
+        assert row["seeds"] == [42, 43]
+        assert row["mean"] == pytest.approx(sum(row["values"]) / 2)
         assert row["recovery"] == row["mean"] / found["dense", 0]["mean"]
 
 
 def test_every_method_takes_as_many_steps(table: dict[str, Any], output: Path) -> None:
-    steps = {
-        json.loads((output / row["run"] / f"seed-{seed}/done.json").read_text())["step"]
-        for row in table["rows"]
-        for seed in row["seeds"]
-        if not row["method"].endswith("8bit")
-    }
-    assert steps == {10}
+    steps: dict[str, set[int]] = {"8bit": set(), "all": set()}
+    for row in table["rows"]:
+        for seed in row["seeds"]:
+            done = json.loads((output / row["run"] / f"seed-{seed}/done.json").read_text())
+            steps["8bit" if row["method"].endswith("8bit") else "all"].add(done["step"])
+    assert steps == {"8bit": {2}, "all": {10}}
+
+
+def test_eight_bits_begin_with_the_model_of_their_seed(output: Path) -> None:
+    for seed in (42, 43):
+        recipe = (output / f"runs/sst2/prune-once-8bit-90/seed-{seed}/recipe.toml").read_text()
+        assert f'init = "runs/sst2/prune-once-90/seed-{seed}/model"' in recipe
+        assert f"seed = {seed}\n" in recipe
 
 
 def test_every_number_can_be_traced(table: dict[str, Any], output: Path) -> None:
     text = (output / "table.md").read_text()
-    for row in [*table["rows"], *table["ablations"]]:
-        results = json.loads((output / row["run"] / "results.json").read_text())
-        assert row["recipe_sha256"] == results["recipe_sha256"]
-        assert f"| `{row['run']}` |" in text
-        assert f"`{row['recipe_sha256'][:12]}`" in text
-        assert row["seeds"] == ([42, 43, 44] if "method" in row else [42])
+    for row in table["rows"]:
+        runs = [f"{row['run']}/seed-{seed}" for seed in row["seeds"]]
+        facts = zip(runs, row["recipes_sha256"], row["models_sha256"], strict=True)
+        for run, recipe, model in facts:
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| `{run}` |")]
+            assert recipe[:12] in line and model[:12] in line
+    for run in ("teacher", "sparse-90", "ablations/global", "ablations/global-sst2"):
+        assert f"| `runs/{run}` |" in text
 
 
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
-    reproduce: Any, table: dict[str, Any], output: Path
+    reproduce: Any, output: Path
 ) -> None:
-    for method in ("dense", "one-shot", "gradual", "prune-once"):
-        (chosen,) = [words for words in reproduce.commands if f"runs/sst2/{method}-rates" in words]
-        assert "selection.holdout=0.1" in chosen
-        rates = json.loads((output / f"runs/sst2/{method}-rates/results.json").read_text())
+    for method in ("dense", "dense-teacher", "one-shot", "gradual", "prune-once"):
+        run = output / "runs/sst2" / f"{method}-rates"
+        assert "selection.holdout=0.1" in (run / "finished").read_text()
+        rates = json.loads((run / "results.json").read_text())
         best = max(rates["rows"], key=lambda row: row["score"])["learning_rate"]
-        used = {row["learning_rate"] for row in table["rows"] if row["method"] == method}
-        assert used == {best}
+        finals = [output / "runs/sst2" / f"{method}-{percent}" for percent in (0, 85, 90)]
+        for final in filter(Path.exists, finals):
+            assert f"training.learning_rate={best}" in (final / "finished").read_text()
     finals = [words for words in reproduce.commands if "--seeds" in words]
-    assert len(finals) == 9
+    assert len(finals) == 8
     assert not any("selection" in word for words in finals for word in words)
 
 
-def test_each_ablation_has_a_row(reproduce: Any, table: dict[str, Any]) -> None:
+def test_gradual_pruning_ends_its_ramp_at_the_same_part_of_every_run(output: Path) -> None:
+    for run, steps in (("gradual-rates/learning_rate-0.001", 9), ("gradual-90", 10)):
+        recipe = tomllib.loads((output / f"runs/sst2/{run}/seed-42/recipe.toml").read_text())
+        assert recipe["pruning"]["schedule"]["end"] == steps * 6 // 10
+
+
+def test_each_ablation_changes_what_it_says(
+    reproduce: Any, table: dict[str, Any], output: Path
+) -> None:
     assert {row["change"] for row in table["ablations"]} == set(reproduce.ABLATIONS)
+    done = [json.loads((output / r["run"] / "done.json").read_text()) for r in table["ablations"]]
+    assert len({facts["model_sha256"] for facts in done}) >= 5  # in so few steps some are the same
+    totals = [inspect(output / row["run"] / "model")["total"] for row in table["ablations"]]
+    assert all(total["sparsity"] == pytest.approx(0.9, abs=2e-3) for total in totals)
 
 
 def test_there_are_pictures(table: dict[str, Any], output: Path) -> None:
@@ -149,11 +182,58 @@ def test_what_is_finished_does_not_run_again(reproduce: Any) -> None:
 
 
 def test_what_was_begun_goes_on(reproduce: Any, output: Path) -> None:
-    (output / "runs/sst2/dense-0/finished").unlink()
-    before = (output / "runs/sst2/dense-0/results.json").read_text()
+    run = output / "runs/sst2/dense-0"
+    before = (run / "results.json").read_text()
+    (run / "finished").unlink()
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "seed-43")
     reproduce.main(["sst2"])
     assert "--resume" in reproduce.commands[-1]
-    assert (output / "runs/sst2/dense-0/results.json").read_text() == before
+    assert (run / "results.json").read_text() == before
+
+
+def test_what_another_recipe_made_is_not_taken_for_finished(reproduce: Any, output: Path) -> None:
+    file = output / "recipes/minilm-sst2.toml"
+    text = file.read_text()
+    file.write_text(text.replace("warmup = 0.05", "warmup = 0.5"))
+    with pytest.raises(SystemExit, match="was made by another command or recipe"):
+        reproduce.main(["sst2"])
+    file.write_text(text)
+
+
+def test_a_part_whose_data_are_missing_is_refused_before_anything_runs(reproduce: Any) -> None:
+    num_commands = len(reproduce.commands)
+    with pytest.raises(SystemExit, match="data/rte/train.jsonl.gz: is not there, and rte needs it"):
+        reproduce.main(["sst2", "rte"])
+    assert len(reproduce.commands) == num_commands
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[1])))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("status", [STOPPED, 0])
+def test_a_signal_lets_the_command_save_and_stops_the_program(
+    reproduce: Any, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    monkeypatch.setattr(reproduce, "OPFA", [sys.executable, "-c", SAVES])
+    start = subprocess.Popen
+
+    def started(*arguments: Any, **options: Any) -> Any:
+        child = start(*arguments, **{**options, "stdout": subprocess.PIPE})
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    handler = signal.getsignal(number)
+    assert reproduce.EXECUTE([str(status)]) == STOPPED
+    assert signal.getsignal(number) == handler
 
 
 def test_a_command_that_fails_ends_with_its_exit_code(
@@ -165,6 +245,19 @@ def test_a_command_that_fails_ends_with_its_exit_code(
         reproduce.main(["students"])
     assert ended.value.code == STOPPED
     assert not (output / "runs/teacher/finished").exists()
+
+
+def test_another_model_is_refused(tmp_path: Path, output: Path) -> None:
+    (tmp_path / "model").mkdir()
+    script = str(ROOT / "launch/reproduce.sh")
+    ended = subprocess.run(
+        ["bash", script, str(output / "model"), str(output / "data"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "give another OUTPUT" in ended.stderr
 
 
 def test_an_unknown_part_is_named(reproduce: Any) -> None:

@@ -1,9 +1,10 @@
-"""Run what `launch/reproduce.sh` says, in a directory with model/, data/ and recipes/: each line is
-one `opfa` command, printed before it runs. What is finished is not run again.
+"""Run what `launch/reproduce.sh` says, in a directory with model/, data/ and recipes/: `opfa`
+commands, each printed before it runs and not run again once it is finished.
 
-Every method fine-tunes for as many steps. Its learning rate is chosen on a tenth of the training
-examples, at 90 % and with one seed; then all of them train, and the validation split is measured
-once for each seed.
+The learning rate of each method is chosen at 90 % with one seed, by what a tenth of the training
+examples, held out, say at the end; then all training examples train, with several seeds, and their
+accuracy on the validation split is what counts. All methods take as many steps; 8 bits take a fifth
+more, from each seed's own model.
 """
 
 import json
@@ -12,132 +13,182 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from types import FrameType
 
-from table import write_table
+from table import TASKS, write_table
 
-OPFA = str(Path(sys.executable).with_name("opfa"))
+from opfa.recipe import STOPPED
+
+OPFA = [sys.executable, "-m", "opfa"]
 PERCENT = (90, 85)
 RATES = "sweep.learning_rate=[5e-5, 1e-4, 2e-4, 4e-4]"
-HELD_OUT = "selection.holdout=0.1"
+HELD_OUT = ("selection.holdout=0.1", "selection.every_steps=1000000")  # looked at once, at the end
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 3, "squad": 2}
-FIRST = "seed-42"
 DENSE = ("model.init=model", "model.zeros=free")
+TAUGHT = ("model.init=runs/teacher/model", "model.zeros=free")
 SHORT = (
     *("training.steps=300", "training.warmup_steps=10", "logging.evaluate_steps=300"),
     *("pruning.schedule.end=150", "pruning.schedule.hold_until=240", "pruning.schedule.every=10"),
 )
 ABLATIONS = {
-    "as-shipped": (),
+    "baseline": (),
     "no-distillation": ("distillation=",),
     "no-rewinding": ("training.rewind_learning_rate=false",),
     "kd-masked-tokens": ("distillation.tokens=masked",),
-    "kd-hidden-states": ("distillation.tokens=masked", "distillation.hidden_weight=10"),
+    "kd-masked-and-hidden": ("distillation.tokens=masked", "distillation.hidden_weight=10"),
     "monotone": ("pruning.pattern.monotone=true",),
     "global": ("pruning.pattern.scope=global",),
-    "30-updates": ("pruning.schedule.every=5",),
-    "3-updates": ("pruning.schedule.every=50",),
+    "update-every-5": ("pruning.schedule.every=5",),
+    "update-every-50": ("pruning.schedule.every=50",),
 }
 
 
 def opfa(command: str, recipe: str, output: str, *arguments: str) -> None:
     """Run one command to its end, unless that was done before; leave with its exit code if it
-    fails.
+    fails or was told to stop.
     """
-    done = Path(output) / "finished"
-    if done.exists():
+    file = Path(f"recipes/minilm-{recipe}.toml")
+    words = ["opfa", command, str(file), "--output", output, *arguments]
+    what = f"{shlex.join(words)}\nrecipe (SHA-256): {sha256(file.read_bytes()).hexdigest()}\n"
+    finished = Path(output) / "finished"
+    if finished.exists():
+        if finished.read_text() != what:
+            sys.exit(f"{output}: was made by another command or recipe, see {finished}; move it")
         return
     resume = ["--resume"] if (Path(output) / "recipe.toml").exists() else []
-    words = [
-        "opfa",
-        command,
-        f"recipes/minilm-{recipe}.toml",
-        "--output",
-        output,
-        *resume,
-        *arguments,
-    ]
     print("$", shlex.join(words), flush=True)
-    if status := execute(words[1:]):
+    if status := execute([*words[1:], *resume]):
         sys.exit(status)
-    done.touch()
+    finished.write_text(what)
 
 
-def execute(arguments: list[str]) -> int:
-    """Run `opfa` in a process of its own; its exit code."""
-    child = subprocess.Popen([OPFA, *arguments], stdout=subprocess.DEVNULL)
-    signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C reaches the command too, which saves
-    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
-    return child.wait()
+def execute(arguments: Sequence[str]) -> int:
+    """Run `opfa` in a process of its own; its exit code, or `STOPPED` if a signal asked for that.
+
+    Ctrl-C and the other signals that end a program reach it as SIGTERM, so that it saves.
+    """
+    asked = []
+    child = subprocess.Popen([*OPFA, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def stop(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        child.terminate()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status < 0:
+        print(f"opfa was ended by signal {-status}", file=sys.stderr)
+    return status or (STOPPED if asked else 0)
 
 
 def students() -> None:
     """The teacher, and what is pruned under it."""
-    opfa("prepare", "teacher", "prepared")
+    if not Path("prepared/corpus.json").exists():  # written whole or not at all
+        opfa("prepare", "teacher", "prepared")
     for name in ("teacher", *(f"sparse-{percent}" for percent in PERCENT)):
         opfa("pretrain", name, f"runs/{name}")
 
 
-def methods(task: str) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """Name, sparsity in percent, and what differs from the recipe."""
+def methods(steps: int) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Name, sparsity in percent, and what differs from the recipe in a run of so many steps."""
     yield "dense", 0, DENSE
-    done = Path(f"runs/{task}/dense-0/{FIRST}/done.json")
-    steps = json.loads(done.read_text())["step"]  # every method takes as many
+    yield "dense-teacher", 0, TAUGHT
     for percent in PERCENT:
-        one_shot = f"pruning.schedule={{end=0, target=0.{percent}}}"
-        yield "one-shot", percent, (*DENSE, one_shot)
-    for percent in PERCENT:
+        yield "one-shot", percent, (*DENSE, f"pruning.schedule={{end=0, target=0.{percent}}}")
         ramp = f"start={steps // 10}, end={steps * 6 // 10}, every=10, target=0.{percent}"
         yield "gradual", percent, (*DENSE, f"pruning.schedule={{{ramp}}}")
-    for percent in PERCENT:
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model",)
 
 
 def fine_tunings(task: str) -> None:
     """All methods on one task."""
-    epochs = tomllib.loads(Path(f"recipes/minilm-{task}.toml").read_text())["training"]["epochs"]
+    opfa("finetune", task, f"runs/{task}/dense-rates", RATES, *HELD_OUT, *DENSE)
+    held_out_steps = _steps(Path(f"runs/{task}/dense-rates"))
     rates: dict[str, float] = {}
-    for name, percent, changes in methods(task):
+    for name, _, changes in methods(held_out_steps):
         if name not in rates:
             run = f"runs/{task}/{name}-rates"
-            opfa("finetune", task, run, RATES, HELD_OUT, *changes)
+            opfa("finetune", task, run, RATES, *HELD_OUT, *changes)
             rates[name] = json.loads(Path(run, "results.json").read_text())["learning_rate"]
+    steps = 0
+    for name, percent, changes in methods(round(held_out_steps / 0.9)):
         run = f"runs/{task}/{name}-{percent}"
         rate = f"training.learning_rate={rates[name]}"
-        seeds = ("--seeds", str(SEEDS[task]))
-        opfa("finetune", task, run, *seeds, rate, *changes)
-        if name == "prune-once":  # and on to 8 bits: a fifth of the steps, at a fifth of the rate
-            eight = (
-                f"model.init={run}/{FIRST}/model",
-                f"training.learning_rate={rates[name] / 5}",
-                f"training.epochs={epochs / 5}",
-                *("training.precision=fp32", "quantization.bits=8"),
-            )
-            opfa("finetune", task, f"runs/{task}/{name}-8bit-{percent}", *seeds, *eight)
+        opfa("finetune", task, run, "--seeds", str(SEEDS[task]), rate, *changes)
+        assert _steps(Path(run)) == (steps := steps or _steps(Path(run)))
+        if name in ("dense", "prune-once"):
+            _in_8_bits(task, name, percent, rates[name])
+
+
+def _in_8_bits(task: str, name: str, percent: int, rate: float) -> None:
+    """Each seed's model trained on: a fifth of the steps, at a fifth of the rate."""
+    for path in sorted(Path(f"runs/{task}/{name}-{percent}").glob("seed-*")):
+        changes = (
+            f"seed={path.name.removeprefix('seed-')}",
+            f"model.init={path}/model",
+            f"model.zeros={'held' if percent else 'free'}",
+            f"training.learning_rate={rate / 5}",
+            f"training.epochs={_recipe(task)['training']['epochs'] / 5}",
+            *("training.precision=fp32", "quantization.bits=8"),
+        )
+        opfa("finetune", task, f"runs/{task}/{name}-8bit-{percent}/{path.name}", *changes)
 
 
 def ablations() -> None:
-    """Short prunings to 90 %, one change each, and SST-2 from them, on examples held out."""
+    """Short prunings to 90 %, and SST-2 from them on examples held out."""
     for name, changes in ABLATIONS.items():
         run = f"runs/ablations/{name}"
         opfa("pretrain", "sparse-90", run, *SHORT, *changes)
-        opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", HELD_OUT)
+        opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", *HELD_OUT)
 
 
-def main(parts: list[str]) -> None:
+def _steps(sweep: Path) -> int:
+    """How many steps each run of a sweep, or of several seeds, took."""
+    steps = {json.loads(path.read_text())["step"] for path in sweep.rglob("done.json")}
+    assert len(steps) == 1, f"{sweep}: runs of {sorted(steps)} steps"
+    return steps.pop()
+
+
+def _recipe(name: str) -> dict:
+    return tomllib.loads(Path(f"recipes/minilm-{name}.toml").read_text())
+
+
+def _check(parts: Sequence[str]) -> None:
+    """Leave before anything runs when a part lacks what it reads."""
+    for part in parts:
+        task = _recipe("sst2" if part == "ablations" else part)["task"] if part in TASKS else {}
+        for file in (task[key] for key in ("train", "validation") if key in task):
+            if not Path(file).exists():
+                sys.exit(f"{file}: is not there, and {part} needs it")
+    names = ["teacher"] if set(parts) == {"ablations"} else ["sparse-90", "sparse-85"]
+    for name in names if "students" not in parts else ():
+        if not Path(f"runs/{name}/finished").exists():
+            sys.exit(f"runs/{name}: is not finished; the part students makes it")
+
+
+def main(parts: Sequence[str]) -> None:
     """Run the parts named, or all; then write the table of what is there."""
     todo = {
         "students": students,
-        **{task: partial(fine_tunings, task) for task in SEEDS},
+        **{task: partial(fine_tunings, task) for task in TASKS},
         "ablations": ablations,
     }
     unknown = [part for part in parts if part not in todo]
     if unknown:
         sys.exit(f"{unknown[0]}: no such part; there are {', '.join(todo)}")
-    for part in parts or todo:
-        todo[part]()
+    parts = parts or list(todo)
+    _check(parts)
+    try:
+        for part in parts:
+            todo[part]()
+    finally:
         write_table(Path())
 
 

@@ -1,32 +1,45 @@
-"""What `reproduce.py` found: table.md, table.json and pictures, from the runs that are finished.
-
-Recovery is a mean as a share of the dense one's. Deviations are over seeds; for 8 bits those of the
-last steps only, since all begin with the same model.
-"""
+"""What `reproduce.py` found: table.md, table.json and pictures, from the runs that are finished."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from opfa import provenance
+from opfa.plan import operations, shape_of
+from opfa.records import read_records
 from opfa.report import BLUE, GREEN, GREY, ORANGE
 from opfa.run import write_json, write_text
 from opfa.tables import figure
+from opfa.upstream.recipe import PretrainRecipe
 
-METRICS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
+TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
 COLOURS = {"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN}
-METHODS = [("dense", 0), *((method, percent) for method in COLOURS for percent in (85, 90))]
+METHODS = [
+    *(("dense", 0), ("dense-8bit", 0), ("dense-teacher", 0)),
+    *((method, percent) for method in COLOURS for percent in (85, 90)),
+]
+NOTES = """\
+Mean and sample deviation over seeds, in brackets the share of the dense model's mean (which says
+little near chance: see the most frequent class). Sparsity is that of the encoder's linear weights.
+*dense*, *one-shot* and *gradual* start from the original model; *prune-once* from a student of the
+teacher, which read more text; *dense-teacher* from that teacher. *8bit* trains each seed's model on
+for a fifth of the steps. What upstream training costs is not counted.
+"""
 Row = dict[str, Any]
 
 
 def write_table(output: Path) -> None:
     """Write what is there under `output`."""
-    rows = [row for task in METRICS for row in task_rows(output, task)]
+    rows = [row for task in TASKS for row in task_rows(output, task)]
     ablations = ablation_rows(output)
     write_json(output / "table.json", {"rows": rows, "ablations": ablations})
-    parts = [methods_table(rows), ablations_table(ablations), trace_table([*rows, *ablations])]
+    parts = [methods_table(output, rows), NOTES.strip() if rows else ""]
+    parts += [ablations_table(ablations), trace_table(output)]
     write_text(output / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
         accuracy_picture(rows, output / "accuracy.png")
@@ -34,29 +47,32 @@ def write_table(output: Path) -> None:
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
-    """One row for each method and sparsity."""
-    rows = []
+    """One row for each method and sparsity of which a seed is finished."""
+    rows: list[Row] = []
     for method, percent in METHODS:
         run = f"runs/{task}/{method}-{percent}"
-        if not (output / run / "finished").exists():
+        files = sorted((output / run).glob("seed-*/results.json"))
+        found = [json.loads(file.read_text()) for file in files]
+        if not found:
             continue
-        results = json.loads((output / run / "results.json").read_text())
+        values = [results["metrics"][TASKS[task]] for results in found]
+        mean = fmean(values)
+        dense = rows[0]["mean"] if rows and rows[0]["method"] == "dense" else mean
         rows.append(
             {
                 "task": task,
                 "method": method,
                 "percent": percent,
-                "mean": results["metrics"][METRICS[task]],
-                "std": results["std"][METRICS[task]],
-                "recovery": None,
-                "learning_rate": results["learning_rate"],
-                "seeds": [run["seed"] for run in results["rows"][0]["runs"]],
+                "mean": mean,
+                "std": stdev(values) if len(values) > 1 else None,
+                "recovery": mean / dense if method == "dense" or rows else None,
+                "values": values,
+                "seeds": [results["seed"] for results in found],
+                "recipes_sha256": [results["recipe_sha256"] for results in found],
+                "models_sha256": [results["model_sha256"] for results in found],
                 "run": run,
-                "recipe_sha256": results["recipe_sha256"],
             }
         )
-    for row in rows:  # the dense one is the first
-        row["recovery"] = row["mean"] / rows[0]["mean"] if rows[0]["method"] == "dense" else None
     return rows
 
 
@@ -65,65 +81,78 @@ def ablation_rows(output: Path) -> list[Row]:
     rows = []
     for path in sorted((output / "runs/ablations").glob("*-sst2/finished")):
         run = path.parent.with_name(path.parent.name.removesuffix("-sst2"))
-        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         results = json.loads((path.parent / "results.json").read_text())
         rows.append(
             {
                 "change": run.name,
-                "mlm_loss": last["mlm_loss"],
+                "mlm_loss": provenance.row_of(run.name, run).metrics["mlm_loss"],
                 "held_out_accuracy": results["selected"]["accuracy"],
-                "seeds": [results["seed"]],
-                "run": str(path.parent.relative_to(output)),
-                "recipe_sha256": results["recipe_sha256"],
+                "seed": results["seed"],
+                "run": str(run.relative_to(output)),
             }
         )
     return rows
 
 
-def methods_table(rows: Sequence[Row]) -> str:
+def methods_table(output: Path, rows: Sequence[Row]) -> str:
     """Methods against tasks: mean, deviation and recovery."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = {}
     for row in rows:
         recovery = "" if row["recovery"] is None else f" ({row['recovery']:.1%})"
+        num_seeds = f", {len(row['seeds'])} seeds" if len(row["seeds"]) != 3 else ""
         place = row["method"], row["percent"], row["task"]
-        cells[place] = figure(row["mean"], row["std"]) + recovery
-    head = ["method", "sparsity", *(f"{task}, {METRICS[task]}" for task in tasks)]
-    lines = [
-        [method, f"{percent} %", *(cells.get((method, percent, task), "") for task in tasks)]
-        for method, percent in METHODS
-        if any((method, percent, task) in cells for task in tasks)
-    ]
-    return _markdown(head, lines)
+        cells[place] = figure(row["mean"], row["std"]) + recovery + num_seeds
+    head, majority = ["method", "sparsity"], ["most frequent class", ""]
+    for task in tasks:
+        labels = [
+            record.get("label")
+            for file in sorted((output / "data" / task).glob("validation*"))
+            for _, record in read_records(file)
+        ]
+        head.append(f"{task}, {TASKS[task]}, {len(labels):,} examples")
+        most = Counter(labels).most_common(1)[0][1] / len(labels)
+        majority.append("" if task == "squad" else figure(most, None))
+    lines = [majority]
+    for method, percent in METHODS:
+        line = [cells.get((method, percent, task), "") for task in tasks]
+        if any(line):
+            lines.append([method, f"{percent} %", *line])
+    return _markdown(head, lines) if rows else ""
 
 
 def ablations_table(rows: Sequence[Row]) -> str:
-    """What each change of the student's recipe gives after a short pruning."""
+    """What each change of the student's recipe gives after a short pruning to 90 %."""
     lines = [
         [row["change"], f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"] for row in rows
     ]
-    return _markdown(["change", "MLM loss", "sst2, held-out accuracy"], lines)
+    head = ["short pruning to 90 %", "MLM loss", "sst2: accuracy on held-out training phrases"]
+    return _markdown(head, lines) if rows else ""
 
 
-def trace_table(rows: Sequence[Row]) -> str:
-    """Where each number is from."""
+def trace_table(output: Path) -> str:
+    """Every finished run: where it is, its seed, rate, recipe and model."""
     lines = []
-    for row in rows:
-        rate, seeds = row.get("learning_rate", ""), ", ".join(map(str, row["seeds"]))
-        lines.append([f"`{row['run']}`", str(rate), seeds, f"`{row['recipe_sha256'][:12]}`"])
-    return _markdown(["run", "learning rate", "seeds", "recipe (SHA-256)"], lines)
+    for file in sorted((output / "runs").rglob("done.json")):
+        step = next(provenance.steps(file.parent))
+        rate = step.recipe["training"]["learning_rate"]
+        model = json.loads(file.read_text())["model_sha256"]
+        place = f"`{file.parent.relative_to(output)}`"
+        line = [place, str(step.recipe["seed"]), f"{rate:.2g}", f"{step.steps:,}"]
+        lines.append([*line, f"`{step.sha256[:12]}`", f"`{model[:12]}`"])
+    head = ["run", "seed", "learning rate", "steps", "recipe (SHA-256)", "model (SHA-256)"]
+    return _markdown(head, lines) if lines else ""
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if lines else ""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
 
 
 def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     """Draw each task's metric against sparsity, one line for each method."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     size = (1.0 + 3.2 * len(tasks), 3.6)
-    figure_, columns = plt.subplots(
+    picture, columns = plt.subplots(
         ncols=len(tasks), figsize=size, squeeze=False, layout="constrained"
     )
     for axes, task in zip(columns[0], tasks, strict=True):
@@ -133,46 +162,35 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
                 axes.axhline(row["mean"], color="black", linestyle=":", label="dense")
         for method, colour in COLOURS.items():
             points = [row for row in found if row["method"] == method]
+            x, means = [row["percent"] for row in points], [row["mean"] for row in points]
+            deviations = [row["std"] or 0.0 for row in points]
             if points:
-                axes.errorbar(
-                    [row["percent"] for row in points],
-                    [row["mean"] for row in points],
-                    [row["std"] or 0.0 for row in points],
-                    fmt="o-",
-                    color=colour,
-                    capsize=3,
-                    label=method,
-                )
+                axes.errorbar(x, means, deviations, fmt="o-", color=colour, capsize=3, label=method)
         axes.set_xticks([85, 90])
         axes.set_xlim(84, 91)
         axes.set_xlabel("Sparsity, %")
-        axes.set_title(f"{task}: {METRICS[task]}", fontsize=10)
+        axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     columns[0][0].legend(frameon=False, fontsize=8)
-    figure_.savefig(path, dpi=120)
-    plt.close(figure_)
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
 
 
 def cost_picture(output: Path, path: Path) -> None:
-    """Draw the hours that upstream training took against its tokens."""
-    figure_, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    names = ("teacher", "sparse-85", "sparse-90")
-    for name, colour in zip(names, (GREY, BLUE, ORANGE), strict=True):
-        file = output / "runs" / name / "metrics.jsonl"
-        if not file.exists():
+    """Draw the floating-point operations of upstream training against its tokens."""
+    picture, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
+        run = output / "runs" / name
+        if not (run / "done.json").exists():
             continue
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row for row in rows if "tokens_per_second" in row]
-        tokens = seconds = 0.0
-        line = [(0.0, 0.0)]
-        for before, row in zip([{"step": 0}, *rows], rows, strict=False):
-            new = (row["step"] - before["step"]) * 32 * 128
-            tokens, seconds = tokens + new, seconds + new / row["tokens_per_second"]
-            line.append((tokens / 1e6, seconds / 3600))
-        axes.plot(*zip(*line, strict=True), color=colour, label=name)
+        recipe = PretrainRecipe.read(run / "recipe.toml")
+        steps = json.loads((run / "done.json").read_text())["step"]
+        tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
+        cost = steps * operations(shape_of(recipe), recipe.training.batch)
+        axes.plot([0, tokens / 1e6], [0, cost / 1e15], color=colour, label=name)
     axes.set_xlabel("Tokens, millions")
-    axes.set_ylabel("Hours")
+    axes.set_ylabel("Floating-point operations, 10¹⁵")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure_.savefig(path, dpi=120)
-    plt.close(figure_)
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
