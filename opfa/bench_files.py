@@ -8,7 +8,6 @@ system's cached pages of the file are given up before each.
 """
 
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from opfa.anatomy import EMBEDDING
 from opfa.compact import CONFIG, FILE
+from opfa.measure import in_a_process, memory
 from opfa.models import HEADS, new_config
 from opfa.quant import to_int8
 from opfa.run import write_json
@@ -145,8 +145,7 @@ def _load_in_turn(directories: list[Path]) -> dict[Path, dict[str, float]]:
     found: dict[Path, list[dict[str, float]]] = {directory: [] for directory in directories}
     for _ in range(REPEATS):
         for directory in directories:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[directory].append(pool.apply(_load, (directory,)))
+            found[directory].append(in_a_process(_load, directory))
     return {
         directory: {key: statistics.median(load[key] for load in loads) for key in loads[0]}
         for directory, loads in found.items()
@@ -163,17 +162,11 @@ def _load(directory: Path) -> dict[str, float]:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     start = time.perf_counter()
     loaded = model.from_pretrained(directory, dtype=DTYPES["fp32"])
     returned = time.perf_counter()
     for parameter in loaded.parameters():
         parameter.detach().sum()
     seconds = {"returned": returned - start, "seconds": time.perf_counter() - start}
-    return {**seconds, "peak_bytes": _memory("VmHWM") - before}
-
-
-def _memory(key: str) -> int:
-    """Bytes of this process: VmRSS resident now, VmHWM at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return {**seconds, "peak_bytes": memory("VmHWM") - before}

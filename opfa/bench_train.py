@@ -15,15 +15,10 @@ a recipe it is BERT-base with 8 x 128 random tokens.
 
 import json
 import logging
-import multiprocessing
-import os
-import resource
 import statistics
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +29,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opfa.bench_plain import Plain
-from opfa.clock import Clock, wait_for_gpu
+from opfa.clock import Clock
 from opfa.distill import Scales, VocabularyLoss
-from opfa.distributed import Supervisor, end_process
+from opfa.distributed import Supervisor
 from opfa.engine import choose_accelerator, start_distributed
+from opfa.measure import in_a_process, peak_bytes, timed
 from opfa.models import (
     new_pretraining_model,
     wordpiece_tokenizer,
     write_model,
 )
 from opfa.plan import operations, shape_of
-from opfa.recipe import RecipeError, RunError
+from opfa.recipe import RecipeError
 from opfa.run import environment
 from opfa.upstream.batches import Prepared, training_steps
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
@@ -69,7 +65,6 @@ STANDARD: dict[str, Any] = {
     },
     "distillation": {"teacher": "random"},
 }
-ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Results = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -97,7 +92,7 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
         found: dict[str, list[Results]] = {name: [] for name in names}
         for index in range(rounds):
             for name in names:
-                found[name].append(_in_a_process(_measured, name, recipe))
+                found[name].append(in_a_process(_measured, name, recipe))
                 seconds = " ".join(f"{s:.3g}" for s in found[name][-1]["seconds"])
                 log.info("round %d of %d, %s: %s s", index + 1, rounds, name, seconds)
         work = operations(shape_of(recipe), recipe.training.batch)
@@ -147,7 +142,7 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
         "share_of_matrix_rate": work / fastest["ours"] / rate,
         "mask_update_share": ours["mask_update"] / (every * fastest["ours"]) if every else None,
         "loader_tokens_per_second": ours["loader"],
-        "loss_bytes": _in_a_process(_loss_bytes)["bytes"],
+        "loss_bytes": in_a_process(_loss_bytes)["bytes"],
         "ratios": _ratios(fastest, peaks),
     }
 
@@ -211,75 +206,28 @@ def _matrix_rates(device: str, dtype: torch.dtype) -> list[float]:
     side = SIDE[device]
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     functional.linear(a, b)
-    return [2 * side**3 / _timed(lambda: functional.linear(a, b)) for _ in range(3)]
-
-
-def _in_a_process(function: Callable[..., Results], *arguments: Any) -> Results:
-    """What a function finds in a process of its own, since a peak of memory never falls."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, function, *arguments))
-    process.start()
-    theirs.close()  # so that its end is seen here
-    try:
-        return ours.recv()
-    except EOFError as error:
-        raise RunError("a measuring process ended; its output says why") from error
-    finally:
-        process.join()
-
-
-def _send(connection: Connection, function: Callable[..., Results], *arguments: Any) -> None:
-    for key in ALONE:  # another group's, which this process has no part in
-        os.environ.pop(key, None)
-    is_done = False
-    try:
-        connection.send(function(*arguments))
-        is_done = True
-    finally:  # at once: a child that failed would wait for its own children before it says why
-        if not is_done:
-            traceback.print_exc()
-        end_process(0 if is_done else 1)
+    return [2 * side**3 / timed(lambda: functional.linear(a, b)) for _ in range(3)]
 
 
 def _measured(name: str, recipe: PretrainRecipe) -> Results:
     """Seconds and real tokens of steps of a variant, peak memory, and what ours finds out about
     itself.
     """
-    library_bytes = _peak_bytes()
+    library_bytes = peak_bytes()
     variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
     for _ in range(WARMUP):
         variant.step()
     num_steps = STEPS[choose_accelerator()]
     tokens: list[int] = []
-    seconds = [_timed(lambda: tokens.append(variant.step())) for _ in range(num_steps)]
+    seconds = [timed(lambda: tokens.append(variant.step())) for _ in range(num_steps)]
     found = {"seconds": seconds, "tokens": tokens}
-    found |= {"peak_bytes": _peak_bytes(), "library_bytes": library_bytes}
+    found |= {"peak_bytes": peak_bytes(), "library_bytes": library_bytes}
     if isinstance(variant, Ours) and name == "ours":
         found |= variant.facts(num_steps)
     return {
         **found,
         "rates": _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision]),
     }
-
-
-def _timed(step: Callable[[], object]) -> float:
-    wait_for_gpu()
-    start = time.perf_counter()
-    step()
-    wait_for_gpu()
-    return time.perf_counter() - start
-
-
-def _peak_bytes() -> int:
-    """The most memory this process had. (What getrusage says may be the peak of its parent.)"""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    facts = Path("/proc/self/status")
-    if not facts.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(li for li in facts.read_text().splitlines() if li.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
@@ -331,7 +279,7 @@ class Ours:
         parts = {name: seconds / num_steps for name, seconds in self._clock.seconds.items()}
         updates = []
         for _ in range(3 if self._has_masks else 0):
-            updates.append(_timed(lambda: self.trainer.prune(0)))
+            updates.append(timed(lambda: self.trainer.prune(0)))
         return {
             "parts": parts,
             "mask_update": statistics.median(updates) if updates else None,
@@ -368,10 +316,10 @@ def _loss_bytes() -> Results:
     weight, bias = layers[0].weight, layers[0].bias
     loss = VocabularyLoss(layers[0])
     for num_tokens in (8, tokens):  # what libraries allocate once comes first
-        before = _peak_bytes()
+        before = peak_bytes()
         student = features[0][:num_tokens].detach().requires_grad_()
         teacher = features[1][:num_tokens], layers[1]
         scales = Scales(hard=1e-3, soft=1e-3, temperature=2.0)
         loss(student, labels[: num_tokens // 7], scales, teacher).total.backward()
         weight.grad = bias.grad = None
-    return {"bytes": _peak_bytes() - before}
+    return {"bytes": peak_bytes() - before}

@@ -13,7 +13,8 @@ from conftest import pretrain_recipe
 from opfa import cli
 from opfa.bench_markdown import training_markdown, write_between
 from opfa.bench_plain import Plain
-from opfa.bench_train import Ours, _in_a_process, bench_train, variant_of
+from opfa.bench_train import Ours, bench_train, variant_of
+from opfa.measure import in_a_process
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
 from opfa.recipe import RecipeError, RunError
 from opfa.sparsity.layers import masked_layers
@@ -132,7 +133,7 @@ def test_a_model_from_scratch_is_refused_before_anything_is_measured(prepared: P
 
 def test_a_measuring_process_that_fails_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match="a measuring process ended; its output says why"):
-        _in_a_process(_fails)
+        in_a_process(_fails)
     assert "RecipeError: told" in capfd.readouterr().err
 
 

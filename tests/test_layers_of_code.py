@@ -40,7 +40,7 @@ LEVELS = [
     {"downstream.teacher", "parity"},
     {"upstream.progress"},
     {"upstream.pretrain", "downstream.finetune"},
-    {"bench_plain", "bench_markdown"},
+    {"bench_plain", "bench_markdown", "measure"},
     {"quickstart", "bench", "bench_files", "bench_train"},
     {"downstream.sweep", "downstream.calibrate"},
     {"card"},
