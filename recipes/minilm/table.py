@@ -49,6 +49,7 @@ def write_table(output: Path) -> None:
 def task_rows(output: Path, task: str) -> list[Row]:
     """One row for each method and sparsity of which a seed is finished."""
     rows: list[Row] = []
+    dense: float | None = None
     for method, percent in METHODS:
         run = f"runs/{task}/{method}-{percent}"
         files = sorted((output / run).glob("seed-*/results.json"))
@@ -57,7 +58,7 @@ def task_rows(output: Path, task: str) -> list[Row]:
             continue
         values = [results["metrics"][TASKS[task]] for results in found]
         mean = fmean(values)
-        dense = rows[0]["mean"] if rows and rows[0]["method"] == "dense" else mean
+        dense = mean if method == "dense" else dense
         rows.append(
             {
                 "task": task,
@@ -65,7 +66,7 @@ def task_rows(output: Path, task: str) -> list[Row]:
                 "percent": percent,
                 "mean": mean,
                 "std": stdev(values) if len(values) > 1 else None,
-                "recovery": mean / dense if method == "dense" or rows else None,
+                "recovery": mean / dense if dense else None,
                 "values": values,
                 "seeds": [results["seed"] for results in found],
                 "recipes_sha256": [results["recipe_sha256"] for results in found],
