@@ -35,7 +35,6 @@ SHORTER = {
     "every = 20": "every = 1",
     "batch = 32": "batch = 8",
 }
-SHORT = ("training.steps=3", "pruning.schedule.end=1", "pruning.schedule.hold_until=2")
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -82,7 +81,6 @@ def reproduce(output: Path) -> Any:
 
         program.EXECUTE = program.execute
         patch.setattr(program, "execute", execute)
-        patch.setattr(program, "SHORT", SHORT)
         patch.setattr(program, "SEEDS", {"sst2": 2})
         patch.setattr(program, "RATES", "sweep.learning_rate=[1e-4, 1e-3]")
         program.main(["students", "sst2", "ablations"])

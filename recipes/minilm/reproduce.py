@@ -30,10 +30,6 @@ HELD_OUT = ("selection.holdout=0.1", "selection.every_steps=1000000")  # looked 
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 3, "squad": 2}
 DENSE = ("model.init=model", "model.zeros=free")
 TAUGHT = ("model.init=runs/teacher/model", "model.zeros=free")
-SHORT = (
-    *("training.steps=300", "training.warmup_steps=10", "logging.evaluate_steps=300"),
-    *("pruning.schedule.end=150", "pruning.schedule.hold_until=240", "pruning.schedule.every=10"),
-)
 ABLATIONS = {
     "baseline": (),
     "no-distillation": ("distillation=",),
@@ -146,7 +142,7 @@ def ablations() -> None:
     """Short prunings to 90 %, and SST-2 from them on examples held out."""
     for name, changes in ABLATIONS.items():
         run = f"runs/ablations/{name}"
-        opfa("pretrain", "sparse-90", run, *SHORT, *changes)
+        opfa("pretrain", "ablation", run, *changes)
         opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", *HELD_OUT)
 
 
