@@ -17,7 +17,7 @@ from opfa.anatomy import layer_of
 from opfa.downstream.tasks import KINDS
 from opfa.provenance import Facts, Row, Step
 from opfa.recipe import RunError
-from opfa.tables import figure
+from opfa.tables import figure, markdown_table
 
 PICTURE = "sparsity.png"
 BEFORE = "\n\nIt started from a model that was made so:\n\n"
@@ -149,7 +149,7 @@ def _facts(release: Release) -> str:
     ]
     if release.is_sparse:
         rows.append(("zeros (fingerprint)", f"`{release.sparsity['fingerprint']}`"))
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
 def _results(release: Release) -> str:
@@ -161,7 +161,7 @@ def _results(release: Release) -> str:
         lines.append(
             (row.label.replace("|", "/"), f"{row.sparsity:.2%}", str(row.num_seeds), *cells)
         )
-    table = _table(("model", "sparsity", "seeds", *names), lines)
+    table = markdown_table(("model", "sparsity", "seeds", *names), lines)
     if release.kind:
         note = f"On the validation split of {_data_name(release.steps[0].recipe['task'])}."
     else:
@@ -185,7 +185,7 @@ def _sparsity(report: Facts) -> str:
     ]
     total = report["total"]
     all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
-    table = _table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
+    table = markdown_table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
     return f"{table}\n\n![Sparsity by layer and matrix]({PICTURE})"
 
 
@@ -237,8 +237,3 @@ def _limits(release: Release) -> str:
         lines.append("Its matrices were rounded to 8 bits when it was released, without training.")
     lines.append("It knows the language and the biases of its training data.")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

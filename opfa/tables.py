@@ -1,9 +1,9 @@
 """Tables: what `opfa inspect` and `opfa bench files` print, short enough for a screen whatever the
-size of the model; and how a measured figure is written.
+size of the model; and how a measured figure, and a table in Markdown, is written.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -20,6 +20,12 @@ def figure(mean: float, deviation: float | None) -> str:
     """A metric, with its deviation over seeds where there are several."""
     digits = 2 if abs(mean) > 1.0 else 4  # SQuAD's are 0..100
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, of cells that are Markdown themselves."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def print_sparsity(name: str, result: Report, *, has_tensors: bool) -> None:

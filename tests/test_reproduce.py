@@ -152,6 +152,34 @@ def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
     assert not any("selection" in word for words in finals for word in words)
 
 
+def test_squad_takes_the_rates_chosen_on_mnli(
+    reproduce: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: dict[str, float] = {}
+    finals: dict[str, tuple[str, ...]] = {}
+
+    def opfa(_: str, recipe: str, run: str, *changes: str) -> None:
+        (tmp_path / run).mkdir(parents=True)
+        rate = float(f"{len(rates) + 1}e-5")
+        (tmp_path / run / "results.json").write_text(json.dumps({"learning_rate": rate}))
+        (tmp_path / run / "done.json").write_text('{"step": 7}')
+        if run.endswith("-rates"):
+            rates[run] = rate
+        else:
+            finals[run] = (recipe, *changes)
+
+    (tmp_path / "recipes").symlink_to(output / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "opfa", opfa)
+    reproduce.fine_tunings("squad")
+    methods = ("dense", "dense-teacher", "one-shot", "gradual", "prune-once")
+    assert list(rates) == [f"runs/mnli/{name}-rates" for name in methods]
+    for run, (recipe, *changes) in finals.items():
+        chosen = rates[f"runs/mnli/{run.removeprefix('runs/squad/').rsplit('-', 1)[0]}-rates"]
+        assert recipe == "squad" and f"training.learning_rate={chosen}" in changes
+    assert len(finals) == 8
+
+
 def test_gradual_pruning_ends_its_ramp_at_the_same_part_of_every_run(output: Path) -> None:
     for run, steps in (("gradual-rates/learning_rate-0.001", 9), ("gradual-90", 10)):
         recipe = tomllib.loads((output / f"runs/sst2/{run}/seed-42/recipe.toml").read_text())

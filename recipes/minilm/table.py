@@ -14,7 +14,7 @@ from opfa.plan import operations, shape_of
 from opfa.records import read_records
 from opfa.report import BLUE, GREEN, GREY, ORANGE
 from opfa.run import write_json, write_text
-from opfa.tables import figure
+from opfa.tables import figure, markdown_table
 from opfa.upstream.recipe import PretrainRecipe
 
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
@@ -119,7 +119,7 @@ def methods_table(output: Path, rows: Sequence[Row]) -> str:
         line = [cells.get((method, percent, task), "") for task in tasks]
         if any(line):
             lines.append([method, f"{percent} %", *line])
-    return _markdown(head, lines) if rows else ""
+    return markdown_table(head, lines) if rows else ""
 
 
 def ablations_table(rows: Sequence[Row]) -> str:
@@ -128,7 +128,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
         [row["change"], f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"] for row in rows
     ]
     head = ["short pruning to 90 %", "MLM loss", "sst2: accuracy on held-out training phrases"]
-    return _markdown(head, lines) if rows else ""
+    return markdown_table(head, lines) if rows else ""
 
 
 def trace_table(output: Path) -> str:
@@ -142,11 +142,7 @@ def trace_table(output: Path) -> str:
         line = [place, str(step.recipe["seed"]), f"{rate:.2g}", f"{step.steps:,}"]
         lines.append([*line, f"`{step.sha256[:12]}`", f"`{model[:12]}`"])
     head = ["run", "seed", "learning rate", "steps", "recipe (SHA-256)", "model (SHA-256)"]
-    return _markdown(head, lines) if lines else ""
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
+    return markdown_table(head, lines) if lines else ""
 
 
 def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
