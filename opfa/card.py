@@ -47,7 +47,8 @@ class Release:
     dtype: str
     is_quantized: bool
     sparsity: Facts  # sparsity.json
-    num_bytes: int  # of the weight file
+    num_bytes: int  # of the weight files
+    weights_sha256: Mapping[str, str]  # of each of them
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Row]  # of the model itself first
@@ -145,6 +146,10 @@ def _facts(release: Release) -> str:
     rows = [
         ("format", f"{release.form}, {release.dtype}"),
         ("weights on disk", size),
+        *(
+            (f"`{file}` (SHA-256)", f"`{sha256}`")
+            for file, sha256 in release.weights_sha256.items()
+        ),
         ("recipe (SHA-256)", f"`{release.steps[0].sha256}`"),
     ]
     if release.is_sparse:

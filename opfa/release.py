@@ -104,13 +104,15 @@ def release(
         if recipe is not None and not is_same:
             log.info("%s: its weights are not the run's any more; measuring them", output)
             rows[0] = _measured(aside, recipe, rows[0])
+        weights = sorted(aside.glob("model*.safetensors"))
         found = Release(
             name=name,
             form=form,
             dtype=dtype,
             is_quantized=(aside / quant.FILE).is_file(),
             sparsity=stated,
-            num_bytes=sum(path.stat().st_size for path in aside.glob("model*.safetensors")),
+            num_bytes=sum(path.stat().st_size for path in weights),
+            weights_sha256={path.name: manifest.digest(path) for path in weights},
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
             steps=steps,
             rows=rows,

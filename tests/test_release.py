@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,8 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
     assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
     assert facts["recipe_sha256"] in card.text
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert f"| `model.safetensors` (SHA-256) | `{sha256(weights).hexdigest()}` |" in card.text
     assert card.text.count("It started from a model that was made so:") == 1  # two runs
 
 

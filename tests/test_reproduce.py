@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,20 +20,21 @@ from conftest import sentences
 
 from opfa import cli
 from opfa.inspection import inspect
+from opfa.manifest import check
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
 from opfa.recipe import STOPPED
+from opfa.tables import figure
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes/minilm"
 SHORTER = {
     "sequence_tokens = 128": "sequence_tokens = 24",
     "validation = 0.01": "validation = 0.1",
-    "steps = 2_000": "steps = 6",
-    "warmup_steps = 100": "warmup_steps = 1",
-    "warmup_steps = 40": "warmup_steps = 1",
-    "end = 1_000": "end = 3",
-    "hold_until = 1_600": "hold_until = 4",
-    "every = 20": "every = 1",
+    r"steps = [\d_]+00": "steps = 6",
+    r"warmup_steps = \d+": "warmup_steps = 1",
+    r"end = \d.*": "end = 3",
+    r"hold_until = .*": "hold_until = 4",
+    r"every = .*": "every = 1",
     "batch = 32": "batch = 8",
 }
 
@@ -61,7 +63,7 @@ def output(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for recipe in (directory / "recipes").glob("*.toml"):
         text = recipe.read_text()
         for long, short in SHORTER.items():
-            text = text.replace(long, short)
+            text = re.sub(f"^{long}$", short, text, flags=re.MULTILINE)
         recipe.write_text(text)
     return directory
 
@@ -82,8 +84,9 @@ def reproduce(output: Path) -> Any:
         program.EXECUTE = program.execute
         patch.setattr(program, "execute", execute)
         patch.setattr(program, "SEEDS", {"sst2": 2})
+        patch.setattr(program, "RELEASED", ("sst2",))
         patch.setattr(program, "RATES", "sweep.learning_rate=[1e-4, 1e-3]")
-        program.main(["students", "sst2", "ablations"])
+        program.main(["students", "sst2", "ablations", "releases"])
         yield program
 
 
@@ -194,6 +197,21 @@ def test_each_ablation_changes_what_it_says(
     assert len({facts["model_sha256"] for facts in done}) >= 5  # in so few steps some are the same
     totals = [inspect(output / row["run"] / "model")["total"] for row in table["ablations"]]
     assert all(total["sparsity"] == pytest.approx(0.9, abs=2e-3) for total in totals)
+
+
+def test_students_and_their_8_bits_are_released_beside_the_other_methods(
+    table: dict[str, Any], output: Path
+) -> None:
+    rows = {(row["method"], row["percent"]): row for row in table["rows"]}
+    for percent in (85, 90):
+        assert check(output / f"releases/minilm-sparse-{percent}").name
+        card = (output / f"releases/minilm-sparse-{percent}-sst2/README.md").read_text()
+        for method in ("prune-once-8bit", "gradual", "one-shot", "dense", "prune-once"):
+            sparsity = 0 if method == "dense" else percent
+            row = rows[method, sparsity]
+            name = f"{method}-{sparsity}"
+            (line,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+            assert line.endswith(f"| 2 | {figure(row['mean'], row['std'])} |")
 
 
 def test_there_are_pictures(table: dict[str, Any], output: Path) -> None:

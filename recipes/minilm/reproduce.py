@@ -29,6 +29,8 @@ RATES = "sweep.learning_rate=[5e-5, 1.5e-4, 4.5e-4]"
 RATES_FROM = {"squad": "mnli"}  # three times as many runs of the longest task would be too long
 HELD_OUT = ("selection.holdout=0.1", "selection.every_steps=1000000")  # looked at once, at the end
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 3, "squad": 2}
+RELEASED = ("sst2", "squad")
+LICENCE = ("--license", "apache-2.0", "--base-model", "sentence-transformers/all-MiniLM-L6-v2")
 DENSE = ("model.init=model", "model.zeros=free")
 TAUGHT = ("model.init=runs/teacher/model", "model.zeros=free")
 ABLATIONS = {
@@ -154,6 +156,28 @@ def ablations() -> None:
         opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", *HELD_OUT)
 
 
+def releases() -> None:
+    """The students, and what 8 bits made of them with the first seed: compact files and cards."""
+    for percent in PERCENT:
+        release(f"minilm-sparse-{percent}", f"runs/sparse-{percent}", "compact", "runs/teacher")
+        for task in RELEASED:
+            run = f"runs/{task}/prune-once-8bit-{percent}"
+            others = [f"prune-once-{percent}", f"gradual-{percent}", f"one-shot-{percent}"]
+            runs = [run, *(f"runs/{task}/{other}" for other in ("dense-0", *others))]
+            release(f"minilm-sparse-{percent}-{task}", f"{run}/seed-42", "compact-int8", *runs)
+
+
+def release(name: str, run: str, form: str, *compare: str) -> None:
+    """Make a run a release, unless that was done before."""
+    if Path("releases", name).exists():  # written whole or not at all
+        return
+    words = ["opfa", "release", run, "--output", f"releases/{name}", "--format", form, *LICENCE]
+    words += [word for other in compare for word in ("--compare", f"{Path(other).name}={other}")]
+    print("$", shlex.join(words), flush=True)
+    if status := execute(words[1:]):
+        sys.exit(status)
+
+
 def _steps(sweep: Path) -> int:
     """How many steps each run of a sweep, or of several seeds, took."""
     steps = {json.loads(path.read_text())["step"] for path in sweep.rglob("done.json")}
@@ -185,6 +209,7 @@ def main(parts: Sequence[str]) -> None:
         "students": students,
         **{task: partial(fine_tunings, task) for task in TASKS},
         "ablations": ablations,
+        "releases": releases,
     }
     unknown = [part for part in parts if part not in todo]
     if unknown:
