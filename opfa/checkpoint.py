@@ -217,6 +217,12 @@ def model_digest(directory: Path) -> str:
     return hashlib.sha256("".join(f"{p.name} {digest(p)}\n" for p in files).encode()).hexdigest()
 
 
+def start_digest(init: str | None) -> str | None:
+    """`model_digest` of what a run begins with; None where no safetensors lie in a directory."""
+    directory = Path(init or "")
+    return model_digest(directory) if init and any(directory.glob("*.safetensors")) else None
+
+
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch for one step, so that dropout is a function of (seed, step, rank) and a resume
     needs no state.

@@ -62,7 +62,9 @@ class Row:
 
 
 def steps(run: Path) -> Iterator[Step]:
-    """This run, and those that its model was made from, as far as they are here."""
+    """This run, and those that its model was made from, as far as they are here; raises `RunError`
+    where one that it began with was made anew since.
+    """
     path = run / "recipe.toml"
     if not path.is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
@@ -71,16 +73,21 @@ def steps(run: Path) -> Iterator[Step]:
     recipe = kind.check(values, str(path))
     public = kind.check(shortened(values), str(path))
     start = values["model"].get("init", "")
+    environment = read_json(run / "environment.json")
     yield Step(
         recipe=public.model_dump(mode="json", exclude_none=True),
         toml=public.to_toml(),
         sha256=recipe.sha256(),
-        environment=shortened(read_json(run / "environment.json")),
+        environment=shortened(environment),
         steps=read_json(run / "done.json")["step"],
         start=start,
     )
-    if start and Path(start).name == "model" and (Path(start).parent / "done.json").is_file():
-        yield from steps(Path(start).parent)
+    before = Path(start).parent
+    if start and Path(start).name == "model" and (before / "done.json").is_file():
+        known = environment.get("start_sha256")
+        if known and known != read_json(before / "done.json")["model_sha256"]:
+            raise RunError(f"{run}: began with another model than {start} is now")
+        yield from steps(before)
 
 
 def shortened(value: Any) -> Any:  # Any: what JSON can hold

@@ -1,7 +1,7 @@
 """The run directory: what ran, on what, and how it went.
 
     recipe.toml        resolved and complete
-    environment.json   versions, machine, world size, digests of data and tokenizer
+    environment.json   versions, machine, world size, digests of data, tokenizer and first model
     metrics.jsonl      one object per logged step; evaluation rows carry "eval": true
     checkpoints/       resume points
     model/ report/     what came out

@@ -253,6 +253,23 @@ def test_a_pretrained_model_that_was_changed_is_refused(sparse: Path, tmp_path: 
         release(tmp_path / "run", tmp_path / "out")
 
 
+def test_a_run_whose_first_model_was_made_anew_is_refused(
+    run: Path, sparse: Path, tmp_path: Path
+) -> None:
+    """Its card would tell how another model was made."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(sparse.parent, first)
+    shutil.copytree(run, second)
+    recipe = second / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(sparse), str(first / "model")))
+    release(second, tmp_path / "good")
+    done = json.loads((first / "done.json").read_text())
+    (first / "done.json").write_text(json.dumps({**done, "model_sha256": "0" * 64}))
+    with pytest.raises(RunError, match="began with another model than .*first/model is now"):
+        release(second, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run, it has no recipe.toml"):
         release(run / "model", tmp_path / "out")

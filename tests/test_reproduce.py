@@ -22,7 +22,7 @@ from opfa import cli
 from opfa.inspection import inspect
 from opfa.manifest import check
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
-from opfa.recipe import STOPPED
+from opfa.recipe import STOPPED, RunError
 from opfa.tables import figure
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +174,7 @@ def test_squad_takes_the_rates_chosen_on_mnli(
     (tmp_path / "recipes").symlink_to(output / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "opfa", opfa)
+    monkeypatch.setitem(reproduce.SEEDS, "squad", 2)
     reproduce.fine_tunings("squad")
     methods = ("dense", "dense-teacher", "one-shot", "gradual", "prune-once")
     assert list(rates) == [f"runs/mnli/{name}-rates" for name in methods]
@@ -203,15 +204,17 @@ def test_students_and_their_8_bits_are_released_beside_the_other_methods(
     table: dict[str, Any], output: Path
 ) -> None:
     rows = {(row["method"], row["percent"]): row for row in table["rows"]}
-    for percent in (85, 90):
+    for percent, share in ((85, "85.06%"), (90, "89.94%")):
         assert check(output / f"releases/minilm-sparse-{percent}").name
         card = (output / f"releases/minilm-sparse-{percent}-sst2/README.md").read_text()
-        for method in ("prune-once-8bit", "gradual", "one-shot", "dense", "prune-once"):
-            sparsity = 0 if method == "dense" else percent
-            row = rows[method, sparsity]
-            name = f"{method}-{sparsity}"
-            (line,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
-            assert line.endswith(f"| 2 | {figure(row['mean'], row['std'])} |")
+        second = figure(rows["prune-once-8bit", percent]["values"][1], None)
+        expected = [f"| sst2/prune-once-8bit-{percent}/seed-43 | {share} | 1 | {second} |"]
+        for method in ("dense", "prune-once", "gradual", "one-shot"):
+            at, sparsity = (0, "0.00%") if method == "dense" else (percent, share)
+            accuracy = figure(rows[method, at]["mean"], rows[method, at]["std"])
+            expected.append(f"| sst2/{method}-{at} | {sparsity} | 2 | {accuracy} |")
+        lines = card.splitlines()
+        assert all(line in lines for line in expected), card
 
 
 def test_there_are_pictures(table: dict[str, Any], output: Path) -> None:
@@ -250,6 +253,16 @@ def test_a_part_whose_data_are_missing_is_refused_before_anything_runs(reproduce
     with pytest.raises(SystemExit, match="data/rte/train.jsonl.gz: is not there, and rte needs it"):
         reproduce.main(["sst2", "rte"])
     assert len(reproduce.commands) == num_commands
+
+
+def test_what_is_to_be_released_must_be_finished(reproduce: Any, output: Path) -> None:
+    finished = output / "runs/sst2/prune-once-8bit-85/seed-43/finished"
+    text = finished.read_text()
+    reproduce.main(["releases"])  # all there: nothing to do
+    finished.unlink()
+    with pytest.raises(SystemExit, match="runs/sst2: is not finished, and releases needs it"):
+        reproduce.main(["releases"])
+    finished.write_text(text)
 
 
 SAVES = """
@@ -302,6 +315,17 @@ def test_another_model_is_refused(tmp_path: Path, output: Path) -> None:
     )
     assert ended.returncode == 2
     assert "give another OUTPUT" in ended.stderr
+
+
+def test_results_of_a_student_that_was_made_anew_are_not_shown(
+    reproduce: Any, output: Path
+) -> None:
+    file = output / "runs/sparse-90/done.json"
+    text = file.read_text()
+    file.write_text(json.dumps({**json.loads(text), "model_sha256": "0" * 64}))
+    with pytest.raises(RunError, match="began with another model than runs/sparse-90/model is now"):
+        reproduce.write_table(Path())
+    file.write_text(text)
 
 
 def test_an_unknown_part_is_named(reproduce: Any) -> None:

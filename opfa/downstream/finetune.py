@@ -27,6 +27,7 @@ from opfa.checkpoint import (
     problem_of,
     save_point,
     seed_step,
+    start_digest,
     write_finished,
 )
 from opfa.distributed import Stopped, Supervisor
@@ -64,7 +65,8 @@ def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict
             return json.loads((output / "results.json").read_text())
         splits = {"train": trainer.data.train, "validation": trainer.data.validation}
         digests = {name: split.examples.sha256() for name, split in splits.items()}
-        run.describe({"world_size": 1, "data": digests})
+        start_sha256 = start_digest(recipe.model.init)
+        run.describe({"world_size": 1, "data": digests, "start_sha256": start_sha256})
         before = json.loads((output / "environment.json").read_text())["data"]
         changed = [name for name in digests if digests[name] != before[name]]
         if changed:

@@ -25,6 +25,7 @@ from opfa.checkpoint import (
     newest_point,
     save_point,
     seed_step,
+    start_digest,
     write_finished,
 )
 from opfa.clock import Clock
@@ -84,7 +85,10 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
                 "world_size": world_size,
                 "deepspeed": recipe.launch.deepspeed_file(world_size).values(),
             }
-            run.describe({"world_size": world_size, "data": prepared.summary}, launch)
+            facts = {"world_size": world_size, "data": prepared.summary}
+            if run.is_writer:
+                facts["start_sha256"] = start_digest(recipe.model.init)
+            run.describe(facts, launch)
             settings = recipe.logging
             run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
             trainer.train(run, start)

@@ -158,21 +158,23 @@ def ablations() -> None:
 
 def releases() -> None:
     """The students, and what 8 bits made of them with the first seed: compact files and cards."""
+    runs = Path("runs")
     for percent in PERCENT:
-        release(f"minilm-sparse-{percent}", f"runs/sparse-{percent}", "compact", "runs/teacher")
+        name = f"minilm-sparse-{percent}"
+        release(name, runs / f"sparse-{percent}", "compact", runs / "teacher")
         for task in RELEASED:
-            run = f"runs/{task}/prune-once-8bit-{percent}"
-            others = [f"prune-once-{percent}", f"gradual-{percent}", f"one-shot-{percent}"]
-            runs = [run, *(f"runs/{task}/{other}" for other in ("dense-0", *others))]
-            release(f"minilm-sparse-{percent}-{task}", f"{run}/seed-42", "compact-int8", *runs)
+            first, *others = sorted((runs / task).glob(f"prune-once-8bit-{percent}/seed-*"))
+            for method in ("prune-once", "gradual", "one-shot"):
+                others.append(runs / task / f"{method}-{percent}")
+            release(f"{name}-{task}", first, "compact-int8", *others, runs / task / "dense-0")
 
 
-def release(name: str, run: str, form: str, *compare: str) -> None:
+def release(name: str, run: Path, form: str, *compare: Path) -> None:
     """Make a run a release, unless that was done before."""
     if Path("releases", name).exists():  # written whole or not at all
         return
-    words = ["opfa", "release", run, "--output", f"releases/{name}", "--format", form, *LICENCE]
-    words += [word for other in compare for word in ("--compare", f"{Path(other).name}={other}")]
+    words = ["opfa", "release", str(run), "--output", f"releases/{name}", "--format", form]
+    words += [*LICENCE, *(f"--compare={path.relative_to('runs')}={path}" for path in compare)]
     print("$", shlex.join(words), flush=True)
     if status := execute(words[1:]):
         sys.exit(status)
@@ -201,6 +203,10 @@ def _check(parts: Sequence[str]) -> None:
     for name in names if "students" not in parts else ():
         if not Path(f"runs/{name}/finished").exists():
             sys.exit(f"runs/{name}: is not finished; the part students makes it")
+    for task in {*RELEASED} - {*parts} if "releases" in parts else ():
+        last = Path(f"runs/{task}").glob(f"prune-once-8bit-{PERCENT[-1]}/seed-*/finished")
+        if len(list(last)) < SEEDS[task]:
+            sys.exit(f"runs/{task}: is not finished, and releases needs it")
 
 
 def main(parts: Sequence[str]) -> None:

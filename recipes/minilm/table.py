@@ -132,10 +132,12 @@ def ablations_table(rows: Sequence[Row]) -> str:
 
 
 def trace_table(output: Path) -> str:
-    """Every finished run: where it is, its seed, rate, recipe and model."""
+    """Every finished run: its place, seed, rate, recipe and model; raises `RunError` where one
+    began with a model that was made anew since.
+    """
     lines = []
     for file in sorted((output / "runs").rglob("done.json")):
-        step = next(provenance.steps(file.parent))
+        step, *_ = provenance.steps(file.parent)
         rate = step.recipe["training"]["learning_rate"]
         model = json.loads(file.read_text())["model_sha256"]
         place = f"`{file.parent.relative_to(output)}`"
