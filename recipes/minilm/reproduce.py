@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 
+from ablations import ABLATIONS
 from table import TASKS, write_table
 
 from opfa.recipe import STOPPED
@@ -33,17 +34,6 @@ RELEASED = ("sst2", "squad")
 LICENCE = ("--license", "apache-2.0", "--base-model", "sentence-transformers/all-MiniLM-L6-v2")
 DENSE = ("model.init=model", "model.zeros=free")
 TAUGHT = ("model.init=runs/teacher/model", "model.zeros=free")
-ABLATIONS = {
-    "baseline": (),
-    "no-distillation": ("distillation=",),
-    "no-rewinding": ("training.rewind_learning_rate=false",),
-    "kd-masked-tokens": ("distillation.tokens=masked",),
-    "kd-masked-and-hidden": ("distillation.tokens=masked", "distillation.hidden_weight=10"),
-    "monotone": ("pruning.pattern.monotone=true",),
-    "global": ("pruning.pattern.scope=global",),
-    "update-every-5": ("pruning.schedule.every=5",),
-    "update-every-50": ("pruning.schedule.every=50",),
-}
 
 
 def opfa(command: str, recipe: str, output: str, *arguments: str) -> None:
@@ -150,7 +140,7 @@ def _in_8_bits(task: str, name: str, percent: int, rate: float) -> None:
 
 def ablations() -> None:
     """Short prunings to 90 %, and SST-2 from them on examples held out."""
-    for name, changes in ABLATIONS.items():
+    for name, (_, changes) in ABLATIONS.items():
         run = f"runs/ablations/{name}"
         opfa("pretrain", "ablation", run, *changes)
         opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", *HELD_OUT)

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
+from ablations import ABLATIONS
 
 from opfa import provenance
 from opfa.plan import operations, shape_of
@@ -78,16 +79,22 @@ def task_rows(output: Path, task: str) -> list[Row]:
 
 
 def ablation_rows(output: Path) -> list[Row]:
-    """One row for each change of the student's recipe."""
+    """One row for each change of the short pruning's recipe."""
     rows = []
-    for path in sorted((output / "runs/ablations").glob("*-sst2/finished")):
-        run = path.parent.with_name(path.parent.name.removesuffix("-sst2"))
-        results = json.loads((path.parent / "results.json").read_text())
+    for name, (question, changes) in ABLATIONS.items():
+        run = output / "runs/ablations" / name
+        after = run.with_name(f"{name}-sst2")
+        if not (after / "finished").exists():
+            continue
+        results = json.loads((after / "results.json").read_text())
         rows.append(
             {
-                "change": run.name,
-                "mlm_loss": provenance.row_of(run.name, run).metrics["mlm_loss"],
+                "name": name,
+                "question": question,
+                "changes": changes,
+                "mlm_loss": provenance.row_of(name, run).metrics["mlm_loss"],
                 "held_out_accuracy": results["selected"]["accuracy"],
+                "operations": cost_of(run)[1],
                 "seed": results["seed"],
                 "run": str(run.relative_to(output)),
             }
@@ -122,12 +129,24 @@ def methods_table(output: Path, rows: Sequence[Row]) -> str:
     return markdown_table(head, lines) if rows else ""
 
 
+def cost_of(run: Path) -> tuple[int, float]:
+    """Tokens and floating-point operations of a finished pre-training."""
+    recipe = PretrainRecipe.read(run / "recipe.toml")
+    steps = json.loads((run / "done.json").read_text())["step"]
+    tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
+    return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
+
+
 def ablations_table(rows: Sequence[Row]) -> str:
-    """What each change of the student's recipe gives after a short pruning to 90 %."""
-    lines = [
-        [row["change"], f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"] for row in rows
-    ]
-    head = ["short pruning to 90 %", "MLM loss", "sst2: accuracy on held-out training phrases"]
+    """What each change gives after a short pruning to 90 %."""
+    lines = []
+    for row in rows:
+        changes = " ".join(f"`{change}`" for change in row["changes"])
+        loss, accuracy = f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"
+        cost = f"{row['operations'] / 1e15:.2f}"
+        lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
+    head = ["short pruning to 90 %", "question", "changes", "operations, 10¹⁵"]
+    head += ["MLM loss", "sst2: accuracy on held-out training phrases"]
     return markdown_table(head, lines) if rows else ""
 
 
@@ -179,14 +198,9 @@ def cost_picture(output: Path, path: Path) -> None:
     """Draw the floating-point operations of upstream training against its tokens."""
     picture, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
-        run = output / "runs" / name
-        if not (run / "done.json").exists():
-            continue
-        recipe = PretrainRecipe.read(run / "recipe.toml")
-        steps = json.loads((run / "done.json").read_text())["step"]
-        tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
-        cost = steps * operations(shape_of(recipe), recipe.training.batch)
-        axes.plot([0, tokens / 1e6], [0, cost / 1e15], color=colour, label=name)
+        if (output / "runs" / name / "done.json").exists():
+            tokens, cost = cost_of(output / "runs" / name)
+            axes.plot([0, tokens / 1e6], [0, cost / 1e15], color=colour, label=name)
     axes.set_xlabel("Tokens, millions")
     axes.set_ylabel("Floating-point operations, 10¹⁵")
     axes.legend(frameon=False)
