@@ -317,14 +317,23 @@ def test_another_model_is_refused(tmp_path: Path, output: Path) -> None:
     assert "give another OUTPUT" in ended.stderr
 
 
-def test_results_of_a_student_that_was_made_anew_are_not_shown(
-    reproduce: Any, output: Path
+@pytest.mark.parametrize(
+    ("first", "second"), [("teacher", "ablations/baseline"), ("sparse-90", "sst2/prune-once-90")]
+)
+def test_results_of_a_model_that_was_made_anew_are_not_shown(
+    reproduce: Any, output: Path, first: str, second: str
 ) -> None:
-    file = output / "runs/sparse-90/done.json"
+    file = output / f"runs/{first}/done.json"
     text = file.read_text()
     file.write_text(json.dumps({**json.loads(text), "model_sha256": "0" * 64}))
-    with pytest.raises(RunError, match="began with another model than runs/sparse-90/model is now"):
+    before = (output / "table.json").read_bytes()
+    (output / "table.json").unlink()
+    with pytest.raises(
+        RunError, match=f"runs/{second}.*: began with another model than runs/{first}"
+    ):
         reproduce.write_table(Path())
+    assert not (output / "table.json").exists()
+    (output / "table.json").write_bytes(before)
     file.write_text(text)
 
 

@@ -35,12 +35,15 @@ Row = dict[str, Any]
 
 
 def write_table(output: Path) -> None:
-    """Write what is there under `output`."""
+    """Write what is there under `output`; raises `RunError`, and writes nothing, where a run began
+    with a model that was made anew since.
+    """
+    trace = trace_table(output)
     rows = [row for task in TASKS for row in task_rows(output, task)]
     ablations = ablation_rows(output)
     write_json(output / "table.json", {"rows": rows, "ablations": ablations})
     parts = [methods_table(output, rows), NOTES.strip() if rows else ""]
-    parts += [ablations_table(ablations), trace_table(output)]
+    parts += [ablations_table(ablations), trace]
     write_text(output / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
         accuracy_picture(rows, output / "accuracy.png")
