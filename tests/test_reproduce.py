@@ -92,7 +92,7 @@ def reproduce(output: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def table(reproduce: Any, output: Path) -> dict[str, list[dict[str, Any]]]:
-    return json.loads((output / "table.json").read_text())
+    return json.loads((output / "results/table.json").read_text())
 
 
 def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output: Path) -> None:
@@ -128,7 +128,7 @@ def test_eight_bits_begin_with_the_model_of_their_seed(output: Path) -> None:
 
 
 def test_every_number_can_be_traced(table: dict[str, Any], output: Path) -> None:
-    text = (output / "table.md").read_text()
+    text = (output / "results/table.md").read_text()
     for row in table["rows"]:
         runs = [f"{row['run']}/seed-{seed}" for seed in row["seeds"]]
         facts = zip(runs, row["recipes_sha256"], row["models_sha256"], strict=True)
@@ -167,6 +167,7 @@ def test_squad_takes_the_rates_chosen_on_mnli(
         (tmp_path / run / "results.json").write_text(json.dumps({"learning_rate": rate}))
         (tmp_path / run / "done.json").write_text('{"step": 7}')
         if run.endswith("-rates"):
+            assert "training.epochs=1" in changes
             rates[run] = rate
         else:
             finals[run] = (recipe, *changes)
@@ -218,8 +219,8 @@ def test_students_and_their_8_bits_are_released_beside_the_other_methods(
 
 
 def test_there_are_pictures(table: dict[str, Any], output: Path) -> None:
-    for name in ("accuracy.png", "cost.png"):
-        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy.png", "cost.png", "sparse-90-loss.png", "sparse-85-sparsity.png"):
+        assert (output / "results" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_does_not_run_again(reproduce: Any) -> None:
@@ -326,14 +327,14 @@ def test_results_of_a_model_that_was_made_anew_are_not_shown(
     file = output / f"runs/{first}/done.json"
     text = file.read_text()
     file.write_text(json.dumps({**json.loads(text), "model_sha256": "0" * 64}))
-    before = (output / "table.json").read_bytes()
-    (output / "table.json").unlink()
+    before = (output / "results/table.json").read_bytes()
+    (output / "results/table.json").unlink()
     with pytest.raises(
         RunError, match=f"runs/{second}.*: began with another model than runs/{first}"
     ):
         reproduce.write_table(Path())
-    assert not (output / "table.json").exists()
-    (output / "table.json").write_bytes(before)
+    assert not (output / "results/table.json").exists()
+    (output / "results/table.json").write_bytes(before)
     file.write_text(text)
 
 

@@ -5,6 +5,7 @@ and the changes.
 HIDDEN = ("distillation.tokens=masked", "distillation.hidden_weight=10")
 ABLATIONS = {
     "baseline": ("as in the paper, but for the learning rate", ()),
+    "baseline-again": ("how much is luck? Another seed", ("seed=43",)),
     "no-distillation": ("is the teacher worth its time?", ("distillation=",)),
     "no-rewinding": (
         "does going back to a high rate after pruning help?",

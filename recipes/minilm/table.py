@@ -1,8 +1,9 @@
-"""What `reproduce.py` found: table.md, table.json and pictures, from the runs that are finished."""
+"""What `reproduce.py` found: results/ with tables and pictures, from the runs that are finished."""
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -40,14 +41,19 @@ def write_table(output: Path) -> None:
     """
     trace = trace_table(output)
     rows = [row for task in TASKS for row in task_rows(output, task)]
+    tasks = {task: examples_of(output, task) for task in dict.fromkeys(row["task"] for row in rows)}
     ablations = ablation_rows(output)
-    write_json(output / "table.json", {"rows": rows, "ablations": ablations})
-    parts = [methods_table(output, rows), NOTES.strip() if rows else ""]
+    results = output / "results"
+    results.mkdir(exist_ok=True)
+    write_json(results / "table.json", {"tasks": tasks, "rows": rows, "ablations": ablations})
+    parts = [methods_table(tasks, rows), NOTES.strip() if rows else ""]
     parts += [ablations_table(ablations), trace]
-    write_text(output / "table.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_text(results / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
-        accuracy_picture(rows, output / "accuracy.png")
-    cost_picture(output, output / "cost.png")
+        accuracy_picture(rows, results / "accuracy.png")
+    cost_picture(output, results / "cost.png")
+    for picture in (output / "runs").glob("sparse-*/report/*.png"):
+        shutil.copyfile(picture, results / f"{picture.parent.parent.name}-{picture.name}")
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
@@ -105,25 +111,30 @@ def ablation_rows(output: Path) -> list[Row]:
     return rows
 
 
-def methods_table(output: Path, rows: Sequence[Row]) -> str:
+def examples_of(output: Path, task: str) -> Row:
+    """How many examples the validation split has, and the share of the most frequent class."""
+    labels = [
+        record.get("label")
+        for file in sorted((output / "data" / task).glob("validation*"))
+        for _, record in read_records(file)
+    ]
+    most = Counter(labels).most_common(1)[0][1] / len(labels)
+    return {"examples": len(labels), "majority": None if task == "squad" else most}
+
+
+def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
     """Methods against tasks: mean, deviation and recovery."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = {}
     for row in rows:
         recovery = "" if row["recovery"] is None else f" ({row['recovery']:.1%})"
-        num_seeds = f", {len(row['seeds'])} seeds" if len(row["seeds"]) != 3 else ""
+        seeds = len(row["seeds"])
+        num_seeds = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds != 3 else ""
         place = row["method"], row["percent"], row["task"]
         cells[place] = figure(row["mean"], row["std"]) + recovery + num_seeds
     head, majority = ["method", "sparsity"], ["most frequent class", ""]
-    for task in tasks:
-        labels = [
-            record.get("label")
-            for file in sorted((output / "data" / task).glob("validation*"))
-            for _, record in read_records(file)
-        ]
-        head.append(f"{task}, {TASKS[task]}, {len(labels):,} examples")
-        most = Counter(labels).most_common(1)[0][1] / len(labels)
-        majority.append("" if task == "squad" else figure(most, None))
+    for task, about in tasks.items():
+        head.append(f"{task}, {TASKS[task]}, {about['examples']:,} examples")
+        majority.append("" if about["majority"] is None else figure(about["majority"], None))
     lines = [majority]
     for method, percent in METHODS:
         line = [cells.get((method, percent, task), "") for task in tasks]
