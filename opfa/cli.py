@@ -113,18 +113,19 @@ def finetune(
     overrides: Overrides = None,
     resume: Resume = False,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Run with so many seeds, from the recipe's on.")
-    ] = 1,
+        int | None,
+        typer.Option("--seeds", min=1, help="Run with so many seeds, from the recipe's on."),
+    ] = None,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
     check_output(output, checked, resume)
-    if seeds > 1 or checked.sweep is not None:
+    if seeds is not None or checked.sweep is not None:
         from opfa.downstream.sweep import sweep as execute_all
 
-        _print_json(execute_all(checked, output, num_seeds=seeds, resume=resume))
+        _print_json(execute_all(checked, output, num_seeds=seeds or 1, resume=resume))
         return
     from opfa.downstream.finetune import finetune as execute
 

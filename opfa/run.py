@@ -110,7 +110,8 @@ class Run:
         path = self.directory / "environment.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         now = environment()
-        launches = [*before.get("launches", []), {"time": now["time"], **(launch or {})}]
+        this = {"time": now["time"], "git_commit": now["git_commit"], **(launch or {})}
+        launches = [*before.get("launches", []), this]
         write_json(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
@@ -215,6 +216,8 @@ def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
     for values in (before, after):
         for section in ("launch", "logging"):  # an old launch's files may be gone
             values.pop(section, None)
+        if values.get("sweep"):  # which values are compared does not change what one of them gives
+            values["sweep"] = {"learning_rate": [1.0]}
     changed = _changes(type(recipe).check(before, str(path)).model_dump(mode="json"), after)
     changed = [c for c in changed if not c.startswith(("logging", "launch"))]
     if changed:

@@ -18,6 +18,7 @@ import opfa
 from opfa import quant
 from opfa.checkpoint import model_digest
 from opfa.distributed import Stopped
+from opfa.downstream import evaluate as evaluation
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
@@ -60,6 +61,24 @@ def test_the_same_zeros_after_fine_tuning(
     before, after = (load_file(d / "model.safetensors") for d in (sparse, tmp_path / "run/model"))
     name = "bert.encoder.layer.1.output.dense.weight"
     assert not torch.equal(before[name], after[name])  # it did learn
+
+
+def test_what_is_reported_is_measured_on_the_written_model_whatever_the_precision(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def predict(*arguments: Any, **options: Any) -> Any:
+        seen.append(before(*arguments, **options)[0])
+        return (seen[-1],)
+
+    before = evaluation.predict
+    monkeypatch.setattr(evaluation, "predict", predict)
+    recipe = finetune_recipe(sparse, examples, training={"precision": "bf16"})
+    results = finetune(recipe, tmp_path / "run")
+    again = evaluate_model(str(tmp_path / "run/model"), recipe)
+    assert torch.equal(seen[-2], seen[-1])
+    assert results["metrics"] == again["metrics"]
 
 
 def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> None:

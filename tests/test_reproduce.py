@@ -27,6 +27,7 @@ from opfa.tables import figure
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes/minilm"
+START = [5e-5, 1.5e-4, 4.5e-4]
 SHORTER = {
     "sequence_tokens = 128": "sequence_tokens = 24",
     "validation = 0.01": "validation = 0.1",
@@ -85,7 +86,8 @@ def reproduce(output: Path) -> Any:
         patch.setattr(program, "execute", execute)
         patch.setattr(program, "SEEDS", {"sst2": 2})
         patch.setattr(program, "RELEASED", ("sst2",))
-        patch.setattr(program, "RATES", "sweep.learning_rate=[1e-4, 1e-3]")
+        patch.setattr(program, "RATES", (3e-5, 3e-4))
+        patch.setattr(program, "EDGES", (1e-5, 1e-3))
         program.main(["students", "sst2", "ablations", "releases"])
         yield program
 
@@ -97,9 +99,10 @@ def table(reproduce: Any, output: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output: Path) -> None:
     found = {(row["method"], row["percent"]): row for row in table["rows"]}
-    sparse = ("one-shot", "gradual", "prune-once", "prune-once-8bit")
-    dense = ("dense", "dense-8bit", "dense-teacher")
-    assert list(found) == [*((m, 0) for m in dense), *((m, p) for m in sparse for p in (85, 90))]
+    sparse = ("one-shot", "gradual", "prune-once", "prune-once-fp32", "prune-once-8bit")
+    dense = ("dense", "dense-fp32", "dense-8bit", "dense-teacher")
+    expected = {*((m, 0) for m in dense), *((m, p) for m in sparse for p in (85, 90))}
+    assert set(found) == expected | {("gradual-teacher", 90)}
     for (method, percent), row in found.items():
         for seed, value in zip(row["seeds"], row["values"], strict=True):
             results = json.loads((output / row["run"] / f"seed-{seed}/results.json").read_text())
@@ -112,19 +115,25 @@ def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output:
 
 
 def test_every_method_takes_as_many_steps(table: dict[str, Any], output: Path) -> None:
-    steps: dict[str, set[int]] = {"8bit": set(), "all": set()}
+    steps: dict[str, set[int]] = {"8bit": set(), "fp32": set(), "all": set()}
     for row in table["rows"]:
         for seed in row["seeds"]:
             done = json.loads((output / row["run"] / f"seed-{seed}/done.json").read_text())
-            steps["8bit" if row["method"].endswith("8bit") else "all"].add(done["step"])
-    assert steps == {"8bit": {2}, "all": {10}}
+            form = row["method"].rpartition("-")[2]
+            steps[form if form in steps else "all"].add(done["step"])
+    assert steps == {"8bit": {2}, "fp32": {2}, "all": {10}}
 
 
-def test_eight_bits_begin_with_the_model_of_their_seed(output: Path) -> None:
+def test_eight_bits_and_their_twins_begin_with_the_model_of_their_seed(output: Path) -> None:
     for seed in (42, 43):
-        recipe = (output / f"runs/sst2/prune-once-8bit-90/seed-{seed}/recipe.toml").read_text()
-        assert f'init = "runs/sst2/prune-once-90/seed-{seed}/model"' in recipe
-        assert f"seed = {seed}\n" in recipe
+        recipes = [
+            tomllib.loads((output / run / f"seed-{seed}/recipe.toml").read_text())
+            for run in ("runs/sst2/prune-once-8bit-90", "runs/sst2/prune-once-fp32-90")
+        ]
+        assert recipes[0].pop("quantization")["bits"] == 8
+        assert recipes[0] == recipes[1]
+        assert recipes[0]["model"]["init"] == f"runs/sst2/prune-once-90/seed-{seed}/model"
+        assert recipes[0]["seed"] == seed
 
 
 def test_every_number_can_be_traced(table: dict[str, Any], output: Path) -> None:
@@ -140,54 +149,88 @@ def test_every_number_can_be_traced(table: dict[str, Any], output: Path) -> None
 
 
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
-    reproduce: Any, output: Path
+    reproduce: Any, table: dict[str, Any], output: Path
 ) -> None:
-    for method in ("dense", "dense-teacher", "one-shot", "gradual", "prune-once"):
+    assert len(table["learning_rates"]) == 6
+    for row in table["learning_rates"]:
+        method, rates = row["method"], {float(rate): s for rate, s in row["scores"].items()}
         run = output / "runs/sst2" / f"{method}-rates"
-        assert "selection.holdout=0.1" in (run / "finished").read_text()
-        rates = json.loads((run / "results.json").read_text())
-        best = max(rates["rows"], key=lambda row: row["score"])["learning_rate"]
+        text = (run / "finished").read_text()
+        assert "task.train=split/sst2/fit.jsonl.gz task.validation=split/sst2/held" in text
+        best = max(rates, key=lambda rate: rates[rate])
+        assert row["chosen"] == best
+        assert min(rates) < best < max(rates) or best in (1e-5, 9e-4)  # else more were tried
         finals = [output / "runs/sst2" / f"{method}-{percent}" for percent in (0, 85, 90)]
         for final in filter(Path.exists, finals):
             assert f"training.learning_rate={best}" in (final / "finished").read_text()
     finals = [words for words in reproduce.commands if "--seeds" in words]
-    assert len(finals) == 8
-    assert not any("selection" in word for words in finals for word in words)
+    assert len(finals) == 9
+    assert not any("split" in word for words in finals for word in words)
 
 
-def test_squad_takes_the_rates_chosen_on_mnli(
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        ({}, [START]),
+        ({5e-5: 2, 1.7e-5: 1}, [START, [1.7e-5, *START]]),
+        ({4.5e-4: 2, 1.4e-3: 3, 4.2e-3: 4}, [START, [*START, 1.4e-3], [*START, 1.4e-3, 4.2e-3]]),
+    ],
+)
+def test_more_rates_are_tried_while_the_best_is_at_an_edge(
+    reproduce: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best: dict[float, int],
+    tried: list[list[float]],
+) -> None:
+    sweeps: list[list[float]] = []
+
+    def opfa(*words: str) -> None:
+        rates = tomllib.loads(words[3])["sweep"]["learning_rate"]
+        sweeps.append(rates)
+        scores = {**dict.fromkeys(rates, 0), 1.5e-4: 1, **best}
+        chosen = max(rates, key=lambda rate: scores[rate])
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/recipe.toml").write_text(words[3])
+        (tmp_path / "run/results.json").write_text(json.dumps({"learning_rate": chosen}))
+        (tmp_path / "run/finished").touch()
+
+    monkeypatch.setattr(reproduce, "opfa", opfa)
+    monkeypatch.setattr(reproduce, "RATES", START)
+    monkeypatch.setattr(reproduce, "EDGES", (5e-6, 5e-3))
+    monkeypatch.setattr(reproduce, "held_out", lambda _: ())
+    chosen = reproduce.learning_rate("sst2", str(tmp_path / "run"), ())
+    assert chosen == max(best or {1.5e-4: 1}, key=lambda rate: best.get(rate, 1))
+    assert sweeps == tried
+    num_sweeps = len(sweeps)
+    assert reproduce.learning_rate("sst2", str(tmp_path / "run"), ()) == chosen
+    assert sweeps[num_sweeps:] == [sweeps[-1]]  # what was tried before counts
+
+
+def test_one_seed_is_a_seed(
     reproduce: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: dict[str, float] = {}
-    finals: dict[str, tuple[str, ...]] = {}
-
-    def opfa(_: str, recipe: str, run: str, *changes: str) -> None:
-        (tmp_path / run).mkdir(parents=True)
-        rate = float(f"{len(rates) + 1}e-5")
-        (tmp_path / run / "results.json").write_text(json.dumps({"learning_rate": rate}))
-        (tmp_path / run / "done.json").write_text('{"step": 7}')
-        if run.endswith("-rates"):
-            assert "training.epochs=1" in changes
-            rates[run] = rate
-        else:
-            finals[run] = (recipe, *changes)
-
-    (tmp_path / "recipes").symlink_to(output / "recipes")
+    (tmp_path / "runs").mkdir()
+    for name in ("data", "recipes", "model"):
+        (tmp_path / name).symlink_to(output / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "opfa", opfa)
-    monkeypatch.setitem(reproduce.SEEDS, "squad", 2)
-    reproduce.fine_tunings("squad")
-    methods = ("dense", "dense-teacher", "one-shot", "gradual", "prune-once")
-    assert list(rates) == [f"runs/mnli/{name}-rates" for name in methods]
-    for run, (recipe, *changes) in finals.items():
-        chosen = rates[f"runs/mnli/{run.removeprefix('runs/squad/').rsplit('-', 1)[0]}-rates"]
-        assert recipe == "squad" and f"training.learning_rate={chosen}" in changes
-    assert len(finals) == 8
+    monkeypatch.setitem(reproduce.SEEDS, "sst2", 1)
+    monkeypatch.setattr(reproduce, "RATES", (3e-4,))
+    monkeypatch.setattr(reproduce, "EDGES", (1e-4, 4e-4))
+    monkeypatch.setattr(reproduce, "methods", lambda *_: [("dense", 0, reproduce.DENSE)])
+    reproduce.fine_tunings("sst2")
+    reproduce.write_table(Path())
+    rows = json.loads((tmp_path / "results/table.json").read_text())["rows"]
+    assert [(row["method"], row["seeds"]) for row in rows] == [
+        (method, [42]) for method in ("dense", "dense-fp32", "dense-8bit")
+    ]
 
 
 def test_gradual_pruning_ends_its_ramp_at_the_same_part_of_every_run(output: Path) -> None:
-    for run, steps in (("gradual-rates/learning_rate-0.001", 9), ("gradual-90", 10)):
-        recipe = tomllib.loads((output / f"runs/sst2/{run}/seed-42/recipe.toml").read_text())
+    for run in ("gradual-rates/learning_rate-0.0003", "gradual-90", "gradual-teacher-90"):
+        directory = output / f"runs/sst2/{run}/seed-42"
+        recipe = tomllib.loads((directory / "recipe.toml").read_text())
+        steps = json.loads((directory / "done.json").read_text())["step"]
         assert recipe["pruning"]["schedule"]["end"] == steps * 6 // 10
 
 
@@ -196,7 +239,7 @@ def test_each_ablation_changes_what_it_says(
 ) -> None:
     assert [row["name"] for row in table["ablations"]] == list(reproduce.ABLATIONS)
     done = [json.loads((output / r["run"] / "done.json").read_text()) for r in table["ablations"]]
-    assert len({facts["model_sha256"] for facts in done}) >= 5  # in so few steps some are the same
+    assert len({facts["model_sha256"] for facts in done}) >= 7  # in so few steps some are the same
     totals = [inspect(output / row["run"] / "model")["total"] for row in table["ablations"]]
     assert all(total["sparsity"] == pytest.approx(0.9, abs=2e-3) for total in totals)
 
@@ -319,7 +362,7 @@ def test_another_model_is_refused(tmp_path: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("teacher", "ablations/baseline"), ("sparse-90", "sst2/prune-once-90")]
+    ("first", "second"), [("teacher", "ablations/"), ("sparse-90", "sst2/prune-once-90")]
 )
 def test_results_of_a_model_that_was_made_anew_are_not_shown(
     reproduce: Any, output: Path, first: str, second: str

@@ -298,6 +298,34 @@ def test_a_sweep_resumes_where_it_was_and_may_get_more_seeds(
         sweep(other, tmp_path / "out", num_seeds=2, resume=True)
 
 
+def test_a_sweep_may_get_more_learning_rates_and_says_when_the_best_is_at_an_edge(
+    sparse: Path, examples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-3, 2e-3]})
+    sweep(first, tmp_path / "out")
+    done = tmp_path / "out/learning_rate-0.001/seed-42/done.json"
+    before = done.stat().st_mtime_ns
+    more = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-30, 1e-3, 2e-3, 4e-3]})
+    result = sweep(more, tmp_path / "out", resume=True)
+    assert [row["learning_rate"] for row in result["rows"]] == [1e-30, 1e-3, 2e-3, 4e-3]
+    assert done.stat().st_mtime_ns == before
+    assert "1e-30" in (tmp_path / "out/recipe.toml").read_text()
+    assert "at an edge" in caplog.text  # one of two is
+    with pytest.raises(RunError, match="sweep was"):
+        sweep(finetune_recipe(sparse, examples), tmp_path / "out", resume=True)
+
+
+def test_the_command_makes_a_directory_for_one_seed_too(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "r.toml").write_text(finetune_recipe(sparse, examples).to_toml())
+    words = ["finetune", str(tmp_path / "r.toml"), "--output", str(tmp_path / "out"), "--seeds"]
+    assert command([*words, "1"]) == 0
+    assert command([*words, "2", "--resume"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("seed-*")) == ["seed-42", "seed-43"]
+
+
 def test_the_command_runs_several_seeds(
     sparse: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ def sweep(
 ) -> dict[str, Any]:
     """Run everything that isn't finished yet, one after the other; write and return the comparison.
 
-    A resume may ask for more seeds than before.
+    A resume may ask for more seeds or learning rates than before.
     """
     check_output(output, recipe, resume)
     output.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,13 @@ def sweep(
     if len(ended) > 1:
         report.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
+    rates = [row["learning_rate"] for row in ended]
+    if len(rates) > 1 and best["learning_rate"] in (min(rates), max(rates)):
+        log.info(
+            "the best learning rate, %s, is at an edge; the same command with more of them in "
+            "sweep.learning_rate and --resume runs only those",
+            best["learning_rate"],
+        )
     return result
 
 

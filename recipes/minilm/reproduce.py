@@ -1,10 +1,10 @@
 """Run what `launch/reproduce.sh` says, in a directory with model/, data/ and recipes/: `opfa`
 commands, each printed before it runs and not run again once it is finished.
 
-The learning rate of each method is chosen at 90 % with one seed, by what a tenth of the training
-examples, held out, say at the end (MNLI's after one epoch; SQuAD's are those of MNLI). Then all
+The learning rate of each method is chosen at 90 % with one seed, by examples that are held out of
+training (see split.py): the best of three, and of more while the best is at an edge. Then all
 training examples train, and the accuracy on the validation split is what counts. All methods take
-as many steps; 8 bits take a fifth more, from each seed's own model.
+as many steps; 8 bits take a fifth more, from each seed's own model, and so do their twins in fp32.
 """
 
 import json
@@ -20,17 +20,19 @@ from pathlib import Path
 from types import FrameType
 
 from ablations import ABLATIONS
+from split import write_split
 from table import TASKS, write_table
 
 from opfa.recipe import STOPPED, RunError
 
 OPFA = [sys.executable, "-m", "opfa"]
 PERCENT = (90, 85)
-RATES = "sweep.learning_rate=[5e-5, 1.5e-4, 4.5e-4]"
-RATES_FROM = {"squad": "mnli"}  # three times as many runs of the longest task would be too long
-SHORTER = {"mnli": ("training.epochs=1",)}
-HELD_OUT = ("selection.holdout=0.1", "selection.every_steps=1000000")  # looked at once, at the end
+RATES = (5e-5, 1.5e-4, 4.5e-4)
+EDGES = (5e-6, 5e-3)  # no rate beyond them is tried
+SHORTER = {"mnli": ("training.epochs=1",), "squad": ("training.epochs=0.5",)}  # to choose rates
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 3, "squad": 1}
+CONTROLLED = ("sst2", "mnli")
+VALIDATION = {"mnli": "validation_matched"}
 RELEASED = ("sst2", "squad")
 LICENCE = ("--license", "apache-2.0", "--base-model", "sentence-transformers/all-MiniLM-L6-v2")
 DENSE = ("model.init=model", "model.zeros=free")
@@ -41,9 +43,9 @@ def opfa(command: str, recipe: str, output: str, *arguments: str) -> None:
     """Run one command to its end, unless that was done before; leave with its exit code if it
     fails or was told to stop.
     """
-    file = Path(f"recipes/minilm-{recipe}.toml")
-    words = ["opfa", command, str(file), "--output", output, *arguments]
-    what = f"{shlex.join(words)}\nrecipe (SHA-256): {sha256(file.read_bytes()).hexdigest()}\n"
+    words = ["opfa", command, f"recipes/minilm-{recipe}.toml", "--output", output, *arguments]
+    values = sha256(json.dumps(_recipe(recipe)).encode()).hexdigest()
+    what = f"{shlex.join(words)}\nits recipe's values (SHA-256): {values}\n"
     finished = Path(output) / "finished"
     if finished.exists():
         if finished.read_text() != what:
@@ -86,47 +88,74 @@ def students() -> None:
         opfa("pretrain", name, f"runs/{name}")
 
 
-def methods(dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """Name, sparsity in percent, and what differs from the recipe. The first is to be run in
     `dense` before the others are asked for: as many steps is what they take.
     """
     yield "dense", 0, DENSE
-    yield "dense-teacher", 0, TAUGHT
     steps = _steps(Path(dense))
     for percent in PERCENT:
+        schedule = f"start={steps // 10}, end={steps * 6 // 10}, every=10, target=0.{percent}"
+        gradual = f"pruning.schedule={{{schedule}}}"
         yield "one-shot", percent, (*DENSE, f"pruning.schedule={{end=0, target=0.{percent}}}")
-        ramp = f"start={steps // 10}, end={steps * 6 // 10}, every=10, target=0.{percent}"
-        yield "gradual", percent, (*DENSE, f"pruning.schedule={{{ramp}}}")
+        yield "gradual", percent, (*DENSE, gradual)
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model",)
+        if task in CONTROLLED and percent == PERCENT[0]:
+            yield "gradual-teacher", percent, (*TAUGHT, gradual)
+    if task in CONTROLLED:
+        yield "dense-teacher", 0, TAUGHT
 
 
 def learning_rates(task: str) -> dict[str, float]:
     """The best for each method, by examples held out."""
     rates: dict[str, float] = {}
-    for name, _, changes in methods(f"runs/{task}/dense-rates"):
+    for name, _, changes in methods(task, f"runs/{task}/dense-rates"):
         if name not in rates:
-            run = f"runs/{task}/{name}-rates"
-            opfa("finetune", task, run, RATES, *HELD_OUT, *SHORTER.get(task, ()), *changes)
-            rates[name] = json.loads(Path(run, "results.json").read_text())["learning_rate"]
+            rates[name] = learning_rate(task, f"runs/{task}/{name}-rates", changes)
     return rates
+
+
+def learning_rate(task: str, run: str, changes: Sequence[str]) -> float:
+    """The best one, of more and more of them while it is at an edge."""
+    begun, rates = Path(run, "recipe.toml"), [*RATES]
+    if begun.exists():
+        rates = tomllib.loads(begun.read_text())["sweep"]["learning_rate"]
+    while True:
+        sweep = f"sweep.learning_rate={rates}"
+        opfa("finetune", task, run, sweep, *held_out(task), *SHORTER.get(task, ()), *changes)
+        best = json.loads(Path(run, "results.json").read_text())["learning_rate"]
+        beyond = {min(rates): best / 3, max(rates): best * 3}.get(best)
+        if beyond is None or not EDGES[0] <= beyond <= EDGES[1]:
+            return best
+        rates = sorted([*rates, float(f"{beyond:.2g}")])
+        Path(run, "finished").unlink()
+
+
+def held_out(task: str) -> tuple[str, str]:
+    """What is to be trained on, and what is to be measured on, while choosing."""
+    if not Path(f"split/{task}").exists():
+        write_split(Path("data", task), Path("split", task))
+    return f"task.train=split/{task}/fit.jsonl.gz", f"task.validation=split/{task}/held.jsonl.gz"
 
 
 def fine_tunings(task: str) -> None:
     """All methods on one task."""
-    rates = learning_rates(RATES_FROM.get(task, task))
+    rates = learning_rates(task)
     steps = set()
-    for name, percent, changes in methods(f"runs/{task}/dense-0"):
+    for name, percent, changes in methods(task, f"runs/{task}/dense-0"):
         run = f"runs/{task}/{name}-{percent}"
         rate = f"training.learning_rate={rates[name]}"
         opfa("finetune", task, run, "--seeds", str(SEEDS[task]), rate, *changes)
         steps.add(_steps(Path(run)))
         assert len(steps) == 1, f"{run}: methods took {sorted(steps)} steps"
         if name in ("dense", "prune-once"):
-            _in_8_bits(task, name, percent, rates[name])
+            longer(task, name, percent, rates[name])
 
 
-def _in_8_bits(task: str, name: str, percent: int, rate: float) -> None:
-    """Each seed's model trained on: a fifth of the steps, at a fifth of the rate."""
+def longer(task: str, name: str, percent: int, rate: float) -> None:
+    """Each seed's model trained on in 8 bits, and in fp32 for comparison: a fifth of the steps, at
+    a fifth of the rate.
+    """
     for path in sorted(Path(f"runs/{task}/{name}-{percent}").glob("seed-*")):
         changes = (
             f"seed={path.name.removeprefix('seed-')}",
@@ -134,9 +163,11 @@ def _in_8_bits(task: str, name: str, percent: int, rate: float) -> None:
             f"model.zeros={'held' if percent else 'free'}",
             f"training.learning_rate={rate / 5}",
             f"training.epochs={_recipe(task)['training']['epochs'] / 5}",
-            *("training.precision=fp32", "quantization.bits=8"),
+            "training.precision=fp32",
         )
-        opfa("finetune", task, f"runs/{task}/{name}-8bit-{percent}/{path.name}", *changes)
+        for form, added in (("8bit", ("quantization.bits=8",)), ("fp32", ())):
+            run = f"runs/{task}/{name}-{form}-{percent}/{path.name}"
+            opfa("finetune", task, run, *changes, *added)
 
 
 def ablations() -> None:
@@ -144,7 +175,9 @@ def ablations() -> None:
     for name, (_, changes) in ABLATIONS.items():
         run = f"runs/ablations/{name}"
         opfa("pretrain", "ablation", run, *changes)
-        opfa("finetune", "sst2", f"{run}-sst2", f"model.init={run}/model", *HELD_OUT)
+        seed = [change for change in changes if change.startswith("seed=")]
+        model = f"model.init={run}/model"
+        opfa("finetune", "sst2", f"{run}-sst2", model, *held_out("sst2"), *seed)
 
 
 def releases() -> None:
@@ -185,11 +218,10 @@ def _recipe(name: str) -> dict:
 def _check(parts: Sequence[str]) -> None:
     """Leave before anything runs when a part lacks what it reads."""
     for part in parts:
-        tasks = {"sst2"} if part == "ablations" else {part, RATES_FROM.get(part, part)} & {*TASKS}
-        for task in sorted(tasks):
-            for key in ("train", "validation"):
-                if not Path(file := _recipe(task)["task"][key]).exists():
-                    sys.exit(f"{file}: is not there, and {part} needs it")
+        task = "sst2" if part == "ablations" else part
+        for name in ("train", VALIDATION.get(task, "validation")) if task in TASKS else ():
+            if not Path(file := f"data/{task}/{name}.jsonl.gz").exists():
+                sys.exit(f"{file}: is not there, and {part} needs it")
     names = ["teacher"] if set(parts) == {"ablations"} else ["sparse-90", "sparse-85"]
     for name in names if "students" not in parts else ():
         if not Path(f"runs/{name}/finished").exists():

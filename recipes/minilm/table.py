@@ -8,29 +8,32 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib.pyplot as plt
 from ablations import ABLATIONS
+from pictures import TASKS, accuracy_picture, cost_of, cost_picture
+from split import HELD_PERCENT
 
 from opfa import provenance
-from opfa.plan import operations, shape_of
 from opfa.records import read_records
-from opfa.report import BLUE, GREEN, GREY, ORANGE
 from opfa.run import write_json, write_text
 from opfa.tables import figure, markdown_table
-from opfa.upstream.recipe import PretrainRecipe
 
-TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
-COLOURS = {"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN}
 METHODS = [
-    *(("dense", 0), ("dense-8bit", 0), ("dense-teacher", 0)),
-    *((method, percent) for method in COLOURS for percent in (85, 90)),
+    *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0), ("dense-teacher", 0)),
+    *((method, percent) for method in ("one-shot", "gradual") for percent in (85, 90)),
+    ("gradual-teacher", 90),
+    *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
 NOTES = """\
-Mean and sample deviation over seeds, in brackets the share of the dense model's mean (which says
-little near chance: see the most frequent class). Sparsity is that of the encoder's linear weights.
-*dense*, *one-shot* and *gradual* start from the original model; *prune-once* from a student of the
-teacher, which read more text; *dense-teacher* from that teacher. *8bit* trains each seed's model on
-for a fifth of the steps. What upstream training costs is not counted.
+Mean and sample deviation over fine-tuning seeds, in brackets the share of the dense model's mean
+(which says little near chance: see the most frequent class). The deviation has neither the chance
+in which examples are measured (the standard error below is that of one dense model) nor, for
+*prune-once*, that of its one student. Sparsity is that of the encoder's linear weights. *dense*,
+*one-shot* and *gradual* start from the original model; *prune-once* from a student of the teacher,
+which read more text but lost the pooler; *dense-teacher* and *gradual-teacher* from that teacher.
+The original was trained on NLI and SQuAD pairs before. *8bit* trains each seed's model on for a
+fifth of the steps, and so does *fp32*. What upstream training costs is not counted: see cost.png.
+MNLI trains on a fortieth of its pairs, and its validation split is without full stops, as they are;
+SQuAD trains on 44 articles and is measured on 16.
 """
 Row = dict[str, Any]
 
@@ -45,9 +48,11 @@ def write_table(output: Path) -> None:
     ablations = ablation_rows(output)
     results = output / "results"
     results.mkdir(exist_ok=True)
-    write_json(results / "table.json", {"tasks": tasks, "rows": rows, "ablations": ablations})
+    rates = rate_rows(output)
+    found = {"tasks": tasks, "rows": rows, "ablations": ablations, "learning_rates": rates}
+    write_json(results / "table.json", found)
     parts = [methods_table(tasks, rows), NOTES.strip() if rows else ""]
-    parts += [ablations_table(ablations), trace]
+    parts += [ablations_table(ablations), rates_table(rates), trace]
     write_text(results / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
         accuracy_picture(rows, results / "accuracy.png")
@@ -93,31 +98,59 @@ def ablation_rows(output: Path) -> list[Row]:
     for name, (question, changes) in ABLATIONS.items():
         run = output / "runs/ablations" / name
         after = run.with_name(f"{name}-sst2")
-        if not (after / "finished").exists():
-            continue
-        results = json.loads((after / "results.json").read_text())
-        rows.append(
-            {
-                "name": name,
-                "question": question,
-                "changes": changes,
-                "mlm_loss": provenance.row_of(name, run).metrics["mlm_loss"],
-                "held_out_accuracy": results["selected"]["accuracy"],
-                "operations": cost_of(run)[1],
-                "seed": results["seed"],
-                "run": str(run.relative_to(output)),
-            }
-        )
+        if (after / "finished").exists():
+            results = json.loads((after / "results.json").read_text())
+            rows.append(
+                {
+                    "name": name,
+                    "question": question,
+                    "changes": changes,
+                    "mlm_loss": provenance.row_of(name, run).metrics["mlm_loss"],
+                    "held_out_accuracy": results["metrics"]["accuracy"],
+                    "operations": cost_of(run)[1],
+                    "seed": results["seed"],
+                    "run": str(run.relative_to(output)),
+                }
+            )
     return rows
+
+
+def rate_rows(output: Path) -> list[Row]:
+    """One row for each task and method: what examples held out say of each learning rate."""
+    rows = []
+    for task in TASKS:
+        for method in dict(METHODS):
+            path = output / f"runs/{task}/{method}-rates/results.json"
+            if path.exists():
+                found = json.loads(path.read_text())
+                scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
+                rows.append({"task": task, "method": method, "scores": scores})
+                rows[-1]["chosen"] = found["learning_rate"]
+    return rows
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    """Which learning rate each method was given, and why."""
+    lines = []
+    for row in rows:
+        scores = [
+            f"{rate:g}: {'diverged' if score is None else figure(score, None)}"
+            for rate, score in row["scores"].items()
+        ]
+        lines.append([row["task"], row["method"], f"{row['chosen']:g}", "; ".join(scores)])
+    head = [
+        "task",
+        "method",
+        "learning rate",
+        f"{HELD_PERCENT} % of the training examples, held out",
+    ]
+    return markdown_table(head, lines) if rows else ""
 
 
 def examples_of(output: Path, task: str) -> Row:
     """How many examples the validation split has, and the share of the most frequent class."""
-    labels = [
-        record.get("label")
-        for file in sorted((output / "data" / task).glob("validation*"))
-        for _, record in read_records(file)
-    ]
+    file = next((output / "data" / task).glob("validation*"))
+    labels = [record.get("label") for _, record in read_records(file)]
     most = Counter(labels).most_common(1)[0][1] / len(labels)
     return {"examples": len(labels), "majority": None if task == "squad" else most}
 
@@ -132,23 +165,20 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
         place = row["method"], row["percent"], row["task"]
         cells[place] = figure(row["mean"], row["std"]) + recovery + num_seeds
     head, majority = ["method", "sparsity"], ["most frequent class", ""]
+    errors = ["standard error", ""]
+    dense = {row["task"]: row["mean"] for row in rows if row["method"] == "dense"}
     for task, about in tasks.items():
         head.append(f"{task}, {TASKS[task]}, {about['examples']:,} examples")
-        majority.append("" if about["majority"] is None else figure(about["majority"], None))
-    lines = [majority]
+        is_share = about["majority"] is not None and task in dense
+        majority.append(figure(about["majority"], None) if is_share else "")
+        variance = dense[task] * (1 - dense[task]) / about["examples"] if is_share else 0.0
+        errors.append(figure(variance**0.5, None) if is_share else "")
+    lines = [majority, errors]
     for method, percent in METHODS:
         line = [cells.get((method, percent, task), "") for task in tasks]
         if any(line):
             lines.append([method, f"{percent} %", *line])
     return markdown_table(head, lines) if rows else ""
-
-
-def cost_of(run: Path) -> tuple[int, float]:
-    """Tokens and floating-point operations of a finished pre-training."""
-    recipe = PretrainRecipe.read(run / "recipe.toml")
-    steps = json.loads((run / "done.json").read_text())["step"]
-    tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
-    return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
 
 
 def ablations_table(rows: Sequence[Row]) -> str:
@@ -160,7 +190,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
         cost = f"{row['operations'] / 1e15:.2f}"
         lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
     head = ["short pruning to 90 %", "question", "changes", "operations, 10¹⁵"]
-    head += ["MLM loss", "sst2: accuracy on held-out training phrases"]
+    head += ["MLM loss", "sst2: accuracy on sentences held out"]
     return markdown_table(head, lines) if rows else ""
 
 
@@ -175,49 +205,7 @@ def trace_table(output: Path) -> str:
         model = json.loads(file.read_text())["model_sha256"]
         place = f"`{file.parent.relative_to(output)}`"
         line = [place, str(step.recipe["seed"]), f"{rate:.2g}", f"{step.steps:,}"]
-        lines.append([*line, f"`{step.sha256[:12]}`", f"`{model[:12]}`"])
-    head = ["run", "seed", "learning rate", "steps", "recipe (SHA-256)", "model (SHA-256)"]
+        start = str(step.environment.get("start_sha256") or "not recorded")
+        lines.append([*line, *(f"`{digest[:12]}`" for digest in (step.sha256, start, model))])
+    head = ["run", "seed", "learning rate", "steps", "recipe (SHA-256)", "began with", "model"]
     return markdown_table(head, lines) if lines else ""
-
-
-def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw each task's metric against sparsity, one line for each method."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    size = (1.0 + 3.2 * len(tasks), 3.6)
-    picture, columns = plt.subplots(
-        ncols=len(tasks), figsize=size, squeeze=False, layout="constrained"
-    )
-    for axes, task in zip(columns[0], tasks, strict=True):
-        found = [row for row in rows if row["task"] == task]
-        for row in found:
-            if row["method"] == "dense":
-                axes.axhline(row["mean"], color="black", linestyle=":", label="dense")
-        for method, colour in COLOURS.items():
-            points = [row for row in found if row["method"] == method]
-            x, means = [row["percent"] for row in points], [row["mean"] for row in points]
-            deviations = [row["std"] or 0.0 for row in points]
-            if points:
-                axes.errorbar(x, means, deviations, fmt="o-", color=colour, capsize=3, label=method)
-        axes.set_xticks([85, 90])
-        axes.set_xlim(84, 91)
-        axes.set_xlabel("Sparsity, %")
-        axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    columns[0][0].legend(frameon=False, fontsize=8)
-    picture.savefig(path, dpi=120)
-    plt.close(picture)
-
-
-def cost_picture(output: Path, path: Path) -> None:
-    """Draw the floating-point operations of upstream training against its tokens."""
-    picture, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
-        if (output / "runs" / name / "done.json").exists():
-            tokens, cost = cost_of(output / "runs" / name)
-            axes.plot([0, tokens / 1e6], [0, cost / 1e15], color=colour, label=name)
-    axes.set_xlabel("Tokens, millions")
-    axes.set_ylabel("Floating-point operations, 10¹⁵")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(path, dpi=120)
-    plt.close(picture)

@@ -1,0 +1,73 @@
+"""Accuracy against sparsity, and what upstream training cost."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from opfa.plan import operations, shape_of
+from opfa.report import BLUE, GREEN, GREY, ORANGE
+from opfa.upstream.recipe import PretrainRecipe
+
+TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
+COLOURS = {"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN}
+
+
+def cost_of(run: Path) -> tuple[int, float]:
+    """Tokens and floating-point operations of a finished pre-training."""
+    recipe = PretrainRecipe.read(run / "recipe.toml")
+    steps = json.loads((run / "done.json").read_text())["step"]
+    tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
+    return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
+
+
+def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw each task's metric against sparsity, one line for each method."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    size = (1.0 + 3.2 * len(tasks), 3.6)
+    picture, columns = plt.subplots(
+        ncols=len(tasks), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axes, task in zip(columns[0], tasks, strict=True):
+        found = [row for row in rows if row["task"] == task]
+        for row in found:
+            if row["method"] == "dense":
+                axes.axhline(row["mean"], color="black", linestyle=":", label="dense")
+        for method, colour in COLOURS.items():
+            points = [row for row in found if row["method"] == method]
+            x, means = [row["percent"] for row in points], [row["mean"] for row in points]
+            deviations = [row["std"] for row in points] if all(r["std"] for r in points) else None
+            if points:
+                axes.errorbar(x, means, deviations, fmt="o-", color=colour, capsize=3, label=method)
+        axes.set_xticks([85, 90])
+        axes.set_xlim(84, 91)
+        axes.set_xlabel("Sparsity, %")
+        axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    columns[0][0].legend(frameon=False, fontsize=8)
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
+
+
+def cost_picture(output: Path, path: Path) -> None:
+    """Draw the loss on held-out text against what upstream training cost so far."""
+    picture, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
+        run = output / "runs" / name
+        if not (run / "done.json").exists():
+            continue
+        tokens, cost = cost_of(run)
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        points = [(row["step"], row["mlm_loss"]) for row in lines if row.get("eval")]
+        last = points[-1][0]
+        label = f"{name}: {tokens / 1e6:.1f} million tokens, {cost / 1e15:.2f}·10¹⁵ operations"
+        x = [step / last * cost / 1e15 for step, _ in points]
+        axes.plot(x, [loss for _, loss in points], "o-", color=colour, markersize=4, label=label)
+    axes.set_xlabel("Floating-point operations, 10¹⁵")
+    axes.set_ylabel("Masked-token loss on held-out text")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=120)
+    plt.close(picture)

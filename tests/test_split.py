@@ -1,0 +1,75 @@
+"""What the experiment of `launch/reproduce.sh` holds out of the training examples."""
+
+import gzip
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPES = Path(__file__).parent.parent / "recipes/minilm"
+SENTENCES = [f"film {i} is {w} and not long" for i in range(40) for w in ("bad", "good")]
+
+
+@pytest.fixture(scope="module")
+def split() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES))
+        yield importlib.import_module("split")
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(file, "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    with gzip.open(file, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_phrases_belong_to_the_longest_that_they_stand_in(split: Any) -> None:
+    phrases = {"a b c d", "b c", "c", "x c", "b d", "a b c d e f"}
+    assert split.sentences_of(phrases) == {
+        "a b c d e f": ["a b c d e f"],
+        "a b c d": ["a b c d e f"],
+        "b c": ["a b c d e f"],
+        "c": ["a b c d e f", "x c"],
+        "x c": ["x c"],
+        "b d": ["b d"],
+    }
+
+
+def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_path: Path) -> None:
+    texts = [*SENTENCES, *(" ".join(text.split()[1:4]) for text in SENTENCES), "not long"]
+    write(tmp_path / "sst2/train.jsonl.gz", [{"sentence": f"{text} "} for text in texts])
+    split.write_split(tmp_path / "sst2", tmp_path / "out")
+    fit, held = (
+        {row["sentence"].strip() for row in read(tmp_path / f"out/{name}.jsonl.gz")}
+        for name in ("fit", "held")
+    )
+    assert held < set(SENTENCES) and 8 <= len(held) <= 24  # about a fifth of 80
+    inside = {text for text in texts if any(f" {text} " in f" {sentence} " for sentence in held)}
+    assert held < inside
+    assert fit == set(texts) - inside
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [("rte", "sentence1"), ("mnli", "premise"), ("squad", "title")]
+)
+def test_groups_are_not_divided(split: Any, tmp_path: Path, task: str, key: str) -> None:
+    rows = [{key: f"text {i // 3}", "hypothesis": "U.S.A. today.", "label": i} for i in range(300)]
+    write(tmp_path / task / "train.jsonl.gz", rows)
+    write(tmp_path / task / "validation_matched.jsonl.gz", [{**rows[0], "premise": "No. 1."}])
+    split.write_split(tmp_path / task, tmp_path / "out")
+    fit, held = (read(tmp_path / f"out/{name}.jsonl.gz") for name in ("fit", "held"))
+    assert sorted(row["label"] for row in fit + held) == list(range(300))
+    assert not {row[key] for row in fit} & {row[key] for row in held}
+    assert 30 <= len(held) <= 90
+    if task == "mnli":
+        (row,) = read(tmp_path / "out/validation.jsonl.gz")
+        assert row["premise"] == "No 1" and row["hypothesis"] == "USA today"
+        assert fit[0]["hypothesis"] == "U.S.A. today."  # training examples have none already
+    assert not (tmp_path / "out.part").exists()
