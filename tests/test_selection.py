@@ -322,6 +322,7 @@ def test_the_command_makes_a_directory_for_one_seed_too(
     (tmp_path / "r.toml").write_text(finetune_recipe(sparse, examples).to_toml())
     words = ["finetune", str(tmp_path / "r.toml"), "--output", str(tmp_path / "out"), "--seeds"]
     assert command([*words, "1"]) == 0
+    assert (tmp_path / "out/seed-42/done.json").exists()
     assert command([*words, "2", "--resume"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("seed-*")) == ["seed-42", "seed-43"]
 

@@ -31,7 +31,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def test_phrases_belong_to_the_longest_that_they_stand_in(split: Any) -> None:
-    phrases = {"a b c d", "b c", "c", "x c", "b d", "a b c d e f"}
+    phrases = {"a b c d", "b c", "c", "x c", "b d", "bb d b", "a b c d e f"}
     assert split.sentences_of(phrases) == {
         "a b c d e f": ["a b c d e f"],
         "a b c d": ["a b c d e f"],
@@ -39,6 +39,7 @@ def test_phrases_belong_to_the_longest_that_they_stand_in(split: Any) -> None:
         "c": ["a b c d e f", "x c"],
         "x c": ["x c"],
         "b d": ["b d"],
+        "bb d b": ["bb d b"],
     }
 
 
