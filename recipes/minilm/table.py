@@ -57,8 +57,11 @@ def write_table(output: Path) -> None:
     if rows:
         accuracy_picture(rows, results / "accuracy.png")
     cost_picture(output, results / "cost.png")
-    for picture in (output / "runs").glob("sparse-*/report/*.png"):
-        shutil.copyfile(picture, results / f"{picture.parent.parent.name}-{picture.name}")
+    for run in ("sparse-85", "sparse-90", "ablations/global"):
+        for name in ("loss.png", "sparsity.png"):
+            picture = output / "runs" / run / "report" / name
+            if picture.exists():
+                shutil.copyfile(picture, results / f"{Path(run).name}-{name}")
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
