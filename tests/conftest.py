@@ -1,5 +1,6 @@
 """Tiny corpora, models and recipes. Nothing here needs a network, a GPU or data from outside."""
 
+import gzip
 import json
 import os
 import signal
@@ -52,6 +53,13 @@ def sentences() -> Iterator[str]:
         subject, rest = divmod(j, len(VERBS) * len(OBJECTS))
         verb, thing = divmod(rest, len(OBJECTS))
         yield f"{SUBJECTS[subject]} {VERBS[verb]} {OBJECTS[thing]}."
+
+
+def write_records(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a compressed file of JSON Lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(file, "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def pretrain_values(data: Path, **sections: Any) -> dict[str, Any]:

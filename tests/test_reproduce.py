@@ -1,6 +1,5 @@
 """`launch/reproduce.sh`: the whole experiment on a tiny model, its recipes made short."""
 
-import gzip
 import importlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sentences
+from conftest import sentences, write_records
 
 from opfa import cli
 from opfa.inspection import inspect
@@ -40,12 +39,6 @@ SHORTER = {
 }
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(file, "wt") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 @pytest.fixture(scope="module")
 def output(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as launch/reproduce.sh makes it."""
@@ -56,10 +49,10 @@ def output(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(model, load_tokenizer(str(sparse)), directory / "model")
     texts = list(sentences())
     documents = [{"text": " ".join(texts[i : i + 14])} for i in range(0, 280, 14)]
-    write(directory / "data/pretrain/train-0.jsonl.gz", documents)
+    write_records(directory / "data/pretrain/train-0.jsonl.gz", documents)
     rows = [{"sentence": text, "label": int("cat" in text)} for text in texts]
-    write(directory / "data/sst2/train.jsonl.gz", rows[:80])
-    write(directory / "data/sst2/validation.jsonl.gz", rows[80:120])
+    write_records(directory / "data/sst2/train.jsonl.gz", rows[:80])
+    write_records(directory / "data/sst2/validation.jsonl.gz", rows[80:120])
     shutil.copytree(RECIPES, directory / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     for recipe in (directory / "recipes").glob("*.toml"):
         text = recipe.read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_records
 
 RECIPES = Path(__file__).parent.parent / "recipes/minilm"
 SENTENCES = [f"film {i} is {w} and not long" for i in range(40) for w in ("bad", "good")]
@@ -17,12 +18,6 @@ def split() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RECIPES))
         yield importlib.import_module("split")
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(file, "wt") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -45,7 +40,7 @@ def test_phrases_belong_to_the_longest_that_they_stand_in(split: Any) -> None:
 
 def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_path: Path) -> None:
     texts = [*SENTENCES, *(" ".join(text.split()[1:4]) for text in SENTENCES), "not long"]
-    write(tmp_path / "sst2/train.jsonl.gz", [{"sentence": f"{text} "} for text in texts])
+    write_records(tmp_path / "sst2/train.jsonl.gz", [{"sentence": f"{text} "} for text in texts])
     split.write_split(tmp_path / "sst2", tmp_path / "out")
     fit, held = (
         {row["sentence"].strip() for row in read(tmp_path / f"out/{name}.jsonl.gz")}
@@ -62,8 +57,10 @@ def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_
 )
 def test_groups_are_not_divided(split: Any, tmp_path: Path, task: str, key: str) -> None:
     rows = [{key: f"text {i // 3}", "hypothesis": "U.S.A. today.", "label": i} for i in range(300)]
-    write(tmp_path / task / "train.jsonl.gz", rows)
-    write(tmp_path / task / "validation_matched.jsonl.gz", [{**rows[0], "premise": "No. 1."}])
+    write_records(tmp_path / task / "train.jsonl.gz", rows)
+    write_records(
+        tmp_path / task / "validation_matched.jsonl.gz", [{**rows[0], "premise": "No. 1."}]
+    )
     split.write_split(tmp_path / task, tmp_path / "out")
     fit, held = (read(tmp_path / f"out/{name}.jsonl.gz") for name in ("fit", "held"))
     assert sorted(row["label"] for row in fit + held) == list(range(300))

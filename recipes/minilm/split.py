@@ -7,13 +7,13 @@ of its sentences. Which group is held out hangs on the hash of its text alone.
 
 import gzip
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from opfa.checkpoint import new_directory
 from opfa.records import read_records
 
 HELD_PERCENT = 20
@@ -27,15 +27,12 @@ def write_split(data: Path, output: Path) -> None:
     """
     records = [record for _, record in read_records(data / "train.jsonl.gz")]
     fit, held = phrases(records) if data.name == "sst2" else groups(records, GROUPED_BY[data.name])
-    aside = output.with_name(output.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if data.name == "mnli":
-        matched = [record for _, record in read_records(data / "validation_matched.jsonl.gz")]
-        _write(aside / "validation.jsonl.gz", map(_without_stops, matched))
-    _write(aside / "fit.jsonl.gz", fit)
-    _write(aside / "held.jsonl.gz", held)
-    aside.rename(output)
+    with new_directory(output) as aside:
+        if data.name == "mnli":
+            matched = [record for _, record in read_records(data / "validation_matched.jsonl.gz")]
+            _write(aside / "validation.jsonl.gz", map(_without_stops, matched))
+        _write(aside / "fit.jsonl.gz", fit)
+        _write(aside / "held.jsonl.gz", held)
 
 
 def groups(records: Sequence[Record], key: str) -> tuple[list[Record], list[Record]]:

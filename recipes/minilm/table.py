@@ -127,8 +127,8 @@ def rate_rows(output: Path) -> list[Row]:
             if path.exists():
                 found = json.loads(path.read_text())
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
-                rows.append({"task": task, "method": method, "scores": scores})
-                rows[-1]["chosen"] = found["learning_rate"]
+                chosen = found["learning_rate"]
+                rows.append({"task": task, "method": method, "chosen": chosen, "scores": scores})
     return rows
 
 
@@ -167,15 +167,17 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
         num_seeds = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds != 3 else ""
         place = row["method"], row["percent"], row["task"]
         cells[place] = figure(row["mean"], row["std"]) + recovery + num_seeds
-    head, majority = ["method", "sparsity"], ["most frequent class", ""]
-    errors = ["standard error", ""]
+    head = ["method", "sparsity"]
+    majority, errors = ["most frequent class", ""], ["standard error", ""]
     dense = {row["task"]: row["mean"] for row in rows if row["method"] == "dense"}
     for task, about in tasks.items():
         head.append(f"{task}, {TASKS[task]}, {about['examples']:,} examples")
-        is_share = about["majority"] is not None and task in dense
-        majority.append(figure(about["majority"], None) if is_share else "")
-        variance = dense[task] * (1 - dense[task]) / about["examples"] if is_share else 0.0
-        errors.append(figure(variance**0.5, None) if is_share else "")
+        share, mean = about["majority"], dense.get(task)
+        majority.append("" if share is None else figure(share, None))
+        has_error = mean is not None and share is not None  # of a mean of right and wrong
+        errors.append(
+            figure((mean * (1 - mean) / about["examples"]) ** 0.5, None) if has_error else ""
+        )
     lines = [majority, errors]
     for method, percent in METHODS:
         line = [cells.get((method, percent, task), "") for task in tasks]
