@@ -15,7 +15,9 @@ if [ -e ".venv/opfa-$wanted" ]; then exit 0; fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pin() { grep -i "^$1==" constraints.txt; }
-.venv/bin/pip install --quiet --disable-pip-version-check "$(pin pip)" "$(pin setuptools)" "$(pin wheel)"
+# seqeval is built from source without isolation, and asks setuptools-scm for its version.
+.venv/bin/pip install --quiet --disable-pip-version-check \
+  "$(pin pip)" "$(pin setuptools)" "$(pin setuptools-scm)" "$(pin vcs-versioning)" "$(pin wheel)"
 # By its exact version and first: a later range then accepts what is there instead of fetching an accelerator build.
 .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/pip install --quiet "$(pin torch)"
 # DeepSpeed comes as source; it needs no compiled op here, and sees the torch that is installed.
