@@ -23,6 +23,7 @@ from opfa.inspection import inspect
 from opfa.models import new_pretraining_model
 from opfa.order import Order
 from opfa.recipe import DataError, ModelError, RecipeError, RunError
+from opfa.run import Run
 from opfa.sparsity.masks import load, num_zeros
 from opfa.upstream import pretrain as module
 from opfa.upstream.batches import Prepared, masker, training_steps
@@ -333,6 +334,31 @@ def test_pictures_and_environment_are_written(student: Path) -> None:
     assert environment["world_size"] == 1
     assert len(environment["data"]["splits"]["train"]["sha256"]) == 64
     assert environment["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("precision", "changed", "is_warned"),
+    [
+        ("bf16", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ("bf16", {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        ("fp32", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+    ],
+)
+def test_a_processor_without_bf16_is_told_of(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    changed: dict[str, Any],
+    is_warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: changed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = pretrain_recipe(prepared, training={"precision": precision})
+    with Run(tmp_path / "run", recipe, steps=1) as run:
+        run.describe({})
+    assert ("this CPU multiplies fp32 faster" in caplog.text) == is_warned
 
 
 def test_a_sequence_longer_than_the_positions_is_refused(prepared: Path, tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ OPFA = [sys.executable, "-m", "opfa"]
 PERCENT = (90, 85)
 RATES = (5e-5, 1.5e-4, 4.5e-4)
 EDGES = (5e-6, 5e-3)  # no rate beyond them is tried
-SHORTER = {"mnli": ("training.epochs=1",), "squad": ("training.epochs=0.5",)}  # to choose rates
+SHORTER = {  # to choose rates
+    "sst2": ("training.epochs=0.25",),
+    "mnli": ("training.epochs=1",),
+    "squad": ("training.epochs=0.5",),
+}
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 3, "squad": 1}
 CONTROLLED = ("sst2", "mnli")
 VALIDATION = {"mnli": "validation_matched"}
