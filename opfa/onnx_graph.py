@@ -127,9 +127,12 @@ class _Rewriting:
         if node.op_type == "Gemm" and node.input[1] in self.layers:
             weight = node.input[1]
             node.input[1] = f"{weight}_values"
+            # Said here, since ONNX Runtime's session.x64quantprecision asks for it before a Gemm.
+            _, scale = int8_weight(self.layers[weight])
+            zero_point = self._add(f"{weight}_zero_point", np.zeros(scale.shape, np.int8))
             return [
                 *self._input(node, weight),
-                self._dequantize(weight, node.input[1], weight, axis=0),
+                self._dequantize(weight, node.input[1], weight, 0, zero_point),
                 node,
             ]
         return [node]
@@ -146,8 +149,10 @@ class _Rewriting:
             self.done.add(weight)
         return [node, self._dequantize(node.output[0], values, weight, axis)]
 
-    def _dequantize(self, integers: str, values: str, weight: str, axis: int) -> onnx.NodeProto:
-        inputs = [integers, f"{weight}_scale"]
+    def _dequantize(
+        self, integers: str, values: str, weight: str, axis: int, *zero_point: str
+    ) -> onnx.NodeProto:
+        inputs = [integers, f"{weight}_scale", *zero_point]
         return helper.make_node("DequantizeLinear", inputs, [values], name=values, axis=axis)
 
     def _input(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:

@@ -18,7 +18,6 @@ from onnx import numpy_helper
 from onnxruntime import (
     GraphOptimizationLevel,  # pyright: ignore[reportAttributeAccessIssue] - made at run time
     InferenceSession,
-    SessionOptions,  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from opfa.downstream.tasks import load_validation
 from opfa.inspection import inspect
 from opfa.models import HEADS, load_finetuned_model
 from opfa.onnx_graph import nonzeros
-from opfa.parity import OnnxModel
+from opfa.parity import OnnxModel, session_options
 from opfa.recipe import ModelError, RunError
 from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
@@ -86,7 +85,7 @@ def worst(model: nn.Module, path: Path, family: str, head: str, *, is_fused: boo
     """The largest difference of a logit over batches of many shapes."""
     exported, found = OnnxModel(path), []
     if not is_fused:  # node by node, as the standard says
-        options = SessionOptions()
+        options = session_options()
         options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
         exported.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
     for batch, tokens in ((1, 5), (7, 128), (7, 5), (1, 128), (2, 1)):
@@ -340,7 +339,7 @@ def test_a_tampered_model_is_not_exported(run: Path, tmp_path: Path) -> None:
 def test_onnx_runtime_computes_with_integers(
     exported: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    options = SessionOptions()
+    options = session_options()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3  # such a file is for this machine only: known
     InferenceSession(exported[0], options, providers=["CPUExecutionProvider"])
