@@ -35,7 +35,8 @@ SHORTER = {
     r"end = \d.*": "end = 3",
     r"hold_until = .*": "hold_until = 4",
     r"every = .*": "every = 1",
-    "batch = 32": "batch = 8",
+    "batch = (32|16)": "batch = 8",
+    r"epochs = 0\.5": "epochs = 1",
 }
 
 
@@ -139,6 +140,17 @@ def test_every_number_can_be_traced(table: dict[str, Any], output: Path) -> None
             assert recipe[:12] in line and model[:12] in line
     for run in ("teacher", "sparse-90", "ablations/global", "ablations/global-sst2"):
         assert f"| `runs/{run}` |" in text
+
+
+def test_what_finished_runs_say_of_themselves_is_kept(table: dict[str, Any], output: Path) -> None:
+    kept = json.loads((output / "results/runs.json").read_text())
+    assert all((output / path).read_text() == text for path, text in kept.items())
+    for row in table["rows"]:
+        for seed in row["seeds"]:
+            path = f"{row['run']}/seed-{seed}"
+            assert {f"{path}/recipe.toml", f"{path}/environment.json"} < set(kept)
+            assert f"{path}/results.json" in kept
+    assert "runs/sparse-90/done.json" in kept
 
 
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(

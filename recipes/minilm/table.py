@@ -1,4 +1,6 @@
-"""What `reproduce.py` found: results/ with tables and pictures, from the runs that are finished."""
+"""What `reproduce.py` found: results/ with tables, pictures, and what the finished runs say of
+themselves.
+"""
 
 import json
 import shutil
@@ -35,6 +37,7 @@ fifth of the steps, and so does *fp32*. What upstream training costs is not coun
 MNLI trains on a fortieth of its pairs, and its validation split is without full stops, as they are;
 SQuAD trains on 44 articles and is measured on 16.
 """
+RECORDS = ("finished", "recipe.toml", "environment.json", "results.json", "done.json")
 Row = dict[str, Any]
 
 
@@ -51,6 +54,7 @@ def write_table(output: Path) -> None:
     rates = rate_rows(output)
     found = {"tasks": tasks, "rows": rows, "ablations": ablations, "learning_rates": rates}
     write_json(results / "table.json", found)
+    write_json(results / "runs.json", records(output))
     parts = [methods_table(tasks, rows), NOTES.strip() if rows else ""]
     parts += [ablations_table(ablations), rates_table(rates), trace]
     write_text(results / "table.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -62,6 +66,13 @@ def write_table(output: Path) -> None:
             picture = output / "runs" / run / "report" / name
             if picture.exists():
                 shutil.copyfile(picture, results / f"{Path(run).name}-{name}")
+
+
+def records(output: Path) -> dict[str, str]:
+    """What each finished run says of itself: by path, the text of its small files."""
+    runs = [path.parent for path in (output / "runs").rglob("finished")]
+    files = {file for run in runs for name in RECORDS for file in run.rglob(name)}
+    return {str(file.relative_to(output)): file.read_text() for file in sorted(files)}
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
