@@ -79,11 +79,12 @@ def test_a_signal_in_the_pause_ends_it_and_leaves_no_sign_behind(
     text = f"mkdir -p {run}; touch {run}/recipe.toml; echo x >> {tmp_path}/calls; exit 9"
     command = script(tmp_path / "train", text)
     process = subprocess.Popen(
-        ["bash", "-euc", f'source {LAUNCH}/until_done.sh; until_done "$@"', "-", str(run), command],
+        # What nohup lets a shell ignore no trap of it gets.
+        ["env", "--default-signal", "bash", "-euc"]
+        + [f'source {LAUNCH}/until_done.sh; until_done "$@"', "-", str(run), command],
         env=outside(RESTART_SECONDS="60"),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup's, which no trap changes
     )
     assert process.stderr is not None
     assert "restart 1 of 3 in 60 s" in process.stderr.readline()
