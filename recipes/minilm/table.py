@@ -34,8 +34,8 @@ in which examples are measured (the standard error below is that of one dense mo
 which read more text but lost the pooler; *dense-teacher* and *gradual-teacher* from that teacher.
 The original was trained on NLI and SQuAD pairs before. *8bit* trains each seed's model on for a
 fifth of the steps, and so does *fp32*. What upstream training costs is not counted: see cost.png.
-MNLI trains on a fortieth of its pairs, and its validation split is without full stops, as they are;
-SQuAD trains on 44 articles and is measured on 16.
+SST-2 trains for half an epoch; MNLI on a fortieth of its pairs, and its validation split is without
+full stops, as they are; SQuAD on 44 articles, and it is measured on 16.
 """
 RECORDS = ("finished", "recipe.toml", "environment.json", "results.json", "done.json")
 Row = dict[str, Any]
