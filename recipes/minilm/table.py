@@ -37,7 +37,8 @@ fifth of the steps, and so does *fp32*. What upstream training costs is not coun
 SST-2 trains for half an epoch; MNLI on a fortieth of its pairs, and its validation split is without
 full stops, as they are; SQuAD on 44 articles, and it is measured on 16.
 """
-RECORDS = ("finished", "recipe.toml", "environment.json", "results.json", "done.json")
+MARKS = ("finished", "done.json")  # of a command, and of each run
+RECORDS = (*MARKS, "recipe.toml", "environment.json", "results.json")
 Row = dict[str, Any]
 
 
@@ -70,9 +71,9 @@ def write_table(output: Path) -> None:
 
 def records(output: Path) -> dict[str, str]:
     """What each finished run says of itself: by path, the text of its small files."""
-    runs = [path.parent for path in (output / "runs").rglob("finished")]
-    files = {file for run in runs for name in RECORDS for file in run.rglob(name)}
-    return {str(file.relative_to(output)): file.read_text() for file in sorted(files)}
+    runs = {path.parent for mark in MARKS for path in (output / "runs").rglob(mark)}
+    files = [run / name for run in sorted(runs) for name in RECORDS if (run / name).exists()]
+    return {str(file.relative_to(output)): file.read_text() for file in files}
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
