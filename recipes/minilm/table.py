@@ -28,7 +28,7 @@ METHODS = [
 NOTES = """\
 Mean and sample deviation over fine-tuning seeds, in brackets the share of the dense model's mean
 (which says little near chance: see the most frequent class). The deviation has neither the chance
-in which examples are measured (the standard error below is that of one dense model) nor, for
+in which examples are measured (the standard error above is that of one dense model) nor, for
 *prune-once*, that of its one student. Sparsity is that of the encoder's linear weights. *dense*,
 *one-shot* and *gradual* start from the original model; *prune-once* from a student of the teacher,
 which read more text but lost the pooler; *dense-teacher* and *gradual-teacher* from that teacher.
