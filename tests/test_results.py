@@ -1,0 +1,84 @@
+"""The published results of `launch/reproduce.sh`: README's table is theirs, and each number of it
+is that of a run whose files say so.
+"""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from opfa.downstream.recipe import FinetuneRecipe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "recipes/minilm/results"
+FOUND = json.loads((RESULTS / "table.json").read_text())
+RUNS = json.loads((RESULTS / "runs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def table() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes/minilm"))
+        yield importlib.import_module("table")
+
+
+def test_the_table_of_the_readme_is_that_of_the_results(table: Any) -> None:
+    lines = table.methods_table(FOUND["tasks"], FOUND["rows"])
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- minilm -->\n\n{lines}\n\n<!-- /minilm -->" in readme
+    assert (RESULTS / "table.md").read_text().startswith(lines)
+
+
+@pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
+def test_a_row_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path) -> None:
+    metric = {"squad": "squad_f1"}.get(row["task"], "accuracy")
+    values = []
+    for seed, recipe_sha256, model_sha256 in zip(
+        row["seeds"], row["recipes_sha256"], row["models_sha256"], strict=True
+    ):
+        run = f"{row['run']}/seed-{seed}"
+        results = json.loads(RUNS[f"{run}/results.json"])
+        (tmp_path / "recipe.toml").write_text(RUNS[f"{run}/recipe.toml"])
+        recipe = FinetuneRecipe.read(tmp_path / "recipe.toml")
+        assert recipe.seed == results["seed"] == seed
+        assert recipe.sha256() == results["recipe_sha256"] == recipe_sha256
+        assert results["model_sha256"] == model_sha256
+        assert results["sparsity"] == pytest.approx(row["percent"] / 100, abs=2e-3)
+        assert "split/" not in recipe.task.train  # all training examples, and the validation split
+        values.append(results["metrics"][metric])
+    assert row["values"] == values
+    assert row["mean"] == fmean(values)
+    assert row["std"] == (stdev(values) if len(values) > 1 else None)
+
+
+def test_recoveries_are_shares_of_the_dense_mean() -> None:
+    dense = {row["task"]: row["mean"] for row in FOUND["rows"] if row["method"] == "dense"}
+    assert dense
+    for row in FOUND["rows"]:
+        assert row["recovery"] == row["mean"] / dense[row["task"]]
+
+
+def test_every_method_of_a_task_took_as_many_steps() -> None:
+    for task in FOUND["tasks"]:
+        steps: dict[bool, set[int]] = {True: set(), False: set()}
+        for row in FOUND["rows"]:
+            if row["task"] == task:
+                is_longer = row["method"].endswith(("-8bit", "-fp32"))
+                runs = [f"{row['run']}/seed-{seed}/done.json" for seed in row["seeds"]]
+                steps[is_longer] |= {json.loads(RUNS[run])["step"] for run in runs}
+        assert all(len(found) <= 1 for found in steps.values())
+
+
+def test_rates_were_chosen_by_examples_held_out() -> None:
+    chosen = {(row["task"], row["method"]): row["chosen"] for row in FOUND["learning_rates"]}
+    for row in FOUND["rows"]:
+        for seed in row["seeds"]:
+            text = RUNS[f"{row['run']}/seed-{seed}/recipe.toml"]
+            (rate,) = re.findall(r"^learning_rate = (.*)$", text, flags=re.MULTILINE)
+            method = row["method"].removesuffix("-8bit").removesuffix("-fp32")
+            shrunk = 5 if method != row["method"] else 1
+            assert float(rate) == pytest.approx(chosen[row["task"], method] / shrunk)
