@@ -2,6 +2,10 @@
 answers and the change.
 """
 
+ORIGINAL = (
+    *("model.init=model", "distillation.teacher=model"),
+    *("distillation.hard_weight=0", "distillation.soft_weight=0"),
+)
 ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "baseline": ("the students' recipe, a quarter of their steps", ()),
     "another-seed": ("how much is luck?", ("seed=43",)),
@@ -24,9 +28,15 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "original-hidden-states": (
         "and those of the original model, which knows no masked tokens?",
+        ORIGINAL,
+    ),
+    "original-small-batches": (
+        "and in steps of a quarter of the tokens, at half the learning rate?",
         (
-            *("model.init=model", "distillation.teacher=model"),
-            *("distillation.hard_weight=0", "distillation.soft_weight=0"),
+            *ORIGINAL,
+            *("training.batch=4", "training.steps=600", "training.warmup_steps=40"),
+            *("training.learning_rate=7.5e-4", "pruning.schedule.end=300"),
+            *("pruning.schedule.hold_until=480", "pruning.schedule.every=20"),
         ),
     ),
     "all-tokens": ("are soft targets of all tokens better?", ("distillation.tokens=all",)),
