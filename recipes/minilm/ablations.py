@@ -6,6 +6,11 @@ ORIGINAL = (
     *("model.init=model", "distillation.teacher=model"),
     *("distillation.hard_weight=0", "distillation.soft_weight=0"),
 )
+SMALL_BATCHES = (
+    *("training.batch=4", "training.steps=600", "training.warmup_steps=40"),
+    *("training.learning_rate=7.5e-4", "pruning.schedule.end=300"),
+    *("pruning.schedule.hold_until=480", "pruning.schedule.every=20"),
+)
 ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "baseline": ("the students' recipe, a quarter of their steps", ()),
     "another-seed": ("how much is luck?", ("seed=43",)),
@@ -32,13 +37,9 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "original-small-batches": (
         "and in steps of a quarter of the tokens, at half the learning rate?",
-        (
-            *ORIGINAL,
-            *("training.batch=4", "training.steps=600", "training.warmup_steps=40"),
-            *("training.learning_rate=7.5e-4", "pruning.schedule.end=300"),
-            *("pruning.schedule.hold_until=480", "pruning.schedule.every=20"),
-        ),
+        (*ORIGINAL, *SMALL_BATCHES),
     ),
+    "small-batches": ("or such steps alone?", SMALL_BATCHES),
     "all-tokens": ("are soft targets of all tokens better?", ("distillation.tokens=all",)),
     "paper-distillation": (
         "as in the paper: soft targets of all tokens, no hidden states",
