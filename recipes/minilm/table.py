@@ -204,9 +204,9 @@ def ablations_table(rows: Sequence[Row]) -> str:
     for row in rows:
         changes = " ".join(f"`{change}`" for change in row["changes"])
         loss, accuracy = f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"
-        cost = f"{row['operations'] / 1e15:.2f}"
+        cost = f"{row['operations'] / 1e12:.1f}"
         lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
-    head = ["short pruning to 90 %", "question", "changes", "operations, 10¹⁵"]
+    head = ["short pruning to 90 %", "question", "changes", "operations, 10¹²"]
     head += ["MLM loss", "sst2: accuracy on sentences held out"]
     return markdown_table(head, lines) if rows else ""
 
