@@ -39,7 +39,11 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "and in steps of a quarter of the tokens, at half the learning rate?",
         (*ORIGINAL, *SMALL_BATCHES),
     ),
-    "small-batches": ("or such steps alone?", SMALL_BATCHES),
+    "original-small-batches-mlm": (
+        "and learning masked tokens too, with the teacher's head?",
+        ("distillation.teacher=model", "distillation.soft_weight=0", *SMALL_BATCHES),
+    ),
+    "small-batches": ("or such steps alone, under the teacher?", SMALL_BATCHES),
     "all-tokens": ("are soft targets of all tokens better?", ("distillation.tokens=all",)),
     "paper-distillation": (
         "as in the paper: soft targets of all tokens, no hidden states",
