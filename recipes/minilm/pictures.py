@@ -46,7 +46,8 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("Sparsity, %")
         axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    columns[0][0].legend(frameon=False, fontsize=8)
+    lines, labels = columns[0][0].get_legend_handles_labels()
+    picture.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     picture.savefig(path, dpi=120)
     plt.close(picture)
 
