@@ -34,9 +34,9 @@ def test_the_table_of_the_readme_is_that_of_the_results(table: Any) -> None:
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
-def test_a_row_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path) -> None:
-    metric = {"squad": "squad_f1"}.get(row["task"], "accuracy")
-    values = []
+def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path: Path) -> None:
+    percent, values = row["percent"], []
+    student = json.loads(RUNS[f"runs/sparse-{percent}/done.json"]) if percent else {"sparsity": 0}
     for seed, recipe_sha256, model_sha256 in zip(
         row["seeds"], row["recipes_sha256"], row["models_sha256"], strict=True
     ):
@@ -47,9 +47,10 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path) -> No
         assert recipe.seed == results["seed"] == seed
         assert recipe.sha256() == results["recipe_sha256"] == recipe_sha256
         assert results["model_sha256"] == model_sha256
-        assert results["sparsity"] == pytest.approx(row["percent"] / 100, abs=2e-3)
+        assert results["sparsity"] == student["sparsity"]  # not one zero more or less
+        assert results["sparsity"] == pytest.approx(percent / 100, abs=1e-6)
         assert "split/" not in recipe.task.train  # all training examples, and the validation split
-        values.append(results["metrics"][metric])
+        values.append(results["metrics"][table.TASKS[row["task"]]])
     assert row["values"] == values
     assert row["mean"] == fmean(values)
     assert row["std"] == (stdev(values) if len(values) > 1 else None)
