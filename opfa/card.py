@@ -125,7 +125,7 @@ def _metadata(release: Release) -> ModelCardData:
 
 def _data_name(task: Facts) -> str:
     if not task.get("hub"):
-        return Path(task["validation"]).name
+        return task["validation"]
     return " ".join(filter(None, (task["hub"], task.get("hub_config"))))
 
 
@@ -168,7 +168,9 @@ def _results(release: Release) -> str:
         )
     table = markdown_table(("model", "sparsity", "seeds", *names), lines)
     if release.kind:
-        note = f"On the validation split of {_data_name(release.steps[0].recipe['task'])}."
+        task = release.steps[0].recipe["task"]
+        split = f"split `{task['validation']}` of " if task.get("hub") else ""
+        note = f"On {split}`{_data_name(task)}`."
     else:
         note = "Loss of a masked token on held-out documents of its own training data."
     what = "these very files" if release.is_measured else "the weights before they were rounded"
@@ -200,7 +202,8 @@ def _made(step: Step) -> str:
     lines = [f"recipe `{recipe['name']}`, SHA-256 `{step.sha256}`, seed {recipe['seed']}"]
     if start := recipe["model"].get("init"):
         lines.append(f"from `{start}`")
-    lines.append(f"{step.steps:,} steps: {_flat(training)}")
+    rest = {key: value for key, value in training.items() if key != "steps"}
+    lines.append(f"{step.steps:,} steps: {_flat(rest)}")
     if "corpus" in recipe:
         tokens = step.steps * training["batch"] * recipe["corpus"]["sequence_tokens"]
         lines.append(f"{tokens:,} tokens at most, of `{recipe['data']}`")

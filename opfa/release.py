@@ -123,7 +123,7 @@ def release(
         facts = _facts(found)
         if stated["tensors"]:
             report.inspection_picture(name, inspect(aside), aside / PICTURE)
-        model_card(found).save(aside / "README.md")
+        write_text(aside / "README.md", f"{model_card(found)}\n")
         for path in aside.iterdir():
             path.chmod(READABLE)  # safetensors makes files for their owner alone
         manifest.write(aside, name, facts)

@@ -429,6 +429,8 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert f"| `model.safetensors` (SHA-256) | `{sha256(weights).hexdigest()}` |" in card.text
     assert card.text.count("It started from a model that was made so:") == 1  # two runs
+    assert re.search(r"\nOn `\S+/validation.jsonl`\. The first line is", card.text)
+    assert card.content.endswith("\n\napache-2.0\n")
 
 
 def test_nobodys_directories_are_published(run: Path, sparse: Path, tmp_path: Path) -> None:
