@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "recipes/minilm/results"
+RECIPES = ROOT / "recipes/minilm"
+RESULTS = RECIPES / "results"
 FOUND = json.loads((RESULTS / "table.json").read_text())
 RUNS = json.loads((RESULTS / "runs.json").read_text())
 
@@ -22,7 +24,7 @@ RUNS = json.loads((RESULTS / "runs.json").read_text())
 @pytest.fixture(scope="module")
 def table() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes/minilm"))
+        patch.syspath_prepend(str(RECIPES))
         yield importlib.import_module("table")
 
 
@@ -83,3 +85,27 @@ def test_rates_were_chosen_by_examples_held_out() -> None:
             method = row["method"].removesuffix("-8bit").removesuffix("-fp32")
             shrunk = 5 if method != row["method"] else 1
             assert float(rate) == pytest.approx(chosen[row["task"], method] / shrunk)
+
+
+@pytest.mark.parametrize("row", FOUND["ablations"], ids=lambda row: row["name"])
+def test_an_ablation_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path) -> None:
+    recipe = PretrainRecipe.read(RECIPES / "minilm-ablation.toml", row["changes"])
+    assert recipe.sha256() == recipe_of(row["run"], tmp_path).sha256()
+    last = json.loads(RUNS[f"{row['run']}/metrics.jsonl"].splitlines()[-1])
+    assert (last["step"], last["mlm_loss"]) == (recipe.training.steps, row["mlm_loss"])
+    results = json.loads(RUNS[f"{row['run']}-sst2/results.json"])
+    assert row["held_out_accuracy"] == results["metrics"]["accuracy"]
+    start = json.loads(RUNS[f"{row['run']}-sst2/environment.json"])["start_sha256"]
+    assert start == json.loads(RUNS[f"{row['run']}/done.json"])["model_sha256"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "sparse-85", "sparse-90"])
+def test_the_recipes_here_are_those_that_ran(name: str, tmp_path: Path) -> None:
+    recipe = PretrainRecipe.read(RECIPES / f"minilm-{name}.toml")
+    assert recipe.sha256() == recipe_of(f"runs/{name}", tmp_path).sha256()
+
+
+def recipe_of(run: str, directory: Path) -> PretrainRecipe:
+    """The recipe that the run says it was of."""
+    (directory / "recipe.toml").write_text(RUNS[f"{run}/recipe.toml"])
+    return PretrainRecipe.read(directory / "recipe.toml")

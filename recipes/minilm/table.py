@@ -38,7 +38,8 @@ SST-2 trains for half an epoch; MNLI on a fortieth of its pairs, and its validat
 full stops, as they are; SQuAD on 44 articles, and it is measured on 16.
 """
 MARKS = ("finished", "done.json")  # of a command, and of each run
-RECORDS = (*MARKS, "recipe.toml", "environment.json", "results.json")
+METRICS = "metrics.jsonl"
+RECORDS = (*MARKS, "recipe.toml", "environment.json", "results.json", METRICS)
 Row = dict[str, Any]
 
 
@@ -70,10 +71,17 @@ def write_table(output: Path) -> None:
 
 
 def records(output: Path) -> dict[str, str]:
-    """What each finished run says of itself: by path, the text of its small files."""
+    """What each finished run says of itself: by path, the text of its small files, and the
+    evaluations among its metrics.
+    """
     runs = {path.parent for mark in MARKS for path in (output / "runs").rglob(mark)}
     files = [run / name for run in sorted(runs) for name in RECORDS if (run / name).exists()]
-    return {str(file.relative_to(output)): file.read_text() for file in files}
+    texts = {str(file.relative_to(output)): file.read_text() for file in files}
+    for place, text in texts.items():
+        if Path(place).name == METRICS:
+            lines = text.splitlines(keepends=True)
+            texts[place] = "".join(line for line in lines if json.loads(line).get("eval"))
+    return texts
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
