@@ -194,10 +194,10 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
         head.append(f"{task}, {TASKS[task]}, {about['examples']:,} examples")
         share, mean = about["majority"], dense.get(task)
         majority.append("" if share is None else figure(share, None))
-        has_error = mean is not None and share is not None  # of a mean of right and wrong
-        errors.append(
-            figure((mean * (1 - mean) / about["examples"]) ** 0.5, None) if has_error else ""
-        )
+        if mean is None or share is None:  # not a mean of right and wrong
+            errors.append("")
+        else:
+            errors.append(figure((mean * (1 - mean) / about["examples"]) ** 0.5, None))
     lines = [majority, errors]
     for method, percent in METHODS:
         line = [cells.get((method, percent, task), "") for task in tasks]
