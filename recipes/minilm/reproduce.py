@@ -100,12 +100,15 @@ def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]
     yield "dense", 0, DENSE
     steps = _steps(Path(dense))
     for percent in PERCENT:
-        schedule = f"start={steps // 10}, end={steps * 6 // 10}, every=10, target=0.{percent}"
-        gradual = f"pruning.schedule={{{schedule}}}"
+        gradual, early = (
+            f"pruning.schedule={{start={steps // 10}, end={end}, every=10, target=0.{percent}}}"
+            for end in (steps * 6 // 10, steps * 3 // 10)
+        )
         yield "one-shot", percent, (*DENSE, f"pruning.schedule={{end=0, target=0.{percent}}}")
         yield "gradual", percent, (*DENSE, gradual)
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model",)
         if task == CONTROLLED and percent == PERCENT[0]:
+            yield "gradual-early", percent, (*DENSE, early)
             yield "gradual-teacher", percent, (*TAUGHT, gradual)
     if task == CONTROLLED:
         yield "dense-teacher", 0, TAUGHT

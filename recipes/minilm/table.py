@@ -22,7 +22,7 @@ from opfa.tables import figure, markdown_table
 METHODS = [
     *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0), ("dense-teacher", 0)),
     *((method, percent) for method in ("one-shot", "gradual") for percent in (85, 90)),
-    ("gradual-teacher", 90),
+    *(("gradual-early", 90), ("gradual-teacher", 90)),
     *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
 NOTES = """\
@@ -30,8 +30,9 @@ Mean and sample deviation over fine-tuning seeds, in brackets the share of the d
 (which says little near chance: see the most frequent class). The deviation has neither the chance
 in which examples are measured (the standard error above is that of one dense model) nor, for
 *prune-once*, that of its one student. Sparsity is that of the encoder's linear weights. *dense*,
-*one-shot* and *gradual* start from the original model; *prune-once* from a student of the teacher,
-which read more text but lost the pooler; *dense-teacher* and *gradual-teacher* from that teacher.
+*one-shot* and *gradual* start from the original model; *gradual* prunes from 10 to 60 % of the
+steps, *gradual-early* to 30 %. *prune-once* starts from a student of the teacher, which read more
+text but lost the pooler; *dense-teacher* and *gradual-teacher* start from that teacher.
 The original was trained on NLI and SQuAD pairs before. *8bit* trains each seed's model on for a
 fifth of the steps, and so does *fp32*. What upstream training costs is not counted: see cost.png.
 SST-2 trains for half an epoch; MNLI on a fortieth of its pairs, and its validation split is without
