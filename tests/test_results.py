@@ -5,6 +5,7 @@ is that of a run whose files say so.
 import importlib
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.tables import figure
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,7 @@ RECIPES = ROOT / "recipes/minilm"
 RESULTS = RECIPES / "results"
 FOUND = json.loads((RESULTS / "table.json").read_text())
 RUNS = json.loads((RESULTS / "runs.json").read_text())
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/release.json"))
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,39 @@ def recipe_of(run: str, directory: Path) -> PretrainRecipe:
     """The recipe that the run says it was of."""
     (directory / "recipe.toml").write_text(RUNS[f"{run}/recipe.toml"])
     return PretrainRecipe.read(directory / "recipe.toml")
+
+
+@pytest.mark.parametrize("directory", CARDS, ids=lambda directory: directory.name)
+def test_a_card_has_the_numbers_of_its_runs(directory: Path, table: Any) -> None:
+    said = json.loads((directory / "release.json").read_text())
+    for path in directory.iterdir():
+        if path.name != "release.json":  # as it was released, not a byte edited
+            expected = said["files"][path.name]["sha256"]
+            assert sha256(path.read_bytes()).hexdigest() == expected
+    percent, _, task = directory.name.removeprefix("minilm-sparse-").partition("-")
+    student = json.loads(RUNS[f"runs/sparse-{percent}/done.json"])
+    assert said["facts"]["sparsity"] == student["sparsity"]
+    card = (directory / "README.md").read_text()
+    found = table_of(card.partition("## Results\n\n")[2])
+    metric = table.TASKS[task] if task else "mlm_loss"
+    assert found.pop("this model")[metric] == figure(said["facts"]["metrics"][metric], None)
+    assert len(found) == (6 if task else 1)
+    for label, cells in found.items():
+        assert cells[metric] == published(label, metric), label
+
+
+def table_of(text: str) -> dict[str, dict[str, str]]:
+    """The Markdown table that a text begins with, by the first cell of each line."""
+    lines = text.partition("\n\n")[0].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {first: dict(zip(head[1:], cells, strict=True)) for first, *cells in rows}
+
+
+def published(run: str, metric: str) -> str:
+    """A run's result as a card shows it, from what the run says of itself."""
+    if metric == "mlm_loss":
+        return figure(json.loads(RUNS[f"runs/{run}/metrics.jsonl"].splitlines()[-1])[metric], None)
+    (row,) = [row for row in FOUND["rows"] if f"runs/{run}/".startswith(f"{row['run']}/")]
+    if not run.rpartition("/")[2].startswith("seed-"):
+        return figure(row["mean"], row["std"])
+    return figure(row["values"][row["seeds"].index(int(run.rpartition("-")[2]))], None)
