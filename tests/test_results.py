@@ -4,7 +4,6 @@ is that of a run whose files say so.
 
 import importlib
 import json
-import re
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,11 +30,13 @@ def table() -> Any:
         yield importlib.import_module("table")
 
 
-def test_the_table_of_the_readme_is_that_of_the_results(table: Any) -> None:
-    lines = table.methods_table(FOUND["tasks"], FOUND["rows"])
+def test_tables_are_those_of_the_results(table: Any) -> None:
+    lines, *more = table.tables(FOUND)
     readme = (ROOT / "README.md").read_text()
     assert f"<!-- minilm -->\n\n{lines}\n\n<!-- /minilm -->" in readme
-    assert (RESULTS / "table.md").read_text().startswith(lines)
+    whole, _, trace = (RESULTS / "table.md").read_text().rpartition("\n\n")
+    assert whole == "\n\n".join([lines, *more])
+    assert trace.count("\n") == 2 + sum(path.endswith("/done.json") for path in RUNS)
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
@@ -47,8 +48,7 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path:
     ):
         run = f"{row['run']}/seed-{seed}"
         results = json.loads(RUNS[f"{run}/results.json"])
-        (tmp_path / "recipe.toml").write_text(RUNS[f"{run}/recipe.toml"])
-        recipe = FinetuneRecipe.read(tmp_path / "recipe.toml")
+        recipe = finetune_recipe_of(run, tmp_path)
         assert recipe.seed == results["seed"] == seed
         assert recipe.sha256() == results["recipe_sha256"] == recipe_sha256
         assert results["model_sha256"] == model_sha256
@@ -79,15 +79,51 @@ def test_every_method_of_a_task_took_as_many_steps() -> None:
         assert all(len(found) <= 1 for found in steps.values())
 
 
-def test_rates_were_chosen_by_examples_held_out() -> None:
-    chosen = {(row["task"], row["method"]): row["chosen"] for row in FOUND["learning_rates"]}
-    for row in FOUND["rows"]:
-        for seed in row["seeds"]:
-            text = RUNS[f"{row['run']}/seed-{seed}/recipe.toml"]
-            (rate,) = re.findall(r"^learning_rate = (.*)$", text, flags=re.MULTILINE)
-            method = row["method"].removesuffix("-8bit").removesuffix("-fp32")
-            shrunk = 5 if method != row["method"] else 1
-            assert float(rate) == pytest.approx(chosen[row["task"], method] / shrunk)
+@pytest.mark.parametrize(
+    "row", FOUND["learning_rates"], ids=lambda row: f"{row['task']}-{row['method']}"
+)
+def test_a_rate_is_the_best_by_examples_held_out(row: dict[str, Any], tmp_path: Path) -> None:
+    sweep = f"runs/{row['task']}/{row['method']}-rates"
+    found = json.loads(RUNS[f"{sweep}/results.json"])
+    assert {str(one["learning_rate"]): one["score"] for one in found["rows"]} == row["scores"]
+    best = max(row["scores"], key=lambda rate: row["scores"][rate] or 0.0)
+    assert row["chosen"] == float(best)
+    assert min(map(float, row["scores"])) < row["chosen"] < max(map(float, row["scores"]))
+    for rate in row["scores"]:
+        recipe = finetune_recipe_of(f"{sweep}/learning_rate-{rate}/seed-42", tmp_path)
+        assert recipe.task.train == f"split/{row['task']}/fit.jsonl.gz"
+        assert recipe.task.validation == f"split/{row['task']}/held.jsonl.gz"
+        assert recipe.training.learning_rate == float(rate)
+
+
+@pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
+def test_a_row_is_of_the_method_that_it_names(row: dict[str, Any], tmp_path: Path) -> None:
+    method, percent = row["method"], row["percent"]
+    chosen = {(one["task"], one["method"]): one["chosen"] for one in FOUND["learning_rates"]}
+    for seed in row["seeds"]:
+        run = f"{row['run']}/seed-{seed}"
+        recipe = finetune_recipe_of(run, tmp_path)
+        start = recipe.model.init
+        schedule = recipe.pruning.schedule if recipe.pruning else None
+        rate = recipe.training.learning_rate
+        if method.endswith(("-8bit", "-fp32")):
+            method_before = method.rpartition("-")[0]
+            assert start == f"runs/{row['task']}/{method_before}-{percent}/seed-{seed}/model"
+            assert rate == pytest.approx(chosen[row["task"], method_before] / 5)
+        else:
+            assert rate == chosen[row["task"], method]
+            expected = f"runs/sparse-{percent}/model" if method == "prune-once" else "model"
+            assert start == ("runs/teacher/model" if method.endswith("-teacher") else expected)
+        assert (recipe.quantization is not None) == method.endswith("-8bit")
+        assert (recipe.model.zeros == "held") == method.startswith("prune-once")
+        assert (schedule is not None) == method.startswith(("one-shot", "gradual"))
+        if schedule is not None:
+            assert schedule.target == percent / 100
+            assert (schedule.end == 0) == (method == "one-shot")
+        if f"{Path(start).parent}/done.json" in RUNS:
+            began = json.loads(RUNS[f"{run}/environment.json"])["start_sha256"]
+            done = json.loads(RUNS[f"{Path(start).parent}/done.json"])
+            assert began == done["model_sha256"]
 
 
 @pytest.mark.parametrize("row", FOUND["ablations"], ids=lambda row: row["name"])
@@ -106,6 +142,23 @@ def test_an_ablation_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path)
 def test_the_recipes_here_are_those_that_ran(name: str, tmp_path: Path) -> None:
     recipe = PretrainRecipe.read(RECIPES / f"minilm-{name}.toml")
     assert recipe.sha256() == recipe_of(f"runs/{name}", tmp_path).sha256()
+
+
+@pytest.mark.parametrize("task", FOUND["tasks"])
+def test_the_tasks_recipe_here_is_the_one_that_ran(task: str, tmp_path: Path) -> None:
+    (row,) = [row for row in FOUND["rows"] if (row["task"], row["method"]) == (task, "dense")]
+    rates = {(one["task"], one["method"]): one["chosen"] for one in FOUND["learning_rates"]}
+    rate = f"training.learning_rate={rates[task, 'dense']}"
+    changes = ("model.init=model", "model.zeros=free", rate)
+    recipe = FinetuneRecipe.read(RECIPES / f"minilm-{task}.toml", changes)
+    ran = finetune_recipe_of(f"{row['run']}/seed-{row['seeds'][0]}", tmp_path)
+    assert recipe.sha256() == ran.sha256()
+
+
+def finetune_recipe_of(run: str, directory: Path) -> FinetuneRecipe:
+    """The recipe that the run says it was of."""
+    (directory / "recipe.toml").write_text(RUNS[f"{run}/recipe.toml"])
+    return FinetuneRecipe.read(directory / "recipe.toml")
 
 
 def recipe_of(run: str, directory: Path) -> PretrainRecipe:

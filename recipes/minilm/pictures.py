@@ -38,7 +38,9 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for method, colour in COLOURS.items():
             points = [row for row in found if row["method"] == method]
             x, means = [row["percent"] for row in points], [row["mean"] for row in points]
-            deviations = [row["std"] for row in points] if all(r["std"] for r in points) else None
+            deviations = [row["std"] for row in points]
+            if None in deviations:
+                deviations = None
             if points:
                 axes.errorbar(x, means, deviations, fmt="o-", color=colour, capsize=3, label=method)
         axes.set_xticks([85, 90])

@@ -16,7 +16,8 @@ from typing import Any
 from opfa.checkpoint import new_directory
 from opfa.records import read_records
 
-HELD_PERCENT = 20
+HELD_PERCENT = 20  # of the groups
+VALIDATION = {"mnli": "validation_matched"}  # the split's name, where it is another
 GROUPED_BY = {"rte": "sentence1", "mnli": "premise", "squad": "title"}
 Record = dict[str, Any]
 
@@ -29,7 +30,8 @@ def write_split(data: Path, output: Path) -> None:
     fit, held = phrases(records) if data.name == "sst2" else groups(records, GROUPED_BY[data.name])
     with new_directory(output) as aside:
         if data.name == "mnli":
-            matched = [record for _, record in read_records(data / "validation_matched.jsonl.gz")]
+            file = data / f"{VALIDATION['mnli']}.jsonl.gz"
+            matched = [record for _, record in read_records(file)]
             _write(aside / "validation.jsonl.gz", map(_without_stops, matched))
         _write(aside / "fit.jsonl.gz", fit)
         _write(aside / "held.jsonl.gz", held)

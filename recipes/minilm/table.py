@@ -4,6 +4,7 @@ themselves.
 
 import json
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from ablations import ABLATIONS
 from pictures import TASKS, accuracy_picture, cost_of, cost_picture
-from split import HELD_PERCENT
+from split import VALIDATION
 
 from opfa import provenance
 from opfa.records import read_records
@@ -25,19 +26,35 @@ METHODS = [
     *(("gradual-early", 90), ("gradual-teacher", 90)),
     *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
-NOTES = """\
-Mean and sample deviation over fine-tuning seeds, in brackets the share of the dense model's mean
-(which says little near chance: see the most frequent class). The deviation has neither the chance
-in which examples are measured (the standard error above is that of one dense model) nor, for
-*prune-once*, that of its one student. Sparsity is that of the encoder's linear weights. *dense*,
-*one-shot* and *gradual* start from the original model; *gradual* prunes from 10 to 60 % of the
-steps, *gradual-early* to 30 %. *prune-once* starts from a student of the teacher, which read more
-text but lost the pooler; *dense-teacher* and *gradual-teacher* start from that teacher.
-The original was trained on NLI and SQuAD pairs before. *8bit* trains each seed's model on for a
-fifth of the steps, and so does *fp32*. What upstream training costs is not counted: see cost.png.
-SST-2 trains for half an epoch; MNLI on a fortieth of its pairs, and its validation split is without
-full stops, as they are; SQuAD on 44 articles, and it is measured on 16.
-"""
+NOTES = {  # below the table, each where a row's method or task is its key
+    "dense": """\
+± is the sample deviation over fine-tuning seeds; it has neither the sampling error of the examples
+measured (*standard error*: of the dense model) nor, for *prune-once*, that of its students, one at
+each sparsity. In brackets: the share of the dense mean, which says little near the most frequent
+class. Sparsity is that of the encoder's linear weights. All methods take as many steps, with a
+learning rate chosen at 90 % with one seed, in shorter runs, by examples held out. What upstream
+training cost is not counted: see cost.png. *dense*, *one-shot* and *gradual* start from the
+original model, which had been trained on NLI and SQuAD pairs.""",
+    "gradual": "*gradual* prunes from 10 to 60 % of the steps, without a teacher.",
+    "gradual-early": "*gradual-early* prunes from 10 to 30 % of them.",
+    "prune-once": """\
+*prune-once* starts from a student of the teacher, which read more text but lost the pooler.""",
+    "dense-teacher": "*dense-teacher* starts from that teacher.",
+    "gradual-teacher": "*gradual-teacher* starts from that teacher and prunes as *gradual*.",
+    "dense-8bit": """\
+*8bit*: each seed's model is trained for a fifth as many more steps, with 8-bit quantization;
+*fp32*: without it, as a control.""",
+    "sst2": "SST-2 trains for half an epoch.",
+    "rte": "RTE trains for two epochs.",
+    "mnli": """\
+MNLI trains on a fortieth of its pairs; full stops are removed from its validation split because
+these pairs lack them.""",
+    "squad": "SQuAD trains on 44 articles and is measured on 16.",
+}
+ABLATION_NOTE = """\
+One seed each: an accuracy on so few sentences has a standard error of one point, so none of these
+differs from another for sure. The loss hardly varies with the seed; it is left out where the head
+for masked tokens was not trained."""
 MARKS = ("finished", "done.json")  # of a command, and of each run
 METRICS = "metrics.jsonl"
 RECORDS = (*MARKS, "recipe.toml", "environment.json", "results.json", METRICS)
@@ -58,8 +75,7 @@ def write_table(output: Path) -> None:
     found = {"tasks": tasks, "rows": rows, "ablations": ablations, "learning_rates": rates}
     write_json(results / "table.json", found)
     write_json(results / "runs.json", records(output))
-    parts = [methods_table(tasks, rows), NOTES.strip() if rows else ""]
-    parts += [ablations_table(ablations), rates_table(rates), trace]
+    parts = [*tables(found), trace]
     write_text(results / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
         accuracy_picture(rows, results / "accuracy.png")
@@ -69,6 +85,26 @@ def write_table(output: Path) -> None:
             picture = output / "runs" / run / "report" / name
             if picture.exists():
                 shutil.copyfile(picture, results / f"{Path(run).name}-{name}")
+
+
+def tables(found: Mapping[str, Any]) -> list[str]:
+    """What table.json holds, to be read: methods, ablations and learning rates, each with notes."""
+    methods = methods_table(found["tasks"], found["rows"])
+    present = {row["method"] for row in found["rows"]} | set(found["tasks"])
+    notes = " ".join(note for key, note in NOTES.items() if key in present)
+    ablations = ablations_table(found["ablations"])
+    about = ABLATION_NOTE if ablations else ""
+    return [
+        methods,
+        _wrapped(notes),
+        ablations,
+        _wrapped(about),
+        rates_table(found["learning_rates"]),
+    ]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
 def records(output: Path) -> dict[str, str]:
@@ -149,7 +185,9 @@ def rate_rows(output: Path) -> list[Row]:
                 found = json.loads(path.read_text())
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
                 chosen = found["learning_rate"]
-                rows.append({"task": task, "method": method, "chosen": chosen, "scores": scores})
+                examples = sum(1 for _ in read_records(output / f"split/{task}/held.jsonl.gz"))
+                facts = {"chosen": chosen, "scores": scores, "examples": examples}
+                rows.append({"task": task, "method": method, **facts})
     return rows
 
 
@@ -158,22 +196,18 @@ def rates_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         scores = [
-            f"{rate:g}: {'diverged' if score is None else figure(score, None)}"
+            f"{float(rate):g}: {'diverged' if score is None else figure(score, None)}"
             for rate, score in row["scores"].items()
         ]
-        lines.append([row["task"], row["method"], f"{row['chosen']:g}", "; ".join(scores)])
-    head = [
-        "task",
-        "method",
-        "learning rate",
-        f"{HELD_PERCENT} % of the training examples, held out",
-    ]
+        cells = [f"{row['chosen']:g}", f"{row['examples']:,}", "; ".join(scores)]
+        lines.append([row["task"], row["method"], *cells])
+    head = ["task", "method", "learning rate", "examples held out", "what they say of each"]
     return markdown_table(head, lines) if rows else ""
 
 
 def examples_of(output: Path, task: str) -> Row:
     """How many examples the validation split has, and the share of the most frequent class."""
-    file = next((output / "data" / task).glob("validation*"))
+    file = output / f"data/{task}/{VALIDATION.get(task, 'validation')}.jsonl.gz"
     labels = [record.get("label") for _, record in read_records(file)]
     most = Counter(labels).most_common(1)[0][1] / len(labels)
     return {"examples": len(labels), "majority": None if task == "squad" else most}
@@ -212,7 +246,9 @@ def ablations_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         changes = " ".join(f"`{change}`" for change in row["changes"])
-        loss, accuracy = f"{row['mlm_loss']:.3f}", f"{row['held_out_accuracy']:.4f}"
+        has_head = "model.init=model" not in row["changes"]
+        loss = f"{row['mlm_loss']:.3f}" if has_head else ""
+        accuracy = f"{row['held_out_accuracy']:.4f}"
         cost = f"{row['operations'] / 1e12:.1f}"
         lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
     head = ["short pruning to 90 %", "question", "changes", "operations, 10¹²"]
