@@ -20,7 +20,7 @@ from opfa.recipe import RunError
 from opfa.tables import figure, markdown_table
 
 PICTURE = "sparsity.png"
-BEFORE = "\n\nIt started from a model that was made so:\n\n"
+BEFORE = "\n\nThat run started from this one:\n\n"
 TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 PIPELINES = {
     "classification": "text-classification",
@@ -31,6 +31,7 @@ PIPELINES = {
     None: "fill-mask",
 }
 INPUTS = {
+    None: 'tokenizer(f"The man {tokenizer.mask_token} the sea.", return_tensors="pt")',
     "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
     "multiple-choice": "{name: ids[None] for name, ids in "
     'tokenizer(["He sees"] * 2, ["it.", "her."], return_tensors="pt").items()}',
@@ -47,8 +48,10 @@ class Release:
     dtype: str
     is_quantized: bool
     sparsity: Facts  # sparsity.json
+    has_int8_embeddings: bool
     num_bytes: int  # of the weight files
     weights_sha256: Mapping[str, str]  # of each of them
+    whole_sparsity: float  # share of zeros among all weights
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Row]  # of the model itself first
@@ -77,7 +80,7 @@ def model_card(release: Release) -> ModelCard:
             title=release.name.rpartition("/")[2],
             name=release.name,
             auto=KINDS[release.kind].head.__name__ if release.kind else "AutoModelForMaskedLM",
-            inputs=INPUTS.get(release.kind or "", ANY_INPUTS),
+            inputs=INPUTS.get(release.kind, ANY_INPUTS),
             is_compact=release.form != "dense",
             is_sparse=release.is_sparse,
             fingerprint=release.sparsity["fingerprint"],
@@ -138,13 +141,18 @@ def _summary(release: Release) -> str:
         return f"A dense encoder, {what}{eight}. {made}"
     share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
     zeros = f"{share} of the weights of its pruned matrices are zero"
+    zeros += f", {release.whole_sparsity:.1%} of all its weights"
     return f"A sparse encoder, {what}{eight}: {zeros}. {made}"
 
 
 def _facts(release: Release) -> str:
     size = f"{release.num_bytes:,} bytes; dense in fp32: {release.dense_bytes:,}"
+    form = f"{release.form}, {release.dtype}"
+    if release.form == "compact-int8":
+        also = " and embeddings" if release.has_int8_embeddings else ""
+        form = f"compact-int8: matrices of the layers{also} in 8 bits, others in {release.dtype}"
     rows = [
-        ("format", f"{release.form}, {release.dtype}"),
+        ("format", form),
         ("weights on disk", size),
         *(
             (f"`{file}` (SHA-256)", f"`{sha256}`")
@@ -172,7 +180,10 @@ def _results(release: Release) -> str:
         split = f"split `{task['validation']}` of " if task.get("hub") else ""
         note = f"On {split}`{_data_name(task)}`."
     else:
-        note = "Loss of a masked token on held-out documents of its own training data."
+        examples = release.steps[0].recipe["logging"]["evaluate_examples"]
+        note = f"Loss of a masked token on at most {examples} examples of documents held out."
+        if len(release.rows) > 1:
+            note += " Models that were trained for longer lose less, sparse or not."
     what = "these very files" if release.is_measured else "the weights before they were rounded"
     return f"{table}\n\n{note} The first line is that of {what}."
 
@@ -201,7 +212,8 @@ def _made(step: Step) -> str:
     training = recipe["training"]
     lines = [f"recipe `{recipe['name']}`, SHA-256 `{step.sha256}`, seed {recipe['seed']}"]
     if start := recipe["model"].get("init"):
-        lines.append(f"from `{start}`")
+        digest = step.environment.get("start_sha256")
+        lines.append(f"from `{start}`" + (f", SHA-256 `{digest}`" if digest else ""))
     rest = {key: value for key, value in training.items() if key != "steps"}
     lines.append(f"{step.steps:,} steps: {_flat(rest)}")
     if "corpus" in recipe:
@@ -226,12 +238,15 @@ def _flat(values: Facts) -> str:
         if isinstance(value, Mapping):
             parts.append(_flat(value))
         elif value not in (None, [], {}):
-            parts.append(f"{key} `{value}`")
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            parts.append(f"{key} `{shown}`")
     return ", ".join(part for part in parts if part)
 
 
 def _limits(release: Release) -> str:
     lines = []
+    if release.kind is None:
+        lines.append("It is a start for fine-tuning.")
     if release.is_sparse:
         lines.append("Sparse matrices don't run faster in plain PyTorch.")
     if release.is_sparse and release.form == "dense":

@@ -103,14 +103,18 @@ def release(
         write_text(aside / "recipe.toml", steps[0].toml)
         if recipe is not None and not is_same:
             log.info("%s: its weights are not the run's any more; measuring them", output)
-            rows[0] = _measured(aside, recipe, rows[0])
-        weights = sorted(aside.glob("model*.safetensors"))
+            measured = _measured(aside, recipe, rows[0])
+            rows = [measured, replace(rows[0], label="before it was rounded"), *rows[1:]]
+        weights = sorted(aside.glob("*.safetensors"))
+        inspected = inspect(aside)
         found = Release(
             name=name,
             form=form,
             dtype=dtype,
             is_quantized=(aside / quant.FILE).is_file(),
+            has_int8_embeddings=embeddings is not False,
             sparsity=stated,
+            whole_sparsity=inspected["whole"]["sparsity"],
             num_bytes=sum(path.stat().st_size for path in weights),
             weights_sha256={path.name: manifest.digest(path) for path in weights},
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
@@ -122,7 +126,7 @@ def release(
         )
         facts = _facts(found)
         if stated["tensors"]:
-            report.inspection_picture(name, inspect(aside), aside / PICTURE)
+            report.inspection_picture(name, inspected, aside / PICTURE)
         write_text(aside / "README.md", f"{model_card(found)}\n")
         for path in aside.iterdir():
             path.chmod(READABLE)  # safetensors makes files for their owner alone

@@ -104,6 +104,9 @@ def test_8_bits_of_a_quantized_model_are_the_same_8_bits(quantized: Path, tmp_pa
     kinds = {form.dtype for name, form in stored.forms.items() if ".layer." in name}
     assert kinds == {torch.int8}
     assert facts["quantized"]
+    written = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(written) == 2  # the ranges too
+    assert facts["bytes"] == sum(written)
 
 
 def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
@@ -113,6 +116,10 @@ def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
     assert inspect(tmp_path / "out")["stated"] == "matches"
     recipe = FinetuneRecipe.read(run / "recipe.toml")
     assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "matrices of the layers and embeddings in 8 bits, others in fp16" in card
+    before = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
+    assert f"| before it was rounded | {SPARSITY} | 1 | {before:.4f} |" in card
 
 
 def test_rounded_weights_are_measured_on_the_same_data_wherever_they_are_now(
@@ -210,6 +217,8 @@ def test_embeddings_stay_when_asked(run: Path, tmp_path: Path) -> None:
     release(run, tmp_path / "out", form="compact-int8", dtype="fp32", embeddings=False)
     name = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(weights(tmp_path / "out")[name], weights(run / "model")[name])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "matrices of the layers in 8 bits, others in fp32" in card
 
 
 def changed(run: Path, to: Path, name: str, value: float) -> Path:
@@ -422,13 +431,15 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     assert (metric["type"], metric["value"]) == ("accuracy", facts["metrics"]["accuracy"])
     total = json.loads((tmp_path / "out" / "sparsity.json").read_text())["total"]
     assert f"{total['zeros']:,} of {total['size']:,}" in card.text
+    num_weights = sum(tensor.numel() for tensor in weights(tmp_path / "out").values())
+    assert f"are zero, {total['zeros'] / num_weights:.1%} of all its weights" in card.text
     assert facts["fingerprint"] in card.text
     other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
     assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
     assert facts["recipe_sha256"] in card.text
-    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert f"| `model.safetensors` (SHA-256) | `{sha256(weights).hexdigest()}` |" in card.text
-    assert card.text.count("It started from a model that was made so:") == 1  # two runs
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert f"| `model.safetensors` (SHA-256) | `{sha256(written).hexdigest()}` |" in card.text
+    assert card.text.count("That run started from this one:") == 1  # two runs
     assert re.search(r"\nOn `\S+/validation.jsonl`\. The first line is", card.text)
     assert card.content.endswith("\n\napache-2.0\n")
 
