@@ -139,15 +139,22 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result here.")
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", help="Also write every answer here, as JSON Lines."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Measure a fine-tuned model on its task's validation split."""
+    for option, path in (("--output", output), ("--predictions", predictions)):
+        if path is not None and path.is_dir():
+            raise RunError(f"{option} {path}: is a directory; give a file")
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
     from opfa.downstream.evaluate import evaluate_model
 
-    result = evaluate_model(model, checked)
+    result = evaluate_model(model, checked, predictions)
     if output is not None:
         from opfa.run import write_json
 

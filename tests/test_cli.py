@@ -146,6 +146,10 @@ def test_pretrain_finetune_evaluate_inspect(
     result = str(tmp_path / "result.json")
     assert cli.run(["evaluate", f"{run}/model", "--recipe", str(task), "--output", result]) == 0
     assert json.loads(Path(result).read_text())["metrics"] == finetuned["metrics"]
+    for option in ("--output", "--predictions"):
+        words = ["evaluate", f"{run}/model", "--recipe", str(task), option, str(tmp_path)]
+        assert cli.run(words) == 2
+        assert f"{option} {tmp_path}: is a directory" in capsys.readouterr().err
     capsys.readouterr()
     assert cli.run(["inspect", f"{run}/model", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

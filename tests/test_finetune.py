@@ -111,9 +111,13 @@ def test_evaluating_a_finished_model_gives_the_results_of_its_run(
 ) -> None:
     recipe = finetune_recipe(sparse, examples, **VARIANTS[variant], seed=3)
     results = finetune(recipe, tmp_path / "run")
-    again = evaluate_model(str(tmp_path / "run/model"), recipe)
+    again = evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
     assert again["metrics"] == results["metrics"]
     assert again["quantized"] == results["quantized"] == (variant == "quantized")
+    rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    assert {row["label"] for row in rows} == {"cat", "other"}
+    right = [row["prediction"] == row["label"] for row in rows]
+    assert sum(right) / len(right) == again["metrics"]["accuracy"]
 
 
 def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path) -> None:
@@ -415,9 +419,14 @@ def test_numbers_are_predicted_with_held_zeros(sparse: Path, tmp_path: Path) -> 
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     task = {"kind": "regression", "metrics": ["pearson", "spearman"]}
-    results = finetune(finetune_recipe(sparse, tmp_path, task=task), tmp_path / "run")
+    recipe = finetune_recipe(sparse, tmp_path, task=task)
+    results = finetune(recipe, tmp_path / "run")
     assert set(results["metrics"]) == {"pearson", "spearman"}
     assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
+    evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
+    rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    assert [row["label"] for row in rows] == [i % 5 for i in range(16)]
+    assert all(isinstance(row["prediction"], float) for row in rows)
 
 
 def test_a_model_without_the_tasks_head_is_not_evaluated(sparse: Path, examples: Path) -> None:

@@ -324,8 +324,13 @@ def test_every_kind_is_learnt_with_held_zeros(sparse: Path, tmp_path: Path, name
     assert (
         opfa.inspect(tmp_path / "run/model")["fingerprint"] == opfa.inspect(sparse)["fingerprint"]
     )
-    again = evaluate_model(str(tmp_path / "run/model"), recipe)
+    again = evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
     assert again["metrics"] == results["metrics"]
+    rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    for row in rows:  # all are right
+        expected = (row["label"]["text"] or [""])[0] if name == "questions" else row["label"]
+        assert row["prediction"] == expected
+    assert len({str(row["prediction"]) for row in rows}) > 1
 
 
 def test_more_validation_splits_are_measured_by_name(

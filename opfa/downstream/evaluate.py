@@ -1,5 +1,7 @@
 """What a model predicts on a split, and what that is worth."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from opfa.downstream.tasks import KINDS, inputs_of, logits_of
 from opfa.engine import choose_accelerator
 from opfa.inspection import check_stated, directory_of
 from opfa.models import load_config, load_tokenizer
+from opfa.run import write_text
 
 
 def evaluate(
@@ -27,6 +30,18 @@ def evaluate(
 def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """The task's metrics of logits, in the order of the recipe."""
     return KINDS[task.kind].score(task, logits, split)
+
+
+def predictions(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[dict[str, Any]]:
+    """What is answered to each example, in order, beside its label: a class, a number, a choice's
+    index, tags, or a text.
+    """
+    labels = split.examples.labels
+    if task.kind == "classification":
+        labels = [split.classes[index] for index in split.features["labels"]]
+    answers = KINDS[task.kind].answers(task, logits, split)
+    rows = zip(answers, labels, strict=True)
+    return [{"prediction": answer, "label": label} for answer, label in rows]
 
 
 def predict(
@@ -65,9 +80,11 @@ def _stack(batches: tuple[Tensor, ...]) -> Tensor:
     )
 
 
-def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
+def evaluate_model(
+    name: str, recipe: FinetuneRecipe, answers: Path | None = None
+) -> dict[str, Any]:
     """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
-    split.
+    split. Its `predictions` are written to `answers`, as JSON Lines.
     """
     config, tokenizer = load_config(name), load_tokenizer(name)
     tasks.check_head(recipe.task, config)
@@ -79,10 +96,13 @@ def evaluate_model(name: str, recipe: FinetuneRecipe) -> dict[str, Any]:
         quant.load(model, ranges)
     device = torch.device(choose_accelerator())
     nn.Module.to(model, device)
-    metrics = evaluate(model, recipe.task, split, batch=64, device=device)
+    logits = predict(model, recipe.task, split, batch=64, device=device)
+    if answers is not None:
+        rows = predictions(recipe.task, logits, split)
+        write_text(answers, "".join(f"{json.dumps(row)}\n" for row in rows))
     return {
         "task": recipe.name,
-        "metrics": metrics,
+        "metrics": score(recipe.task, logits, split),
         "quantized": ranges.is_file(),
         "examples_sha256": split.examples.sha256(),
     }

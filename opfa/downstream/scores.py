@@ -28,6 +28,12 @@ TAG_SCORES: dict[str, Any] = {
 }
 
 
+def likeliest(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[str] | list[int]:
+    """Each example's class, or the index of its choice."""
+    indices = logits[0].argmax(-1).tolist()
+    return [split.classes[index] for index in indices] if split.classes else indices
+
+
 def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """Metrics of the likeliest class, or choice."""
     targets, indices = np.asarray(split.features["labels"]), logits[0].argmax(-1).numpy()
@@ -44,6 +50,11 @@ def _agreement(name: str, indices: np.ndarray, targets: np.ndarray, num_classes:
     return float(measure(targets, indices))
 
 
+def numbers(_: Task, logits: tuple[Tensor, ...], __: Split) -> list[float]:
+    """Each example's number."""
+    return logits[0].squeeze(-1).tolist()
+
+
 def of_numbers(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """Correlations of the predicted numbers; one with a constant is undefined and counts as 0."""
     values, targets = logits[0].squeeze(-1).numpy(), np.asarray(split.features["labels"])
@@ -57,18 +68,20 @@ def _correlation(name: str, values: np.ndarray, targets: np.ndarray) -> float:
     return float(measure(values, targets)[0])
 
 
-def of_tags(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
-    """CoNLL's scores of whole entities, and the accuracy of single tags.
-
-    Every word counts: one that was cut off, or has no token, is predicted to be outside.
-    """
+def tags(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[list[str]]:
+    """A tag for each word; one that was cut off, or has no token, is outside."""
     columns = split.features["words"], split.features["labels"], split.examples.labels
     predicted = []
     for best, words, labels, golds in zip(logits[0].argmax(-1).numpy(), *columns, strict=True):
-        tags = [OUTSIDE] * len(golds)
+        row = [OUTSIDE] * len(golds)
         places = [place for place, label in enumerate(labels) if label != NO_LABEL]
         for word, place in zip(words, places, strict=True):
-            tags[word] = split.classes[best[place]]
-        predicted.append(tags)
-    golds = split.examples.labels
+            row[word] = split.classes[best[place]]
+        predicted.append(row)
+    return predicted
+
+
+def of_tags(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """CoNLL's scores of whole entities, and the accuracy of single tags. Every word counts."""
+    predicted, golds = tags(task, logits, split), split.examples.labels
     return {name: float(TAG_SCORES[name](golds, predicted)) for name in task.metrics}

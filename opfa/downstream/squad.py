@@ -23,6 +23,11 @@ Span = tuple[float, int, int]  # start + end logit, first and last token
 Measure = Callable[[str, str], float]
 
 
+def answers(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[str]:
+    """Each question's answer, "" for none."""
+    return _given(task, *decode(task, logits, split))
+
+
 def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """The task's metrics; a best one comes with its threshold."""
     golds = [labels["text"] for labels in split.examples.labels]
@@ -32,8 +37,7 @@ def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, flo
         return {name: _mean(_best(measures[name], spans, golds)) for name in task.metrics}
     has_answer = np.array([bool(answers) for answers in golds])
     golds = [[gold for gold in answers if normalize(gold)] or [""] for answers in golds]
-    pairs = zip(spans, leads, strict=True)
-    given = ["" if lead > task.no_answer_threshold else span for span, lead in pairs]
+    given = _given(task, spans, leads)
     scores: dict[str, float] = {}
     for name, measure in {"exact_match": exact_match, "squad_f1": squad_f1_v2}.items():
         values = _best(measure, given, golds)
@@ -47,6 +51,13 @@ def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, flo
         scores["no_answer_accuracy"] = _mean(values[~has_answer])
     extra = [f"{name}_threshold" for name in task.metrics if name.startswith("best_")]
     return {name: scores[name] for name in (*task.metrics, *extra)}
+
+
+def _given(task: Task, spans: list[str], leads: list[float]) -> list[str]:
+    if not task.has_unanswerable:
+        return spans
+    pairs = zip(spans, leads, strict=True)
+    return ["" if lead > task.no_answer_threshold else span for span, lead in pairs]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """All that tells one kind of task from another: how an example is checked and tokenized, the
-    head with its outputs, and the scores.
+    head with its outputs, the scores, and what is answered.
     """
 
     check: Check
@@ -48,6 +48,7 @@ class Kind:
     outputs: tuple[str, ...] = ("logits",)
     has_classes: bool = False
     score: Callable[[Task, tuple[Tensor, ...], Split], dict[str, float]]
+    answers: Callable[[Task, tuple[Tensor, ...], Split], list[Any]]  # one for each example
 
 
 CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
@@ -60,6 +61,7 @@ KINDS = {
         head_name="SequenceClassification",
         has_classes=True,
         score=scores.of_classes,
+        answers=scores.likeliest,
     ),
     "regression": Kind(
         check=reading.measured,
@@ -68,6 +70,7 @@ KINDS = {
         head=AutoModelForSequenceClassification,
         head_name="SequenceClassification",
         score=scores.of_numbers,
+        answers=scores.numbers,
     ),
     "question-answering": Kind(
         check=reading.answered,
@@ -77,6 +80,7 @@ KINDS = {
         head_name="QuestionAnswering",
         outputs=("start_logits", "end_logits"),
         score=squad.score,
+        answers=squad.answers,
     ),
     "token-classification": Kind(
         check=reading.tagged,
@@ -86,6 +90,7 @@ KINDS = {
         head_name="TokenClassification",
         has_classes=True,
         score=scores.of_tags,
+        answers=scores.tags,
     ),
     "multiple-choice": Kind(
         check=reading.chosen,
@@ -94,6 +99,7 @@ KINDS = {
         head=AutoModelForMultipleChoice,
         head_name="MultipleChoice",
         score=scores.of_classes,
+        answers=scores.likeliest,
     ),
 }
 
