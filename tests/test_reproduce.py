@@ -175,7 +175,7 @@ def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
         for final in filter(Path.exists, finals):
             assert f"training.learning_rate={best}" in (final / "finished").read_text()
     finals = [words for words in reproduce.commands if "--seeds" in words]
-    assert len(finals) == 9
+    assert len(finals) == 10
     assert not any("split" in word for words in finals for word in words)
 
 

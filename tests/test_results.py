@@ -22,6 +22,7 @@ RESULTS = RECIPES / "results"
 FOUND = json.loads((RESULTS / "table.json").read_text())
 RUNS = json.loads((RESULTS / "runs.json").read_text())
 Kind = TypeVar("Kind", bound=Recipe)
+RIGHT = json.loads((RESULTS / "answers.json").read_text())
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/release.json"))
 
 
@@ -38,6 +39,7 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
     assert f"<!-- minilm -->\n\n{lines}\n\n<!-- /minilm -->" in readme
     whole, _, trace = (RESULTS / "table.md").read_text().rpartition("\n\n")
     assert whole == "\n\n".join([lines, *more])
+    assert "| sst2 | 90 % | prune-once minus gradual | " in whole
     assert trace.count("\n") == 2 + sum(path.endswith("/done.json") for path in RUNS)
 
 
@@ -61,6 +63,28 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path:
     assert row["values"] == values
     assert row["mean"] == fmean(values)
     assert row["std"] == (stdev(values) if len(values) > 1 else None)
+
+
+@pytest.mark.parametrize("run", RIGHT)
+def test_what_a_run_has_right_is_its_accuracy(run: str) -> None:
+    accuracy = json.loads(RUNS[f"{run}/results.json"])["metrics"]["accuracy"]
+    assert RIGHT[run].count("1") / len(RIGHT[run]) == accuracy
+
+
+@pytest.mark.parametrize(
+    "row", FOUND["differences"], ids=lambda row: " ".join(map(str, [*row.values()][:4]))
+)
+def test_a_difference_is_paired_by_example(row: dict[str, Any]) -> None:
+    means = []
+    for method in (row["method"], row["other"]):
+        percent = 0 if method == "dense" else row["percent"]
+        runs = [run for run in RIGHT if run.startswith(f"runs/{row['task']}/{method}-{percent}/")]
+        assert runs
+        columns = zip(*(map(int, RIGHT[run]) for run in runs), strict=True)
+        means.append([fmean(column) for column in columns])
+    paired = [one - other for one, other in zip(*means, strict=True)]
+    assert row["mean"] == pytest.approx(fmean(paired), abs=1e-12)
+    assert row["error"] == pytest.approx(stdev(paired) / len(paired) ** 0.5)
 
 
 def test_recoveries_are_shares_of_the_dense_mean() -> None:
@@ -138,6 +162,28 @@ def test_an_ablation_is_what_its_runs_found(row: dict[str, Any], tmp_path: Path)
     assert row["held_out_accuracy"] == results["metrics"]["accuracy"]
     start = json.loads(RUNS[f"{row['run']}-sst2/environment.json"])["start_sha256"]
     assert start == json.loads(RUNS[f"{row['run']}/done.json"])["model_sha256"]
+
+
+def test_the_readme_says_what_was_found() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## Does it keep the accuracy?")[2].partition("\n## ")[0]
+    losses = {row["name"]: f"{row['mlm_loss']:.2f}" for row in FOUND["ablations"]}
+    named = (
+        "baseline",
+        "another-seed",
+        "no-distillation",
+        "no-rewinding",
+        "all-tokens",
+        "monotone",
+    )
+    for name in (*named, "global", "update-every-1", "update-every-25", "small-batches"):
+        assert losses[name] in section, name
+    for row in FOUND["differences"]:
+        if row["method"] == "prune-once" and row["other"] in ("dense", "one-shot", "gradual"):
+            points = f"{abs(100 * row['mean']):.1f} ± {100 * row['error']:.1f}"
+            assert points in " ".join(section.split()), points
+    accuracies = [row["held_out_accuracy"] for row in FOUND["ablations"]]
+    assert f"{min(accuracies):.3f} to {max(accuracies):.3f}" in section
 
 
 @pytest.mark.parametrize("name", ["teacher", "sparse-85", "sparse-90"])

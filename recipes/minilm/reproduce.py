@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from ablations import ABLATIONS
+from answers import write_answers
 from split import VALIDATION, write_split
 from table import TASKS, write_table
 
@@ -158,6 +159,8 @@ def fine_tunings(task: str) -> None:
         assert len(steps) == 1, f"{run}: methods took {sorted(steps)} steps"
         if name in ("dense", "prune-once"):
             longer(task, name, percent, rates[name])
+    if TASKS[task] == "accuracy":
+        write_answers(Path("runs", task))
 
 
 def longer(task: str, name: str, percent: int, rate: float) -> None:

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ablations import ABLATIONS
+from answers import FILE, differences, right_of
 from pictures import TASKS, accuracy_picture, cost_of, cost_picture
 from split import VALIDATION
 
@@ -51,6 +52,9 @@ MNLI trains on a fortieth of its pairs; full stops are removed from its validati
 these pairs lack them.""",
     "squad": "SQuAD trains on 44 articles and is measured on 16.",
 }
+DIFFERENCE_NOTE = """\
+Points of accuracy, means of the seeds, with the standard error over examples, each of which all
+methods answer."""
 ABLATION_NOTE = """\
 One seed each: an accuracy on so few sentences has a standard error of one point, so none of these
 differs from another for sure. The loss hardly varies with the seed; it is left out where the head
@@ -73,6 +77,10 @@ def write_table(output: Path) -> None:
     results.mkdir(exist_ok=True)
     rates = rate_rows(output)
     found = {"tasks": tasks, "rows": rows, "ablations": ablations, "learning_rates": rates}
+    asked = sorted((output / "runs").rglob(FILE))
+    right = {str(file.parent.relative_to(output)): right_of(file.parent) for file in asked}
+    found["differences"] = differences(rows, right)
+    write_json(results / "answers.json", right)
     write_json(results / "table.json", found)
     write_json(results / "runs.json", records(output))
     parts = [*tables(found), trace]
@@ -92,15 +100,12 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     methods = methods_table(found["tasks"], found["rows"])
     present = {row["method"] for row in found["rows"]} | set(found["tasks"])
     notes = " ".join(note for key, note in NOTES.items() if key in present)
-    ablations = ablations_table(found["ablations"])
-    about = ABLATION_NOTE if ablations else ""
-    return [
-        methods,
-        _wrapped(notes),
-        ablations,
-        _wrapped(about),
-        rates_table(found["learning_rates"]),
-    ]
+    parts = [methods, _wrapped(notes)]
+    if found["differences"]:
+        parts += [differences_table(found["differences"]), _wrapped(DIFFERENCE_NOTE)]
+    if found["ablations"]:
+        parts += [ablations_table(found["ablations"]), _wrapped(ABLATION_NOTE)]
+    return [part for part in [*parts, rates_table(found["learning_rates"])] if part]
 
 
 def _wrapped(text: str) -> str:
@@ -241,6 +246,16 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
     return markdown_table(head, lines) if rows else ""
 
 
+def differences_table(rows: Sequence[Row]) -> str:
+    """One method against another on the same examples, in points."""
+    lines = []
+    for row in rows:
+        points = f"{100 * row['mean']:+.1f} ± {100 * row['error']:.1f}"
+        names = f"{row['method']} minus {row['other']}"
+        lines.append([row["task"], f"{row['percent']} %", names, points])
+    return markdown_table(["task", "sparsity", "difference", "points"], lines)
+
+
 def ablations_table(rows: Sequence[Row]) -> str:
     """What each change gives after a short pruning to 90 %."""
     lines = []
@@ -253,7 +268,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
         lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
     head = ["short pruning to 90 %", "question", "changes", "operations, 10¹²"]
     head += ["MLM loss", "sst2: accuracy on sentences held out"]
-    return markdown_table(head, lines) if rows else ""
+    return markdown_table(head, lines)
 
 
 def trace_table(output: Path) -> str:
