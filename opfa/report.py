@@ -39,7 +39,7 @@ def pretraining_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direc
         right.set_ylim(0, 1)
         right.set_ylabel("Sparsity", color=ORANGE)
         right.spines["top"].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
     _save(figure, directory / "loss.png")
     learning_rate_picture(training, directory)
     sparsity_picture(sparsity, directory)

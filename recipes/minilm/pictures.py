@@ -45,7 +45,7 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.errorbar(x, means, deviations, fmt="o-", color=colour, capsize=3, label=method)
         axes.set_xticks([85, 90])
         axes.set_xlim(84, 91)
-        axes.set_xlabel("Sparsity, %")
+        axes.set_xlabel("Sparsity, % (bars: over seeds)")
         axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     lines, labels = columns[0][0].get_legend_handles_labels()
