@@ -94,9 +94,9 @@ def table(reproduce: Any, output: Path) -> dict[str, list[dict[str, Any]]]:
 def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output: Path) -> None:
     found = {(row["method"], row["percent"]): row for row in table["rows"]}
     sparse = ("one-shot", "gradual", "prune-once", "prune-once-fp32", "prune-once-8bit")
-    dense = ("dense", "dense-fp32", "dense-8bit", "dense-teacher")
+    dense = ("dense", "dense-fp32", "dense-8bit")
     expected = {*((m, 0) for m in dense), *((m, p) for m in sparse for p in (85, 90))}
-    assert set(found) == expected | {("gradual-early", 90), ("gradual-teacher", 90)}
+    assert set(found) == expected | {("gradual-early", 90)}
     for (method, percent), row in found.items():
         for seed, value in zip(row["seeds"], row["values"], strict=True):
             results = json.loads((output / row["run"] / f"seed-{seed}/results.json").read_text())
@@ -162,7 +162,7 @@ def test_what_finished_runs_say_of_themselves_is_kept(table: dict[str, Any], out
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
     reproduce: Any, table: dict[str, Any], output: Path
 ) -> None:
-    assert len(table["learning_rates"]) == 7
+    assert len(table["learning_rates"]) == 5
     for row in table["learning_rates"]:
         method, rates = row["method"], {float(rate): s for rate, s in row["scores"].items()}
         run = output / "runs/sst2" / f"{method}-rates"
@@ -175,7 +175,7 @@ def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
         for final in filter(Path.exists, finals):
             assert f"training.learning_rate={best}" in (final / "finished").read_text()
     finals = [words for words in reproduce.commands if "--seeds" in words]
-    assert len(finals) == 10
+    assert len(finals) == 8
     assert not any("split" in word for words in finals for word in words)
 
 
@@ -238,8 +238,8 @@ def test_one_seed_is_a_seed(
 
 
 def test_gradual_pruning_ends_its_ramp_at_the_same_part_of_every_run(output: Path) -> None:
-    tenths = {"gradual-rates/learning_rate-0.0003": 6, "gradual-90": 6, "gradual-teacher-90": 6}
-    for run, part in {**tenths, "gradual-early-90": 3}.items():
+    tenths = {"gradual-rates/learning_rate-0.0003": 6, "gradual-90": 6, "gradual-early-90": 3}
+    for run, part in tenths.items():
         directory = output / f"runs/sst2/{run}/seed-42"
         recipe = tomllib.loads((directory / "recipe.toml").read_text())
         steps = json.loads((directory / "done.json").read_text())["step"]

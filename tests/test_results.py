@@ -138,8 +138,7 @@ def test_a_row_is_of_the_method_that_it_names(row: dict[str, Any], tmp_path: Pat
             assert rate == pytest.approx(chosen[row["task"], method_before] / 5)
         else:
             assert rate == chosen[row["task"], method]
-            expected = f"runs/sparse-{percent}/model" if method == "prune-once" else "model"
-            assert start == ("runs/teacher/model" if method.endswith("-teacher") else expected)
+            assert start == (f"runs/sparse-{percent}/model" if method == "prune-once" else "model")
         assert (recipe.quantization is not None) == method.endswith("-8bit")
         assert (recipe.model.zeros == "held") == method.startswith("prune-once")
         assert (schedule is not None) == method.startswith(("one-shot", "gradual"))

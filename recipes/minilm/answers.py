@@ -15,8 +15,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 
 FILE = "answers.jsonl"
 PAIRS = [
-    *(("prune-once", other) for other in ("dense", "one-shot", "gradual")),
-    *(("prune-once", other) for other in ("gradual-early", "gradual-teacher")),
+    *(("prune-once", other) for other in ("dense", "one-shot", "gradual", "gradual-early")),
     *((f"{method}-8bit", f"{method}-fp32") for method in ("prune-once", "dense")),
 ]
 

@@ -42,7 +42,6 @@ CONTROLLED = "sst2"
 RELEASED = ("sst2",)
 LICENCE = ("--license", "apache-2.0", "--base-model", "sentence-transformers/all-MiniLM-L6-v2")
 DENSE = ("model.init=model", "model.zeros=free")
-TAUGHT = ("model.init=runs/teacher/model", "model.zeros=free")
 
 
 def opfa(command: str, recipe: str, output: str, *arguments: str) -> None:
@@ -110,9 +109,6 @@ def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model",)
         if task == CONTROLLED and percent == PERCENT[0]:
             yield "gradual-early", percent, (*DENSE, early)
-            yield "gradual-teacher", percent, (*TAUGHT, gradual)
-    if task == CONTROLLED:
-        yield "dense-teacher", 0, TAUGHT
 
 
 def learning_rates(task: str) -> dict[str, float]:

@@ -22,9 +22,9 @@ from opfa.run import write_json, write_text
 from opfa.tables import figure, markdown_table
 
 METHODS = [
-    *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0), ("dense-teacher", 0)),
+    *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0)),
     *((method, percent) for method in ("one-shot", "gradual") for percent in (85, 90)),
-    *(("gradual-early", 90), ("gradual-teacher", 90)),
+    ("gradual-early", 90),
     *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
 NOTES = {  # below the table, each where a row's method or task is its key
@@ -40,8 +40,6 @@ original model, which had been trained on NLI and SQuAD pairs.""",
     "gradual-early": "*gradual-early* prunes from 10 to 30 % of them.",
     "prune-once": """\
 *prune-once* starts from a student of the teacher, which read more text but lost the pooler.""",
-    "dense-teacher": "*dense-teacher* starts from that teacher.",
-    "gradual-teacher": "*gradual-teacher* starts from that teacher and prunes as *gradual*.",
     "dense-8bit": """\
 *8bit*: each seed's model is trained for a fifth as many more steps, with 8-bit quantization;
 *fp32*: without it, as a control.""",
