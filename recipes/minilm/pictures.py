@@ -12,7 +12,10 @@ from opfa.report import BLUE, GREEN, GREY, ORANGE
 from opfa.upstream.recipe import PretrainRecipe
 
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
-COLOURS = {"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN}
+COLOURS = {
+    **{"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN},
+    "gradual-early": "tab:brown",
+}
 
 
 def cost_of(run: Path) -> tuple[int, float]:
