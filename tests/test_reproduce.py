@@ -159,6 +159,23 @@ def test_what_finished_runs_say_of_themselves_is_kept(table: dict[str, Any], out
     assert "runs/sparse-90/done.json" in kept
 
 
+def test_answers_of_another_model_are_refused(
+    reproduce: Any, table: dict[str, Any], output: Path, tmp_path: Path
+) -> None:
+    answers: Any = importlib.import_module("answers")
+    row = table["rows"][0]
+    run = tmp_path / "run"
+    shutil.copytree(output / row["run"] / "seed-42", run)
+    right = answers.right_of(run)
+    assert right.count("1") / len(right) == row["values"][0]
+    first, *rest = (run / answers.FILE).read_text().splitlines()
+    wrong = json.loads(first)
+    wrong["prediction"] = "other" if right[0] == "1" else wrong["label"]
+    (run / answers.FILE).write_text("\n".join([json.dumps(wrong), *rest]))
+    with pytest.raises(RunError, match=r"answers\.jsonl: is not of this model"):
+        answers.right_of(run)
+
+
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
     reproduce: Any, table: dict[str, Any], output: Path
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.recipe import RunError
 
 FILE = "answers.jsonl"
 PAIRS = [
@@ -26,15 +27,19 @@ def write_answers(task: Path) -> None:
         run = done.parent
         if not (run / FILE).exists():
             recipe = FinetuneRecipe.read(run / "recipe.toml")
-            found = evaluate_model(str(run / "model"), recipe, run / FILE)
-            results = json.loads((run / "results.json").read_text())
-            assert found["metrics"] == results["metrics"], f"{run}: {found} is not {results}"
+            evaluate_model(str(run / "model"), recipe, run / FILE)
 
 
 def right_of(run: Path) -> str:
-    """1 for each example that a run has right, 0 for each other, in order."""
+    """1 for each example that a run has right, 0 for each other, in order; raises `RunError` where
+    that is not the accuracy of the run.
+    """
     rows = map(json.loads, (run / FILE).read_text().splitlines())
-    return "".join(str(int(row["prediction"] == row["label"])) for row in rows)
+    right = "".join(str(int(row["prediction"] == row["label"])) for row in rows)
+    accuracy = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
+    if right.count("1") / len(right) != accuracy:
+        raise RunError(f"{run / FILE}: is not of this model, whose accuracy is {accuracy}; move it")
+    return right
 
 
 def differences(rows: Sequence[Mapping[str, Any]], right: Mapping[str, str]) -> list[dict]:

@@ -100,15 +100,17 @@ def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]
     yield "dense", 0, DENSE
     steps = _steps(Path(dense))
     for percent in PERCENT:
-        gradual, early = (
-            f"pruning.schedule={{start={steps // 10}, end={end}, every=10, target=0.{percent}}}"
-            for end in (steps * 6 // 10, steps * 3 // 10)
-        )
         yield "one-shot", percent, (*DENSE, f"pruning.schedule={{end=0, target=0.{percent}}}")
-        yield "gradual", percent, (*DENSE, gradual)
+        yield "gradual", percent, (*DENSE, _ramp(steps, 6, percent))
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model",)
         if task == CONTROLLED and percent == PERCENT[0]:
-            yield "gradual-early", percent, (*DENSE, early)
+            yield "gradual-early", percent, (*DENSE, _ramp(steps, 3, percent))
+
+
+def _ramp(steps: int, tenths: int, percent: int) -> str:
+    """Gradual pruning from a tenth of the steps until so many."""
+    start, end = steps // 10, steps * tenths // 10
+    return f"pruning.schedule={{start={start}, end={end}, every=10, target=0.{percent}}}"
 
 
 def learning_rates(task: str) -> dict[str, float]:

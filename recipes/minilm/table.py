@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -116,12 +117,15 @@ def records(output: Path) -> dict[str, str]:
     """
     runs = {path.parent for mark in MARKS for path in (output / "runs").rglob(mark)}
     files = [run / name for run in sorted(runs) for name in RECORDS if (run / name).exists()]
-    texts = {str(file.relative_to(output)): file.read_text() for file in files}
-    for place, text in texts.items():
-        if Path(place).name == METRICS:
-            lines = text.splitlines(keepends=True)
-            texts[place] = "".join(line for line in lines if json.loads(line).get("eval"))
-    return texts
+    return {str(file.relative_to(output)): _said(file) for file in files}
+
+
+def _said(file: Path) -> str:
+    text = file.read_text()
+    if file.name != METRICS:
+        return text
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if json.loads(line).get("eval"))
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
@@ -180,6 +184,11 @@ def ablation_rows(output: Path) -> list[Row]:
 
 def rate_rows(output: Path) -> list[Row]:
     """One row for each task and method: what examples held out say of each learning rate."""
+
+    @cache
+    def num_held(task: str) -> int:
+        return sum(1 for _ in read_records(output / f"split/{task}/held.jsonl.gz"))
+
     rows = []
     for task in TASKS:
         for method in dict(METHODS):
@@ -188,8 +197,7 @@ def rate_rows(output: Path) -> list[Row]:
                 found = json.loads(path.read_text())
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
                 chosen = found["learning_rate"]
-                examples = sum(1 for _ in read_records(output / f"split/{task}/held.jsonl.gz"))
-                facts = {"chosen": chosen, "scores": scores, "examples": examples}
+                facts = {"chosen": chosen, "scores": scores, "examples": num_held(task)}
                 rows.append({"task": task, "method": method, **facts})
     return rows
 
