@@ -7,7 +7,8 @@ each family keeps them; a new family is one more row.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ FAMILIES = {
 }
 
 
+SPECIAL = ("pad", "cls", "sep", "bos", "eos")
 HEADS: dict[str, Any] = {  # Any: Auto classes share no base
     "SequenceClassification": AutoModelForSequenceClassification,
     "QuestionAnswering": AutoModelForQuestionAnswering,
@@ -187,30 +189,55 @@ def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrained
 
 
 def load_pretraining_model(
-    name: str, objective: str, dropout: float | None = None
+    name: str, objective: str, dropout: float | None = None, *, needs_head: bool = False
 ) -> PreTrainedModel:
-    """A model with its pre-training head, fp32. Heads that the checkpoint lacks are initialized."""
+    """A model with its pre-training head, fp32. A head that the checkpoint lacks, or a pooler, is
+    initialized; with `needs_head`, and for tensors of the encoder, `ModelError` is raised instead.
+    """
     config = load_config(name)
     cls = _pretraining_class(config, objective)
-    _set_dropout(config, dropout)
+    changed = dropouts(config, dropout)
     with loading("model", name):
-        return cls.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=_attention()
+        model, info = cls.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=_attention(),
+            output_loading_info=True,
+            **changed,
         )
+    encoder = f"{model.base_model_prefix}."
+    lost = sorted(
+        key
+        for key in info["missing_keys"]
+        if needs_head or (key.startswith(encoder) and ".pooler." not in key)
+    )
+    if lost:
+        raise ModelError(f"model {name!r}: {len(lost)} tensors are missing, first {lost[0]}")
+    keep_values(model, config, changed)
+    return model
 
 
 def new_pretraining_model(
-    values: dict[str, Any], objective: str, vocabulary: int, dropout: float | None = None
+    values: dict[str, Any],
+    objective: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model from scratch: `values` are those of its configuration; the vocabulary is the
-    tokenizer's.
+    """A model from scratch: `values` are those of its configuration; the size of the vocabulary and
+    the ids of special tokens are the tokenizer's, where the values have no others.
     """
-    config = new_config({"vocab_size": vocabulary, **values})
+    known = new_config(values).to_dict()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    ids = {name: value for name, value in special.items() if name in known and value is not None}
+    config = new_config({"vocab_size": len(tokenizer), **ids, **values})
     cls = _pretraining_class(config, objective)
-    _set_dropout(config, dropout)
+    changed = dropouts(config, dropout)
+    trained = copy.deepcopy(config)
+    trained.update(changed)
     with loading("model.config", config.model_type):
-        model = cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
+        model = cls.from_config(trained) if cls is AutoModelForMaskedLM else cls(trained)
     model.set_attn_implementation(_attention())
+    keep_values(model, config, changed)
     return model
 
 
@@ -219,17 +246,33 @@ def _attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def _set_dropout(config: PretrainedConfig, probability: float | None) -> None:
-    if probability is not None:
-        for name in FAMILIES[config.model_type].dropouts:
-            setattr(config, name, probability)
+def dropouts(config: PretrainedConfig, probability: float | None) -> dict[str, float]:
+    """This probability under each name that the family has for dropout in embeddings, attention and
+    layers, to train with; nothing if it is None. Raises `ModelError` for another family.
+    """
+    if probability is None:
+        return {}
+    return dict.fromkeys(_family(config).dropouts, probability)
+
+
+def keep_values(model: PreTrainedModel, config: PretrainedConfig, changed: Iterable[str]) -> None:
+    """Let the model, which was built with other ones, be saved with those of `config`: how one run
+    trains is not to decide for the next.
+    """
+    for name in changed:
+        setattr(model.config, name, getattr(config, name))
+
+
+def _family(config: PretrainedConfig) -> Family:
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"model type {config.model_type!r}: known are {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
 
 
 def _pretraining_class(
     config: PretrainedConfig, objective: str
 ) -> Any:  # Any: Auto classes share no base
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"model type {config.model_type!r}: known are {', '.join(FAMILIES)}")
+    _family(config)
     if objective == "mlm":
         return AutoModelForMaskedLM
     if config.model_type != "bert":

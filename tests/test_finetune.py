@@ -23,6 +23,7 @@ from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.inspection import check_stated, inspect
+from opfa.models import load_config
 from opfa.recipe import DivergedError, ModelError, RecipeError, RunError
 from opfa.sparsity.masks import num_zeros
 from opfa.upstream.pretrain import pretrain
@@ -439,3 +440,17 @@ def test_a_run_directory_in_place_of_its_model_is_pointed_out(
 ) -> None:
     with pytest.raises(ModelError, match="did you mean .*/run/model"):
         finetune(finetune_recipe(sparse.parent, examples), tmp_path / "run")
+
+
+def test_dropout_is_the_recipe_s_and_the_saved_model_keeps_its_own(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    own, first = load_config(str(sparse)).hidden_dropout_prob, set()
+    for probability in (None, 0.0, 0.5):
+        training = {"dropout": probability}
+        finetune(finetune_recipe(sparse, examples, training=training), tmp_path / str(probability))
+        lines = (tmp_path / str(probability) / "metrics.jsonl").read_text().splitlines()
+        first.add(json.loads(lines[0])["loss"])
+        saved = load_config(str(tmp_path / str(probability) / "model"))
+        assert saved.hidden_dropout_prob == saved.attention_probs_dropout_prob == own == 0.1
+    assert len(first) == 3

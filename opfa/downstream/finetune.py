@@ -91,7 +91,8 @@ class Trainer:
         holdout = selection.holdout if selection else 0.0
         self.data = tasks.load(task, self.tokenizer, load_config(init), holdout)
         torch.manual_seed(recipe.seed)  # the new head
-        self.student = tasks.load_model(task, init, self.data.train.classes)
+        classes, dropout = self.data.train.classes, training.dropout
+        self.student = tasks.load_model(task, init, classes, dropout=dropout)
         if recipe.model.zeros == "held":
             hold_zeros(self.student, init)
         self.pruner = self._pruner()

@@ -110,6 +110,7 @@ class Training(Section):
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)  # fraction of all steps
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
     precision: Literal["fp32", "bf16"] = "fp32"
     group_by_length: bool = False  # examples of similar length together: less padding, less random
 

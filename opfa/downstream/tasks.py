@@ -25,7 +25,7 @@ from opfa.downstream import features, scores, squad
 from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
-from opfa.models import check_fit, load_config, loading
+from opfa.models import check_fit, dropouts, keep_values, load_config, loading
 from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, ModelError
 
@@ -289,16 +289,23 @@ def check_head(task: Task, config: PretrainedConfig) -> None:
 
 
 def load_model(
-    task: Task, init: str, classes: Sequence[str], *, is_trained: bool = False
+    task: Task,
+    init: str,
+    classes: Sequence[str],
+    *,
+    is_trained: bool = False,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
-    """The model with the task's head, fp32. A head that doesn't fit is made anew.
+    """The model with the task's head, fp32, and for training perhaps with another dropout than its
+    configuration has, which stays as it is. A head that doesn't fit is made anew.
 
     With `is_trained` (a teacher, or a model to evaluate) everything must fit, classes included.
     """
-    kind = KINDS[task.kind]
+    kind, config = KINDS[task.kind], load_config(init)
+    changed = dropouts(config, dropout)
     options: dict[str, Any] = {}
     if kind.has_classes:
-        trained = _trained_classes(load_config(init), tuple(classes)) if is_trained else classes
+        trained = _trained_classes(config, tuple(classes)) if is_trained else classes
         if tuple(trained) != tuple(classes):
             raise ModelError(
                 f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "
@@ -317,7 +324,9 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
+            **changed,
         )
+    keep_values(model, config, changed)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     encoder = f"{model.base_model_prefix}."
     lost = [key for key in new if is_trained or (key.startswith(encoder) and ".pooler." not in key)]

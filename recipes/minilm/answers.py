@@ -16,7 +16,8 @@ from opfa.recipe import RunError
 
 FILE = "answers.jsonl"
 PAIRS = [
-    *(("prune-once", other) for other in ("dense", "one-shot", "gradual", "gradual-early")),
+    *(("prune-once", other) for other in ("dense", "one-shot", "gradual")),
+    *(("prune-once", f"gradual-{kind}") for kind in ("early", "teacher")),
     *((f"{method}-8bit", f"{method}-fp32") for method in ("prune-once", "dense")),
 ]
 

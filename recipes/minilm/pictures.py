@@ -14,7 +14,7 @@ from opfa.upstream.recipe import PretrainRecipe
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
 COLOURS = {
     **{"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN},
-    "gradual-early": "tab:brown",
+    **{"gradual-early": "tab:brown", "gradual-teacher": "tab:purple"},
 }
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,7 +26,7 @@ from opfa.tables import figure, markdown_table
 METHODS = [
     *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0)),
     *((method, percent) for method in ("one-shot", "gradual") for percent in (85, 90)),
-    ("gradual-early", 90),
+    *(("gradual-early", 90), ("gradual-teacher", 90)),
     *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
 NOTES = {  # below the table, each where a row's method or task is its key
@@ -34,11 +35,13 @@ NOTES = {  # below the table, each where a row's method or task is its key
 measured (*standard error*: of the dense model) nor, for *prune-once*, that of its students, one at
 each sparsity. In brackets: the share of the dense mean, which says little near the most frequent
 class. Sparsity is that of the encoder's linear weights. All methods take as many steps, with a
-learning rate chosen at 90 % with one seed, in shorter runs, by examples held out. What upstream
-training cost is not counted: see cost.png. *dense*, *one-shot* and *gradual* start from the
-original model, which had been trained on NLI and SQuAD pairs.""",
+learning rate chosen at 90 % with one seed, in shorter runs, by examples held out; so was dropout,
+on SST-2: 0.1 for *dense*, none for the others. What upstream training cost is not counted: see
+cost.png. *dense*, *one-shot* and *gradual* start from the original model, which had been trained on
+NLI and SQuAD pairs.""",
     "gradual": "*gradual* prunes from 10 to 60 % of the steps, without a teacher.",
     "gradual-early": "*gradual-early* prunes from 10 to 30 % of them.",
+    "gradual-teacher": "*gradual-teacher* starts from the teacher.",
     "prune-once": """\
 *prune-once* starts from a student of the teacher, which read more text but lost the pooler.""",
     "dense-8bit": """\
@@ -183,7 +186,9 @@ def ablation_rows(output: Path) -> list[Row]:
 
 
 def rate_rows(output: Path) -> list[Row]:
-    """One row for each task and method: what examples held out say of each learning rate."""
+    """One row for each task and method, with dropout and without: what examples held out say of
+    each learning rate.
+    """
 
     @cache
     def num_held(task: str) -> int:
@@ -191,14 +196,16 @@ def rate_rows(output: Path) -> list[Row]:
 
     rows = []
     for task in TASKS:
-        for method in dict(METHODS):
-            path = output / f"runs/{task}/{method}-rates/results.json"
+        for method, dropout in product(dict(METHODS), ("own", "none")):
+            suffix = "-no-dropout-rates" if dropout == "none" else "-rates"
+            path = output / f"runs/{task}/{method}{suffix}/results.json"
             if path.exists():
                 found = json.loads(path.read_text())
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
                 chosen = found["learning_rate"]
                 facts = {"chosen": chosen, "scores": scores, "examples": num_held(task)}
-                rows.append({"task": task, "method": method, **facts})
+                place = {"task": task, "method": method, "dropout": dropout}
+                rows.append({**place, **facts, "run": str(path.parent.relative_to(output))})
     return rows
 
 
@@ -211,8 +218,15 @@ def rates_table(rows: Sequence[Row]) -> str:
             for rate, score in row["scores"].items()
         ]
         cells = [f"{row['chosen']:g}", f"{row['examples']:,}", "; ".join(scores)]
-        lines.append([row["task"], row["method"], *cells])
-    head = ["task", "method", "learning rate", "examples held out", "what they say of each"]
+        lines.append([row["task"], row["method"], row["dropout"], *cells])
+    head = [
+        "task",
+        "method",
+        "dropout",
+        "learning rate",
+        "examples held out",
+        "what they say of each",
+    ]
     return markdown_table(head, lines) if rows else ""
 
 
