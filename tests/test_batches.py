@@ -50,6 +50,22 @@ def tokens_only(examples: list[dict[str, Any]], objective: str, most: int) -> Pr
     return Prepared(train=split, validation=split, tokenizer=tokenizer, summary=summary)
 
 
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [
+        (["go", "##ing", "Ġ"], ["##ing"]),  # a letter of Maltese in a vocabulary of word pieces
+        (["Ġgo", "ing"], ["ing"]),
+        (["go", "come"], []),
+    ],
+)
+def test_what_goes_on_a_word_is_seen_by_the_vocabulary(
+    tmp_path: Path, words: list[str], rest: list[str]
+) -> None:
+    tokenizer = word_pieces(tmp_path, *words)
+    found = masker(tokenizer, Masking(whole_word=True), seed=0).is_continuation
+    assert tokenizer.convert_ids_to_tokens(np.flatnonzero(found).tolist()) == rest
+
+
 def made_masker(probability: float = 0.3) -> Masker:
     """Over a vocabulary of 100, of which the first 5 are special."""
     return Masker(

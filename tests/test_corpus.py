@@ -257,6 +257,30 @@ def test_the_recipe_s_own_tokenizer_is_kept(tmp_path: Path, prepared: Path) -> N
     assert prepare(corpus, tmp_path / "out")["tokenizer_sha256"] == theirs
 
 
+def test_a_sentence_keeps_its_closing_marks() -> None:
+    text = 'He said "Go." Then he left (see p. 5.) And "Why?" he\u2003asked.  So\n\nA line...\n'
+    assert corpus_module._sentences(text) == [
+        *('He said "Go."', "Then he left (see p.", "5.)"),
+        *('And "Why?"', "he\u2003asked.", "So", "A line..."),
+    ]
+
+
+def test_examples_are_cut_to_the_disk_and_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def examples(*arguments: Any) -> Dataset:
+        made.append(cut(*arguments))
+        return made[-1]
+
+    cut = corpus_module._examples
+    monkeypatch.setattr(corpus_module, "_examples", examples)
+    prepare(write(tmp_path / "a.jsonl", *texts(12)), tmp_path / "out")
+    assert len(made) == 2 and all(split.cache_files for split in made)
+    assert not (tmp_path / "out/cache").exists()
+
+
 # refusals
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
@@ -264,9 +288,16 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
         [*texts(9), {"body": "x"}],
         r"a.jsonl, line 10: no column 'text'; there are \['body'\]",
     ),
-    "empty text": ([*texts(9), " \n"], "a.jsonl, line 10: 'text' is empty or not a text"),
-    "no text": ([*texts(9), {"text": 3}], "a.jsonl, line 10: 'text' is empty or not a text"),
-    "invisible text": ([*texts(9), "\u200b"], r"no tokens, only invisible characters: '\\u200b'"),
+    "empty text": (
+        [*texts(9), " \n"],
+        "a.jsonl, line 10: 'text' is empty, invisible or",
+    ),
+    "no text": (
+        [*texts(9), {"text": 3}],
+        "a.jsonl, line 10: 'text' is empty, invisible or",
+    ),
+    "invisible text": ([*texts(9), "\u200b"], "a.jsonl, line 10: 'text' is empty, invisible or"),
+    "no tokens": ([*texts(9), "\ufffd"], "a document has no tokens, only invisible characters: '"),
     "too few": (texts(3), "3 documents leave only 1 for train; at least 2 are needed"),
     "nothing": ([], "a.jsonl: is empty"),
 }
@@ -279,6 +310,22 @@ def test_a_mistake_is_named_and_nothing_is_left(tmp_path: Path, mistake: str) ->
     with pytest.raises(DataError, match=message):
         prepare(corpus, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("value", ["", None, "\u200b"])
+def test_a_bad_row_of_a_hub_is_named_or_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    rows = Dataset.from_dict({"body": [*texts(6), value, *texts(6)]})
+    monkeypatch.setattr(corpus_module, "load_dataset", lambda *_, **__: rows)
+    changes = {"documents": (), "hub": "org/texts", "text_column": "body"}
+    corpus = corpus_of().model_copy(update=changes)
+    with pytest.raises(DataError, match="org/texts, row 6: 'body' is empty, invisible or not"):
+        prepare(corpus, tmp_path / "out")
+    summary = prepare(corpus.model_copy(update={"bad_records": "skip"}), tmp_path / "out")
+    assert summary["skipped_records"] == 1
+    assert sum(split["documents"] for split in summary["splits"].values()) == 12
+    assert "row 6" in (tmp_path / "out/skipped.txt").read_text()
 
 
 @pytest.mark.parametrize("place", [1, 10])

@@ -118,10 +118,9 @@ def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> M
     assert isinstance(vocabulary, list)
     if not isinstance(tokenizer.mask_token_id, int):
         raise DataError("the tokenizer has no mask token, and masked language modelling needs one")
-    marks_starts = any(token.startswith(("Ġ", "▁")) for token in vocabulary)
-    continues = [
-        not t.startswith(("Ġ", "▁")) if marks_starts else t.startswith("##") for t in vocabulary
-    ]
+    rests = [token.startswith("##") for token in vocabulary]  # of words; others mark the start
+    starts = [token.startswith(("Ġ", "▁")) for token in vocabulary]
+    continues = rests if any(rests) or not any(starts) else [not is_start for is_start in starts]
     special = np.isin(np.arange(len(vocabulary)), tokenizer.all_special_ids)
     return Masker(
         seed=seed,

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
 FORMAT = "opfa-corpus/1"
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+SENTENCE = re.compile(r"\S.*?(?:[.!?][\"')\]]*(?=\s)|$)")
+NO_TEXT = "empty, invisible or not a text"
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +103,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
                 f"{len(documents)} documents leave only {len(part)} for {name}; "
                 "at least 2 are needed"
             )
-        examples = _examples(part, tokenizer, corpus)
+        examples = _examples(part, tokenizer, corpus, work / "cache" / name)
         if len(examples) == 0:
             raise DataError(f"the {name} documents are too short: not one example came out")
         examples.save_to_disk(work / name)
@@ -126,9 +128,8 @@ def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
             raise DataError(
                 f"{corpus.hub}: no column {corpus.text_column!r}; there are {dataset.column_names}"
             )
-        return dataset.select_columns([corpus.text_column]).rename_columns(
-            {corpus.text_column: "text"}
-        )
+        texts = dataset.select_columns([corpus.text_column])
+        return _good(texts.rename_columns({corpus.text_column: "text"}), corpus, skipped)
     files = expand(corpus.documents)
     for file in files:  # all of them are checked before any work is done
         bad = stop if skipped is None else _ignore
@@ -151,15 +152,31 @@ def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
     return made
 
 
+def _good(dataset: Dataset, corpus: Corpus, skipped: Path | None) -> Dataset:
+    """The rows of a Hub data set that hold a text."""
+    bad = _noting(skipped) if skipped else stop
+    good = []
+    for row, text in enumerate(dataset["text"]):
+        if _is_text(text):
+            good.append(row)
+        else:
+            bad(DataError(f"{corpus.hub}, row {row}: {corpus.text_column!r} is {NO_TEXT}"))
+    return dataset if len(good) == len(dataset) else dataset.select(good)
+
+
 def _all_texts(files: list[str], column: str, skipped: str | None) -> Iterator[dict[str, str]]:
+    bad = _noting(Path(skipped)) if skipped else stop
+    for file in files:
+        for text in _texts(Path(file), column, bad):
+            yield {"text": text}
+
+
+def _noting(skipped: Path) -> Bad:
     def note(error: DataError) -> None:
-        assert skipped is not None
-        with Path(skipped).open("a", encoding="utf-8") as listing:
+        with skipped.open("a", encoding="utf-8") as listing:
             listing.write(" ".join(str(error).split()) + "\n")
 
-    for file in files:
-        for text in _texts(Path(file), column, note if skipped else stop):
-            yield {"text": text}
+    return note
 
 
 def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
@@ -167,10 +184,17 @@ def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
         text = record.get(column)
         if column not in record:
             bad(DataError(f"{file}, {where}: no column {column!r}; there are {sorted(record)}"))
-        elif not isinstance(text, str) or not text.strip():
-            bad(DataError(f"{file}, {where}: {column!r} is empty or not a text"))
+        elif not _is_text(text):
+            bad(DataError(f"{file}, {where}: {column!r} is {NO_TEXT}"))
         else:
             yield text
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text with more than marks, spaces and control characters, of which no tokens
+    would be made.
+    """
+    return isinstance(value, str) and any(unicodedata.category(c)[0] not in "CMZ" for c in value)
 
 
 def _ignore(_: DataError) -> None:
@@ -225,7 +249,7 @@ def _tokenize(
 
 
 def _sentences(text: str) -> list[str]:
-    return [s for line in text.splitlines() for s in SENTENCE_END.split(line) if s.strip()]
+    return [sentence for line in text.splitlines() for sentence in SENTENCE.findall(line)]
 
 
 def _held_out(size: int, corpus: Corpus) -> np.ndarray:
@@ -234,7 +258,10 @@ def _held_out(size: int, corpus: Corpus) -> np.ndarray:
     return np.isin(np.arange(size), chosen)
 
 
-def _examples(documents: Dataset, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Dataset:
+def _examples(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, cache: Path
+) -> Dataset:
+    cache.mkdir(parents=True)  # else `map` keeps the examples in memory
     num_groups = -(-len(documents) // GROUP)
     groups = Dataset.from_dict({"group": range(num_groups)})
     return groups.map(
@@ -248,6 +275,7 @@ def _examples(documents: Dataset, tokenizer: PreTrainedTokenizerBase, corpus: Co
             "special": (tokenizer.cls_token_id, tokenizer.sep_token_id),
         },
         features=EXAMPLE,
+        cache_file_name=str(cache / "examples.arrow"),
         num_proc=min(num_groups, os.cpu_count() or 1),
         desc="Cutting examples",
     )
