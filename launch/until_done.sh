@@ -23,7 +23,7 @@ until_done() {
   local run="$1" restarts=0 stopping="" child="" status resume
   shift
   rm -f "$run/stop" "$run/stopped"
-  trap 'stopping=yes; if [ -n "$child" ]; then echo "launch: stopping; the run saves first (kill -9 -- -$child ends without)" >&2; touch "$run/stop"; fi' TERM INT HUP
+  trap 'stopping=yes; if [ -n "$child" ]; then echo "launch: stopping; the run saves first (kill -9 -- -$child ends without)" >&2; mkdir -p "$run"; touch "$run/stop"; fi' TERM INT HUP
   while [ -z "$stopping" ]; do
     resume=()
     [ -e "$run/recipe.toml" ] && resume=(--resume)

@@ -35,6 +35,7 @@ from opfa.distributed import Supervisor
 from opfa.engine import choose_accelerator, start_distributed
 from opfa.measure import in_a_process, peak_bytes, timed
 from opfa.models import (
+    new_config,
     new_pretraining_model,
     wordpiece_tokenizer,
     write_model,
@@ -167,12 +168,12 @@ def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
     recipe = PretrainRecipe.read(file, overrides)
     assert recipe.model.config is not None
     torch.manual_seed(recipe.seed)
-    model = new_pretraining_model(recipe.model.config, recipe.corpus.objective, 0)
-    size, tokens = model.config.vocab_size, recipe.corpus.sequence_tokens
+    size, tokens = new_config(recipe.model.config).vocab_size, recipe.corpus.sequence_tokens
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     vocabulary = {token: index for index, token in enumerate(special)}
     vocabulary |= {f"word{index}": index for index in range(len(vocabulary), size)}
     tokenizer = wordpiece_tokenizer(vocabulary, lowercase=True, tokens=tokens)
+    model = new_pretraining_model(recipe.model.config, recipe.corpus.objective, tokenizer)
     write_model(model, tokenizer, directory / "model")
     disable_progress_bars()
     choose = np.random.default_rng(recipe.seed)

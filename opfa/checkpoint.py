@@ -69,7 +69,8 @@ def save_point(
         os.replace(aside, final)  # the commit point
         _fsync(root)
         points = sorted(root.glob("step-*"))
-        kept = [point for point in points if point <= final][-keep:]  # newer ones are damaged
+        # newer ones are damaged, and those without a manifest were being removed
+        kept = [p for p in points if p <= final and (p / MANIFEST).exists()][-keep:]
         best = {root / point_name(b) for p in kept if (b := facts_of(p).get("best")) is not None}
         for other in set(points) - set(kept) - best:
             shutil.rmtree(other, ignore_errors=True)

@@ -25,6 +25,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Self
+from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,8 +68,7 @@ class Run:
         if is_writer:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = _locked(directory)
-            for name in ("stop", "stopped"):
-                (directory / name).unlink(missing_ok=True)
+            (directory / "stopped").unlink(missing_ok=True)
             write_text(directory / "recipe.toml", recipe.to_toml())
 
     @property
@@ -92,12 +92,12 @@ class Run:
             self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Close what is open."""
         if self._progress is not None:
             self._progress.stop()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if error is None else 1)
         if self.is_writer:
             self._lock.close()
 
@@ -117,19 +117,30 @@ class Run:
         write_json(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
-        """Also send rows to wandb, offline or online."""
+        """Also send rows to wandb, offline or online: to one run of its own for each directory,
+        which a resume continues, in a group of all that have this recipe's name.
+        """
         if mode == "disabled" or not self.is_writer:
             return
         import wandb  # only here: it is slow to import, and most runs don't use it
 
-        self._wandb = wandb.init(
-            project=project,
-            name=name,
-            mode="offline" if mode == "offline" else "online",
-            dir=str(self.directory),
-            config=self.recipe.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        path = self.directory / "wandb/id"
+        if not path.exists():
+            write_text(path, uuid4().hex)
+        try:
+            self._wandb = wandb.init(
+                project=project,
+                group=name,
+                name=str(self.directory),
+                id=path.read_text(encoding="utf-8"),
+                resume="allow",
+                mode="offline" if mode == "offline" else "online",
+                dir=str(self.directory),
+                config=self.recipe.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise RunError(f"logging.wandb = {mode!r}: {error}") from error
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of steps that are going to be run again, and of a final evaluation."""

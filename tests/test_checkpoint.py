@@ -72,6 +72,14 @@ def test_damaged_newer_points_take_no_place(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
+def test_a_point_without_a_manifest_takes_no_place(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save_point(tmp_path, step, lambda d: write(d, "state"), {}, keep=3)
+    (tmp_path / "step-00000002/MANIFEST.json").unlink()  # a removal that was killed
+    checkpoint.save_point(tmp_path, 4, lambda d: write(d, "state"), {}, keep=3)
+    assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["1", "3", "4"]
+
+
 def test_what_a_killed_save_left_is_not_in_the_next_point(tmp_path: Path) -> None:
     (tmp_path / ".incomplete").mkdir()
     (tmp_path / ".incomplete/state-00009").write_text("old")

@@ -10,26 +10,34 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from opfa.clock import Clock
-from opfa.models import new_pretraining_model, pretraining_features, projection
+from opfa.models import (
+    new_pretraining_model,
+    pretraining_features,
+    projection,
+    wordpiece_tokenizer,
+)
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Objective, Teacher
 from opfa.upstream.recipe import Distillation
 
 VOCABULARY = 50
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(5, VOCABULARY)))
+TOKENIZER = wordpiece_tokenizer(
+    {word: index for index, word in enumerate(WORDS)}, lowercase=True, tokens=24
+)
 ENCODER = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 24,
-    "pad_token_id": 0,
 }
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": ENCODER,
     "roberta": ENCODER | SPECIAL,
-    "modernbert": ENCODER | SPECIAL | {"cls_token_id": 2, "sep_token_id": 3},
-    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "pad_token_id": 0},
+    "modernbert": ENCODER | SPECIAL,
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
 }
 COUNTS = Counts(masked=7.0, real=31.0, sequences=5.0)  # of a global batch with more than this one
 
@@ -37,7 +45,7 @@ COUNTS = Counts(masked=7.0, real=31.0, sequences=5.0)  # of a global batch with 
 def model(seed: int, family: str = "bert", objective: str = "mlm+nsp") -> PreTrainedModel:
     torch.manual_seed(seed)
     values = {"model_type": family, **FAMILIES[family], "initializer_range": 0.3}
-    return new_pretraining_model(values, objective, VOCABULARY, dropout=0.0)
+    return new_pretraining_model(values, objective, TOKENIZER, dropout=0.0)
 
 
 def batch(has_pairs: bool = True, is_padded: bool = True) -> Batch:

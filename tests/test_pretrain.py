@@ -14,13 +14,19 @@ import torch
 from conftest import dense_labels, pretrain_recipe
 from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
-from transformers import BertForPreTraining, BertModel
+from transformers import AutoConfig, BertForPreTraining, BertModel
 
 from opfa import checkpoint
 from opfa.distributed import Stopped
 from opfa.engine import Engine
 from opfa.inspection import inspect
-from opfa.models import new_pretraining_model
+from opfa.models import (
+    FAMILIES,
+    load_pretraining_model,
+    load_tokenizer,
+    new_pretraining_model,
+    write_model,
+)
 from opfa.order import Order
 from opfa.recipe import DataError, ModelError, RecipeError, RunError
 from opfa.run import Run
@@ -71,7 +77,7 @@ def test_losses_equal_a_plain_loop(prepared: Path, tmp_path: Path) -> None:
     data = Prepared.open(prepared, recipe.corpus)
     torch.manual_seed(recipe.seed)
     assert recipe.model.config is not None
-    model = new_pretraining_model(recipe.model.config, "mlm+nsp", len(data.tokenizer), dropout=0.0)
+    model = new_pretraining_model(recipe.model.config, "mlm+nsp", data.tokenizer, dropout=0.0)
     model.train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -382,9 +388,29 @@ def test_a_missing_corpus_names_the_command_that_makes_one(tmp_path: Path) -> No
         pretrain(pretrain_recipe(tmp_path / "nowhere"), tmp_path / "run")
 
 
-def test_wandb_offline_writes_a_run(prepared: Path, tmp_path: Path) -> None:
-    pretrain(pretrain_recipe(prepared, logging={"wandb": "offline"}), tmp_path / "run")
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+def test_a_resume_continues_the_run_of_wandb(prepared: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(prepared, logging={"wandb": "offline"})
+    pretrain(recipe, tmp_path / "run")
+    (tmp_path / "run/done.json").unlink()
+    id_path = tmp_path / "run/wandb/id"
+    before = id_path.read_text()
+    pretrain(recipe, tmp_path / "run", resume=True)
+    pretrain(recipe, tmp_path / "other")
+    assert id_path.read_text() == before != (tmp_path / "other/wandb/id").read_text()
+    assert list((tmp_path / "run/wandb").glob(f"offline-run-*/run-{before}.wandb"))
+
+
+def test_wandb_without_a_key_is_one_clear_error(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(RunError, match=r"logging.wandb = 'online': No API key configured"):
+        pretrain(pretrain_recipe(prepared, logging={"wandb": "online"}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -414,9 +440,7 @@ def test_wandb_offline_writes_a_run(prepared: Path, tmp_path: Path) -> None:
 def test_other_families_are_pruned_under_a_teacher(
     mlm_corpus: Path, tmp_path: Path, kind: str, extra: dict[str, Any]
 ) -> None:
-    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    special |= {"cls_token_id": 2, "sep_token_id": 3} if kind == "modernbert" else {}
-    config = {"model_type": kind, "max_position_embeddings": 32, **special, **extra}
+    config = {"model_type": kind, "max_position_embeddings": 32, **extra}
     corpus, training = {"objective": "mlm"}, {"steps": 2, "warmup_steps": 0}
     pretrain(
         pretrain_recipe(mlm_corpus, corpus=corpus, model={"config": config}, training=training),
@@ -432,6 +456,7 @@ def test_other_families_are_pruned_under_a_teacher(
         distillation={"teacher": init},
     )
     pretrain(recipe, tmp_path / "student")
+    assert AutoConfig.from_pretrained(init).pad_token_id == 0  # the tokenizer's
     report = inspect(tmp_path / "student/model")
     assert len(report["tensors"]) == {"distilbert": 12, "roberta": 12, "modernbert": 8}[kind]
     assert all(
@@ -461,6 +486,96 @@ def test_dropout_works_in_a_model_that_was_loaded(
         pretrain(pretrain_recipe(prepared, model=model, training=training), output)
         first.append(training_rows(output)[0]["loss"])
     assert abs(first[0] - first[1]) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
+def test_how_a_run_drops_out_is_not_left_to_the_next_one(
+    mlm_corpus: Path, tmp_path: Path, family: str
+) -> None:
+    tokenizer = load_tokenizer(str(mlm_corpus / "tokenizer"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    names = FAMILIES[family].dropouts
+    for own, other in ((0.0, 0.5), (0.5, 0.0)):
+        values = {"model_type": family, **sizes, **dict.fromkeys(names, own)}
+        values |= {} if family == "distilbert" else {"intermediate_size": 32}
+        made = new_pretraining_model(values, "mlm", tokenizer, other)
+        write_model(made, tokenizer, tmp_path / str(own))
+        loaded = load_pretraining_model(str(tmp_path / str(own)), "mlm", other)
+        for model in (made, loaded):
+            assert {getattr(model.config, name) for name in names} == {own}
+            ids = torch.arange(8)[None]
+            once, twice = (model.train()(input_ids=ids).logits for _ in range(2))
+            assert torch.equal(once, twice) == (other == 0.0)
+
+
+def test_a_teacher_without_a_head_has_no_soft_targets(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    encoder = tmp_path / "encoder"
+    BertModel.from_pretrained(teacher / "model").save_pretrained(encoder)
+    with pytest.raises(ModelError, match=r"encoder.*\d+ tensors are missing, first cls\."):
+        pretrain(
+            student_recipe(prepared, teacher, distillation={"teacher": str(encoder)}),
+            tmp_path / "run",
+        )
+
+
+def test_a_model_that_lacks_a_layer_is_not_filled_in(
+    prepared: Path, teacher: Path, tmp_path: Path
+) -> None:
+    model = BertModel.from_pretrained(teacher / "model")
+    model.encoder.layer = model.encoder.layer[:1]
+    model.save_pretrained(tmp_path / "cut")
+    config = json.loads((teacher / "model/config.json").read_text())
+    (tmp_path / "cut/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"tensors are missing, first bert\.encoder\.layer\.1\."):
+        pretrain(pretrain_recipe(prepared, model={"init": str(tmp_path / "cut")}), tmp_path / "run")
+
+
+def test_a_teacher_in_16_bits_keeps_its_buffers(mlm_corpus: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "modernbert", "intermediate_size": 32, **sizes}
+    corpus, training = {"objective": "mlm"}, {"steps": 3, "precision": "bf16"}
+    options = {"corpus": corpus, "training": training}
+    pretrain(pretrain_recipe(mlm_corpus, model={"config": config}, **options), tmp_path / "teacher")
+    init = str(tmp_path / "teacher/model")
+    seen = {}
+
+    class Watched(module.Trainer):
+        def train(self, run: Run, start: int) -> None:
+            assert self.teacher is not None
+            tensors = self.teacher.model.state_dict() | dict(self.teacher.model.named_buffers())
+            seen.update({name: tensor.dtype for name, tensor in tensors.items()})
+            super().train(run, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Trainer", Watched)
+        recipe = pretrain_recipe(
+            mlm_corpus, model={"init": init}, distillation={"teacher": init}, **options
+        )
+        pretrain(recipe, tmp_path / "student")
+    kept = {name for name, dtype in seen.items() if dtype == torch.float32}
+    assert kept == {name for name in seen if name.endswith("inv_freq")} != set()
+
+
+def test_a_resume_with_other_data_is_refused(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "data")
+    recipe = pretrain_recipe(tmp_path / "data")
+    pretrain(recipe, tmp_path / "run")
+    (tmp_path / "run/done.json").unlink()
+    summary = json.loads((tmp_path / "data/corpus.json").read_text())
+    summary["splits"]["train"]["sha256"] = "0" * 64
+    (tmp_path / "data/corpus.json").write_text(json.dumps(summary))
+    with pytest.raises(RunError, match="run: the train examples have changed meanwhile"):
+        pretrain(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_sign_to_stop_that_comes_early_is_not_lost(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stop").touch()
+    with pytest.raises(Stopped):
+        pretrain(pretrain_recipe(prepared), tmp_path / "run")
+    assert (tmp_path / "run/stopped").exists()
 
 
 def test_a_sparse_model_is_not_filled_in_silence(

@@ -8,6 +8,7 @@ loop, step by step.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None
                     f"{output}: rank 0 made this directory, and rank {rank} can't see it; "
                     "RUN must be in a directory that all machines share"
                 )
+            if resumes:
+                _refuse_other_data(output, prepared)
             start = trainer.resume(run) if resumes else 0
             launch = {
                 "from_step": start,
@@ -143,9 +146,14 @@ class Trainer:
         settings = self.recipe.distillation
         if settings is None:
             return None
-        model = load_pretraining_model(settings.teacher, self.recipe.corpus.objective)
+        objective = self.recipe.corpus.objective
+        model = load_pretraining_model(
+            settings.teacher, objective, needs_head=settings.soft_weight > 0
+        )
         teacher = Teacher(model, student, settings)
-        nn.Module.to(model, device=self.device, dtype=DTYPES[self.recipe.training.precision])
+        nn.Module.to(model, self.device)
+        for parameter in model.parameters():  # and no buffer: rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(DTYPES[self.recipe.training.precision])
         return teacher
 
     def train(self, run: Run, start: int) -> None:
@@ -362,6 +370,15 @@ def _refuse_heads(model: PreTrainedModel, pattern: Pattern) -> None:
         )
 
 
+def _refuse_other_data(run: Path, prepared: Prepared) -> None:
+    """Where nothing was recorded yet, nothing was trained."""
+    path = run / "environment.json"
+    before = json.loads(path.read_text())["data"] if path.exists() else prepared.summary
+    for name, split in prepared.summary["splits"].items():
+        if split["sha256"] != before["splits"][name]["sha256"]:
+            raise RunError(f"{run}: the {name} examples have changed meanwhile")
+
+
 def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:
     sparsity = mask_files.report(zero_masks(model))["total"]["sparsity"]
     if sparsity >= SPARSE_FROM:
@@ -376,4 +393,4 @@ def _student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
     if recipe.model.init is not None:
         return load_pretraining_model(recipe.model.init, objective, dropout)
     assert recipe.model.config is not None
-    return new_pretraining_model(recipe.model.config, objective, len(prepared.tokenizer), dropout)
+    return new_pretraining_model(recipe.model.config, objective, prepared.tokenizer, dropout)
