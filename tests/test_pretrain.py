@@ -403,12 +403,12 @@ def test_a_resume_continues_the_run_of_wandb(prepared: Path, tmp_path: Path) -> 
 def test_wandb_without_a_key_is_one_clear_error(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
+    from wandb.errors import UsageError
 
     def refuse(**_: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr("wandb.init", refuse)
     with pytest.raises(RunError, match=r"logging.wandb = 'online': No API key configured"):
         pretrain(pretrain_recipe(prepared, logging={"wandb": "online"}), tmp_path / "run")
 

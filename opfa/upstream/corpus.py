@@ -16,7 +16,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from datasets import (
@@ -190,7 +190,7 @@ def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
             yield text
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     """Whether it is a text with more than marks, spaces and control characters, of which no tokens
     would be made.
     """
