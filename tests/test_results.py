@@ -106,10 +106,10 @@ def test_every_method_of_a_task_took_as_many_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", FOUND["learning_rates"], ids=lambda row: f"{row['task']}-{row['method']}"
+    "row", FOUND["learning_rates"], ids=lambda row: row["run"].removeprefix("runs/")
 )
 def test_a_rate_is_the_best_by_examples_held_out(row: dict[str, Any], tmp_path: Path) -> None:
-    sweep = f"runs/{row['task']}/{row['method']}-rates"
+    sweep = row["run"]
     found = json.loads(RUNS[f"{sweep}/results.json"])
     assert {str(one["learning_rate"]): one["score"] for one in found["rows"]} == row["scores"]
     best = max(row["scores"], key=lambda rate: row["scores"][rate] or 0.0)
@@ -120,12 +120,28 @@ def test_a_rate_is_the_best_by_examples_held_out(row: dict[str, Any], tmp_path: 
         assert recipe.task.train == f"split/{row['task']}/fit.jsonl.gz"
         assert recipe.task.validation == f"split/{row['task']}/held.jsonl.gz"
         assert recipe.training.learning_rate == float(rate)
+        assert recipe.training.dropout in (None, row["dropout"])
+
+
+def test_dropout_is_what_is_better_by_examples_held_out() -> None:
+    best = {}
+    for row in FOUND["learning_rates"]:
+        if row["task"] == "sst2":
+            scores = best.setdefault(row["method"], {})
+            scores[row["dropout"]] = row["scores"][str(row["chosen"])]
+    assert best
+    for method, scores in best.items():
+        assert max(scores, key=lambda dropout: scores[dropout]) == dropout_of(method), method
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
 def test_a_row_is_of_the_method_that_it_names(row: dict[str, Any], tmp_path: Path) -> None:
     method, percent = row["method"], row["percent"]
-    chosen = {(one["task"], one["method"]): one["chosen"] for one in FOUND["learning_rates"]}
+    chosen = {
+        (one["task"], one["method"]): one["chosen"]
+        for one in FOUND["learning_rates"]
+        if one["dropout"] == dropout_of(one["method"])
+    }
     for seed in row["seeds"]:
         run = f"{row['run']}/seed-{seed}"
         recipe = recipe_of(run, tmp_path, FinetuneRecipe)
@@ -138,7 +154,10 @@ def test_a_row_is_of_the_method_that_it_names(row: dict[str, Any], tmp_path: Pat
             assert rate == pytest.approx(chosen[row["task"], method_before] / 5)
         else:
             assert rate == chosen[row["task"], method]
-            assert start == (f"runs/sparse-{percent}/model" if method == "prune-once" else "model")
+            starts = {"prune-once": f"runs/sparse-{percent}/model"}
+            starts["gradual-teacher"] = "runs/teacher/model"
+            assert start == starts.get(method, "model")
+        assert recipe.training.dropout in (None, dropout_of(method))
         assert (recipe.quantization is not None) == method.endswith("-8bit")
         assert (recipe.model.zeros == "held") == method.startswith("prune-once")
         assert (schedule is not None) == method.startswith(("one-shot", "gradual"))
@@ -194,12 +213,20 @@ def test_the_recipes_here_are_those_that_ran(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", FOUND["tasks"])
 def test_the_tasks_recipe_here_is_the_one_that_ran(task: str, tmp_path: Path) -> None:
     (row,) = [row for row in FOUND["rows"] if (row["task"], row["method"]) == (task, "dense")]
-    rates = {(one["task"], one["method"]): one["chosen"] for one in FOUND["learning_rates"]}
-    rate = f"training.learning_rate={rates[task, 'dense']}"
+    (rate,) = (
+        f"training.learning_rate={one['chosen']}"
+        for one in FOUND["learning_rates"]
+        if (one["task"], one["method"], one["dropout"]) == (task, "dense", 0.1)
+    )
     changes = ("model.init=model", "model.zeros=free", rate)
     recipe = FinetuneRecipe.read(RECIPES / f"minilm-{task}.toml", changes)
     ran = recipe_of(f"{row['run']}/seed-{row['seeds'][0]}", tmp_path, FinetuneRecipe)
     assert recipe.sha256() == ran.sha256()
+
+
+def dropout_of(method: str) -> float:
+    """What the methods have."""
+    return 0.1 if method.startswith("dense") else 0.0
 
 
 def recipe_of(run: str, directory: Path, kind: type[Kind]) -> Kind:

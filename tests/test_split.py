@@ -56,18 +56,26 @@ def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_
     ("task", "key"), [("rte", "sentence1"), ("mnli", "premise"), ("squad", "title")]
 )
 def test_groups_are_not_divided(split: Any, tmp_path: Path, task: str, key: str) -> None:
-    rows = [{key: f"text {i // 3}", "hypothesis": "U.S.A. today.", "label": i} for i in range(300)]
+    rows = [{key: f"text {i // 3}", "hypothesis": "So it is", "label": i} for i in range(300)]
     write_records(tmp_path / task / "train.jsonl.gz", rows)
-    write_records(
-        tmp_path / task / "validation_matched.jsonl.gz", [{**rows[0], "premise": "No. 1."}]
-    )
+    write_records(tmp_path / task / "validation_matched.jsonl.gz", rows[:1])
     split.write_split(tmp_path / task, tmp_path / "out")
     fit, held = (read(tmp_path / f"out/{name}.jsonl.gz") for name in ("fit", "held"))
     assert sorted(row["label"] for row in fit + held) == list(range(300))
     assert not {row[key] for row in fit} & {row[key] for row in held}
     assert 30 <= len(held) <= 90
-    if task == "mnli":
-        (row,) = read(tmp_path / "out/validation.jsonl.gz")
-        assert row["premise"] == "No 1" and row["hypothesis"] == "USA today"
-        assert fit[0]["hypothesis"] == "U.S.A. today."  # training examples have none already
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "left"), [("So it is", "USA today"), ("Yes.", "U.S.A. today.")]
+)
+def test_full_stops_go_if_training_has_none(
+    split: Any, tmp_path: Path, hypothesis: str, left: str
+) -> None:
+    rows = [{"premise": f"Text {i}", "hypothesis": hypothesis, "label": i} for i in range(30)]
+    write_records(tmp_path / "mnli/train.jsonl.gz", rows)
+    measured = {"premise": "No", "hypothesis": "U.S.A. today.", "label": 0}
+    write_records(tmp_path / "mnli/validation_matched.jsonl.gz", [measured])
+    split.write_split(tmp_path / "mnli", tmp_path / "out")
+    assert read(tmp_path / "out/validation.jsonl.gz") == [{**measured, "hypothesis": left}]

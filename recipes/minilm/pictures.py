@@ -26,8 +26,10 @@ def cost_of(run: Path) -> tuple[int, float]:
     return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
 
 
-def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw each task's metric against sparsity, one line for each method."""
+def accuracy_picture(
+    rows: Sequence[Mapping[str, Any]], examples: Mapping[str, int], path: Path
+) -> None:
+    """Draw each task's metric, of so many examples, against sparsity, one line for each method."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     size = (1.0 + 3.2 * len(tasks), 3.6)
     picture, columns = plt.subplots(
@@ -38,9 +40,10 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for row in found:
             if row["method"] == "dense":
                 axes.axhline(row["mean"], color="black", linestyle=":", label="dense")
-        for method, colour in COLOURS.items():
+        for place, (method, colour) in enumerate(COLOURS.items()):
             points = [row for row in found if row["method"] == method]
-            x, means = [row["percent"] for row in points], [row["mean"] for row in points]
+            x = [row["percent"] + 0.12 * (place - len(COLOURS) / 2) for row in points]
+            means = [row["mean"] for row in points]
             deviations = [row["std"] for row in points]
             if None in deviations:
                 deviations = None
@@ -49,7 +52,8 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xticks([85, 90])
         axes.set_xlim(84, 91)
         axes.set_xlabel("Sparsity, % (bars: over seeds)")
-        axes.set_title(f"{task}: {TASKS[task]}", fontsize=10)
+        axes.set_title(f"{task}, {examples[task]:,} examples", fontsize=10)
+        axes.set_ylabel(TASKS[task])
         axes.spines[["top", "right"]].set_visible(False)
     lines, labels = columns[0][0].get_legend_handles_labels()
     picture.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -69,6 +73,7 @@ def cost_picture(output: Path, path: Path) -> None:
         points = [(row["step"], row["mlm_loss"]) for row in lines if row.get("eval")]
         last = points[-1][0]
         label = f"{name}: {tokens / 1e6:.1f} million tokens, {cost / 1e15:.2f}·10¹⁵ operations"
+        label += "" if name == "teacher" else ", after the teacher's"
         x = [step / last * cost / 1e15 for step, _ in points]
         axes.plot(x, [loss for _, loss in points], "o-", color=colour, markersize=4, label=label)
     axes.set_xlabel("Floating-point operations, 10¹⁵")

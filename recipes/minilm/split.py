@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 def write_split(data: Path, output: Path) -> None:
     """`fit.jsonl.gz` and `held.jsonl.gz` of `data/train.jsonl.gz`, under the name of its task. Of
-    MNLI also its validation split without full stops, which its training examples lack.
+    MNLI also its validation split, without full stops if its training examples have none.
     """
     records = [record for _, record in read_records(data / "train.jsonl.gz")]
     fit, held = phrases(records) if data.name == "sst2" else groups(records, GROUPED_BY[data.name])
@@ -32,7 +32,9 @@ def write_split(data: Path, output: Path) -> None:
         if data.name == "mnli":
             file = data / f"{VALIDATION['mnli']}.jsonl.gz"
             matched = [record for _, record in read_records(file)]
-            _write(aside / "validation.jsonl.gz", map(_without_stops, matched))
+            if not any("." in record["premise"] + record["hypothesis"] for record in records):
+                matched = [_without_stops(record) for record in matched]
+            _write(aside / "validation.jsonl.gz", matched)
         _write(aside / "fit.jsonl.gz", fit)
         _write(aside / "held.jsonl.gz", held)
 

@@ -5,6 +5,7 @@ themselves.
 import json
 import shutil
 import textwrap
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -47,12 +48,7 @@ NLI and SQuAD pairs.""",
     "dense-8bit": """\
 *8bit*: each seed's model is trained for a fifth as many more steps, with 8-bit quantization;
 *fp32*: without it, as a control.""",
-    "sst2": "SST-2 trains for half an epoch.",
-    "rte": "RTE trains for two epochs.",
-    "mnli": """\
-MNLI trains on a fortieth of its pairs; full stops are removed from its validation split because
-these pairs lack them.""",
-    "squad": "SQuAD trains on 44 articles and is measured on 16.",
+    "mnli": "MNLI is measured without full stops, if its training pairs have none.",
 }
 DIFFERENCE_NOTE = """\
 Points of accuracy, means of the seeds, with the standard error over examples, each of which all
@@ -88,7 +84,8 @@ def write_table(output: Path) -> None:
     parts = [*tables(found), trace]
     write_text(results / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     if rows:
-        accuracy_picture(rows, results / "accuracy.png")
+        examples = {task: about["examples"] for task, about in tasks.items()}
+        accuracy_picture(rows, examples, results / "accuracy.png")
     cost_picture(output, results / "cost.png")
     for run in ("sparse-85", "sparse-90", "ablations/global"):
         for name in ("loss.png", "sparsity.png"):
@@ -102,7 +99,11 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     methods = methods_table(found["tasks"], found["rows"])
     present = {row["method"] for row in found["rows"]} | set(found["tasks"])
     notes = " ".join(note for key, note in NOTES.items() if key in present)
-    parts = [methods, _wrapped(notes)]
+    trained = (
+        f"{task} trains on {about['train_examples']:,} examples, {about['epochs']:g} times each."
+        for task, about in found["tasks"].items()
+    )
+    parts = [methods, _wrapped(" ".join([notes, *trained]))]
     if found["differences"]:
         parts += [differences_table(found["differences"]), _wrapped(DIFFERENCE_NOTE)]
     if found["ablations"]:
@@ -196,17 +197,24 @@ def rate_rows(output: Path) -> list[Row]:
 
     rows = []
     for task in TASKS:
-        for method, dropout in product(dict(METHODS), ("own", "none")):
-            suffix = "-no-dropout-rates" if dropout == "none" else "-rates"
-            path = output / f"runs/{task}/{method}{suffix}/results.json"
+        for method, form in product(dict(METHODS), ("", "-no-dropout")):
+            path = output / f"runs/{task}/{method}{form}-rates/results.json"
             if path.exists():
                 found = json.loads(path.read_text())
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
                 chosen = found["learning_rate"]
                 facts = {"chosen": chosen, "scores": scores, "examples": num_held(task)}
+                dropout = dropout_of(output, path.parent)
                 place = {"task": task, "method": method, "dropout": dropout}
                 rows.append({**place, **facts, "run": str(path.parent.relative_to(output))})
     return rows
+
+
+def dropout_of(output: Path, run: Path) -> float:
+    """What a fine-tuning was told, or what the configuration says that it began with."""
+    recipe = tomllib.loads((run / "recipe.toml").read_text())
+    config = json.loads((output / recipe["model"]["init"] / "config.json").read_text())
+    return recipe["training"].get("dropout", config["hidden_dropout_prob"])
 
 
 def rates_table(rows: Sequence[Row]) -> str:
@@ -218,7 +226,7 @@ def rates_table(rows: Sequence[Row]) -> str:
             for rate, score in row["scores"].items()
         ]
         cells = [f"{row['chosen']:g}", f"{row['examples']:,}", "; ".join(scores)]
-        lines.append([row["task"], row["method"], row["dropout"], *cells])
+        lines.append([row["task"], row["method"], f"{row['dropout']:g}", *cells])
     head = [
         "task",
         "method",
@@ -231,11 +239,20 @@ def rates_table(rows: Sequence[Row]) -> str:
 
 
 def examples_of(output: Path, task: str) -> Row:
-    """How many examples the validation split has, and the share of the most frequent class."""
+    """How many examples train, for how many epochs, and are measured; and the share of the most
+    frequent class.
+    """
+    train = read_records(output / f"data/{task}/train.jsonl.gz")
+    recipe = tomllib.loads((output / f"recipes/minilm-{task}.toml").read_text())
     file = output / f"data/{task}/{VALIDATION.get(task, 'validation')}.jsonl.gz"
     labels = [record.get("label") for _, record in read_records(file)]
     most = Counter(labels).most_common(1)[0][1] / len(labels)
-    return {"examples": len(labels), "majority": None if task == "squad" else most}
+    return {
+        "train_examples": sum(1 for _ in train),
+        "epochs": recipe["training"]["epochs"],
+        "examples": len(labels),
+        "majority": None if task == "squad" else most,
+    }
 
 
 def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
