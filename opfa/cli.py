@@ -543,7 +543,9 @@ def _print_plan(result: dict[str, Any]) -> None:
         row["micro_batch"] for row in result["configurations"] if row["configuration"] == best
     )
     print(f"use: launch.deepspeed=launch/{best}.json launch.micro_batch={micro_batch}")
-    print(f"about {result['days']:.1f} days, if nothing of the wire overlaps with computing")
+    days = result["days"]
+    long = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+    print(f"about {long}, if nothing of the wire overlaps with computing")
 
 
 def _print_models(models: list[dict[str, Any]]) -> None:

@@ -122,7 +122,8 @@ class Launch(Section):
 
     Shipped recipes leave them out. `deepspeed` is a DeepSpeed configuration file, such as
     launch/zero3.json, which says how state is shared out; without one it is ZeRO 2, and ZeRO 1 for
-    one process. `compile` runs the models through torch.compile: faster on GPUs, slower on CPUs.
+    one process. `compile` runs the models through torch.compile: slower on CPUs, not tried on GPUs
+    yet.
     """
 
     micro_batch: int | None = Field(
