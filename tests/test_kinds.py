@@ -13,7 +13,8 @@ import sklearn.metrics
 import torch
 from conftest import finetune_recipe
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import BertConfig, BertTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import opfa
 from opfa.downstream import evaluate, squad, tasks
@@ -42,7 +43,7 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def load(task: Task, tokenizer: BertTokenizer) -> tasks.Data:
+def load(task: Task, tokenizer: PreTrainedTokenizerBase) -> tasks.Data:
     return tasks.load(task, tokenizer, CONFIG)
 
 
@@ -66,6 +67,38 @@ def test_a_tag_stands_on_the_first_token_of_its_word(
     assert train.classes == ("B-CITY", "O")
     assert train.features[0]["input_ids"] == [2, PAR, IS, BEAT, ROME, 3]
     assert train.features[0]["labels"] == [NO_LABEL, 0, NO_LABEL, 1, 0, NO_LABEL]
+
+
+TEXT = "paris beat rome who won"  # its words, with the blank before them, become tokens
+BLANKS = {
+    "RoBERTa": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "prefix space": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "SentencePiece": pre_tokenizers.Metaspace(),
+}
+
+
+def with_blanks(splitter: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that tells a word's beginning by the blank before it."""
+    byte_pairs = Tokenizer(models.BPE())
+    byte_pairs.pre_tokenizer = splitter
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    byte_pairs.train_from_iterator([f"{TEXT} {TEXT}"] * 2, trainer)
+    byte_pairs.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=byte_pairs, pad_token="<pad>")
+
+
+@pytest.mark.parametrize("name", BLANKS)
+def test_tagged_words_are_tokens_as_in_running_text(tmp_path: Path, name: str) -> None:
+    tokenizer = with_blanks(BLANKS[name])
+    path = write(tmp_path / "a.jsonl", {"tokens": TEXT.split(), "tags": ["A", "B", "A", "B", "A"]})
+    data = tasks.load(tagging(path), tokenizer, BertConfig(vocab_size=400))
+    (row,) = data.validation.features
+    assert row["input_ids"] == tokenizer(TEXT)["input_ids"]
+    assert [label for label in row["labels"] if label != NO_LABEL] == [0, 1, 0, 1, 0]
+    assert row["words"] == [0, 1, 2, 3, 4]
 
 
 def test_tags_are_padded_with_what_the_loss_ignores(

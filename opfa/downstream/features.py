@@ -71,7 +71,8 @@ def tagged_words(
     a token.
     """
     options = {"truncation": True, "max_length": task.sequence_tokens}
-    encoded = tokenizer(examples.texts[part], is_split_into_words=True, **options)
+    rows = [_with_blanks(words) for words in examples.texts[part]]
+    encoded = tokenizer(rows, is_split_into_words=True, **options)
     columns: Columns = {**encoded, "labels": [], "words": []}
     for index, tags in enumerate(labels):
         words = encoded.word_ids(index)
@@ -80,6 +81,12 @@ def tagged_words(
         columns["labels"].append([NO_LABEL if word is None else tags[word] for word in firsts])
         columns["words"].append([word for word in firsts if word is not None])
     return columns, _num_cut(encoded)
+
+
+def _with_blanks(words: Sequence[str]) -> list[str]:
+    """Words as they stand in a text: byte-level tokenizers know a word by the blank before it."""
+    stripped = [word.strip() for word in words]
+    return [*stripped[:1], *(f" {word}" for word in stripped[1:])]
 
 
 def choices(
