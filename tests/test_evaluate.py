@@ -69,6 +69,22 @@ def test_f1_of_two_classes_is_that_of_class_one() -> None:
     assert classified("f1", [0, 1, 1, 1], [0, 1, 0, 1], 2) == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("names", [("no", "yes"), ("yes", "no")])
+def test_f1_is_of_the_second_class_of_the_task_whatever_the_models_order(
+    tmp_path: Path, tokenizer: BertTokenizer, names: tuple[str, str]
+) -> None:
+    rows = [{"sentence": "good film", "label": label} for label in ("no", "yes", "no", "yes")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_of(validation=str(path), classes=("no", "yes"), metrics=("f1",))
+    split = tasks.load_validation(task, tokenizer, tiny(id2label=dict(enumerate(names))))
+    assert split.classes == names
+    answers = torch.tensor([names.index(name) for name in ("no", "yes", "yes", "yes")])
+    logits = torch.nn.functional.one_hot(answers, 2).float()
+    # of "yes": 2 hits, 1 false alarm, 0 misses; of "no" it would be 2 / 3
+    assert evaluate.score(task, (logits,), split) == {"f1": pytest.approx(0.8)}
+
+
 def test_f1_of_three_classes_is_the_mean_over_all_classes() -> None:
     # class 0: 1; class 1: 2 / 3; class 2, never right: 0
     expected = (1 + 2 / 3 + 0) / 3

@@ -3,6 +3,7 @@
 All are 0..1, correlations -1..1, as the GLUE tasks and CoNLL define them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,17 +38,20 @@ def likeliest(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[str] | 
 def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """Metrics of the likeliest class, or choice."""
     targets, indices = np.asarray(split.features["labels"]), logits[0].argmax(-1).numpy()
-    return {name: _agreement(name, indices, targets, len(split.classes)) for name in task.metrics}
+    scores = {"accuracy": accuracy_score, "matthews": matthews_corrcoef, "f1": _f1(task, split)}
+    return {name: float(scores[name](targets, indices)) for name in task.metrics}
 
 
-def _agreement(name: str, indices: np.ndarray, targets: np.ndarray, num_classes: int) -> float:
-    """`f1` is that of class 1 where there are two classes, else the macro mean."""
-    if name == "f1":
-        average = "binary" if num_classes == 2 else "macro"
-        kept = {"labels": range(num_classes), "average": average, "zero_division": 0}
-        return float(f1_score(targets, indices, **kept))
-    measure = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[name]
-    return float(measure(targets, indices))
+def _f1(task: Task, split: Split) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """Of two classes that of the second one of the task, or of the data set; the model may have
+    them the other way round. Else the macro mean.
+    """
+    stated, classes = task.classes or split.examples.names, split.classes
+    kept = {"labels": range(len(classes)), "zero_division": 0}
+    if len(classes) != 2:
+        return partial(f1_score, average="macro", **kept)
+    second = classes.index(stated[1]) if set(stated) == set(classes) else 1
+    return partial(f1_score, average="binary", pos_label=second, **kept)
 
 
 def numbers(_: Task, logits: tuple[Tensor, ...], __: Split) -> list[float]:
