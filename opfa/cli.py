@@ -297,7 +297,7 @@ def push(
     private: Private = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Verify a release and upload it as one commit."""
+    """Verify a release and upload it as one commit, which replaces every older file."""
     from opfa.release import push as execute
 
     print(execute(directory, name, endpoint=endpoint, private=private))

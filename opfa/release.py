@@ -154,14 +154,19 @@ def unpack(directory: Path, output: Path) -> None:
 
 
 def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
-    """Upload a verified release as one commit; its address."""
+    """Upload a verified release as one commit, in the place of what the repository had; its
+    address.
+    """
     _check_name(name, "the repository")
     manifest.check(directory)
     try:
         api = HfApi(endpoint=endpoint)
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=name, folder_path=directory, commit_message="Release, by opfa"
+            repo_id=name,
+            folder_path=directory,
+            commit_message="Release, by opfa",
+            delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
         raise RunError(

@@ -487,6 +487,8 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as one commit needs."""
 
     commits: list[dict[str, bytes]]
+    deleted: list[str]
+    there: tuple[str, ...]  # files of earlier commits
     refused: bool
 
     def do_POST(self) -> None:  # noqa: N802 - http.server's name
@@ -495,6 +497,8 @@ class Hub(BaseHTTPRequestHandler):
             lines = [json.loads(line) for line in body.splitlines()]
             values = [line["value"] for line in lines if line["key"] == "file"]
             self.commits.append({v["path"]: base64.b64decode(v["content"]) for v in values})
+            gone = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+            self.deleted.extend(gone)
             self.answer(
                 {
                     "commitUrl": "https://huggingface.co/org/tiny/commit/1",
@@ -512,7 +516,11 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"url": "https://huggingface.co/org/tiny"})
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's name
-        self.answer({"sha": "0", "id": "org/tiny", "siblings": []})
+        if "/tree/" in self.path:
+            rows = [{"type": "file", "path": n, "size": 1, "oid": "0"} for n in self.there]
+            self.answer(rows)
+        else:
+            self.answer({"sha": "0", "id": "org/tiny", "siblings": []})
 
     def answer(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
@@ -527,7 +535,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[type[Hub], str]]:
-    handler = type("OneHub", (Hub,), {"commits": [], "refused": False})
+    handler = type("OneHub", (Hub,), {"commits": [], "deleted": [], "there": (), "refused": False})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
@@ -546,6 +554,19 @@ def test_a_push_is_one_commit_of_every_file(
     for name, content in commit.items():
         assert content == (tmp_path / "out" / name).read_bytes()
     assert 'from_pretrained("org/tiny")' in commit["README.md"].decode()
+
+
+def test_a_push_leaves_no_older_file_in_the_repository(
+    run: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would load an older model.safetensors instead of a compact file."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    release(run, tmp_path / "out", form="compact")
+    hub[0].there = (".gitattributes", "README.md", "model.safetensors", "onnx/model.onnx")
+    push(tmp_path / "out", "org/tiny", endpoint=hub[1])
+    assert sorted(hub[0].deleted) == ["model.safetensors", "onnx/model.onnx"]
+    (commit,) = hub[0].commits
+    assert set(commit) == {*manifest.check(tmp_path / "out").files, manifest.MANIFEST}
 
 
 def test_nothing_is_pushed_when_a_file_changed_after_the_release(
