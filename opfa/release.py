@@ -158,7 +158,7 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
     address.
     """
     _check_name(name, "the repository")
-    manifest.check(directory)
+    files = manifest.check(directory).files
     try:
         api = HfApi(endpoint=endpoint)
         api.create_repo(name, private=private, exist_ok=True)
@@ -166,6 +166,7 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
             repo_id=name,
             folder_path=directory,
             commit_message="Release, by opfa",
+            allow_patterns=[*files, manifest.MANIFEST],  # names without wildcards
             delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError

@@ -569,6 +569,19 @@ def test_a_push_leaves_no_older_file_in_the_repository(
     assert set(commit) == {*manifest.check(tmp_path / "out").files, manifest.MANIFEST}
 
 
+def test_only_files_of_the_manifest_are_pushed(
+    run: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    release(run, tmp_path / "out")
+    for name in (".env", ".gitattributes", ".secret/key.json"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("password")
+    push(tmp_path / "out", "org/tiny", endpoint=hub[1])
+    (commit,) = hub[0].commits
+    assert set(commit) == {*manifest.read(tmp_path / "out").files, manifest.MANIFEST}
+
+
 def test_nothing_is_pushed_when_a_file_changed_after_the_release(
     run: Path, tmp_path: Path, hub: tuple[type[Hub], str]
 ) -> None:
