@@ -66,8 +66,10 @@ class Release:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether any matrix was pruned."""
-        return bool(self.sparsity["tensors"])
+        """Whether any matrix was pruned; of a dense model in 8 bits, matrices without zeros are
+        listed.
+        """
+        return self.sparsity["total"]["zeros"] > 0
 
 
 def model_card(release: Release) -> ModelCard:
@@ -87,7 +89,7 @@ def model_card(release: Release) -> ModelCard:
             summary=_summary(release),
             facts=_facts(release),
             results=_results(release),
-            sparsity=_sparsity(release.sparsity),
+            sparsity=_sparsity(release),
             making=BEFORE.join(map(_made, release.steps)),
             limits=_limits(release),
             licence=release.licence or "Not stated.",
@@ -137,7 +139,7 @@ def _summary(release: Release) -> str:
     what = f"fine-tuned for {release.kind}" if release.kind else "pre-trained"
     eight = ", quantized to 8 bits while it was trained" if release.is_quantized else ""
     made = "Made with opfa, after *Prune Once for All* (Zafrir et al., 2021)."
-    if not total["size"]:
+    if not release.is_sparse:
         return f"A dense encoder, {what}{eight}. {made}"
     share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
     zeros = f"{share} of the weights of its pruned matrices are zero"
@@ -188,9 +190,10 @@ def _results(release: Release) -> str:
     return f"{table}\n\n{note} The first line is that of {what}."
 
 
-def _sparsity(report: Facts) -> str:
-    if not report["tensors"]:
+def _sparsity(release: Release) -> str:
+    if not release.is_sparse:
         return "None: no matrix has zeros."
+    report = release.sparsity
     zeros, sizes = Counter[str](), Counter[str]()
     for name, tensor in report["tensors"].items():
         layer = layer_of(name)

@@ -125,7 +125,7 @@ def release(
             base_model=base_model or provenance.base_model(steps),
         )
         facts = _facts(found)
-        if stated["tensors"]:
+        if found.is_sparse:
             report.inspection_picture(name, inspected, aside / PICTURE)
         write_text(aside / "README.md", f"{model_card(found)}\n")
         for path in aside.iterdir():

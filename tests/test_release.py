@@ -158,24 +158,44 @@ def test_a_pretrained_model_in_8_bits_says_that_its_loss_is_not_of_these_files(
     assert "that of the weights before they were rounded" in text
 
 
-def test_a_dense_model_in_8_bits_has_its_layers_in_8_bits(
-    examples: Path, sparse: Path, tmp_path: Path
-) -> None:
+def dense_model(sparse: Path, output: Path) -> Path:
+    """The sparse model with something in place of its zeros."""
     dense = AutoModelForSequenceClassification.from_pretrained(sparse)
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    dense.save_pretrained(tmp_path / "dense")
+    dense.save_pretrained(output)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(sparse / name, tmp_path / "dense")
-    recipe = finetune_recipe(tmp_path / "dense", examples, model={"zeros": "free"})
-    finetune(recipe, tmp_path / "run")
+        shutil.copy(sparse / name, output)
+    return output
+
+
+def test_a_dense_model_in_8_bits_has_its_layers_in_8_bits(
+    examples: Path, sparse: Path, tmp_path: Path
+) -> None:
+    init = dense_model(sparse, tmp_path / "model")
+    finetune(finetune_recipe(init, examples, model={"zeros": "free"}), tmp_path / "run")
     release(tmp_path / "run", tmp_path / "out", form="compact-int8")
     forms = compact.CompactFile(tmp_path / "out" / compact.FILE).forms
     assert {form.dtype for name, form in forms.items() if ".layer." in name} == {torch.int8}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A dense encoder" in card
     assert "sparse" not in card
+
+
+def test_the_card_of_a_dense_model_that_was_quantized_calls_it_dense(
+    examples: Path, sparse: Path, tmp_path: Path
+) -> None:
+    """Its sparsity.json lists the quantized matrices, with no zero in any."""
+    init = dense_model(sparse, tmp_path / "model")
+    recipe = finetune_recipe(init, examples, model={"zeros": "free"}, quantization={"bits": 8})
+    finetune(recipe, tmp_path / "run")
+    release(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A dense encoder, fine-tuned for classification, quantized to 8 bits" in card
+    assert "None: no matrix has zeros." in card
+    assert "parse" not in card
+    assert not (tmp_path / "out" / "sparsity.png").exists()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
