@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opfa import compact, quant
 from opfa.anatomy import EMBEDDING, part_of
-from opfa.recipe import ModelError
+from opfa.recipe import ModelError, RunError
 from opfa.sparsity.packing import Int8
 
 Format = Literal["dense", "compact", "compact-int8"]
@@ -83,8 +83,14 @@ def _schemes(
     if (source / quant.FILE).is_file():
         for name, scale in load_file(source / quant.FILE).items():
             if name.endswith("weight_scale"):
+                matrix = name.removesuffix("_scale")
+                if EMBEDDING.search(matrix) and not embeddings:
+                    raise RunError(
+                        "--embeddings same: this model was trained with its embeddings in 8 bits "
+                        "(quantization.embeddings), so that is what they are; int8 is allowed"
+                    )
                 scheme: quant.Scheme = "channel" if scale.ndim else "tensor"
-                schemes[name.removesuffix("_scale")] = scheme
+                schemes[matrix] = scheme
     return schemes
 
 

@@ -241,6 +241,15 @@ def test_embeddings_stay_when_asked(run: Path, tmp_path: Path) -> None:
     assert "matrices of the layers in 8 bits, others in fp32" in card
 
 
+def test_embeddings_that_were_trained_in_8_bits_can_not_stay(
+    quantized: Path, tmp_path: Path
+) -> None:
+    message = "--embeddings same: this model was trained with its embeddings in 8 bits"
+    with pytest.raises(RunError, match=message):
+        release(quantized, tmp_path / "out", form="compact-int8", embeddings=False)
+    assert not list(tmp_path.iterdir())
+
+
 def changed(run: Path, to: Path, name: str, value: float) -> Path:
     """A copy of a run in whose model one weight was changed."""
     shutil.copytree(run, to)
