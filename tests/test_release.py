@@ -122,6 +122,23 @@ def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
     assert f"| before it was rounded | {SPARSITY} | 1 | {before:.4f} |" in card
 
 
+def test_rounded_weights_are_measured_on_every_split_of_the_run(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    more = str(examples / "train.jsonl")
+    recipe = finetune_recipe(sparse, examples, task={"more_validation": {"mismatched": more}})
+    before = finetune(recipe, tmp_path / "run")["metrics"]
+    facts = release(tmp_path / "run", tmp_path / "out", form="compact-int8")
+    assert list(facts["metrics"]) == ["accuracy", "mismatched_accuracy"]
+    task = recipe.task.model_copy(update={"validation": more})
+    swapped = recipe.model_copy(update={"task": task})
+    found = evaluate_model(str(tmp_path / "out"), swapped)["metrics"]["accuracy"]
+    assert facts["metrics"]["mismatched_accuracy"] == found
+    cells = " | ".join(f"{before[name]:.4f}" for name in facts["metrics"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| before it was rounded | {SPARSITY} | 1 | {cells} |" in card
+
+
 def test_rounded_weights_are_measured_on_the_same_data_wherever_they_are_now(
     run: Path, examples: Path, tmp_path: Path
 ) -> None:
