@@ -121,8 +121,9 @@ def finetune(
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
-    check_output(output, checked, resume)
-    if seeds is not None or checked.sweep is not None:
+    has_several = seeds is not None or checked.sweep is not None
+    check_output(output, checked, resume, has_several=has_several)
+    if has_several:
         from opfa.downstream.sweep import sweep as execute_all
 
         _print_json(execute_all(checked, output, num_seeds=seeds or 1, resume=resume))

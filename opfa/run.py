@@ -56,10 +56,19 @@ class Run:
     """
 
     def __init__(
-        self, directory: Path, recipe: Recipe, *, steps: int, is_writer: bool = True
+        self,
+        directory: Path,
+        recipe: Recipe,
+        *,
+        steps: int,
+        is_writer: bool = True,
+        within: Path | None = None,
     ) -> None:
-        """Make a run directory, or reopen one that `check_output` let pass."""
+        """Make a run directory, or reopen one that `check_output` let pass. Of several runs,
+        `within` is the directory of all; a `stop` there counts too.
+        """
         self.directory = directory
+        self._stops = [path / "stop" for path in (directory, within) if path is not None]
         self.recipe = recipe
         self.is_writer = is_writer
         self._steps = steps
@@ -186,12 +195,13 @@ class Run:
     @property
     def is_told_to_stop(self) -> bool:
         """Whether someone made RUN/stop, which asks a run to save and end."""
-        return (self.directory / "stop").exists()
+        return any(path.exists() for path in self._stops)
 
     def stopped(self) -> None:
         """Answer RUN/stop by renaming it, so that scripts know not to start again."""
-        if self.is_writer and self.is_told_to_stop:
-            os.replace(self.directory / "stop", self.directory / "stopped")
+        for path in self._stops:
+            if self.is_writer and path.exists():
+                os.replace(path, path.with_name("stopped"))
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Mark the run as complete."""
@@ -203,8 +213,11 @@ def _short(value: Any) -> str:  # Any: a number or a text
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse a directory that holds something else, and a resume of nothing or of another recipe.
+def check_output(
+    directory: Path, recipe: Recipe, resume: bool, *, has_several: bool = False
+) -> None:
+    """Refuse a directory that holds something else, and a resume of nothing, of another recipe, or
+    of several runs as one.
 
     Only the first process of a launch looks, since it alone makes the directory.
     """
@@ -234,6 +247,12 @@ def check_output(directory: Path, recipe: Recipe, resume: bool) -> None:
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
         raise RunError(f"{directory}: --resume with another recipe: " + "; ".join(changed))
+    if not has_several and any(directory.glob("seed-*/recipe.toml")):
+        what = "it holds several runs, one for each seed; say --seeds again"
+        raise RunError(f"{directory}: --resume without --seeds: {what}")
+    if has_several and (directory / "environment.json").exists():
+        what = "it holds a single run; leave --seeds out, or give a new directory"
+        raise RunError(f"{directory}: --resume with --seeds: {what}")
 
 
 def _has_more_than_a_start(directory: Path) -> bool:

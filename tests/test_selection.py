@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from opfa.checkpoint import model_digest
 from opfa.cli import run as command
+from opfa.distributed import Stopped
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
@@ -327,6 +328,47 @@ def test_the_command_makes_a_directory_for_one_seed_too(
     assert (tmp_path / "out/seed-42/done.json").exists()
     assert command([*words, "2", "--resume"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("seed-*")) == ["seed-42", "seed-43"]
+
+
+def test_several_runs_are_not_resumed_as_one_nor_one_as_several(
+    sparse: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.toml").write_text(finetune_recipe(sparse, examples).to_toml())
+    words = ["finetune", str(tmp_path / "r.toml"), "--output"]
+    one, several = str(tmp_path / "one"), str(tmp_path / "several")
+    assert command([*words, several, "--seeds", "2"]) == 0
+    assert command([*words, one]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert command([*words, several, "--resume"]) == 2
+    message = "several: --resume without --seeds: it holds several runs, one for each seed"
+    assert message in capsys.readouterr().err
+    assert command([*words, one, "--resume", "--seeds", "2"]) == 2
+    assert "one: --resume with --seeds: it holds a single run" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert command([*words, one, "--resume"]) == 0
+
+
+def test_several_runs_that_are_told_to_stop_save_and_go_on_later(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune_recipe(sparse, examples)
+    unbroken = sweep(recipe, tmp_path / "unbroken", num_seeds=2)
+    out = tmp_path / "out"
+    prune = module.Trainer.prune
+
+    def stopping(self: module.Trainer, step: int) -> None:
+        prune(self, step)
+        if step == 3 and (out / "seed-43").exists():
+            (out / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "prune", stopping)
+        with pytest.raises(Stopped, match="seed-43: stopped at step 3, which is saved"):
+            sweep(recipe, out, num_seeds=2)
+    assert (out / "stopped").exists() and not (out / "stop").exists()
+    assert sweep(recipe, out, num_seeds=2, resume=True) == unbroken
+    assert not (out / "stopped").exists()
 
 
 def test_the_command_runs_several_seeds(

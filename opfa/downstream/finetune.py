@@ -53,13 +53,19 @@ TEACHER = "teacher.safetensors"  # its logits, while the run lasts
 log = logging.getLogger(__name__)
 
 
-def finetune(recipe: FinetuneRecipe, output: Path, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
+def finetune(
+    recipe: FinetuneRecipe, output: Path, resume: bool = False, *, within: Path | None = None
+) -> dict[str, Any]:
+    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
+
+    `within` is the directory of several runs that this is one of.
+    """
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     check_output(output, recipe, resume)
     trainer = Trainer(recipe)
-    with Run(output, recipe, steps=trainer.schedule.steps) as run, trainer.supervisor:
+    steps = trainer.schedule.steps
+    with Run(output, recipe, steps=steps, within=within) as run, trainer.supervisor:
         if run.is_done:
             log.info("%s: is finished already", output)
             return json.loads((output / "results.json").read_text())

@@ -32,8 +32,9 @@ def sweep(
 
     A resume may ask for more seeds or learning rates than before.
     """
-    check_output(output, recipe, resume)
+    check_output(output, recipe, resume, has_several=True)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "stopped").unlink(missing_ok=True)
     write_text(output / "recipe.toml", recipe.to_toml())
     rows = []
     for rate in recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,):
@@ -43,7 +44,7 @@ def sweep(
             training = recipe.training.model_copy(update={"learning_rate": rate})
             changes = {"sweep": None, "seed": seed, "training": training}
             try:
-                runs.append({"run": name, **_finished(recipe, changes, output / name)})
+                runs.append({"run": name, **_finished(recipe, changes, output, name)})
             except DivergedError as error:
                 log.warning("%s: %s", output / name, error)
         num_diverged = num_seeds - len(runs)
@@ -80,11 +81,12 @@ def sweep(
     return result
 
 
-def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], directory: Path) -> Result:
+def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str) -> Result:
     """The results of a run, from its files or by running it. Its resume points go."""
+    directory = output / name
     if not (directory / "done.json").exists():
         has_begun = (directory / "recipe.toml").exists()
-        finetune(recipe.model_copy(update=changes), directory, resume=has_begun)
+        finetune(recipe.model_copy(update=changes), directory, resume=has_begun, within=output)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return json.loads((directory / "results.json").read_text())
 
