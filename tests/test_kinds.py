@@ -4,6 +4,7 @@ score, against answers written out and the references' own libraries.
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from conftest import finetune_recipe
+from conftest import finetune_recipe, pretrain_recipe
 from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -22,7 +23,9 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.features import NO_LABEL
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Task
-from opfa.recipe import DataError
+from opfa.recipe import DataError, ModelError
+from opfa.sparsity.pattern import ENCODER_LAYER
+from opfa.upstream.pretrain import pretrain
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rome", "par", "##is", "beat", "who", "won"]
 ROME, PAR, IS, BEAT = 5, 6, 7, 8
@@ -364,6 +367,48 @@ def test_every_kind_is_learnt_with_held_zeros(sparse: Path, tmp_path: Path, name
         expected = (row["label"]["text"] or [""])[0] if name == "questions" else row["label"]
         assert row["prediction"] == expected
     assert len({str(row["prediction"]) for row in rows}) > 1
+
+
+@pytest.fixture(scope="module")
+def pooled(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model whose pooler is pruned too."""
+    pattern = {"include": [ENCODER_LAYER, "pooler"]}
+    pruning = {"schedule": {"end": 2, "target": 0.9}, "pattern": pattern}
+    output = tmp_path_factory.mktemp("pooled") / "run"
+    pretrain(pretrain_recipe(prepared, pruning=pruning, training={"steps": 4}), output)
+    return output / "model"
+
+
+@pytest.mark.parametrize("name", ["tags", "choices", "questions"])
+def test_zeros_are_held_where_the_head_has_no_pooler(
+    pooled: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / f"{name}.jsonl")
+    task = {**varieties(tmp_path)[name], "train": path, "validation": path}
+    if name == "tags":
+        task["metrics"] = ["entity_f1"]
+    with caplog.at_level(logging.WARNING):
+        finetune(finetune_recipe(pooled, tmp_path, task=task), tmp_path / "run")
+    before, after = (opfa.inspect(model)["tensors"] for model in (pooled, tmp_path / "run/model"))
+    if name == "choices":  # the only one of these heads with a pooler
+        assert after == before
+        assert "left out" not in caplog.text
+    else:
+        assert after == {name: row for name, row in before.items() if "pooler" not in name}
+        assert "left out, since BertFor" in caplog.text and "pooler.dense.weight" in caplog.text
+
+
+def test_zeros_of_the_encoder_are_not_left_out(pooled: Path, tmp_path: Path) -> None:
+    shutil.copytree(pooled, tmp_path / "model")
+    stated = (tmp_path / "model/sparsity.json").read_text()
+    (tmp_path / "model/sparsity.json").write_text(stated.replace("layer.1.", "layer.7."))
+    varieties(tmp_path)
+    task = {"kind": "multiple-choice", "text": "start", "choices": ["e"], "label": "right"}
+    path = str(tmp_path / "choices.jsonl")
+    task |= {"train": path, "validation": path, "metrics": ["accuracy"]}
+    with pytest.raises(ModelError, match=r"names bert\.encoder\.layer\.7\..*no such") as caught:
+        finetune(finetune_recipe(tmp_path / "model", tmp_path, task=task), tmp_path / "run")
+    assert "zeros=free" not in str(caught.value)  # it would let the zeros go
 
 
 def test_more_validation_splits_are_measured_by_name(

@@ -1,17 +1,18 @@
 """The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from opfa import quant
+from opfa.anatomy import layer_of
 from opfa.downstream.recipe import Quantization
 from opfa.inspection import directory_of, stated_report
 from opfa.recipe import ModelError
 from opfa.sparsity.layers import lock, mask_layers, masks_of
-from opfa.sparsity.masks import fingerprint
 from opfa.sparsity.pattern import Pattern
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.
 
 def hold_zeros(model: PreTrainedModel, init: str) -> None:
     """Lock a model's zeros: those that its sparsity.json names, if it has one, and then exactly
-    those.
+    those. Of what is not in the encoder's layers, such as the pooler, the task's model may lack
+    some; that is left out.
     """
     stated = stated_report(directory_of(init))
     if stated is None or not stated["tensors"]:
@@ -41,21 +43,45 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
             "locked %d zeros, sparsity %.4f", report["total"]["zeros"], report["total"]["sparsity"]
         )
         return
-    prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are named without it
-    names = [prefix + name.removeprefix(prefix) for name in stated["tensors"]]
-    found = _lock(model, init, names)
-    counts = [(report["total"], list(report["tensors"].values())) for report in (found, stated)]
-    if counts[0] != counts[1] or fingerprint(masks_of(model)) != stated["fingerprint"]:
+    names = _names_in(model, stated["tensors"])
+    lost = [name for name in stated["tensors"] if name not in names]
+    if lost_layers := [name for name in lost if layer_of(name)]:
+        raise ModelError(
+            f"{init}: its sparsity.json names {lost_layers[0]}, and the model has no such layer"
+        )
+    if lost:
+        kind = type(model).__name__
+        log.warning("%s: left out, since %s has no such layer: %s", init, kind, ", ".join(lost))
+    found = _lock(model, init, list(names.values()))
+    is_same = list(found["tensors"].values()) == [stated["tensors"][name] for name in names]
+    if not lost:
+        is_same &= all(found[key] == stated[key] for key in ("total", "fingerprint"))
+    if not is_same:
         raise ModelError(
             f"{init}: its zeros are not where its sparsity.json says; "
             "was it changed after it was written?"
         )
 
 
+def _names_in(model: PreTrainedModel, stated: Mapping[str, Any]) -> dict[str, str]:
+    """What the stated tensors are called in the model, as far as it has linear layers of their
+    shape. A bare encoder's tensors are stated without the encoder's prefix.
+    """
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes = {f"{name}.weight": list(layer.weight.shape) for name, layer in linear.items()}
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name: place
+        for name, tensor in stated.items()
+        for place in (name, prefix + name.removeprefix(prefix))
+        if shapes.get(place) == tensor["shape"]
+    }
+
+
 def _lock(model: PreTrainedModel, init: str, names: list[str] | None) -> dict[str, Any]:
     try:
         return lock(model, names)
-    except ModelError as error:
+    except ModelError as error:  # there is nothing to lock
         raise ModelError(
             f"model.init = {init!r}: {error} For a dense one: model.zeros=free"
         ) from None
