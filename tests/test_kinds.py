@@ -299,6 +299,17 @@ def test_all_examples_have_as_many_choices(tmp_path: Path, tokenizer: BertTokeni
         load(choosing(write(tmp_path / "a.jsonl", *rows), choices=["e"]), tokenizer)
 
 
+def test_an_example_is_cut_once_however_many_of_its_choices_are(
+    tmp_path: Path, tokenizer: BertTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {**CHOICE, "e": ["rome " * 20, "paris " * 20, "who"], "right": 0}
+    short = {**CHOICE, "e": ["rome", "paris", "who"]}
+    path = write(tmp_path / "a.jsonl", short, long)
+    with caplog.at_level(logging.WARNING):
+        load(choosing(path, choices=["e"]), tokenizer)
+    assert f"{path}: 1 of 2 examples are longer than sequence_tokens = 16" in caplog.text
+
+
 def test_the_likeliest_choice_is_scored(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task = choosing(write(tmp_path / "a.jsonl", CHOICE, CHOICE))
     split = load(task, tokenizer).validation

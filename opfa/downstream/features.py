@@ -113,12 +113,14 @@ def choices(
         name: [rows[i : i + num_choices] for i in range(0, len(flat), num_choices)]
         for name, rows in encoded.items()
     }
-    return {**grouped, "labels": labels}, _num_cut(encoded)
+    return {**grouped, "labels": labels}, _num_cut(encoded, num_choices)
 
 
-def _num_cut(encoded: BatchEncoding) -> int:
+def _num_cut(encoded: BatchEncoding, num_choices: int = 1) -> int:
+    """How many examples are longer than they may be, in one choice or several."""
     assert encoded.encodings is not None, "a fast tokenizer's"
-    return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    is_cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+    return sum(any(is_cut[i : i + num_choices]) for i in range(0, len(is_cut), num_choices))
 
 
 def windows(
