@@ -111,6 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def own_rows(run: Path) -> list[Row]:
     """The results of a run, and the mean over the seeds of its recipe where there are several."""
     rows = [row_of("this model", run)]
+    run = run.absolute()  # the parent of a single relative name is "."
     for sweep in (run.parent, run.parent.parent):  # SWEEP/seed-42, SWEEP/learning_rate-.../seed-42
         for row in _rates(sweep):
             runs = [sweep / one["run"] for one in row["runs"]]
@@ -177,4 +178,5 @@ def base_model(path: Sequence[Step]) -> str | None:
     except HFValidationError:
         return None
     is_local = not start or start.endswith("/model") or Path(start).exists()
-    return None if is_local else start
+    has_digest = path[-1].environment.get("start_sha256")  # only what lay in a directory has one
+    return None if is_local or has_digest else start

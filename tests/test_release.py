@@ -499,6 +499,16 @@ def test_nobodys_directories_are_published(run: Path, sparse: Path, tmp_path: Pa
                 assert not re.search(r"[\"'` ]/\w", path.read_text()), path
 
 
+def test_a_local_model_is_no_base_model_of_the_hub_wherever_the_release_is_made(
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sparse, tmp_path / "models" / "encoder")
+    monkeypatch.chdir(tmp_path)
+    finetune(finetune_recipe(Path("models/encoder"), examples), tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "models")
+    assert release(tmp_path / "run", tmp_path / "out")["base_model"] is None
+
+
 def test_runs_on_other_data_are_not_compared(
     run: Path, sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
@@ -510,7 +520,7 @@ def test_runs_on_other_data_are_not_compared(
 
 
 def test_a_run_of_several_seeds_is_shown_beside_their_mean(
-    sparse: Path, examples: Path, tmp_path: Path
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep(finetune_recipe(sparse, examples), tmp_path / "runs", num_seeds=2, resume=False)
     with pytest.raises(RunError, match=r"it holds several, the best is .*seed-4[23]"):
@@ -521,6 +531,9 @@ def test_a_run_of_several_seeds_is_shown_beside_their_mean(
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"| its recipe | {SPARSITY} | 2 | {mean} |" in text
     assert f"| all | {SPARSITY} | 2 | {mean} |" in text
+    monkeypatch.chdir(tmp_path / "runs")
+    release(Path("seed-43"), tmp_path / "relative")
+    assert (tmp_path / "relative" / "README.md").read_text().count("| its recipe |") == 1
     shutil.copytree(tmp_path / "runs" / "seed-43", tmp_path / "runs" / "not-of-them")
     release(tmp_path / "runs" / "not-of-them", tmp_path / "alone")
     assert "its recipe" not in (tmp_path / "alone" / "README.md").read_text()
