@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,22 @@ def test_ranges_are_the_mean_over_batches_of_the_first_shuffled_examples(
         mean = sum(extremes[index] for extremes in seen) / 3
         name = f"bert.encoder.layer.0.intermediate.dense.input_{end}"
         assert found[name].item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_only_the_examples_that_are_seen_are_tokenized(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    split = tasks._split
+
+    def counting(*arguments: Any, **options: Any) -> tasks.Split:
+        found = split(*arguments, **options)
+        sizes.append(len(found.features))
+        return found
+
+    monkeypatch.setattr(tasks, "_split", counting)
+    calibrate(str(run / "model"), recipe_of(run), tmp_path / "eight", num_examples=20)
+    assert sizes[1:] == [20]
 
 
 def test_the_recipe_says_how(run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from opfa import quant
@@ -32,8 +32,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """Write the model with ranges beside it; its metrics before and after.
 
-    The examples are the first ones of a shuffle with the recipe's seed. Of `[quantization]`, what
-    concerns training (`start`, `freeze`, `momentum`) has no meaning here.
+    The examples are the first ones of a shuffle with the recipe's seed, questions with all windows
+    of their contexts. Of `[quantization]`, what concerns training (`start`, `freeze`, `momentum`)
+    has no meaning here.
     """
     if output.exists():
         raise RunError(f"{output}: exists already; give a new directory")
@@ -43,7 +44,10 @@ def calibrate(
     tasks.check_head(task, config)
     validation = tasks.load_validation(task, tokenizer, config)
     training_task = task.model_copy(update={"validation": task.train})
-    training = tasks.load_validation(training_task, tokenizer, config)
+    shuffled = generator(recipe.seed).permutation
+    training = tasks.load_validation(
+        training_task, tokenizer, config, lambda num: shuffled(num)[:num_examples].tolist()
+    )
     model = tasks.load_model(task, name, validation.classes, is_trained=True)
     if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:
         hold_zeros(model, name)
@@ -51,10 +55,10 @@ def calibrate(
     nn.Module.to(model, device)
     before = evaluate(model, task, validation, batch=64, device=device)
     prepare_8_bits(model, recipe.quantization or Quantization())
-    order = generator(recipe.seed).permutation(len(training.features))[:num_examples].tolist()
-    log.info("%s: calibrating on %d examples", name, len(order))
+    num_seen = len(training.examples.labels)
+    log.info("%s: calibrating on %d examples", name, num_seen)
     loader = DataLoader(
-        Subset(training.features, order),  # pyright: ignore[reportArgumentType]
+        training.features,  # pyright: ignore[reportArgumentType]
         batch_size=recipe.training.batch,
         collate_fn=training.collate,
     )
@@ -68,7 +72,7 @@ def calibrate(
         "task": recipe.name,
         "fp32": before,
         "int8": after,
-        "examples": len(order),
+        "examples": num_seen,
         "sparsity": report["total"]["sparsity"],
         "model_sha256": model_digest(output),
     }

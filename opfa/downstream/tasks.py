@@ -165,10 +165,17 @@ def _held_out(task: Task, train: Examples, fraction: float) -> tuple[Examples, E
 
 
 def load_validation(
-    task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    choose: Callable[[int], Sequence[int]] | None = None,
 ) -> Split:
-    """Read the validation split alone, with the classes in the order of a trained model."""
+    """Read the validation split alone, with the classes in the order of a trained model; with
+    `choose`, the examples at the places that it gives of so many.
+    """
     validation = reading.read(task, task.validation, KINDS[task.kind].check)
+    if choose is not None:
+        validation = validation.select(choose(len(validation.labels)))
     stated = task.classes or validation.names
     classes = _trained_classes(config, stated) if KINDS[task.kind].has_classes else ()
     return _split(task, tokenizer, config, validation, classes=classes, whose="the model")
