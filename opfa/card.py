@@ -249,7 +249,7 @@ def _flat(values: Facts) -> str:
 def _limits(release: Release) -> str:
     lines = []
     if release.kind is None:
-        lines.append("It is a start for fine-tuning.")
+        lines.append("It has no head for a task yet: fine-tune it for one first.")
     if release.is_sparse:
         lines.append("Sparse matrices don't run faster in plain PyTorch.")
     if release.is_sparse and release.form == "dense":

@@ -456,6 +456,22 @@ def test_the_snippets_of_a_pretrained_model_run(
     assert facts["metrics"] == {"mlm_loss": evaluations[-1]["mlm_loss"]}
 
 
+def test_the_card_offers_a_download_only_of_a_name_with_an_owner(run: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("tiny", "org/tiny")):
+        release(run, tmp_path / str(number), name=name)
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert ("opfa download" in card) == (name == "org/tiny")
+        assert "heck that the zeros are those of this card:" in card
+
+
+def test_the_card_of_a_pretrained_model_says_that_it_has_no_head(
+    sparse: Path, tmp_path: Path
+) -> None:
+    release(sparse.parent, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- It has no head for a task yet: fine-tune it for one first." in card
+
+
 def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: Path) -> None:
     facts = release(
         run,
