@@ -55,7 +55,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
-NewRun = Annotated[Path, typer.Option("--output", help="The run directory; must be new.")]
+NewRun = Annotated[
+    Path, typer.Option("--output", help="The run directory; must be new, unless --resume.")
+]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
