@@ -98,7 +98,7 @@ def test_tagged_words_are_tokens_as_in_running_text(tmp_path: Path, name: str) -
     tokenizer = with_blanks(BLANKS[name])
     path = write(tmp_path / "a.jsonl", {"tokens": TEXT.split(), "tags": ["A", "B", "A", "B", "A"]})
     data = tasks.load(tagging(path), tokenizer, BertConfig(vocab_size=400))
-    (row,) = data.validation.features
+    row = data.validation.features[0]
     assert row["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert [label for label in row["labels"] if label != NO_LABEL] == [0, 1, 0, 1, 0]
     assert row["words"] == [0, 1, 2, 3, 4]
