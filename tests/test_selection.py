@@ -349,6 +349,17 @@ def test_several_runs_are_not_resumed_as_one_nor_one_as_several(
     assert command([*words, one, "--resume"]) == 0
 
 
+def test_a_sweep_is_not_resumed_with_fewer_seeds(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    for name, rates in (("seeds", None), ("rates", {"learning_rate": [1e-3]})):
+        recipe, out = finetune_recipe(sparse, examples, sweep=rates), tmp_path / name
+        before = sweep(recipe, out, num_seeds=2)
+        with pytest.raises(RunError, match="--resume with 1 seed.*holds seed-43 too; .*--seeds"):
+            sweep(recipe, out, resume=True)
+        assert json.loads((out / "results.json").read_text()) == before
+
+
 def test_several_runs_that_are_told_to_stop_save_and_go_on_later(
     sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,13 +33,15 @@ def sweep(
     A resume may ask for more seeds or learning rates than before.
     """
     check_output(output, recipe, resume, has_several=True)
+    seeds = range(recipe.seed, recipe.seed + num_seeds)
+    _check_seeds(output, seeds)
     output.mkdir(parents=True, exist_ok=True)
     (output / "stopped").unlink(missing_ok=True)
     write_text(output / "recipe.toml", recipe.to_toml())
     rows = []
     for rate in recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,):
         runs = []
-        for seed in range(recipe.seed, recipe.seed + num_seeds):
+        for seed in seeds:
             name = f"learning_rate-{rate}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
             training = recipe.training.model_copy(update={"learning_rate": rate})
             changes = {"sweep": None, "seed": seed, "training": training}
@@ -79,6 +81,18 @@ def sweep(
             best["learning_rate"],
         )
     return result
+
+
+def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
+    """Refuse a comparison that would leave out runs that are there."""
+    paths = (path for rule in ("seed-*", "*/seed-*") for path in output.glob(f"{rule}/recipe.toml"))
+    numbers = (path.parent.name.removeprefix("seed-") for path in paths)
+    lost = sorted({int(number) for number in numbers if number.isdecimal()} - set(seeds))
+    if lost:
+        raise RunError(
+            f"{output}: --resume with {len(seeds)} seed(s), and it holds seed-{lost[0]} too; say "
+            "--seeds as before, or more"
+        )
 
 
 def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str) -> Result:
