@@ -123,15 +123,15 @@ def test_a_rate_is_the_best_by_examples_held_out(row: dict[str, Any], tmp_path: 
         assert recipe.training.dropout in (None, row["dropout"])
 
 
-def test_dropout_is_what_is_better_by_examples_held_out() -> None:
-    best = {}
+def test_without_dropout_sparse_methods_are_better_on_the_whole_by_examples_held_out() -> None:
+    best: dict[str, dict[float, float]] = {}
     for row in FOUND["learning_rates"]:
-        if row["task"] == "sst2":
+        if row["task"] == "sst2" and row["method"] != "dense":
             scores = best.setdefault(row["method"], {})
             scores[row["dropout"]] = row["scores"][str(row["chosen"])]
-    assert best
-    for method, scores in best.items():
-        assert max(scores, key=lambda dropout: scores[dropout]) == dropout_of(method), method
+    both = [scores for scores in best.values() if len(scores) == 2]
+    assert len(both) >= 3
+    assert fmean(scores[0.0] for scores in both) > fmean(scores[0.1] for scores in both)
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
@@ -194,7 +194,8 @@ def test_the_readme_says_what_was_found() -> None:
         "all-tokens",
         "monotone",
     )
-    for name in (*named, "global", "update-every-1", "update-every-25", "small-batches"):
+    named += ("no-hidden-states", "paper-distillation", "global")
+    for name in (*named, "update-every-1", "update-every-25", "small-batches"):
         assert losses[name] in section, name
     for row in FOUND["differences"]:
         if row["method"].startswith("prune-once"):
