@@ -75,7 +75,7 @@ def test_a_pattern_that_matches_nothing_is_refused(
         ("a.jsonl", "", "a.jsonl: is empty"),
         ("a.jsonl", '{"text": "good"}\n{"text": oops}\n', "a.jsonl, line 2: malformed JSON"),
         ("a.jsonl", '{"body": "good"}\n', "a.jsonl, line 1: no column 'text'; there are ['body']"),
-        ("a.jsonl", '{"text": "good"}\n{"text": " "}\n', "line 2: 'text' is empty or not a text"),
+        ("a.jsonl", '{"text": "good"}\n{"text": " "}\n', "line 2: 'text' is empty, invisible or"),
         ("a.jsonl", '{"text": "good"}\n', "1 documents leave only"),
         ("a.pdf", "x", "a.pdf: unknown kind of file"),
     ],
