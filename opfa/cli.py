@@ -148,7 +148,7 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a fine-tuned model on its task's validation split."""
+    """Measure a fine-tuned model on its task's validation splits."""
     for option, path in (("--output", output), ("--predictions", predictions)):
         if path is not None and path.is_dir():
             raise RunError(f"{option} {path}: is a directory; give a file")

@@ -205,16 +205,17 @@ def load_pretraining_model(
             output_loading_info=True,
             **changed,
         )
-    encoder = f"{model.base_model_prefix}."
-    lost = sorted(
-        key
-        for key in info["missing_keys"]
-        if needs_head or (key.startswith(encoder) and ".pooler." not in key)
-    )
-    if lost:
+    new = sorted(info["missing_keys"])
+    if lost := new if needs_head else of_encoder(model, new):
         raise ModelError(f"model {name!r}: {len(lost)} tensors are missing, first {lost[0]}")
     keep_values(model, config, changed)
     return model
+
+
+def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of a model's tensors, those that no head and no pooler has: never to be made anew."""
+    encoder = f"{model.base_model_prefix}."
+    return [name for name in names if name.startswith(encoder) and ".pooler." not in name]
 
 
 def new_pretraining_model(

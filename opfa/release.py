@@ -235,12 +235,7 @@ def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> Row:
             f"task.validation = {recipe.task.validation!r}: is other data than the run was "
             "evaluated on; a release is measured on the same"
         )
-    metrics = dict(found["metrics"])
-    for name, split in recipe.task.more_validation.items():
-        task = recipe.task.model_copy(update={"validation": split})
-        more = evaluate_model(str(directory), recipe.model_copy(update={"task": task}))
-        metrics |= {f"{name}_{metric}": value for metric, value in more["metrics"].items()}
-    return replace(before, metrics=metrics)
+    return replace(before, metrics=found["metrics"])
 
 
 def _copy(source: Path, directory: Path) -> None:

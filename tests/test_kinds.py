@@ -429,6 +429,7 @@ def test_more_validation_splits_are_measured_by_name(
     recipe = finetune_recipe(sparse, examples, task={"more_validation": more})
     metrics = finetune(recipe, tmp_path / "run")["metrics"]
     assert list(metrics) == ["accuracy", "mismatched_accuracy"]
+    assert evaluate_model(str(tmp_path / "run/model"), recipe)["metrics"] == metrics
     swapped = recipe.model_copy(
         update={"task": recipe.task.model_copy(update={"validation": more["mismatched"]})}
     )

@@ -1,6 +1,7 @@
 """What a model predicts on a split, and what that is worth."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def evaluate(
 ) -> dict[str, float]:
     """The task's metrics, in the order of the recipe. The model is left in the mode it came in."""
     return score(task, predict(model, task, split, batch=batch, device=device), split)
+
+
+def evaluate_splits(
+    metrics_of: Callable[[Split], Mapping[str, float]], validation: Split, more: Mapping[str, Split]
+) -> dict[str, float]:
+    """The metrics of the validation split, and those of more splits as split_metric."""
+    metrics = dict(metrics_of(validation))
+    for name, split in more.items():
+        metrics |= {f"{name}_{metric}": value for metric, value in metrics_of(split).items()}
+    return metrics
 
 
 def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
@@ -83,26 +94,34 @@ def _stack(batches: tuple[Tensor, ...]) -> Tensor:
 def evaluate_model(
     name: str, recipe: FinetuneRecipe, answers: Path | None = None
 ) -> dict[str, Any]:
-    """The metrics of a finished model, in 8 bits if it was trained so, on the recipe's validation
-    split. Its `predictions` are written to `answers`, as JSON Lines.
+    """The metrics of a finished model, in 8 bits if it was trained so, on all of the recipe's
+    validation splits. Its `predictions` on the first are written to `answers`, as JSON Lines.
     """
-    config, tokenizer = load_config(name), load_tokenizer(name)
-    tasks.check_head(recipe.task, config)
+    task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
+    tasks.check_head(task, config)
     check_stated(name)
-    split = tasks.load_validation(recipe.task, tokenizer, config)
-    model = tasks.load_model(recipe.task, name, split.classes, is_trained=True)
+    validation = tasks.load_validation(task, tokenizer, config)
+    more = {
+        key: tasks.load_validation(task.model_copy(update={"validation": split}), tokenizer, config)
+        for key, split in task.more_validation.items()
+    }
+    model = tasks.load_model(task, name, validation.classes, is_trained=True)
     ranges = directory_of(name) / quant.FILE
     if ranges.is_file():
         quant.load(model, ranges)
     device = torch.device(choose_accelerator())
     nn.Module.to(model, device)
-    logits = predict(model, recipe.task, split, batch=64, device=device)
-    if answers is not None:
-        rows = predictions(recipe.task, logits, split)
-        write_text(answers, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def metrics_of(split: Split) -> dict[str, float]:
+        logits = predict(model, task, split, batch=64, device=device)
+        if answers is not None and split is validation:
+            rows = predictions(task, logits, split)
+            write_text(answers, "".join(f"{json.dumps(row)}\n" for row in rows))
+        return score(task, logits, split)
+
     return {
         "task": recipe.name,
-        "metrics": score(recipe.task, logits, split),
+        "metrics": evaluate_splits(metrics_of, validation, more),
         "quantized": ranges.is_file(),
-        "examples_sha256": split.examples.sha256(),
+        "examples_sha256": validation.examples.sha256(),
     }

@@ -32,7 +32,7 @@ from opfa.checkpoint import (
 )
 from opfa.distributed import Stopped, Supervisor
 from opfa.downstream import tasks
-from opfa.downstream.evaluate import evaluate
+from opfa.downstream.evaluate import evaluate, evaluate_splits
 from opfa.downstream.features import Split
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.selection import Best
@@ -324,10 +324,7 @@ class Trainer:
                 raise RunError(f"{point}: is the best model and can't be used: {problem}")
             self._restore(point)
             self._start_quantizing(self.best.step)
-        metrics = self.evaluate(self.data.validation)
-        for name, split in self.data.more.items():
-            found = self.evaluate(split)
-            metrics |= {f"{name}_{metric}": value for metric, value in found.items()}
+        metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
         run.log({"step": self.done, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)

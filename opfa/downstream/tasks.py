@@ -25,7 +25,7 @@ from opfa.downstream import features, scores, squad
 from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
-from opfa.models import check_fit, dropouts, keep_values, load_config, loading
+from opfa.models import check_fit, dropouts, keep_values, load_config, loading, of_encoder
 from opfa.order import HELD_OUT, generator
 from opfa.recipe import DataError, ModelError
 
@@ -335,9 +335,7 @@ def load_model(
         )
     keep_values(model, config, changed)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    encoder = f"{model.base_model_prefix}."
-    lost = [key for key in new if is_trained or (key.startswith(encoder) and ".pooler." not in key)]
-    if lost:
+    if lost := new if is_trained else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
     return model
