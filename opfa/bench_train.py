@@ -143,7 +143,7 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
         "share_of_matrix_rate": work / fastest["ours"] / rate,
         "mask_update_share": ours["mask_update"] / (every * fastest["ours"]) if every else None,
         "loader_tokens_per_second": ours["loader"],
-        "loss_bytes": in_a_process(_loss_bytes)["bytes"],
+        "loss_bytes": in_a_process(_loss_bytes, recipe.training.precision)["bytes"],
         "ratios": _ratios(fastest, peaks),
     }
 
@@ -299,17 +299,17 @@ class Ours:
         return tokens / (time.perf_counter() - start)
 
 
-def _loss_bytes() -> Results:
+def _loss_bytes(precision: str) -> Results:
     """Memory that the loss under a teacher takes at its peak, beside models and features."""
     tokens, hidden, size = LOSS_SHAPE
-    device = choose_accelerator()
+    device, dtype = choose_accelerator(), DTYPES[precision]
     numbers = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        empty = torch.empty(shape, device=device, dtype=torch.bfloat16)
+        empty = torch.empty(shape, device=device, dtype=dtype)
         return empty.normal_(generator=numbers)
 
-    layers = [nn.Linear(hidden, 1, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    layers = [nn.Linear(hidden, 1, device=device, dtype=dtype) for _ in range(2)]
     for layer in layers:
         layer.weight, layer.bias = nn.Parameter(random(size, hidden)), nn.Parameter(random(size))
     features = [random(tokens, hidden) for _ in range(2)]
