@@ -170,11 +170,15 @@ def test_grouping_by_length_pads_less(sparse: Path, examples: Path, tmp_path: Pa
     assert padded[True] < padded[False] / 4
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "mismatched"])
 def test_a_resume_with_other_examples_is_refused(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
     shutil.copytree(examples, tmp_path / "examples")
-    recipe = finetune_recipe(sparse, tmp_path / "examples")
+    more = tmp_path / "examples/mismatched.jsonl"
+    shutil.copy(examples / "validation.jsonl", more)
+    task = {"more_validation": {"mismatched": str(more)}}
+    recipe = finetune_recipe(sparse, tmp_path / "examples", task=task)
 
     class StoppedError(Exception):
         pass
@@ -186,9 +190,9 @@ def test_a_resume_with_other_examples_is_refused(
         patch.setattr(module.Trainer, "finish", stop)
         with pytest.raises(StoppedError):
             finetune(recipe, tmp_path / "run")
-    path = tmp_path / "examples/train.jsonl"
+    path = tmp_path / f"examples/{split}.jsonl"
     path.write_text(path.read_text().replace("captain", "colonel"))
-    with pytest.raises(RunError, match="the train examples have changed meanwhile"):
+    with pytest.raises(RunError, match=f"the {split} examples have changed meanwhile"):
         finetune(recipe, tmp_path / "run", resume=True)
 
 

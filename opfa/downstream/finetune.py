@@ -69,7 +69,8 @@ def finetune(
         if run.is_done:
             log.info("%s: is finished already", output)
             return json.loads((output / "results.json").read_text())
-        splits = {"train": trainer.data.train, "validation": trainer.data.validation}
+        data = trainer.data
+        splits = {**data.more, "train": data.train, "validation": data.validation}
         digests = {name: split.examples.sha256() for name, split in splits.items()}
         start_sha256 = start_digest(recipe.model.init)
         run.describe({"world_size": 1, "data": digests, "start_sha256": start_sha256})
