@@ -155,10 +155,12 @@ def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
 def _good(dataset: Dataset, corpus: Corpus, skipped: Path | None) -> Dataset:
     """The rows of a Hub data set that hold a text."""
     bad = _noting(skipped) if skipped else stop
-    rows = [row for row, text in enumerate(dataset["text"]) if not _is_text(text)]
-    for row in rows:
-        bad(DataError(f"{corpus.hub}, row {row}: {corpus.text_column!r} is {NO_TEXT}"))
-    return dataset.select(np.delete(np.arange(len(dataset)), rows)) if rows else dataset
+    left_out = []
+    for row, text in enumerate(dataset["text"]):
+        if not _is_text(text):
+            bad(DataError(f"{corpus.hub}, row {row}: {corpus.text_column!r} is {NO_TEXT}"))
+            left_out.append(row)
+    return dataset.select(np.delete(np.arange(len(dataset)), left_out)) if left_out else dataset
 
 
 def _all_texts(files: list[str], column: str, skipped: str | None) -> Iterator[dict[str, str]]:
