@@ -78,7 +78,7 @@ def cost_picture(output: Path, path: Path) -> None:
         axes.plot(x, [loss for _, loss in points], "o-", color=colour, markersize=4, label=label)
     axes.set_xlabel("Floating-point operations, 10¹⁵")
     axes.set_ylabel("Masked-token loss on held-out text")
-    axes.legend(frameon=False)
+    picture.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=120)
     plt.close(picture)
