@@ -185,7 +185,7 @@ def _results(release: Release) -> str:
         examples = release.steps[0].recipe["logging"]["evaluate_examples"]
         note = f"Loss of a masked token on at most {examples} examples of documents held out."
         if len(release.rows) > 1:
-            note += " Models that were trained for longer lose less, sparse or not."
+            note += " Where these were trained for different numbers of steps, that counts too."
     what = "these very files" if release.is_measured else "the weights before they were rounded"
     return f"{table}\n\n{note} The first line is that of {what}."
 

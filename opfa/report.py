@@ -25,13 +25,28 @@ Row = Mapping[str, Any]
 
 def pretraining_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
+    directory.mkdir(parents=True, exist_ok=True)
+    loss_picture(rows, directory / "loss.png")
+    learning_rate_picture([row for row in rows if not row.get("eval")], directory)
+    sparsity_picture(sparsity, directory)
+
+
+def loss_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw the masked-token loss of a pre-training against step: of each batch logged, their mean
+    over a twentieth of the run, and on held-out text; and the sparsity, if it is pruned.
+    """
     training = [row for row in rows if not row.get("eval")]
     evaluations = [row for row in rows if row.get("eval")]
-    directory.mkdir(parents=True, exist_ok=True)
     figure, axes = _axes("Step", "Masked-token loss")
-    axes.plot(*_series(training, "mlm_loss"), color=BLUE, linewidth=0.9, label="training")
+    steps, losses = _series(training, "mlm_loss")
+    axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
+    width = len(losses) // 20
+    if width > 1:
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        middles = steps[width // 2 :][: len(means)]
+        axes.plot(middles, means, color=BLUE, label=f"mean of {width}")
     axes.plot(*_series(evaluations, "mlm_loss"), "o-", color=GREEN, markersize=4, label="held out")
-    if sparsity["tensors"]:
+    if any(row.get("sparsity") for row in training):
         right = axes.twinx()
         right.plot(
             *_series(training, "sparsity"), color=ORANGE, drawstyle="steps-post", label="sparsity"
@@ -39,10 +54,8 @@ def pretraining_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direc
         right.set_ylim(0, 1)
         right.set_ylabel("Sparsity", color=ORANGE)
         right.spines["top"].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    _save(figure, directory / "loss.png")
-    learning_rate_picture(training, directory)
-    sparsity_picture(sparsity, directory)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    _save(figure, path)
 
 
 def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:

@@ -294,8 +294,23 @@ def test_students_and_their_8_bits_are_released_beside_the_other_methods(
         assert all(line in lines for line in expected), card
 
 
+def test_models_are_exported_in_three_forms(table: dict[str, Any], output: Path) -> None:
+    rows = {row["method"]: row for row in table["rows"] if row["percent"] == 90}
+    forms = {row["form"]: row for row in table["exports"]}
+    assert [*forms] == ["fp32", "8bit", "calibrated"]
+    for form, precision in (("fp32", "fp32"), ("8bit", "int8"), ("calibrated", "int8")):
+        said = json.loads((output / f"exports/sst2/{form}.json").read_text())
+        assert forms[form] == {"task": "sst2", "form": form, **said}
+        assert said["precision"] == precision
+        file = output / f"exports/sst2/onnx-{form}/model.onnx"
+        assert file.stat().st_size == said["bytes"]["onnx"]
+        if form != "calibrated":
+            accuracy = said["parity"]["metrics"]["torch"]["accuracy"]
+            assert accuracy == rows[f"prune-once-{form}"]["values"][0]
+
+
 def test_there_are_pictures(table: dict[str, Any], output: Path) -> None:
-    others = ("sparse-90-loss.png", "sparse-85-sparsity.png", "global-sparsity.png")
+    others = ("sparse-90-loss.png", "sparse-85-loss.png", "global-sparsity.png")
     for name in ("accuracy.png", "cost.png", *others):
         assert (output / "results" / name).read_bytes().startswith(b"\x89PNG")
 

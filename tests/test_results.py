@@ -36,7 +36,9 @@ def table() -> Any:
 def test_tables_are_those_of_the_results(table: Any) -> None:
     lines, *more = table.tables(FOUND)
     readme = (ROOT / "README.md").read_text()
-    assert f"<!-- minilm -->\n\n{lines}\n\n<!-- /minilm -->" in readme
+    exports = table.exports_table(FOUND["exports"])
+    for name, expected in (("minilm", lines), ("minilm-exports", exports)):
+        assert f"<!-- {name} -->\n\n{expected}\n\n<!-- /{name} -->" in readme
     whole, _, trace = (RESULTS / "table.md").read_text().rpartition("\n\n")
     assert whole == "\n\n".join([lines, *more])
     assert "| sst2 | 90 % | prune-once minus gradual | " in whole
@@ -63,6 +65,17 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path:
     assert row["values"] == values
     assert row["mean"] == fmean(values)
     assert row["std"] == (stdev(values) if len(values) > 1 else None)
+
+
+@pytest.mark.parametrize("row", FOUND["exports"], ids=lambda row: f"{row['task']} {row['form']}")
+def test_an_onnx_file_is_what_its_report_says(row: dict[str, Any], table: Any) -> None:
+    report = json.loads(RUNS[f"exports/{row['task']}/{row['form']}.json"])
+    assert row == {"task": row["task"], "form": row["form"], **report}
+    assert not report["problems"]
+    assert report["fingerprint"]["onnx"] == report["fingerprint"]["model"]
+    if row["form"] != "calibrated":  # those are the models of rows
+        results = RUNS[f"runs/{row['task']}/prune-once-{row['form']}-90/seed-42/results.json"]
+        assert report["parity"]["metrics"]["torch"] == json.loads(results)["metrics"]
 
 
 @pytest.mark.parametrize("run", RIGHT)
@@ -197,12 +210,39 @@ def test_the_readme_says_what_was_found() -> None:
     named += ("no-hidden-states", "paper-distillation", "global")
     for name in (*named, "update-every-1", "update-every-25", "small-batches"):
         assert losses[name] in section, name
-    for row in FOUND["differences"]:
-        if row["method"].startswith("prune-once"):
-            points = f"{abs(100 * row['mean']):.1f} ± {100 * row['error']:.1f}"
-            assert points in " ".join(section.split()), points
-    accuracies = [row["held_out_accuracy"] for row in FOUND["ablations"]]
-    assert f"{min(accuracies):.3f} to {max(accuracies):.3f}" in section
+    section = " ".join(section.split())
+    sst2 = [row for row in FOUND["differences"] if row["task"] == "sst2"]
+    points = {(row["method"], row["other"], row["percent"]): 100 * row["mean"] for row in sst2}
+    behind = [-points.pop(("prune-once", "dense", percent)) for percent in (85, 90)]
+    assert "by {:.1f} at 85 % and {:.1f} at 90 %, each ± 0.8 over".format(*behind) in section
+    twins = [points["prune-once-8bit", "prune-once-fp32", percent] for percent in (85, 90)]
+    assert "by {:+.1f} and {:+.1f}, each ± 0.2".format(*twins) in section
+    ahead = [value for (method, *_), value in points.items() if method == "prune-once"]
+    assert f"by {min(ahead):.1f} to {max(ahead):.1f} points, and behind" in section
+    errors = {f"{row['method']} {100 * row['error']:.1f}" for row in sst2 if row["percent"] == 90}
+    assert errors == {"prune-once 0.8", "prune-once-8bit 0.2"}
+
+
+def test_the_readme_says_what_held_out_sentences_say() -> None:
+    section = " ".join((ROOT / "README.md").read_text().split())
+    rows = [row for row in FOUND["learning_rates"] if row["task"] == "sst2"]
+    scores = {(row["method"], row["dropout"]): row["scores"] for row in rows}
+    best = {place: 100 * max(filter(None, found.values())) for place, found in scores.items()}
+    gain = {method: best[method, 0.0] - best[method, 0.1] for method, _ in best}
+    text = "prune-once (by {prune-once:.1f} points) and gradual ({gradual:.1f}) are better"
+    assert text.format(**gain) in section
+    assert f"the dense model ({-gain['dense']:.1f}) worse" in section
+    others = ("one-shot", "gradual", "gradual-early", "gradual-teacher")
+    leads = [best["prune-once", 0.0] - best[method, 0.0] for method in others]
+    assert f"leads by {min(leads):.1f} to {max(leads):.1f} points" in section
+    third = [scores[method, 0.0]["0.00015"] for method in ("prune-once", "one-shot")]
+    assert "it would be behind ({:.3f}, one-shot {:.3f})".format(*third) in section
+    short = [row["held_out_accuracy"] for row in FOUND["ablations"]]
+    one_shot = scores["one-shot", 0.0]["0.00045"]
+    text = (
+        f"has {min(short):.3f} to {max(short):.3f} on these sentences, and one-shot {one_shot:.3f}"
+    )
+    assert text in section
 
 
 @pytest.mark.parametrize("name", ["teacher", "sparse-85", "sparse-90"])

@@ -1,5 +1,5 @@
-"""What is changed of `minilm-ablation.toml`, one thing a run: by its name the question that it
-answers and the change.
+"""What is changed of `minilm-ablation.toml`: by a run's name the question that it answers and the
+changes.
 """
 
 ORIGINAL = (

@@ -39,7 +39,12 @@ def accuracy_picture(
         found = [row for row in rows if row["task"] == task]
         for row in found:
             if row["method"] == "dense":
-                axes.axhline(row["mean"], color="black", linestyle=":", label="dense")
+                mean = row["mean"]
+                axes.axhline(mean, color="black", linestyle=":", label="dense")
+                if TASKS[task] == "accuracy":  # a mean of right and wrong
+                    error = (mean * (1 - mean) / examples[task]) ** 0.5
+                    band = (mean - error, mean + error)
+                    axes.axhspan(*band, color="black", alpha=0.08, label="its standard error")
         for place, (method, colour) in enumerate(COLOURS.items()):
             points = [row for row in found if row["method"] == method]
             x = [row["percent"] + 0.12 * (place - len(COLOURS) / 2) for row in points]
@@ -62,8 +67,11 @@ def accuracy_picture(
 
 
 def cost_picture(output: Path, path: Path) -> None:
-    """Draw the loss on held-out text against what upstream training cost so far."""
+    """Draw the loss on held-out text against what upstream training cost so far: the teacher's, and
+    that of its students after it.
+    """
     picture, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    before = 0.0
     for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
         run = output / "runs" / name
         if not (run / "done.json").exists():
@@ -72,11 +80,12 @@ def cost_picture(output: Path, path: Path) -> None:
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         points = [(row["step"], row["mlm_loss"]) for row in lines if row.get("eval")]
         last = points[-1][0]
-        label = f"{name}: {tokens / 1e6:.1f} million tokens, {cost / 1e15:.2f}·10¹⁵ operations"
-        label += "" if name == "teacher" else ", after the teacher's"
-        x = [step / last * cost / 1e15 for step, _ in points]
+        x = [(before + step / last * cost) / 1e12 for step, _ in points]
+        label = f"{name}: {tokens / 1e6:.1f} million tokens, {cost / 1e12:.0f}·10¹² operations"
         axes.plot(x, [loss for _, loss in points], "o-", color=colour, markersize=4, label=label)
-    axes.set_xlabel("Floating-point operations, 10¹⁵")
+        before = before or cost  # the teacher's
+    axes.set_xlim(left=0)
+    axes.set_xlabel("Floating-point operations, 10¹², of a student with its teacher's")
     axes.set_ylabel("Masked-token loss on held-out text")
     picture.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -207,7 +207,9 @@ def ablations() -> None:
 
 
 def releases() -> None:
-    """The students, and what 8 bits made of them with the first seed: compact files and cards."""
+    """The students, and what 8 bits made of them with the first seed: compact files and cards; and
+    ONNX at the higher sparsity.
+    """
     runs = Path("runs")
     for percent in PERCENT:
         name = f"minilm-sparse-{percent}"
@@ -217,16 +219,42 @@ def releases() -> None:
             for method in ("prune-once", "gradual", "one-shot"):
                 others.append(runs / task / f"{method}-{percent}")
             release(f"{name}-{task}", first, "compact-int8", *others, runs / task / "dense-0")
+    for task in RELEASED:
+        exports(task)
 
 
 def release(name: str, run: Path, form: str, *compare: Path) -> None:
-    """Make a run a release, unless that was done before."""
-    if Path("releases", name).exists():  # written whole or not at all
+    """Make a run a release."""
+    output = Path("releases", name)
+    words = [*LICENCE, *(f"--compare={path.relative_to('runs')}={path}" for path in compare)]
+    once(output, "release", str(run), "--output", str(output), "--format", form, *words)
+
+
+def exports(task: str) -> None:
+    """The first seed's model as ONNX, in fp32, in 8 bits as it was trained so, and as its twin in
+    fp32 is when calibrated; what `opfa export` says of each is kept.
+    """
+    runs, directory = Path("runs", task), Path("exports", task)
+    qat, fp32 = (
+        min(runs.glob(f"prune-once-{form}-{PERCENT[0]}/seed-*")) for form in ("8bit", "fp32")
+    )
+    calibrated, recipe = directory / "calibrated", ("--recipe", f"{fp32}/recipe.toml")
+    words = ("--output", str(calibrated), "quantization.embeddings=true")
+    once(calibrated, "calibrate", f"{fp32}/model", *recipe, *words)
+    models = {"fp32": fp32 / "model", "8bit": qat / "model", "calibrated": calibrated}
+    validation = _recipe(task)["task"]["validation"]
+    for name, model in models.items():
+        file, report = directory / f"onnx-{name}/model.onnx", directory / f"{name}.json"
+        words = ("--verify", validation, *recipe, "--report", str(report))
+        once(report, "export", str(model), "--output", str(file), *words)
+
+
+def once(output: Path, *words: str) -> None:
+    """Run a command whose output is written whole or not at all, unless that was done before."""
+    if output.exists():
         return
-    words = ["opfa", "release", str(run), "--output", f"releases/{name}", "--format", form]
-    words += [*LICENCE, *(f"--compare={path.relative_to('runs')}={path}" for path in compare)]
-    print("$", shlex.join(words), flush=True)
-    if status := execute(words[1:]):
+    print("$", shlex.join(["opfa", *words]), flush=True)
+    if status := execute(words):
         sys.exit(status)
 
 

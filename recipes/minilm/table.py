@@ -3,7 +3,6 @@ themselves.
 """
 
 import json
-import shutil
 import textwrap
 import tomllib
 from collections import Counter
@@ -20,7 +19,9 @@ from pictures import TASKS, accuracy_picture, cost_of, cost_picture
 from split import VALIDATION
 
 from opfa import provenance
+from opfa.inspection import inspect
 from opfa.records import read_records
+from opfa.report import inspection_picture, loss_picture
 from opfa.run import write_json, write_text
 from opfa.tables import figure, markdown_table
 
@@ -57,6 +58,13 @@ ABLATION_NOTE = """\
 One seed each: an accuracy on so few sentences has a standard error of one point, so none of these
 differs from another for sure. The loss hardly varies with the seed; it is left out where the head
 for masked tokens was not trained."""
+EXPORTS = ("fp32", "8bit", "calibrated")
+EXPORT_NOTE = """\
+*prune-once* at 90 %, the first seed: in torch and in ONNX Runtime on the validation split, the
+largest difference of a logit, the share of equal predictions, and that share between torch and
+torch with every layer's output disturbed by 1e-7. *8bit* and *fp32* are the rows of that name;
+*calibrated*: 8 bits of the latter without training, its embeddings too. The model's own files are
+of {model:,} bytes."""
 MARKS = ("finished", "done.json")  # of a command, and of each run
 METRICS = "metrics.jsonl"
 RECORDS = (*MARKS, "recipe.toml", "environment.json", "results.json", METRICS)
@@ -75,6 +83,7 @@ def write_table(output: Path) -> None:
     results.mkdir(exist_ok=True)
     rates = rate_rows(output)
     found = {"tasks": tasks, "rows": rows, "ablations": ablations, "learning_rates": rates}
+    found["exports"] = export_rows(output)
     asked = sorted((output / "runs").rglob(FILE))
     right = {str(file.parent.relative_to(output)): right_of(file.parent) for file in asked}
     found["differences"] = differences(rows, right)
@@ -87,11 +96,14 @@ def write_table(output: Path) -> None:
         examples = {task: about["examples"] for task, about in tasks.items()}
         accuracy_picture(rows, examples, results / "accuracy.png")
     cost_picture(output, results / "cost.png")
-    for run in ("sparse-85", "sparse-90", "ablations/global"):
-        for name in ("loss.png", "sparsity.png"):
-            picture = output / "runs" / run / "report" / name
-            if picture.exists():
-                shutil.copyfile(picture, results / f"{Path(run).name}-{name}")
+    for run in (output / f"runs/sparse-{percent}" for percent in (85, 90)):
+        if (run / "done.json").exists():
+            rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+            loss_picture(rows, results / f"{run.name}-loss.png")
+    run = output / "runs/ablations/global"
+    if (run / "done.json").exists():
+        found = inspect(run / "model")
+        inspection_picture("one threshold for all layers", found, results / "global-sparsity.png")
 
 
 def tables(found: Mapping[str, Any]) -> list[str]:
@@ -106,6 +118,9 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     parts = [methods, _wrapped(" ".join([notes, *trained]))]
     if found["differences"]:
         parts += [differences_table(found["differences"]), _wrapped(DIFFERENCE_NOTE)]
+    if found["exports"]:
+        note = EXPORT_NOTE.format(**found["exports"][0]["bytes"])
+        parts += [exports_table(found["exports"]), _wrapped(note)]
     if found["ablations"]:
         parts += [ablations_table(found["ablations"]), _wrapped(ABLATION_NOTE)]
     return [part for part in [*parts, rates_table(found["learning_rates"])] if part]
@@ -121,6 +136,7 @@ def records(output: Path) -> dict[str, str]:
     """
     runs = {path.parent for mark in MARKS for path in (output / "runs").rglob(mark)}
     files = [run / name for run in sorted(runs) for name in RECORDS if (run / name).exists()]
+    files += sorted(output.glob("exports/*/*.json"))
     return {str(file.relative_to(output)): _said(file) for file in files}
 
 
@@ -184,6 +200,17 @@ def ablation_rows(output: Path) -> list[Row]:
                 }
             )
     return rows
+
+
+def export_rows(output: Path) -> list[Row]:
+    """What `opfa export` said of each ONNX file."""
+    places = [(task, form) for task in TASKS for form in EXPORTS]
+    reports = {place: output / "exports/{}/{}.json".format(*place) for place in places}
+    return [
+        {"task": task, "form": form, **json.loads(report.read_text())}
+        for (task, form), report in reports.items()
+        if report.exists()
+    ]
 
 
 def rate_rows(output: Path) -> list[Row]:
@@ -291,6 +318,20 @@ def differences_table(rows: Sequence[Row]) -> str:
         names = f"{row['method']} minus {row['other']}"
         lines.append([row["task"], f"{row['percent']} %", names, points])
     return markdown_table(["task", "sparsity", "difference", "points"], lines)
+
+
+def exports_table(rows: Sequence[Row]) -> str:
+    """Each ONNX file: what it answers, beside the model, and its size."""
+    lines = []
+    for row in rows:
+        found, metric = row["parity"], TASKS[row["task"]]
+        metrics = [figure(found["metrics"][where][metric], None) for where in ("torch", "onnx")]
+        equal = [found.get(key) for key in ("equal_predictions", "repeated_predictions")]
+        shares = ["" if share is None else f"{share:.2%}" for share in equal]
+        cells = [*metrics, f"{found['max_difference']:.2g}", *shares, f"{row['bytes']['onnx']:,}"]
+        lines.append([row["task"], row["form"], *cells])
+    head = ["task", "form", "in torch", "in ONNX Runtime", "largest difference"]
+    return markdown_table([*head, "equal", "torch with itself", "bytes"], lines)
 
 
 def ablations_table(rows: Sequence[Row]) -> str:
