@@ -95,7 +95,8 @@ def write_table(output: Path) -> None:
     if rows:
         examples = {task: about["examples"] for task, about in tasks.items()}
         accuracy_picture(rows, examples, results / "accuracy.png")
-    cost_picture(output, results / "cost.png")
+    if (output / "runs/teacher/done.json").exists():
+        cost_picture(output, results / "cost.png")
     for run in (output / f"runs/sparse-{percent}" for percent in (85, 90)):
         if (run / "done.json").exists():
             rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
