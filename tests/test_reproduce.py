@@ -229,12 +229,12 @@ def test_more_rates_are_tried_while_the_best_is_at_an_edge(
     monkeypatch.setattr(reproduce, "opfa", opfa)
     monkeypatch.setattr(reproduce, "RATES", START)
     monkeypatch.setattr(reproduce, "EDGES", (5e-6, 5e-3))
-    monkeypatch.setattr(reproduce, "held_out", lambda: ())
-    chosen = reproduce.learning_rate(str(tmp_path / "run"), ())
+    monkeypatch.setattr(reproduce, "held_out", lambda _: ())
+    chosen = reproduce.learning_rate("sst2", str(tmp_path / "run"), ())
     assert chosen == max(best or {1.5e-4: 1}, key=lambda rate: best.get(rate, 1))
     assert sweeps == tried
     num_sweeps = len(sweeps)
-    assert reproduce.learning_rate(str(tmp_path / "run"), ()) == chosen
+    assert reproduce.learning_rate("sst2", str(tmp_path / "run"), ()) == chosen
     assert sweeps[num_sweeps:] == [sweeps[-1]]  # what was tried before counts
 
 

@@ -62,9 +62,6 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path:
         assert results["sparsity"] == pytest.approx(percent / 100, abs=1e-6)
         assert "split/" not in recipe.task.train  # all training examples, and the validation split
         values.append(results["metrics"][table.TASKS[row["task"]]])
-        if row["method"].rpartition("-")[2] not in ("fp32", "8bit"):
-            chosen = {one["chosen"] for one in FOUND["learning_rates"] if is_of(one, row["method"])}
-            assert {recipe.training.learning_rate} == chosen  # on SST-2, for every task
     assert row["values"] == values
     assert row["mean"] == fmean(values)
     assert row["std"] == (stdev(values) if len(values) > 1 else None)
@@ -79,10 +76,6 @@ def test_an_onnx_file_is_what_its_report_says(row: dict[str, Any], table: Any) -
     if row["form"] != "calibrated":  # those are the models of rows
         results = RUNS[f"runs/{row['task']}/prune-once-{row['form']}-90/seed-42/results.json"]
         assert report["parity"]["metrics"]["torch"] == json.loads(results)["metrics"]
-
-
-def is_of(rates: dict[str, Any], method: str) -> bool:
-    return (rates["method"], rates["dropout"]) == (method, 0.1 if method == "dense" else 0.0)
 
 
 @pytest.mark.parametrize("run", RIGHT)
@@ -262,7 +255,7 @@ def test_the_tasks_recipe_here_is_the_one_that_ran(task: str, tmp_path: Path) ->
     (rate,) = (
         f"training.learning_rate={one['chosen']}"
         for one in FOUND["learning_rates"]
-        if (one["method"], one["dropout"]) == ("dense", 0.1)
+        if (one["task"], one["method"], one["dropout"]) == (task, "dense", 0.1)
     )
     changes = ("model.init=model", "model.zeros=free", rate)
     recipe = FinetuneRecipe.read(RECIPES / f"minilm-{task}.toml", changes)

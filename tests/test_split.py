@@ -41,7 +41,7 @@ def test_phrases_belong_to_the_longest_that_they_stand_in(split: Any) -> None:
 def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_path: Path) -> None:
     texts = [*SENTENCES, *(" ".join(text.split()[1:4]) for text in SENTENCES), "not long"]
     write_records(tmp_path / "sst2/train.jsonl.gz", [{"sentence": f"{text} "} for text in texts])
-    split.write_held_out(tmp_path / "sst2", tmp_path / "out")
+    split.write_split(tmp_path / "sst2", tmp_path / "out")
     fit, held = (
         {row["sentence"].strip() for row in read(tmp_path / f"out/{name}.jsonl.gz")}
         for name in ("fit", "held")
@@ -50,6 +50,21 @@ def test_no_phrase_of_a_sentence_that_is_held_out_is_trained_on(split: Any, tmp_
     inside = {text for text in texts if any(f" {text} " in f" {sentence} " for sentence in held)}
     assert held < inside
     assert fit == set(texts) - inside
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [("rte", "sentence1"), ("mnli", "premise"), ("squad", "title")]
+)
+def test_groups_are_not_divided(split: Any, tmp_path: Path, task: str, key: str) -> None:
+    rows = [{key: f"text {i // 3}", "hypothesis": "So it is", "label": i} for i in range(300)]
+    write_records(tmp_path / task / "train.jsonl.gz", rows)
+    write_records(tmp_path / task / "validation_matched.jsonl.gz", rows[:1])
+    split.write_split(tmp_path / task, tmp_path / "out")
+    fit, held = (read(tmp_path / f"out/{name}.jsonl.gz") for name in ("fit", "held"))
+    assert sorted(row["label"] for row in fit + held) == list(range(300))
+    assert not {row[key] for row in fit} & {row[key] for row in held}
+    assert 30 <= len(held) <= 90
+    assert not (tmp_path / "out.part").exists()
 
 
 @pytest.mark.parametrize(
@@ -62,5 +77,5 @@ def test_full_stops_go_if_training_has_none(
     write_records(tmp_path / "mnli/train.jsonl.gz", rows)
     measured = {"premise": "No", "hypothesis": "U.S.A. today.", "label": 0}
     write_records(tmp_path / "mnli/validation_matched.jsonl.gz", [measured])
-    split.write_validation(tmp_path / "mnli", tmp_path / "out")
+    split.write_split(tmp_path / "mnli", tmp_path / "out")
     assert read(tmp_path / "out/validation.jsonl.gz") == [{**measured, "hypothesis": left}]

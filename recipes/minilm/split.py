@@ -1,15 +1,14 @@
-"""Part of SST-2's training examples, held out to choose learning rates and ablations by; and MNLI's
-validation split.
+"""Part of each task's training examples, held out to choose learning rates and ablations by.
 
-SST-2's training examples are all phrases of its sentences. No sentence is divided, so that what is
-held out is as new to a model as the validation split. Which sentence is held out hangs on the hash
-of its text alone.
+No group is divided, so that what is held out is as new to a model as the validation split: premises
+of RTE and MNLI, articles of SQuAD, and sentences of SST-2, whose training examples are all phrases
+of its sentences. Which group is held out hangs on the hash of its text alone.
 """
 
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,39 @@ from typing import Any
 from opfa.checkpoint import new_directory
 from opfa.records import read_records
 
-HELD_PERCENT = 20  # of the sentences
+HELD_PERCENT = 20  # of the groups
 VALIDATION = {"mnli": "validation_matched"}  # the split's name, where it is another
+GROUPED_BY = {"rte": "sentence1", "mnli": "premise", "squad": "title"}
 Record = dict[str, Any]
 
 
-def write_held_out(data: Path, output: Path) -> None:
-    """`fit.jsonl.gz`, SST-2's phrases that stand in no sentence which is held out, and
-    `held.jsonl.gz`, those sentences: the phrases that stand in no longer one.
+def write_split(data: Path, output: Path) -> None:
+    """`fit.jsonl.gz` and `held.jsonl.gz` of `data/train.jsonl.gz`, under the name of its task. Of
+    MNLI also its validation split, without full stops if its training examples have none.
     """
     records = [record for _, record in read_records(data / "train.jsonl.gz")]
+    fit, held = phrases(records) if data.name == "sst2" else groups(records, GROUPED_BY[data.name])
+    with new_directory(output) as aside:
+        if data.name == "mnli":
+            file = data / f"{VALIDATION['mnli']}.jsonl.gz"
+            matched = [record for _, record in read_records(file)]
+            if not any("." in record["premise"] + record["hypothesis"] for record in records):
+                matched = [_without_stops(record) for record in matched]
+            _write(aside / "validation.jsonl.gz", matched)
+        _write(aside / "fit.jsonl.gz", fit)
+        _write(aside / "held.jsonl.gz", held)
+
+
+def groups(records: Sequence[Record], key: str) -> tuple[list[Record], list[Record]]:
+    """To fit, and held out: whole groups of records with the same value."""
+    fit = [record for record in records if not _is_held(record[key])]
+    return fit, [record for record in records if _is_held(record[key])]
+
+
+def phrases(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """To fit: phrases that stand in no sentence which is held out. Held out: those sentences, the
+    phrases that stand in no longer one.
+    """
     inside = sentences_of({record["sentence"].strip() for record in records})
     fit, held = [], []
     for record in records:
@@ -35,19 +57,7 @@ def write_held_out(data: Path, output: Path) -> None:
             held.append(record)
         elif not any(map(_is_held, inside[phrase])):
             fit.append(record)
-    with new_directory(output) as aside:
-        _write(aside / "fit.jsonl.gz", fit)
-        _write(aside / "held.jsonl.gz", held)
-
-
-def write_validation(data: Path, output: Path) -> None:
-    """MNLI's `validation.jsonl.gz`, without full stops if its training examples have none."""
-    matched = [record for _, record in read_records(data / f"{VALIDATION['mnli']}.jsonl.gz")]
-    train = read_records(data / "train.jsonl.gz")
-    if not any("." in record["premise"] + record["hypothesis"] for _, record in train):
-        matched = [_without_stops(record) for record in matched]
-    with new_directory(output) as aside:
-        _write(aside / "validation.jsonl.gz", matched)
+    return fit, held
 
 
 def sentences_of(phrases: set[str]) -> dict[str, list[str]]:

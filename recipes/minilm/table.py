@@ -37,10 +37,10 @@ NOTES = {  # below the table, each where a row's method or task is its key
 measured (*standard error*: of the dense model) nor, for *prune-once*, that of its students, one at
 each sparsity. In brackets: the share of the dense mean, which says little near the most frequent
 class. Sparsity is that of the encoder's linear weights. All methods take as many steps, with a
-learning rate chosen on SST-2 at 90 % with one seed, in shorter runs, by sentences held out. Dropout
-is 0.1 for *dense* and none for the others, which on the whole is better for these by the same
-sentences. What upstream training cost is not counted: see cost.png. *dense*, *one-shot* and
-*gradual* start from the original model, which had been trained on NLI and SQuAD pairs.""",
+learning rate chosen at 90 % with one seed, in shorter runs, by examples held out. Dropout is 0.1
+for *dense* and none for the others, which on the whole is better for these by what is held out of
+SST-2. What upstream training cost is not counted: see cost.png. *dense*, *one-shot* and *gradual*
+start from the original model, which had been trained on NLI and SQuAD pairs.""",
     "gradual": "*gradual* prunes from 10 to 60 % of the steps, without a teacher.",
     "gradual-early": "*gradual-early* prunes from 10 to 30 % of them.",
     "gradual-teacher": "*gradual-teacher* starts from the teacher.",
