@@ -200,17 +200,23 @@ def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
 
 
 @pytest.mark.parametrize(
-    ("best", "tried"),
+    ("task", "best", "tried"),
     [
-        ({}, [START]),
-        ({5e-5: 2, 1.7e-5: 1}, [START, [1.7e-5, *START]]),
-        ({4.5e-4: 2, 1.4e-3: 3, 4.2e-3: 4}, [START, [*START, 1.4e-3], [*START, 1.4e-3, 4.2e-3]]),
+        ("sst2", {}, [START]),
+        ("sst2", {5e-5: 2, 1.7e-5: 1}, [START, [1.7e-5, *START]]),
+        (
+            "sst2",
+            {4.5e-4: 2, 1.4e-3: 3, 4.2e-3: 4},
+            [START, [*START, 1.4e-3], [*START, 1.4e-3, 4.2e-3]],
+        ),
+        ("rte", {4.5e-4: 2}, [START[1:]]),
     ],
 )
 def test_more_rates_are_tried_while_the_best_is_at_an_edge(
     reproduce: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    task: str,
     best: dict[float, int],
     tried: list[list[float]],
 ) -> None:
@@ -230,11 +236,11 @@ def test_more_rates_are_tried_while_the_best_is_at_an_edge(
     monkeypatch.setattr(reproduce, "RATES", START)
     monkeypatch.setattr(reproduce, "EDGES", (5e-6, 5e-3))
     monkeypatch.setattr(reproduce, "held_out", lambda _: ())
-    chosen = reproduce.learning_rate("sst2", str(tmp_path / "run"), ())
+    chosen = reproduce.learning_rate(task, str(tmp_path / "run"), ())
     assert chosen == max(best or {1.5e-4: 1}, key=lambda rate: best.get(rate, 1))
     assert sweeps == tried
     num_sweeps = len(sweeps)
-    assert reproduce.learning_rate("sst2", str(tmp_path / "run"), ()) == chosen
+    assert reproduce.learning_rate(task, str(tmp_path / "run"), ()) == chosen
     assert sweeps[num_sweeps:] == [sweeps[-1]]  # what was tried before counts
 
 
