@@ -68,7 +68,7 @@ def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path:
 
 
 @pytest.mark.parametrize("row", FOUND["exports"], ids=lambda row: f"{row['task']} {row['form']}")
-def test_an_onnx_file_is_what_its_report_says(row: dict[str, Any], table: Any) -> None:
+def test_an_onnx_file_is_what_its_report_says(row: dict[str, Any]) -> None:
     report = json.loads(RUNS[f"exports/{row['task']}/{row['form']}.json"])
     assert row == {"task": row["task"], "form": row["form"], **report}
     assert not report["problems"]
@@ -214,13 +214,13 @@ def test_the_readme_says_what_was_found() -> None:
     sst2 = [row for row in FOUND["differences"] if row["task"] == "sst2"]
     points = {(row["method"], row["other"], row["percent"]): 100 * row["mean"] for row in sst2}
     behind = [-points.pop(("prune-once", "dense", percent)) for percent in (85, 90)]
-    assert "by {:.1f} at 85 % and {:.1f} at 90 %, each ± 0.8 over".format(*behind) in section
+    assert "by {:.1f} at 85 % and {:.1f} at 90 %, each ± 0.7 or 0.8 over".format(*behind) in section
     twins = [points["prune-once-8bit", "prune-once-fp32", percent] for percent in (85, 90)]
     assert "by {:+.1f} and {:+.1f}, each ± 0.2".format(*twins) in section
     ahead = [value for (method, *_), value in points.items() if method == "prune-once"]
     assert f"by {min(ahead):.1f} to {max(ahead):.1f} points, and behind" in section
-    errors = {f"{row['method']} {100 * row['error']:.1f}" for row in sst2 if row["percent"] == 90}
-    assert errors == {"prune-once 0.8", "prune-once-8bit 0.2"}
+    errors = {f"{row['method']} {100 * row['error']:.1f}" for row in sst2 if row["percent"]}
+    assert errors == {"prune-once 0.7", "prune-once 0.8", "prune-once-8bit 0.2"}
 
 
 def test_the_readme_says_what_held_out_sentences_say() -> None:

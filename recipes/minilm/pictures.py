@@ -26,6 +26,11 @@ def cost_of(run: Path) -> tuple[int, float]:
     return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
 
 
+def standard_error(accuracy: float, num_examples: int) -> float:
+    """Of an accuracy, over the examples that it was measured on."""
+    return (accuracy * (1 - accuracy) / num_examples) ** 0.5
+
+
 def accuracy_picture(
     rows: Sequence[Mapping[str, Any]], examples: Mapping[str, int], path: Path
 ) -> None:
@@ -42,7 +47,7 @@ def accuracy_picture(
                 mean = row["mean"]
                 axes.axhline(mean, color="black", linestyle=":", label="dense")
                 if TASKS[task] == "accuracy":  # a mean of right and wrong
-                    error = (mean * (1 - mean) / examples[task]) ** 0.5
+                    error = standard_error(mean, examples[task])
                     band = (mean - error, mean + error)
                     axes.axhspan(*band, color="black", alpha=0.08, label="its standard error")
         for place, (method, colour) in enumerate(COLOURS.items()):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ablations import ABLATIONS
 from answers import FILE, differences, right_of
-from pictures import TASKS, accuracy_picture, cost_of, cost_picture
+from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_error
 from split import VALIDATION
 
 from opfa import provenance
@@ -99,12 +99,12 @@ def write_table(output: Path) -> None:
         cost_picture(output, results / "cost.png")
     for run in (output / f"runs/sparse-{percent}" for percent in (85, 90)):
         if (run / "done.json").exists():
-            rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-            loss_picture(rows, results / f"{run.name}-loss.png")
+            logged = [row for _, row in read_records(run / METRICS)]
+            loss_picture(logged, results / f"{run.name}-loss.png")
     run = output / "runs/ablations/global"
     if (run / "done.json").exists():
-        found = inspect(run / "model")
-        inspection_picture("one threshold for all layers", found, results / "global-sparsity.png")
+        name, inspected = "one threshold for all layers", inspect(run / "model")
+        inspection_picture(name, inspected, results / "global-sparsity.png")
 
 
 def tables(found: Mapping[str, Any]) -> list[str]:
@@ -302,7 +302,7 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
         if mean is None or share is None:  # not a mean of right and wrong
             errors.append("")
         else:
-            errors.append(figure((mean * (1 - mean) / about["examples"]) ** 0.5, None))
+            errors.append(figure(standard_error(mean, about["examples"]), None))
     lines = [majority, errors]
     for method, percent in METHODS:
         line = [cells.get((method, percent, task), "") for task in tasks]
