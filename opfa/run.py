@@ -45,7 +45,8 @@ LIBRARIES = (
 )
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
 NO_NUMBERS = ("step", "eval", "final")
-OPTIONAL = ("nsp_loss", "distill_loss")  # zero where a recipe has no such term: not on the console
+# Zero where a recipe has no such term, and then not on the console.
+OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
 log = logging.getLogger(__name__)
 
 

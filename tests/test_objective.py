@@ -18,6 +18,7 @@ from opfa.models import (
 )
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Objective, Teacher
+from opfa.upstream.progress import mean_losses
 from opfa.upstream.recipe import Distillation
 
 VOCABULARY = 50
@@ -108,8 +109,9 @@ def expected_losses(
     ).mean()
     mlm, nsp = mlm / COUNTS.masked, nsp / COUNTS.sequences
     total = settings.hard_weight * (mlm + nsp) + settings.soft_weight * distill
-    total = total + settings.hidden_weight * hidden / COUNTS.real
-    return Losses(total, mlm, nsp, distill)
+    hidden = hidden / COUNTS.real if settings.hidden_weight else torch.zeros(())
+    total = total + settings.hidden_weight * hidden
+    return Losses(total, mlm, nsp, distill, hidden)
 
 
 def gradients(total: Tensor, student: PreTrainedModel) -> dict[str, Tensor]:
@@ -187,7 +189,23 @@ def test_only_the_total_is_differentiable() -> None:
     student, found = model(0), batch()
     targets = Teacher(model(1), student, settings)(found)
     losses = objective(student, settings)(found, targets, COUNTS)
-    assert [part.requires_grad for part in losses] == [True, False, False, False]
+    assert [part.requires_grad for part in losses] == [True, False, False, False, False]
+
+
+def test_held_out_losses_are_means_over_tokens_and_sequences() -> None:
+    settings = Distillation(teacher="t", hidden_weight=1.0)
+    student, found = model(0).eval(), [batch(), batch(is_padded=False)]
+    teacher = Teacher(model(1), student, settings)
+    counts = [Counts(*map(float, one.counts())) for one in found]
+    whole = Counts(*(sum(column) for column in zip(*counts, strict=True)))
+    parts = [objective(student, settings)(one, teacher(one), whole) for one in found]
+    expected = [float(sum(part)) for part in list(zip(*parts, strict=True))[1:]]
+    means = mean_losses(objective(student, settings), found, teacher)
+    mlm, nsp, _, hidden = expected
+    names = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "hidden_loss": hidden}
+    assert means == pytest.approx(names, rel=1e-5)
+    del names["hidden_loss"]
+    assert mean_losses(objective(student, settings), found) == pytest.approx(names, rel=1e-5)
 
 
 def test_the_teacher_is_frozen() -> None:

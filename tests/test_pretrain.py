@@ -329,6 +329,9 @@ def test_a_student_that_is_its_teacher_has_no_distance_to_it(
     pretrain(recipe, tmp_path / "run")
     first = training_rows(tmp_path / "run")[0]
     assert first["distill_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert first["hidden_loss"] == pytest.approx(0.0, abs=1e-9)
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last.get("hidden_loss", 0.0) > 0) == ("hidden_weight" in settings)  # it has moved away
     hard = settings.get("hard_weight", 0.5)
     assert first["loss"] == pytest.approx(hard * (first["mlm_loss"] + first["nsp_loss"]), abs=1e-5)
 

@@ -48,6 +48,7 @@ class Losses(NamedTuple):
     mlm: Tensor
     nsp: Tensor
     distill: Tensor
+    hidden: Tensor
 
 
 class Objective(nn.Module):
@@ -101,7 +102,7 @@ class Objective(nn.Module):
             teacher=(targets.features.mlm, targets.projection) if targets else None,
         )
         total, mlm, distill = sums.total, sums.hard / counts.masked, sums.soft / num_soft
-        nsp = torch.zeros_like(mlm)
+        nsp = hidden = torch.zeros_like(mlm)
         if features.nsp_logits is not None:
             logits = features.nsp_logits
             loss = functional.cross_entropy(logits.float(), batch.next_sentence, reduction="sum")
@@ -114,8 +115,9 @@ class Objective(nn.Module):
         if settings and targets and settings.hidden_weight:
             states = features.hidden_states, targets.features.hidden_states
             real = torch.cat([batch.predicted, batch.others])
-            total = total + settings.hidden_weight * hidden_loss(*states, real) / counts.real
-        return Losses(total, mlm, nsp, distill)
+            hidden = hidden_loss(*states, real) / counts.real
+            total = total + settings.hidden_weight * hidden
+        return Losses(total, mlm, nsp, distill, hidden.detach())
 
 
 def rows_of(batch: Batch, settings: Distillation | None) -> Tensor:

@@ -253,7 +253,9 @@ class Trainer:
             self.pruner.after_step(step, self.engine)
 
     def evaluate(self) -> dict[str, float]:
-        """The student's mean losses on held-out examples. Every rank computes the same."""
+        """The student's mean losses on held-out examples, and its distance from a teacher whose
+        hidden states it learns. Every rank computes the same.
+        """
         self.supervisor.beat("evaluating")
         batches = validation_batches(
             self.prepared,
@@ -261,8 +263,11 @@ class Trainer:
             batch=self.order.micro_batch,
             num_examples=self.recipe.logging.evaluate_examples,
         )
+        settings = self.recipe.distillation
+        teacher = self.teacher if settings and settings.hidden_weight else None
         with self._held_weights(self.recipe.logging.evaluate_examples):
-            return mean_losses(self.engine.module, (batch.to(self.device) for batch in batches))
+            found = (batch.to(self.device) for batch in batches)
+            return mean_losses(self.engine.module, found, teacher)
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point. Collective."""

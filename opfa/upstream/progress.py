@@ -5,7 +5,7 @@ Only here a run waits for its GPU: losses stay where they were computed until a 
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -13,23 +13,29 @@ from torch import nn
 from opfa import distributed
 from opfa.recipe import RunError
 from opfa.upstream.batches import Batch
-from opfa.upstream.objective import Counts, Losses
+from opfa.upstream.objective import Counts, Losses, Targets
 
 
 @torch.no_grad()
-def mean_losses(module: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean losses per predicted token and per sequence of an `Objective`, without dropout."""
+def mean_losses(
+    module: nn.Module, batches: Iterable[Batch], teacher: Callable[[Batch], Targets] | None = None
+) -> dict[str, float]:
+    """The mean losses per predicted token and per sequence of an `Objective`, without dropout; with
+    a teacher also its distance in hidden states, per real token.
+    """
     module.eval()
-    totals, num_masked, num_sequences = [0.0, 0.0], 0, 0
+    sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
     for batch in batches:
-        losses: Losses = module(batch, None, Counts(1.0, 1.0, 1.0))
-        masked, _, sequences = batch.counts()
-        totals[0] += float(losses.mlm)
-        totals[1] += float(losses.nsp)
-        num_masked, num_sequences = num_masked + masked, num_sequences + sequences
+        found: Losses = module(batch, teacher(batch) if teacher else None, Counts(1.0, 1.0, 1.0))
+        masked, real, sequences = batch.counts()
+        sums = [
+            a + float(b) for a, b in zip(sums, (found.mlm, found.nsp, found.hidden), strict=True)
+        ]
+        counts = [a + b for a, b in zip(counts, (masked, sequences, real), strict=True)]
     module.train()
-    means = {"mlm_loss": totals[0] / num_masked, "nsp_loss": totals[1] / num_sequences}
-    return {"loss": sum(means.values()), **means}
+    mlm, nsp, hidden = (a / b for a, b in zip(sums, counts, strict=True))
+    means = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp}
+    return {**means, "hidden_loss": hidden} if teacher else means
 
 
 def global_losses(losses: list[Losses], step: int) -> dict[str, float]:
@@ -38,7 +44,7 @@ def global_losses(losses: list[Losses], step: int) -> dict[str, float]:
     Collective; raises `RunError` on every rank when one is not finite.
     """
     local = torch.stack([torch.stack(parts) for parts in losses]).double().sum(0).tolist()
-    total, mlm, nsp, distill = distributed.sum_over_ranks(local)
+    total, *parts = distributed.sum_over_ranks(local)
     if not math.isfinite(total):
         places = distributed.gather_texts(f"{local[0]}")
         ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
@@ -46,7 +52,8 @@ def global_losses(losses: list[Losses], step: int) -> dict[str, float]:
             f"step {step + 1}: the loss is not finite on rank {ranks}; "
             "nothing was changed by this step"
         )
-    return {"loss": total, "mlm_loss": mlm, "nsp_loss": nsp, "distill_loss": distill}
+    names = (f"{name}_loss" for name in Losses._fields[1:])
+    return {"loss": total, **dict(zip(names, parts, strict=True))}
 
 
 class Meter:
