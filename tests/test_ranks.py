@@ -130,6 +130,20 @@ def test_fp32_gives_the_same_masks_and_losses_everywhere(runs: Path, ranks: int,
     assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
 
 
+def held_out(run: Path) -> dict[str, float]:
+    row = [row for row in lines(run / "metrics.jsonl") if row.get("eval")][-1]
+    return {key: value for key, value in row.items() if key.endswith("loss")}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", NAMES["fp32"])
+def test_held_out_losses_are_the_same_everywhere(runs: Path, ranks: int, name: str) -> None:
+    reference = held_out(runs / "1-fp32-zero0")
+    assert reference.keys() == {"loss", "mlm_loss", "nsp_loss", "hidden_loss"}
+    assert min(reference.values()) > 0
+    assert held_out(runs / f"{ranks}-fp32-{name}") == pytest.approx(reference, rel=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", NAMES["bf16"])
 def test_bf16_gives_the_same_masks_and_losses_everywhere(runs: Path, ranks: int, name: str) -> None:
