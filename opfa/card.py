@@ -28,10 +28,17 @@ PIPELINES = {
     "question-answering": "question-answering",
     "token-classification": "token-classification",
     "multiple-choice": "multiple-choice",
-    None: "fill-mask",
+    "mlm_loss": "fill-mask",
+    "hidden_loss": "feature-extraction",
+}
+UPSTREAM = {"mlm_loss": "AutoModelForMaskedLM", "hidden_loss": "AutoModel"}
+LOSSES = {
+    "mlm_loss": "Loss of a masked token",
+    "hidden_loss": "Squared distance of a token's hidden states from the teacher's, a mean over "
+    "layers and their dimensions,",
 }
 INPUTS = {
-    None: 'tokenizer(f"The man {tokenizer.mask_token} the sea.", return_tensors="pt")',
+    "mlm_loss": 'tokenizer(f"The man {tokenizer.mask_token} the sea.", return_tensors="pt")',
     "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
     "multiple-choice": "{name: ids[None] for name, ids in "
     'tokenizer(["He sees"] * 2, ["it.", "her."], return_tensors="pt").items()}',
@@ -65,6 +72,11 @@ class Release:
         return self.steps[0].kind
 
     @property
+    def purpose(self) -> str:
+        """The kind of task; of a pre-trained model the loss that it is judged by."""
+        return self.kind or next(iter(self.rows[0].metrics))
+
+    @property
     def is_sparse(self) -> bool:
         """Whether any matrix was pruned; of a dense model in 8 bits, matrices without zeros are
         listed.
@@ -81,8 +93,8 @@ def model_card(release: Release) -> ModelCard:
             template_path=str(TEMPLATE),
             title=release.name.rpartition("/")[2],
             name=release.name,
-            auto=KINDS[release.kind].head.__name__ if release.kind else "AutoModelForMaskedLM",
-            inputs=INPUTS.get(release.kind, ANY_INPUTS),
+            auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
+            inputs=INPUTS.get(release.purpose, ANY_INPUTS),
             is_compact=release.form != "dense",
             is_sparse=release.is_sparse,
             fingerprint=release.sparsity["fingerprint"],
@@ -101,7 +113,7 @@ def model_card(release: Release) -> ModelCard:
 def _metadata(release: Release) -> ModelCardData:
     task = release.steps[0].recipe.get("task", {})
     results = []
-    pipeline = PIPELINES[release.kind]
+    pipeline = PIPELINES[release.purpose]
     if release.kind:
         for metric, value in release.rows[0].metrics.items():
             results.append(
@@ -183,7 +195,7 @@ def _results(release: Release) -> str:
         note = f"On {split}`{_data_name(task)}`."
     else:
         examples = release.steps[0].recipe["logging"]["evaluate_examples"]
-        note = f"Loss of a masked token on at most {examples} examples of documents held out."
+        note = f"{LOSSES[release.purpose]} on at most {examples} examples of documents held out."
         if len(release.rows) > 1:
             note += " Where these were trained for different numbers of steps, that counts too."
     what = "these very files" if release.is_measured else "the weights before they were rounded"
@@ -250,6 +262,8 @@ def _limits(release: Release) -> str:
     lines = []
     if release.kind is None:
         lines.append("It has no head for a task yet: fine-tune it for one first.")
+    if release.purpose == "hidden_loss":
+        lines.append("It learnt hidden states alone: its head for masked tokens was not trained.")
     if release.is_sparse:
         lines.append("Sparse matrices don't run faster in plain PyTorch.")
     if release.is_sparse and release.form == "dense":

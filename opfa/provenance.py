@@ -122,7 +122,7 @@ def own_rows(run: Path) -> list[Row]:
 
 def row_of(label: str, run: Path) -> Row:
     """The results of a run, or of the best learning rate of several; of a pre-training its loss on
-    held-out text.
+    held-out text, in tokens or, if it learnt nothing else, in hidden states.
     """
     if rates := [row for row in _rates(run) if row["score"] is not None]:
         return _mean(label, max(rates, key=lambda row: row["score"]), run)
@@ -132,12 +132,17 @@ def row_of(label: str, run: Path) -> Row:
         metrics = found["metrics"]
     else:
         found = read_json(run / "done.json")
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        losses = [row["mlm_loss"] for row in map(json.loads, lines) if row.get("eval")]
-        if not losses:
-            raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
-        metrics = {"mlm_loss": losses[-1]}
+        metric = PretrainRecipe.check(step.recipe).metric
+        metrics = {metric: last_evaluation(run)[metric]}
     return Row(label=label, metrics=metrics, sparsity=found["sparsity"], data=step.data)
+
+
+def last_evaluation(run: Path) -> Facts:
+    """What a pre-training logged of its last evaluation; raises `RunError` if there was none."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    if not (evaluations := [row for row in rows if row.get("eval")]):
+        raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
+    return evaluations[-1]
 
 
 def _rates(sweep: Path) -> list[dict[str, Any]]:

@@ -20,32 +20,35 @@ from opfa.anatomy import layer_labels, short_kinds
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 ALL = "whole layer"
+LOSSES = {"mlm_loss": "Masked-token loss", "hidden_loss": "Hidden states' squared distance"}
 Row = Mapping[str, Any]
 
 
-def pretraining_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+def pretraining_pictures(
+    rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
+) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
     directory.mkdir(parents=True, exist_ok=True)
-    loss_picture(rows, directory / "loss.png")
+    loss_picture(rows, metric, directory / "loss.png")
     learning_rate_picture([row for row in rows if not row.get("eval")], directory)
     sparsity_picture(sparsity, directory)
 
 
-def loss_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw the masked-token loss of a pre-training against step: of each batch logged, their mean
-    over a twentieth of the run, and on held-out text; and the sparsity, if it is pruned.
+def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draw one of `LOSSES` of a pre-training against step: of each batch logged, their mean over a
+    twentieth of the run, and on held-out text; and the sparsity, if it is pruned.
     """
     training = [row for row in rows if not row.get("eval")]
     evaluations = [row for row in rows if row.get("eval")]
-    figure, axes = _axes("Step", "Masked-token loss")
-    steps, losses = _series(training, "mlm_loss")
+    figure, axes = _axes("Step", LOSSES[metric])
+    steps, losses = _series(training, metric)
     axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
     width = len(losses) // 20
     if width > 1:
         means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
         middles = steps[width // 2 :][: len(means)]
         axes.plot(middles, means, color=BLUE, label=f"mean of {width}")
-    axes.plot(*_series(evaluations, "mlm_loss"), "o-", color=GREEN, markersize=4, label="held out")
+    axes.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
     if any(row.get("sparsity") for row in training):
         right = axes.twinx()
         right.plot(

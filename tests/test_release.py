@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune_recipe
+from conftest import finetune_recipe, pretrain_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from opfa.inspection import inspect
 from opfa.models import load_finetuned_model
 from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.release import push, release, unpack
+from opfa.upstream.pretrain import pretrain
 from opfa.weights import write_weights
 
 SPARSITY = "89.94%"  # of the tiny model: exact counts of small matrices
@@ -470,6 +471,23 @@ def test_the_card_of_a_pretrained_model_says_that_it_has_no_head(
     release(sparse.parent, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- It has no head for a task yet: fine-tune it for one first." in card
+
+
+def test_a_model_that_learnt_hidden_states_alone_is_released_as_an_encoder(
+    prepared: Path, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"hard_weight": 0.0, "soft_weight": 0.0, "hidden_weight": 1.0}
+    recipe = pretrain_recipe(prepared, distillation={"teacher": str(sparse), **weights})
+    pretrain(recipe, tmp_path / "run")
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    facts = release(tmp_path / "run", tmp_path / "tiny")
+    assert facts["metrics"] == {"hidden_loss": last["hidden_loss"]}
+    card = (tmp_path / "tiny/README.md").read_text()
+    assert "from transformers import AutoModel, AutoTokenizer" in card
+    assert "pipeline_tag: feature-extraction" in card
+    assert "its head for masked tokens was not trained" in card
+    monkeypatch.chdir(tmp_path)
+    exec(snippets(card)[0], {})
 
 
 def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: Path) -> None:

@@ -332,7 +332,8 @@ class Trainer:
             mask_layers(model, self.pruner.layers)
             set_masks(model, self.pruner.masks())
         result = write_finished(model, self.prepared.tokenizer, run.directory / "model")
-        report.pretraining_pictures(run.rows(), result, run.directory / "report")
+        directory = run.directory / "report"
+        report.pretraining_pictures(run.rows(), self.recipe.metric, result, directory)
         digest = model_digest(run.directory / "model")
         sparsity = result["total"]["sparsity"]
         steps = self.recipe.training.steps

@@ -198,6 +198,13 @@ class PretrainRecipe(Recipe):
             )
         return self
 
+    @property
+    def metric(self) -> Literal["mlm_loss", "hidden_loss"]:
+        """The loss to judge a run by: masked tokens', unless only hidden states are learnt."""
+        settings = self.distillation
+        learns_tokens = settings is None or settings.hard_weight or settings.soft_weight
+        return "mlm_loss" if learns_tokens else "hidden_loss"
+
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
         rewinds = self.pruning is not None and self.training.rewind_learning_rate

@@ -24,6 +24,7 @@ from opfa.records import read_records
 from opfa.report import inspection_picture, loss_picture
 from opfa.run import write_json, write_text
 from opfa.tables import figure, markdown_table
+from opfa.upstream.recipe import PretrainRecipe
 
 METHODS = [
     *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0)),
@@ -100,7 +101,8 @@ def write_table(output: Path) -> None:
     for run in (output / f"runs/sparse-{percent}" for percent in (85, 90)):
         if (run / "done.json").exists():
             logged = [row for _, row in read_records(run / METRICS)]
-            loss_picture(logged, results / f"{run.name}-loss.png")
+            metric = PretrainRecipe.read(run / "recipe.toml").metric
+            loss_picture(logged, metric, results / f"{run.name}-loss.png")
     run = output / "runs/ablations/global"
     if (run / "done.json").exists():
         name, inspected = "one threshold for all layers", inspect(run / "model")
@@ -193,7 +195,7 @@ def ablation_rows(output: Path) -> list[Row]:
                     "name": name,
                     "question": question,
                     "changes": changes,
-                    "mlm_loss": provenance.row_of(name, run).metrics["mlm_loss"],
+                    "mlm_loss": provenance.last_evaluation(run)["mlm_loss"],
                     "held_out_accuracy": results["metrics"]["accuracy"],
                     "operations": cost_of(run)[1],
                     "seed": results["seed"],
