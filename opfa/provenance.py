@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.recipe import Recipe, RunError
+from opfa.records import read_records
 from opfa.upstream.recipe import PretrainRecipe
 
 Facts = Mapping[str, Any]  # what JSON files of runs hold
@@ -139,7 +140,7 @@ def row_of(label: str, run: Path) -> Row:
 
 def last_evaluation(run: Path) -> Facts:
     """What a pre-training logged of its last evaluation; raises `RunError` if there was none."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rows = (row for _, row in read_records(run / "metrics.jsonl"))
     if not (evaluations := [row for row in rows if row.get("eval")]):
         raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
     return evaluations[-1]

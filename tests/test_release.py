@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from opfa import cli, compact, manifest, quant
+from opfa import cli, compact, manifest, quant, report
 from opfa import release as releasing
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
@@ -27,7 +27,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
 from opfa.inspection import inspect
 from opfa.models import load_finetuned_model
-from opfa.recipe import ModelError, RecipeError, RunError
+from opfa.recipe import DataError, ModelError, RecipeError, RunError
 from opfa.release import push, release, unpack
 from opfa.upstream.pretrain import pretrain
 from opfa.weights import write_weights
@@ -473,12 +473,22 @@ def test_the_card_of_a_pretrained_model_says_that_it_has_no_head(
     assert "- It has no head for a task yet: fine-tune it for one first." in card
 
 
+def test_a_damaged_log_of_a_pretraining_is_named(sparse: Path, tmp_path: Path) -> None:
+    shutil.copytree(sparse.parent, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(DataError, match=r"metrics\.jsonl.* line 2"):
+        release(tmp_path / "run", tmp_path / "out")
+
+
 def test_a_model_that_learnt_hidden_states_alone_is_released_as_an_encoder(
     prepared: Path, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = {"hard_weight": 0.0, "soft_weight": 0.0, "hidden_weight": 1.0}
     recipe = pretrain_recipe(prepared, distillation={"teacher": str(sparse), **weights})
+    drawn = []
+    monkeypatch.setattr(report, "_series", lambda rows, key: drawn.append(key) or ([], []))
     pretrain(recipe, tmp_path / "run")
+    assert "hidden_loss" in drawn and "mlm_loss" not in drawn
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     facts = release(tmp_path / "run", tmp_path / "tiny")
     assert facts["metrics"] == {"hidden_loss": last["hidden_loss"]}

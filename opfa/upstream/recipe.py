@@ -201,9 +201,9 @@ class PretrainRecipe(Recipe):
     @property
     def metric(self) -> Literal["mlm_loss", "hidden_loss"]:
         """The loss to judge a run by: masked tokens', unless only hidden states are learnt."""
-        settings = self.distillation
-        learns_tokens = settings is None or settings.hard_weight or settings.soft_weight
-        return "mlm_loss" if learns_tokens else "hidden_loss"
+        of = self.distillation
+        learns_states_alone = of and of.hidden_weight and not of.hard_weight + of.soft_weight
+        return "hidden_loss" if learns_states_alone else "mlm_loss"
 
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
