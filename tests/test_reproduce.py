@@ -96,7 +96,7 @@ def test_every_method_is_measured_at_its_sparsity(table: dict[str, Any], output:
     sparse = ("one-shot", "gradual", "prune-once", "prune-once-fp32", "prune-once-8bit")
     dense = ("dense", "dense-fp32", "dense-8bit")
     expected = {*((m, 0) for m in dense), *((m, p) for m in sparse for p in (85, 90))}
-    assert set(found) == expected | {("gradual-early", 90), ("gradual-teacher", 90)}
+    assert set(found) == expected | {("gradual-early", 90)}
     for (method, percent), row in found.items():
         for seed, value in zip(row["seeds"], row["values"], strict=True):
             results = json.loads((output / row["run"] / f"seed-{seed}/results.json").read_text())
@@ -179,7 +179,7 @@ def test_answers_of_another_model_are_refused(
 def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
     reproduce: Any, table: dict[str, Any], output: Path
 ) -> None:
-    assert len(table["learning_rates"]) == 2 * 6  # with dropout and without
+    assert len(table["learning_rates"]) == 2 * 5  # with dropout and without
     for row in table["learning_rates"]:
         method, rates = row["method"], {float(rate): s for rate, s in row["scores"].items()}
         text = (output / row["run"] / "finished").read_text()
@@ -195,7 +195,7 @@ def test_rates_are_chosen_on_held_out_examples_and_used_for_both_sparsities(
                 assert f"training.learning_rate={best}" in command
             assert ("training.dropout=0.0" in command) == (method != "dense")
     finals = [words for words in reproduce.commands if "--seeds" in words]
-    assert len(finals) == 9
+    assert len(finals) == 8
     assert not any("split" in word for words in finals for word in words)
 
 
@@ -265,7 +265,6 @@ def test_one_seed_is_a_seed(
 
 def test_gradual_pruning_ends_its_ramp_at_the_same_part_of_every_run(output: Path) -> None:
     tenths = {"gradual-rates/learning_rate-0.0003": 6, "gradual-90": 6, "gradual-early-90": 3}
-    tenths["gradual-teacher-90"] = 6
     for run, part in tenths.items():
         directory = output / f"runs/sst2/{run}/seed-42"
         recipe = tomllib.loads((directory / "recipe.toml").read_text())
@@ -395,12 +394,12 @@ def test_a_signal_lets_the_command_save_and_stops_the_program(
 def test_a_command_that_fails_ends_with_its_exit_code(
     reproduce: Any, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (output / "runs/teacher/finished").unlink()
+    (output / "runs/sparse-90/finished").unlink()
     monkeypatch.setattr(reproduce, "execute", lambda _: STOPPED)
     with pytest.raises(SystemExit) as ended:
         reproduce.main(["students"])
     assert ended.value.code == STOPPED
-    assert not (output / "runs/teacher/finished").exists()
+    assert not (output / "runs/sparse-90/finished").exists()
 
 
 def test_another_model_is_refused(tmp_path: Path, output: Path) -> None:

@@ -12,17 +12,9 @@ SMALL_BATCHES = (
     *("pruning.schedule.hold_until=480", "pruning.schedule.every=20"),
 )
 ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "baseline": ("the students' recipe, an eighth of their steps and fewer mask updates", ()),
+    "baseline": ("soft targets and hidden states of a teacher that learnt masked tokens", ()),
     "another-seed": ("how much is luck?", ("seed=43",)),
     "no-distillation": ("is the teacher worth its time?", ("distillation=",)),
-    "no-distillation-longer": (
-        "and for as many operations?",
-        (
-            "distillation=",
-            *("training.steps=200", "pruning.schedule.end=100"),
-            "pruning.schedule.hold_until=160",
-        ),
-    ),
     "no-hidden-states": (
         "do hidden states teach more than soft targets?",
         ("distillation.hidden_weight=0",),
@@ -49,8 +41,6 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "as in the paper: soft targets of all tokens, no hidden states",
         ("distillation.tokens=all", "distillation.hidden_weight=0"),
     ),
-    "rate-5e-4": ("a third of the learning rate?", ("training.learning_rate=5e-4",)),
-    "dropout": ("does dropout help?", ("training.dropout=0.1",)),
     "no-rewinding": (
         "does going back to a high rate after a mask update help?",
         ("training.rewind_learning_rate=false",),

@@ -16,8 +16,7 @@ from opfa.recipe import RunError
 
 FILE = "answers.jsonl"
 PAIRS = [
-    *(("prune-once", other) for other in ("dense", "one-shot", "gradual")),
-    *(("prune-once", f"gradual-{kind}") for kind in ("early", "teacher")),
+    *(("prune-once", other) for other in ("dense", "one-shot", "gradual", "gradual-early")),
     *((f"{method}-8bit", f"{method}-fp32") for method in ("prune-once", "dense")),
 ]
 

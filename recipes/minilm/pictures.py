@@ -8,13 +8,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from opfa.plan import operations, shape_of
-from opfa.report import BLUE, GREEN, GREY, ORANGE
+from opfa.report import BLUE, GREEN, GREY, LOSSES, ORANGE
 from opfa.upstream.recipe import PretrainRecipe
 
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}
 COLOURS = {
     **{"one-shot": GREY, "gradual": ORANGE, "prune-once": BLUE, "prune-once-8bit": GREEN},
-    **{"gradual-early": "tab:brown", "gradual-teacher": "tab:purple"},
+    "gradual-early": "tab:brown",
 }
 
 
@@ -71,27 +71,23 @@ def accuracy_picture(
     plt.close(picture)
 
 
-def cost_picture(output: Path, path: Path) -> None:
-    """Draw the loss on held-out text against what upstream training cost so far: the teacher's, and
-    that of its students after it.
+def cost_picture(students: Mapping[Path, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw what is learnt, by batches and on held-out text, against the tokens that it took; by run
+    what was logged.
     """
     picture, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    before = 0.0
-    for name, colour in zip(("teacher", "sparse-85", "sparse-90"), COLOURS.values(), strict=False):
-        run = output / "runs" / name
-        if not (run / "done.json").exists():
-            continue
+    for (run, logged), colour in zip(students.items(), (ORANGE, BLUE), strict=False):
         tokens, cost = cost_of(run)
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        points = [(row["step"], row["mlm_loss"]) for row in lines if row.get("eval")]
-        last = points[-1][0]
-        x = [(before + step / last * cost) / 1e12 for step, _ in points]
-        label = f"{name}: {tokens / 1e6:.1f} million tokens, {cost / 1e12:.0f}·10¹² operations"
-        axes.plot(x, [loss for _, loss in points], "o-", color=colour, markersize=4, label=label)
-        before = before or cost  # the teacher's
+        metric = PretrainRecipe.read(run / "recipe.toml").metric
+        each = tokens / logged[-1]["step"] / 1e6
+        numbers = f"{tokens / 1e6:.1f} million tokens, {cost / 1e12:.0f}·10¹² operations"
+        for is_held, style, label in ((False, "-", None), (True, "o", f"{run.name}: {numbers}")):
+            rows = [row for row in logged if bool(row.get("eval")) == is_held]
+            points = [row["step"] * each for row in rows], [row[metric] for row in rows]
+            axes.plot(*points, style, color=colour, markersize=5, linewidth=0.8, label=label)
+        axes.set_ylabel(LOSSES[metric])
     axes.set_xlim(left=0)
-    axes.set_xlabel("Floating-point operations, 10¹², of a student with its teacher's")
-    axes.set_ylabel("Masked-token loss on held-out text")
+    axes.set_xlabel("Tokens, million (lines: batches; points: held-out text)")
     picture.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=120)

@@ -41,10 +41,9 @@ SHORTER = {  # to choose rates
 ABLATIONS_RATE = 4.5e-4  # of SST-2 after each; the students' best
 SEEDS = {"sst2": 3, "rte": 3, "mnli": 1, "squad": 1}
 CONTROLLED = "sst2"  # has more rates, methods and twins, and differences paired by example
-RELEASED = ("sst2",)
+RELEASED = ("sst2", "squad")
 LICENCE = ("--license", "apache-2.0", "--base-model", "sentence-transformers/all-MiniLM-L6-v2")
 DENSE = ("model.init=model", "model.zeros=free")
-TEACHER = ("model.init=runs/teacher/model", "model.zeros=free")
 NO_DROPOUT = "training.dropout=0.0"  # for what is sparse
 
 
@@ -90,11 +89,16 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def students() -> None:
-    """The teacher, and what is pruned under it."""
+    """What is pruned under the original model, once for all tasks."""
+    prepare()
+    for percent in PERCENT:
+        opfa("pretrain", f"sparse-{percent}", f"runs/sparse-{percent}")
+
+
+def prepare() -> None:
+    """The text of all pre-training, unless that was done before."""
     if not Path("prepared/corpus.json").exists():  # written whole or not at all
-        opfa("prepare", "teacher", "prepared")
-    for name in ("teacher", *(f"sparse-{percent}" for percent in PERCENT)):
-        opfa("pretrain", name, f"runs/{name}")
+        opfa("prepare", f"sparse-{PERCENT[0]}", "prepared")
 
 
 def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]:
@@ -110,7 +114,6 @@ def methods(task: str, dense: str) -> Iterator[tuple[str, int, tuple[str, ...]]]
         yield "prune-once", percent, (f"model.init=runs/sparse-{percent}/model", NO_DROPOUT)
         if task == CONTROLLED and percent == PERCENT[0]:
             yield "gradual-early", percent, (*DENSE, NO_DROPOUT, _ramp(steps, 3, percent))
-            yield "gradual-teacher", percent, (*TEACHER, NO_DROPOUT, _ramp(steps, 6, percent))
 
 
 def _ramp(steps: int, tenths: int, percent: int) -> str:
@@ -198,7 +201,11 @@ def longer(task: str, name: str, percent: int, rate: float, dropout: Sequence[st
 
 
 def ablations() -> None:
-    """Short prunings to 90 %, and SST-2 from them on examples held out."""
+    """Short prunings to 90 % under a teacher that learns masked tokens first, and SST-2 from them
+    on examples held out.
+    """
+    prepare()
+    opfa("pretrain", "teacher", "runs/teacher")
     for name, (_, changes) in ABLATIONS.items():
         run = f"runs/ablations/{name}"
         opfa("pretrain", "ablation", run, *changes)
@@ -212,9 +219,9 @@ def releases() -> None:
     ONNX at the higher sparsity.
     """
     runs = Path("runs")
-    for percent in PERCENT:
+    for percent, other in zip(PERCENT, reversed(PERCENT), strict=True):
         name = f"minilm-sparse-{percent}"
-        release(name, runs / f"sparse-{percent}", "compact", runs / "teacher")
+        release(name, runs / f"sparse-{percent}", "compact", runs / f"sparse-{other}")
         for task in RELEASED:
             first, *others = sorted((runs / task).glob(f"prune-once-8bit-{percent}/seed-*"))
             for method in ("prune-once", "gradual", "one-shot"):
@@ -277,10 +284,10 @@ def _check(parts: Sequence[str]) -> None:
         for name in ("train", VALIDATION.get(task, "validation")) if task in TASKS else ():
             if not Path(file := f"data/{task}/{name}.jsonl.gz").exists():
                 sys.exit(f"{file}: is not there, and {part} needs it")
-    names = ["teacher"] if set(parts) == {"ablations"} else ["sparse-90", "sparse-85"]
-    for name in names if "students" not in parts else ():
-        if not Path(f"runs/{name}/finished").exists():
-            sys.exit(f"runs/{name}: is not finished; the part students makes it")
+    needs_students = "students" not in parts and set(parts) != {"ablations"}
+    for run in (f"runs/sparse-{percent}" for percent in PERCENT) if needs_students else ():
+        if not Path(run, "finished").exists():
+            sys.exit(f"{run}: is not finished; the part students makes it")
     for task in RELEASED if "releases" in parts else ():
         last = Path(f"runs/{task}").glob(f"prune-once-8bit-{PERCENT[-1]}/seed-*/finished")
         if task not in parts and len(list(last)) < SEEDS[task]:

@@ -29,7 +29,7 @@ from opfa.upstream.recipe import PretrainRecipe
 METHODS = [
     *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0)),
     *((method, percent) for method in ("one-shot", "gradual") for percent in (85, 90)),
-    *(("gradual-early", 90), ("gradual-teacher", 90)),
+    ("gradual-early", 90),
     *((f"prune-once{form}", percent) for form in ("", "-fp32", "-8bit") for percent in (85, 90)),
 ]
 NOTES = {  # below the table, each where a row's method or task is its key
@@ -44,9 +44,9 @@ SST-2. What upstream training cost is not counted: see cost.png. *dense*, *one-s
 start from the original model, which had been trained on NLI and SQuAD pairs.""",
     "gradual": "*gradual* prunes from 10 to 60 % of the steps, without a teacher.",
     "gradual-early": "*gradual-early* prunes from 10 to 30 % of them.",
-    "gradual-teacher": "*gradual-teacher* starts from the teacher.",
     "prune-once": """\
-*prune-once* starts from a student of the teacher, which read more text but lost the pooler.""",
+*prune-once* starts from a student of that model, pruned while it learnt the hidden states, which
+read more text but lost the pooler.""",
     "dense-8bit": """\
 *8bit*: each seed's model is trained for a fifth as many more steps, with 8-bit quantization;
 *fp32*: without it, as a control.""",
@@ -96,13 +96,16 @@ def write_table(output: Path) -> None:
     if rows:
         examples = {task: about["examples"] for task, about in tasks.items()}
         accuracy_picture(rows, examples, results / "accuracy.png")
-    if (output / "runs/teacher/done.json").exists():
-        cost_picture(output, results / "cost.png")
-    for run in (output / f"runs/sparse-{percent}" for percent in (85, 90)):
-        if (run / "done.json").exists():
-            logged = [row for _, row in read_records(run / METRICS)]
-            metric = PretrainRecipe.read(run / "recipe.toml").metric
-            loss_picture(logged, metric, results / f"{run.name}-loss.png")
+    students = {
+        run: [row for _, row in read_records(run / METRICS)]
+        for run in (output / f"runs/sparse-{percent}" for percent in (85, 90))
+        if (run / "done.json").exists()
+    }
+    for run, logged in students.items():
+        metric = PretrainRecipe.read(run / "recipe.toml").metric
+        loss_picture(logged, metric, results / f"{run.name}-loss.png")
+    if students:
+        cost_picture(students, results / "cost.png")
     run = output / "runs/ablations/global"
     if (run / "done.json").exists():
         name, inspected = "one threshold for all layers", inspect(run / "model")
