@@ -262,7 +262,13 @@ def test_the_readme_says_what_other_tasks_found() -> None:
     sparse = [mean for (method, _), mean in means.items() if method in ("one-shot", "gradual")]
     text = "prune-once has {:.3f} at 85 % and {:.3f} at 90 %, the other sparse methods"
     assert f"{text} {{:.3f}} to {{:.3f}}".format(*ours, min(sparse), max(sparse)) in section
+    gains = [
+        100 * (means["prune-once-fp32", at] - mean) for at, mean in zip((85, 90), ours, strict=True)
+    ]
+    assert "gains {:.1f} points at 85 % and {:.1f} at 90 %".format(*gains) in section
     squad = {(row["method"], row["percent"]): row["mean"] for row in rows_of("squad")}
+    lost = [squad["prune-once", at] - squad["prune-once-8bit", at] for at in (85, 90)]
+    assert "in 8 bits it loses {:.1f} and {:.1f} points".format(*lost) in section
     text = "F1 {:.1f} at 85 % and {:.1f} at 90 %, the dense model {:.1f}"
     places = [("prune-once", 85), ("prune-once", 90), ("dense", 0)]
     assert text.format(*(squad[place] for place in places)) in section
@@ -348,8 +354,8 @@ def test_a_card_has_the_numbers_of_its_runs(directory: Path, table: Any, tmp_pat
 
 def test_there_is_a_card_for_each_student_and_its_8_bits() -> None:
     assert [directory.name for directory in CARDS] == [
-        *("minilm-sparse-85", "minilm-sparse-85-sst2"),
-        *("minilm-sparse-90", "minilm-sparse-90-sst2"),
+        *("minilm-sparse-85", "minilm-sparse-85-squad", "minilm-sparse-85-sst2"),
+        *("minilm-sparse-90", "minilm-sparse-90-squad", "minilm-sparse-90-sst2"),
     ]
 
 
