@@ -324,6 +324,11 @@ def test_a_card_has_the_numbers_of_its_runs(directory: Path, table: Any, tmp_pat
     percent, _, task = directory.name.removeprefix("minilm-sparse-").partition("-")
     student = json.loads(RUNS[f"runs/sparse-{percent}/done.json"])
     assert said["facts"]["sparsity"] == student["sparsity"]
+    sparsity, upstream = (
+        json.loads((ROOT / f"model_cards/{name}/sparsity.json").read_text())
+        for name in (directory.name, f"minilm-sparse-{percent}")
+    )
+    assert sparsity["fingerprint"] == upstream["fingerprint"]  # every zero at its place
     card = (directory / "README.md").read_text()
     found = table_of(card.partition("## Results\n\n")[2])
     run = f"{task}/prune-once-8bit-{percent}/seed-42" if task else f"sparse-{percent}"
