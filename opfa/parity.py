@@ -5,10 +5,13 @@ middle between two steps, so there the measure is the predictions and the metric
 From layer to layer more values fall to the other side, until two runs differ as much as 8 bits
 themselves; a model that decides narrowly then answers differently, whoever computes it. How much
 is measured: torch once more, with every layer's output disturbed by less than fp32 can tell apart.
-A file may differ from torch by the limits, or by one point more than torch differs from itself.
+A file's answers may differ from torch's by the limit, or by one point more than torch's own do. Its
+metrics may differ by the limit, by what torch's own do, and by one standard error: each answer that
+torch doesn't repeat may be won or lost.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,19 +118,22 @@ def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:
         is_close = difference <= MOST_DIFFERENCE  # not so when it is NaN
         return [] if is_close else [f"logits differ by up to {difference:g} (> {MOST_DIFFERENCE})"]
     wrong = []
-    equal, points = found["equal_predictions"], MOST_POINTS
-    if task.kind != "question-answering":
-        points /= 100  # metrics of 0..1
+    equal, repeated = found["equal_predictions"], found["repeated_predictions"]
+    points = MOST_POINTS
     if equal is not None:
-        least = min(LEAST_EQUAL, found["repeated_predictions"] - MARGIN)
+        points += 100 * math.sqrt((1 - repeated) / found["examples"])
+        least = min(LEAST_EQUAL, repeated - MARGIN)
         if equal < least:
             wrong.append(f"only {equal:.2%} of the predictions are equal (< {least:.2%})")
+    if task.kind != "question-answering":
+        points /= 100  # metrics of 0..1
     ours, theirs, again = (found["metrics"][k] for k in ("torch", "onnx", "torch, disturbed"))
     for name in ours:
         is_score = not name.endswith("_threshold")
         most = points + abs(ours[name] - again[name])
         if is_score and not abs(ours[name] - theirs[name]) <= most:
-            wrong.append(f"{name} is {theirs[name]:.4f}, in torch {ours[name]:.4f}")
+            said = f"{name} is {theirs[name]:.4f}, in torch {ours[name]:.4f}"
+            wrong.append(f"{said} (differs by more than {most:.4f})")
     return wrong
 
 

@@ -419,7 +419,7 @@ def found(
     again = ours if again is None else again
     metrics = {"torch": {"a": ours}, "onnx": {"a": theirs}, "torch, disturbed": {"a": again}}
     shares = {"equal_predictions": equal, "repeated_predictions": repeated}
-    return {"max_difference": 0.5, **shares, "metrics": metrics}
+    return {"max_difference": 0.5, "examples": 2500, **shares, "metrics": metrics}
 
 
 @pytest.mark.parametrize(
@@ -438,6 +438,11 @@ def found(
         ("question-answering", found(90.0, 90.0, 0.9899, repeated=1.0), 1),
         ("question-answering", found(90.0, 89.51, again=90.2), 0),
         ("question-answering", found(90.0, 89.49, again=90.2), 1),
+        # and what one of 20 answers may win or lose by chance: 0.45 points
+        ("question-answering", found(90.0, 90.74, 0.95, repeated=0.95), 0),
+        ("question-answering", found(90.0, 89.24, 0.95, repeated=0.95), 1),
+        ("classification", found(0.9, 0.9074, 0.95, repeated=0.95), 0),
+        ("classification", found(0.9, 0.9076, 0.95, repeated=0.95), 1),
     ],
 )
 def test_tolerances_in_8_bits(kind: Any, report: dict[str, Any], num_problems: int) -> None:

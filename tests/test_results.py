@@ -5,6 +5,7 @@ is that of a run whose files say so.
 import importlib
 import json
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -232,14 +233,15 @@ def test_the_readme_says_what_held_out_sentences_say() -> None:
     rows = [row for row in FOUND["learning_rates"] if row["task"] == "sst2"]
     scores = {(row["method"], row["dropout"]): row["scores"] for row in rows}
     best = {place: 100 * max(filter(None, found.values())) for place, found in scores.items()}
-    gain = {method: best[method, 0.0] - best[method, 0.1] for method in ("gradual", "dense")}
-    text = "gradual is better (by {:.1f} points), the dense model worse ({:.1f})"
-    assert text.format(gain["gradual"], -gain["dense"]) in section
+    methods = ("prune-once", "gradual", "dense")
+    ours, gradual, dense = (best[method, 0.0] - best[method, 0.1] for method in methods)
+    text = "prune-once and gradual are better (by {:.1f} and {:.1f} points)"
+    assert f"{text}, the dense model worse ({{:.1f}})".format(ours, gradual, -dense) in section
     others = ("one-shot", "gradual", "gradual-early")
     leads = [best["prune-once", 0.0] - best[method, 0.0] for method in others]
     assert f"leads by {min(leads):.1f} to {max(leads):.1f} points" in section
     third = [scores[method, 0.0]["0.00015"] for method in ("prune-once", "one-shot")]
-    assert "it would be behind ({:.3f}, one-shot {:.3f})".format(*third) in section
+    assert "it would not lead ({:.3f}, one-shot {:.3f})".format(*third) in section
     short = [row["held_out_accuracy"] for row in FOUND["ablations"]]
     one_shot = scores["one-shot", 0.0]["0.00045"]
     text = f"has {min(short):.3f} to {max(short):.3f} on the sentences held out, and one-shot"
@@ -267,16 +269,58 @@ def test_the_readme_says_what_other_tasks_found() -> None:
     ]
     assert "gains {:.1f} points at 85 % and {:.1f} at 90 %".format(*gains) in section
     squad = {(row["method"], row["percent"]): row["mean"] for row in rows_of("squad")}
-    lost = [squad["prune-once", at] - squad["prune-once-8bit", at] for at in (85, 90)]
-    assert "in 8 bits it loses {:.1f} and {:.1f} points".format(*lost) in section
-    text = "F1 {:.1f} at 85 % and {:.1f} at 90 %, the dense model {:.1f}"
-    places = [("prune-once", 85), ("prune-once", 90), ("dense", 0)]
-    assert text.format(*(squad[place] for place in places)) in section
-    rte = rates["rte", "dense"]
-    scores = sorted(rte["scores"].values())
-    assert len(scores) == 4 and not rows_of("rte")
-    text = f"{scores[0]:.3f} to {scores[-1]:.3f} on {rte['examples']} examples held out"
-    assert text in section
+    methods = ("prune-once", "gradual", "one-shot", "prune-once-fp32", "prune-once-8bit")
+    found = {method: tuple(squad[method, at] for at in (85, 90)) for method in methods}
+    for text, method in (
+        ("prune-once has F1 {:.1f} at 85 % and {:.1f} at 90 %", "prune-once"),
+        ("*gradual* {:.1f} and {:.1f}", "gradual"),
+        ("*one-shot*, which hardly learnt it, {:.1f} and {:.1f}", "one-shot"),
+        ("Trained on in fp32 prune-once has {:.1f} and {:.1f}", "prune-once-fp32"),
+        ("in 8 bits {:.1f} and {:.1f}", "prune-once-8bit"),
+    ):
+        assert text.format(*found[method]) in section
+    pairs = zip(found["prune-once-fp32"], found["prune-once-8bit"], strict=True)
+    lost = [fp32 - quantized for fp32, quantized in pairs]
+    assert "8 bits cost {:.1f} and {:.1f} points".format(*lost) in section
+    tried = [rates["squad", method]["scores"] for method in ("prune-once", "gradual", "one-shot")]
+    most = max(max(scores.values()) for scores in tried)
+    assert f"nothing sparse had more than F1 {most:.1f}" in section
+    assert all(max(scores, key=scores.__getitem__) == "0.00045" for scores in tried)
+    assert f"the dense model {squad['dense', 0]:.1f}" in section
+    dense, *others = rows_of("rte")
+    assert {(row["method"], row["percent"]) for row in others} == {
+        *(("one-shot", 90), ("gradual", 90), ("prune-once", 90)),
+    }
+    means = [row["mean"] for row in others]
+    text = "the dense model has {:.3f} ± {:.3f}, the sparse ones have {:.3f} to {:.3f}"
+    assert text.format(dense["mean"], dense["std"], min(means), max(means)) in section
+    about = FOUND["tasks"]["rte"]
+    error = (dense["mean"] * (1 - dense["mean"]) / about["examples"]) ** 0.5
+    text = "always the same answer {:.3f} (one standard error is {:.3f})"
+    assert text.format(about["majority"], error) in section
+
+
+def test_the_readme_says_what_harder_tasks_keep() -> None:
+    section = " ".join((ROOT / "README.md").read_text().split())
+    kept: dict[bool, list[float]] = {True: [], False: []}
+    for percent, task in product((85, 90), ("mnli", "squad")):
+        rows = [row for row in rows_of(task) if row["percent"] == percent]
+        for is_ours, methods in ((True, ("prune-once",)), (False, ("one-shot", "gradual"))):
+            shares = [100 * row["recovery"] for row in rows if row["method"] in methods]
+            kept[is_ours].append(max(shares))
+    text = "it keeps {:.0f} and {:.0f} % with 85 % zeros, {:.0f} and {:.0f} % with 90 % zeros"
+    assert text.format(*kept[True]) in section
+    text = "pruned at fine-tuning {:.0f} and {:.0f} % at best, {:.0f} and {:.0f} % with 90 % zeros"
+    assert text.format(*kept[False]) in section
+    others = ("one-shot", "gradual", "gradual-early")
+    shares = [100 * row["recovery"] for row in rows_of("sst2") if row["method"] in others]
+    assert f"it keeps {min(shares):.1f} to {max(shares):.1f} %; but" in section
+    (sst2,), (mnli,) = (
+        [FOUND["tasks"][task]["majority"] / row["mean"] for row in rows_of(task)[:1]]
+        for task in ("sst2", "mnli")
+    )
+    text = "the same answer has {:.0f} % on SST-2 and {:.0f} % on MNLI"
+    assert text.format(100 * sst2, 100 * mnli) in section
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:

@@ -71,15 +71,19 @@ def execute(arguments: Sequence[str]) -> int:
 
     Ctrl-C and the other signals that end a program reach it as SIGTERM, so that it saves.
     """
-    asked = []
-    child = subprocess.Popen([*OPFA, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
+    asked: list[int] = []
+    child: subprocess.Popen | None = None
 
     def stop(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        child.terminate()
+        if child is not None:
+            child.terminate()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
+    child = subprocess.Popen([*OPFA, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
+    if asked:  # before there was a child to be told
+        child.terminate()
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -235,7 +239,7 @@ def release(name: str, run: Path, form: str, *compare: Path) -> None:
     """Make a run a release."""
     output = Path("releases", name)
     words = [*LICENCE, *(f"--compare={path.relative_to('runs')}={path}" for path in compare)]
-    once(output, "release", str(run), "--output", str(output), "--format", form, *words)
+    once(output, run, "release", str(run), "--output", str(output), "--format", form, *words)
 
 
 def exports(task: str) -> None:
@@ -248,18 +252,25 @@ def exports(task: str) -> None:
     )
     calibrated, recipe = directory / "calibrated", ("--recipe", f"{fp32}/recipe.toml")
     words = ("--output", str(calibrated), "quantization.embeddings=true")
-    once(calibrated, "calibrate", f"{fp32}/model", *recipe, *words)
-    models = {"fp32": fp32 / "model", "8bit": qat / "model", "calibrated": calibrated}
     validation = _recipe(task)["task"]["validation"]
-    for name, model in models.items():
+    once(calibrated, fp32, "calibrate", f"{fp32}/model", *recipe, *words)
+    for name, run, model in (
+        ("fp32", fp32, fp32 / "model"),
+        ("8bit", qat, qat / "model"),
+        ("calibrated", fp32, calibrated),
+    ):
         file, report = directory / f"onnx-{name}/model.onnx", directory / f"{name}.json"
         words = ("--verify", validation, *recipe, "--report", str(report))
-        once(report, "export", str(model), "--output", str(file), *words)
+        once(file, run, "export", str(model), "--output", str(file), *words)
 
 
-def once(output: Path, *words: str) -> None:
-    """Run a command whose output is written whole or not at all, unless that was done before."""
+def once(output: Path, run: Path, *words: str) -> None:
+    """Run a command whose output is written whole or not at all, unless that was done before with
+    the model that the run has now.
+    """
     if output.exists():
+        if output.stat().st_mtime < (run / "done.json").stat().st_mtime:
+            sys.exit(f"{output}: is older than {run}, of which it was made; move it")
         return
     print("$", shlex.join(["opfa", *words]), flush=True)
     if status := execute(words):
@@ -295,7 +306,7 @@ def _check(parts: Sequence[str]) -> None:
 
 
 def main(parts: Sequence[str]) -> None:
-    """Run the parts named, or all; then write the table of what is there."""
+    """Run the parts named, or all, in their order; then write the table of what is there."""
     todo = {
         "students": students,
         **{task: partial(fine_tunings, task) for task in TASKS},
@@ -305,7 +316,7 @@ def main(parts: Sequence[str]) -> None:
     unknown = [part for part in parts if part not in todo]
     if unknown:
         sys.exit(f"{unknown[0]}: no such part; there are {', '.join(todo)}")
-    parts = parts or list(todo)
+    parts = [part for part in todo if part in parts or not parts]
     _check(parts)
     try:
         for part in parts:
