@@ -363,6 +363,41 @@ def test_what_is_to_be_released_must_be_finished(reproduce: Any, output: Path) -
     finished.write_text(text)
 
 
+def test_parts_run_in_their_order(reproduce: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for part in ("students", "fine_tunings", "releases"):
+        monkeypatch.setattr(reproduce, part, lambda *_, part=part: ran.append(part))
+    reproduce.main(["releases", "sst2", "students"])
+    assert ran == ["students", "fine_tunings", "releases"]
+
+
+@pytest.mark.parametrize("made", ["releases/minilm-sparse-90-sst2", "exports/sst2/calibrated"])
+def test_what_an_older_model_became_is_not_kept(reproduce: Any, output: Path, made: str) -> None:
+    times = os.stat(output / made)
+    os.utime(output / made, (0, 0))
+    with pytest.raises(SystemExit, match=f"{made}: is older than runs/sst2/prune-once-"):
+        reproduce.main(["releases"])
+    os.utime(output / made, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_an_export_that_was_refused_is_tried_again(reproduce: Any, output: Path) -> None:
+    file = output / "exports/sst2/onnx-fp32/model.onnx"
+    file.unlink()  # its report is left, as that of a file which is not the model would be
+    num_commands = len(reproduce.commands)
+    reproduce.main(["releases"])
+    assert [arguments[0] for arguments in reproduce.commands[num_commands:]] == ["export"]
+    assert file.exists()
+
+
+def test_an_export_that_was_refused_is_not_shown(reproduce: Any, output: Path) -> None:
+    report = output / "exports/sst2/8bit.json"
+    text = report.read_text()
+    report.write_text(json.dumps({**json.loads(text), "problems": ["other answers"]}))
+    shown = importlib.import_module("table").export_rows(output)
+    assert [row["form"] for row in shown] == ["fp32", "calibrated"]
+    report.write_text(text)
+
+
 SAVES = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[1])))
@@ -433,41 +468,6 @@ def test_results_of_a_model_that_was_made_anew_are_not_shown(
     assert not (output / "results/table.json").exists()
     (output / "results/table.json").write_bytes(before)
     file.write_text(text)
-
-
-def test_parts_run_in_their_order(reproduce: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    for part in ("students", "fine_tunings", "releases"):
-        monkeypatch.setattr(reproduce, part, lambda *_, part=part: ran.append(part))
-    reproduce.main(["releases", "sst2", "students"])
-    assert ran == ["students", "fine_tunings", "releases"]
-
-
-@pytest.mark.parametrize("made", ["releases/minilm-sparse-90-sst2", "exports/sst2/calibrated"])
-def test_what_an_older_model_became_is_not_kept(reproduce: Any, output: Path, made: str) -> None:
-    times = os.stat(output / made)
-    os.utime(output / made, (0, 0))
-    with pytest.raises(SystemExit, match=f"{made}: is older than runs/sst2/prune-once-"):
-        reproduce.main(["releases"])
-    os.utime(output / made, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def test_an_export_that_was_refused_is_tried_again(reproduce: Any, output: Path) -> None:
-    file = output / "exports/sst2/onnx-fp32/model.onnx"
-    file.unlink()  # its report is left, as that of a file which is not the model would be
-    num_commands = len(reproduce.commands)
-    reproduce.main(["releases"])
-    assert [arguments[0] for arguments in reproduce.commands[num_commands:]] == ["export"]
-    assert file.exists()
-
-
-def test_an_export_that_was_refused_is_not_shown(reproduce: Any, output: Path) -> None:
-    report = output / "exports/sst2/8bit.json"
-    text = report.read_text()
-    report.write_text(json.dumps({**json.loads(text), "problems": ["other answers"]}))
-    shown = importlib.import_module("table").export_rows(output)
-    assert [row["form"] for row in shown] == ["fp32", "calibrated"]
-    report.write_text(text)
 
 
 def test_an_unknown_part_is_named(reproduce: Any) -> None:
