@@ -76,7 +76,7 @@ def test_an_onnx_file_is_what_its_report_says(row: dict[str, Any]) -> None:
     assert report["fingerprint"]["onnx"] == report["fingerprint"]["model"]
     if row["form"] != "calibrated":  # those are the models of rows
         results = RUNS[f"runs/{row['task']}/prune-once-{row['form']}-90/seed-42/results.json"]
-        # 8 bits answer a few of SQuAD's questions otherwise in other batches
+        # torch was 0.1 points off the run's own evaluation there; why is not known
         points = 0.3 if (row["task"], row["form"]) == ("squad", "8bit") else 0.0
         expected = pytest.approx(json.loads(results)["metrics"], rel=0, abs=points)
         assert report["parity"]["metrics"]["torch"] == expected
