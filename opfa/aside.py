@@ -8,7 +8,6 @@ process that was killed.
 """
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -16,11 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from opfa.recipe import RunError
-
 FILES = "files"
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 
 
@@ -57,18 +53,3 @@ def _locked(aside: Path, output: Path) -> IO[bytes]:
             if os.path.samestat(os.fstat(lock.fileno()), (aside / LOCK).stat()):
                 return lock
         lock.close()  # of a file that its last user has removed
-
-
-@contextlib.contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
-    """Turn what a disk or its rights refuse into one message."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or output
-        if error.errno in FULL:
-            raise RunError(
-                f"{where}: no space left on this disk; what has come is kept, and the same command "
-                "goes on with it"
-            ) from error
-        raise RunError(f"{where}: {error.strerror or error}") from error

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from opfa.anatomy import EMBEDDING
 from opfa.compact import CONFIG, FILE
+from opfa.files import write_json
 from opfa.measure import in_a_process, memory
 from opfa.models import HEADS, new_config
 from opfa.quant import to_int8
-from opfa.run import write_json
 from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.sparsity.packing import PARTS, TYPES
 from opfa.sparsity.pattern import Pattern

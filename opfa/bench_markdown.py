@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from opfa.recipe import RunError
-from opfa.run import write_text
+from opfa.errors import RunError
+from opfa.files import write_text
 
 
 def training_markdown(result: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from opfa.anatomy import layer_of
 from opfa.downstream.tasks import KINDS
+from opfa.errors import RunError
 from opfa.provenance import Facts, Row, Step
-from opfa.recipe import RunError
 from opfa.tables import figure, markdown_table
 
 PICTURE = "sparsity.png"

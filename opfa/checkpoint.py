@@ -6,31 +6,28 @@ is passed over with a warning. Masks are stored packed; randomness needs no stat
 step seeds its own from (seed, step, rank).
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.compact import tensors
+from opfa.errors import ModelError, RunError
+from opfa.files import new_directory, new_directory_at, remove, write_json, writing
 from opfa.manifest import digest
 from opfa.models import write_model
-from opfa.recipe import ModelError, RunError
-from opfa.run import write_json
 from opfa.sparsity import masks
 from opfa.sparsity.layers import fuse
 
 MANIFEST = "MANIFEST.json"
-FULL_BELOW = 1 << 20  # bytes free; a failed write leaves less than its next block
+KEPT = "nothing half-written is kept, and earlier resume points are as they were"
 log = logging.getLogger(__name__)
 
 
@@ -49,25 +46,29 @@ def save_point(
 
     Collective: every rank's `write` puts its files in one shared directory.
     """
-    aside = root / ".incomplete"
+    work, final = root / ".incomplete", root / point_name(step)
     if is_writer:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        with writing(root, KEPT):
+            new_directory_at(work)
     barrier()
-    with complete_or_removed(aside):
-        write(aside)
+    try:
+        with writing(root, KEPT):
+            write(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     barrier()
     if is_writer:
         files = {
-            str(p.relative_to(aside)): digest(p) for p in sorted(aside.rglob("*")) if p.is_file()
+            str(p.relative_to(work)): digest(p) for p in sorted(work.rglob("*")) if p.is_file()
         }
-        (aside / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
-        for path in (*aside.rglob("*"), aside):
-            _fsync(path)
-        final = root / point_name(step)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)  # the commit point
-        _fsync(root)
+        with writing(root, KEPT):
+            (work / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
+            for path in (*work.rglob("*"), work):
+                _fsync(path)
+            remove(final)
+            os.replace(work, final)  # the commit point
+            _fsync(root)
         points = sorted(root.glob("step-*"))
         # newer ones are damaged, and those without a manifest were being removed
         kept = [p for p in points if p <= final and (p / MANIFEST).exists()][-keep:]
@@ -134,41 +135,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its name when the block ends well, in the place of an older
-    one, and is removed when it doesn't.
-    """
-    aside = final.with_name(f".{final.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with complete_or_removed(aside):
-        yield aside
-        shutil.rmtree(final, ignore_errors=True)  # of a run that was stopped before it was done
-        os.replace(aside, final)
-
-
-@contextlib.contextmanager
-def complete_or_removed(directory: Path) -> Iterator[None]:
-    """Remove a directory whose filling failed, and say so when the reason was a full disk.
-
-    torch and safetensors report a full disk as errors of their own, so their text is read and the
-    disk itself is asked.
-    """
-    try:
-        yield
-    except BaseException as error:
-        is_full = shutil.disk_usage(directory.parent).free < FULL_BELOW
-        is_full |= os.strerror(errno.ENOSPC) in str(error)
-        shutil.rmtree(directory, ignore_errors=True)
-        if is_full and isinstance(error, OSError | RuntimeError | SafetensorError):
-            raise RunError(
-                f"{directory.parent}: no space left on this disk; nothing half-written is kept, "
-                "and earlier resume points are as they were"
-            ) from error
-        raise
 
 
 def write_finished(

@@ -5,11 +5,11 @@ or a lost process, 75 told to stop and saved, 76 hung, 130 interrupted. Each com
 needs when it runs, so that `--help` and a refused recipe don't wait for torch.
 """
 
-import errno
 import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.recipe import STOPPED, ModelError, OpfaError, RecipeError, RunError
+from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, RunError, redacted
+from opfa.files import named
 from opfa.run import check_output
 
 app = typer.Typer(
@@ -43,6 +44,9 @@ def _options(
         bool,
         typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also show the traceback of an error.")
+    ] = False,
 ) -> None:
     pass
 
@@ -66,7 +70,6 @@ Endpoint = Annotated[
     str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
 ]
 INTERRUPTED = 130
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
@@ -589,7 +592,7 @@ def _print_export(output: Path, result: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold
-    print(json.dumps(value, indent=2))
+    print(redacted(json.dumps(value, indent=2)))
 
 
 def main() -> None:
@@ -602,9 +605,12 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command; its exit code."""
+    is_verbose = "--verbose" in arguments  # anywhere, also after the command
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app([a for a in arguments if a != "--verbose"], standalone_mode=False)
     except OpfaError as error:
+        if is_verbose:
+            traceback.print_exc()
         is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
         if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
             return error.status
@@ -612,10 +618,10 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
     except OSError as error:
-        if error.errno in FULL:
-            what = error.filename or "the output"
-            return _refuse(f"no space left to write {what}; nothing half-written is kept")
-        raise
+        if error.errno is None:
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{what}{named(error.errno)}; nothing half-written is kept")
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
         return _refuse(
             "interrupted; a run that had begun continues with the same command and --resume, a "
@@ -628,7 +634,7 @@ def run(arguments: list[str]) -> int:
 def _refuse(message: str, status: int = 2) -> int:
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"opfa: rank {os.environ['RANK']}" if is_launched else "opfa"
-    print(f"{who}: {message}", file=sys.stderr)
+    print(f"{who}: {redacted(message)}", file=sys.stderr)
     return status
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity.packing import PARTS, TYPES, Int8, form_of, pack, unpack
 
 FILE = "model.opfa.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opfa.anatomy import is_matrix, layer_of, paired_names
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sources import open_source
 from opfa.sparsity.masks import fingerprint
 

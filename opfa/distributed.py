@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 
-from opfa.recipe import STOPPED, OpfaError, RunError
+from opfa.errors import STOPPED, OpfaError, RunError, first_line
 
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
@@ -146,8 +146,8 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if error is not None and _is_lost_contact(error):
-            reason = (str(error).strip() or "?").splitlines()[0]
-            reason = reason.encode("ascii", "ignore").decode()[:160]  # gloo's ends in an emoji
+            # gloo's ends in an emoji
+            reason = first_line(error).encode("ascii", "ignore").decode()[:160]
             raise LostContactError(
                 f"lost contact with another process while {self._doing}; its own output says why "
                 f"({reason}). {AGAIN}"

@@ -32,14 +32,16 @@ from rich.progress import (
 )
 
 from opfa import manifest
-from opfa.aside import disk_errors, held
+from opfa.aside import held
+from opfa.errors import ModelError, RunError
+from opfa.files import writing
 from opfa.manifest import MANIFEST
 from opfa.origin import Source, source_of
-from opfa.recipe import ModelError, RunError
 from opfa.transfer import Advance, shown
 
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
 MAX_CONFIG_BYTES = 1 << 24
+KEPT = "what has come is kept, and the same command goes on with it"
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ def download(
     the same release already is left as it is.
     """
     output = output.absolute()
-    with disk_errors(output):
+    with writing(output, KEPT):
         source = source_of(name, revision, endpoint)
         with held(output) as aside:
             if os.path.lexists(output):

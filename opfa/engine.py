@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opfa.distributed import gather_texts
-from opfa.recipe import RunError
+from opfa.errors import RunError
 from opfa.sparsity.masks import ALONE, Ranks
 from opfa.state import Run, Runs, save_runs
 from opfa.zero import DeepSpeedFile

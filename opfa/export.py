@@ -7,7 +7,6 @@ ONNX Runtime answers as torch does.
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa import quant
-from opfa.checkpoint import complete_or_removed
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
+from opfa.errors import ModelError, RunError
+from opfa.files import work_directory, write_json
 from opfa.inspection import check_stated, directory_of
 from opfa.models import load_finetuned_model, load_tokenizer
 from opfa.onnx_graph import (
@@ -30,8 +30,6 @@ from opfa.onnx_graph import (
     write,
 )
 from opfa.parity import parity, problems
-from opfa.recipe import ModelError, RunError
-from opfa.run import write_json
 from opfa.sparsity import masks
 
 log = logging.getLogger(__name__)
@@ -114,10 +112,7 @@ def _appearing(
     """A directory with configuration and tokenizer, to be filled; its files move to where `output`
     is when the block ends well, `output` last, and replace nothing that is different.
     """
-    aside = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with complete_or_removed(aside):
+    with work_directory(output) as aside:
         model.config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         for path in aside.iterdir():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity.layers import MaskedLinear, masks_of, whole_weight, zero_masks
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError, first_line
 
 TYPES = {
     "F64": torch.float64,
@@ -172,7 +172,7 @@ class RemoteFiles:
         try:
             yield
         except (HTTPError, HFValidationError, OSError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
-                f"{self.name}: no such directory, and not to be had from the Hub: {reason[0]}"
+                f"{self.name}: no such directory, and not to be had from the Hub: "
+                f"{first_line(error)}"
             ) from error

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from huggingface_hub.hf_api import RepoSibling
 
+from opfa.errors import ModelError
 from opfa.manifest import MANIFEST, MAX_FILES, File, problem_of_name, problem_of_size
-from opfa.recipe import ModelError
 
 PICKLE = re.compile(r"pytorch_model[A-Za-z0-9_-]*\.bin")
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

@@ -36,9 +36,9 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from opfa.errors import ModelError, RunError
 from opfa.hub_listing import Blob, cached, checked, listed
 from opfa.manifest import ALSO, MANIFEST, MAX_MANIFEST_BYTES, SUFFIXES, File, Manifest, parse
-from opfa.recipe import ModelError, RunError
 from opfa.transfer import PASSING, Advance, Patience
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from opfa.recipe import ModelError, Section
+from opfa.errors import ModelError
+from opfa.recipe import Section
 
 INDEX = Path(__file__).parent / "model_cards" / "index.json"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opfa.anatomy import PARTS, heads_of, is_matrix, layer_of, part_of
 from opfa.comparison import compare as compare
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sources import Source, open_source
 from opfa.sources import directory_of as directory_of
 from opfa.sparsity.layers import masks_of, zero_masks

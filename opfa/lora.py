@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.nn import functional
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity.layers import MaskedLinear
 
 

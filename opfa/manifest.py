@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from opfa.recipe import ModelError, Section
-from opfa.run import write_text
+from opfa.errors import ModelError
+from opfa.files import write_text
+from opfa.recipe import Section
 
 MANIFEST = "release.json"
 FORMAT = "opfa-release/1"

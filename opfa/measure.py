@@ -17,7 +17,7 @@ import torch
 
 from opfa.clock import wait_for_gpu
 from opfa.distributed import end_process
-from opfa.recipe import RunError
+from opfa.errors import RunError
 
 ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

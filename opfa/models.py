@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from opfa.recipe import ModelError, RunError
+from opfa.errors import ModelError, RunError, first_line, opening
 
 # Families that count positions from pad_token_id + 1.
 COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
@@ -112,12 +111,8 @@ def loading(what: str, name: str) -> Iterator[None]:
         raise ModelError(f"{what} {name!r}: can't be loaded: a run; did you mean {path / 'model'}?")
     if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelError(f"{what} {name!r}: can't be loaded: no such directory")
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
+    with opening(f"{what} {name!r}", ModelError, "can't be loaded"), quiet_transformers():
+        yield
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -323,7 +318,7 @@ def compile_models(*models: PreTrainedModel) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RunError(f"launch.compile = true: torch can't compile here: {reason}") from error
     for model in models:
         model.base_model.compile(dynamic=True)  # batches differ in length

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opfa.errors import ModelError, RunError
 from opfa.models import head_of
 from opfa.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
-from opfa.recipe import ModelError, RunError
 from opfa.sparsity.masks import Masks
 
 try:

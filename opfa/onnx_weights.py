@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opfa.recipe import ModelError, RunError
+from opfa.errors import ModelError, RunError, opening
 
 try:  # an optional extra
     import onnx
-    from google.protobuf.message import DecodeError
     from onnx import helper, numpy_helper
 except ImportError as error:
     raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
@@ -37,10 +36,8 @@ class _Use(NamedTuple):
 
 def read_onnx(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The initializers of a file, matrices as [output, input]."""
-    try:
+    with opening(file, ModelError, "can't be read as ONNX"):
         graph = onnx.load(file, load_external_data=False).graph
-    except (DecodeError, OSError) as error:
-        raise ModelError(f"{file}: can't be read as ONNX: {error}") from error
     if not graph.initializer:
         raise ModelError(f"{file}: has no weights, or is no ONNX file")
     items = {item.name: item for item in graph.initializer}
@@ -65,11 +62,8 @@ def _tensor(values: np.ndarray, file: Path, name: str) -> Tensor:
 
 
 def _values(item: onnx.TensorProto, file: Path) -> np.ndarray:
-    try:
+    with opening(f"{file}: {item.name}"):
         return numpy_helper.to_array(item, str(file.parent))
-    except (onnx.checker.ValidationError, ValueError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: {item.name}: can't be read: {reason}") from error
 
 
 def _centred(values: np.ndarray, zero_point: np.ndarray, axis: int) -> np.ndarray:

@@ -14,10 +14,10 @@ from typing import Protocol
 import httpx2
 
 from opfa import manifest
+from opfa.errors import ModelError, RunError
 from opfa.hub_origin import HubModel
 from opfa.index import released
 from opfa.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from opfa.recipe import ModelError, RunError
 from opfa.transfer import Advance, fetch, fetch_small, is_loopback, shown
 
 

@@ -24,7 +24,7 @@ from opfa.downstream.evaluate import predict, score
 from opfa.downstream.features import NO_LABEL, Split
 from opfa.downstream.recipe import Task
 from opfa.downstream.squad import decode
-from opfa.recipe import RunError
+from opfa.errors import RunError
 
 try:
     from onnxruntime import (

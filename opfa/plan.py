@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opfa.distill import rows_of_a_chunk
+from opfa.errors import ModelError, RecipeError
 from opfa.models import load_config, new_config, pretraining_skeleton
-from opfa.recipe import ModelError, RecipeError
 from opfa.upstream.recipe import PretrainRecipe
 
 HISTOGRAMS = 8 * ((1 << 15) + (1 << 16))  # bytes that a mask update sums for one tensor

@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import Recipe, RunError
+from opfa.errors import RunError
+from opfa.recipe import Recipe
 from opfa.records import read_records
 from opfa.upstream.recipe import PretrainRecipe
 

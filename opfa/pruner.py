@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from opfa.recipe import RunError
+from opfa.errors import RunError
 from opfa.schedules import Gradual
 from opfa.sparsity.layers import mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import ALONE, Ranks, fingerprint

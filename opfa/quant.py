@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masked_layers
 
 FILE = "quantization.safetensors"

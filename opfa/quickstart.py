@@ -22,13 +22,13 @@ from rich.table import Table
 from opfa import report
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.errors import RunError
+from opfa.files import write_json, write_text
 from opfa.inspection import inspect
 from opfa.models import load_pretraining_model
 from opfa.order import generator
 from opfa.quant import FILE as QUANTIZATION
-from opfa.recipe import RunError
 from opfa.records import read_records
-from opfa.run import write_json, write_text
 from opfa.sparsity.layers import mask_layers, set_masks
 from opfa.upstream.batches import Prepared, masker, validation_batches
 from opfa.upstream.corpus import prepare

@@ -16,36 +16,9 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
+from opfa.errors import RecipeError
+
 SCALARS = {"str", "int", "float", "bool"}
-
-
-class OpfaError(Exception):
-    """Something to tell the user: one message, no traceback, and the exit code `status`; 2 means a
-    mistake of theirs.
-    """
-
-    status = 2
-
-
-class RecipeError(OpfaError):
-    """A recipe that can't be used; names the key, the value and what is allowed."""
-
-
-class DataError(OpfaError):
-    """Documents or examples that can't be used; names the file, and the line where there is one."""
-
-
-class ModelError(OpfaError):
-    """A checkpoint, configuration or tokenizer that can't be used for what was asked."""
-
-
-class RunError(OpfaError):
-    """A run directory or machine that can't be used for what was asked."""
-
-
-class DivergedError(RunError):
-    """A run whose loss or gradient is not finite any more."""
 
 
 class Section(BaseModel):

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import pyarrow
 import pyarrow.parquet as parquet
 
-from opfa.recipe import DataError
+from opfa.errors import DataError, first_line
 
 UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pyarrow.ArrowException)
 Record = dict[str, Any]  # Any: whatever the file holds
@@ -83,8 +83,7 @@ def read_records(file: Path, bad: Bad = stop) -> Iterator[tuple[str, Record]]:
             is_empty = False
             yield f"line {number}", record
     except UNREADABLE as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{file}: can't be read: {reason[0]}") from error
+        raise DataError(f"{file}: can't be read: {first_line(error)}") from error
     if is_empty:
         raise DataError(f"{file}: is empty")
 

@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 
 from opfa import compact, manifest, provenance, quant, report
 from opfa.card import PICTURE, Release, model_card
-from opfa.checkpoint import model_digest, new_directory, verify
+from opfa.checkpoint import model_digest, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.errors import ModelError, RunError
+from opfa.files import new_directory, write_json, write_text
 from opfa.inspection import check_stated, inspect, stated_report
 from opfa.provenance import Row
-from opfa.recipe import ModelError, RunError
-from opfa.run import write_json, write_text
 from opfa.weights import PLAIN, Dtype, Format, write_weights
 
 READABLE = 0o644

@@ -30,7 +30,9 @@ from uuid import uuid4
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opfa.recipe import Recipe, RunError
+from opfa.errors import RunError
+from opfa.files import write_json, write_text
+from opfa.recipe import Recipe
 
 Row = dict[str, Any]  # step and eval, then numbers
 LIBRARIES = (
@@ -338,19 +340,3 @@ def _processor() -> str:
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.incomplete")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def write_json(path: Path, value: Any) -> None:  # Any: what JSON can hold
-    """Write a small JSON file so that it is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")

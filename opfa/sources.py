@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from opfa import compact
+from opfa.errors import ModelError, first_line, opening
 from opfa.hub import RemoteFiles, cached_directory
-from opfa.recipe import ModelError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", *WEIGHT_FILES)
@@ -83,7 +82,7 @@ def directory_of(name: str) -> Path:
         if not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, allow_patterns=["pytorch_model*.bin", "*.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{name}: no such directory, and not to be had from the Hub: {reason}"
         ) from error
@@ -146,15 +145,13 @@ def _parts(file: Path) -> list[Path]:
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[None]:
     """Turn every way in which a file can't be read into one `ModelError`."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:  # torch's text says how to run what is in it
-        raise ModelError(
-            f"{file}: can't be read: no pickle, or one of more than tensors"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{file}: can't be read: {reason[0]}") from error
+    with opening(file):
+        try:
+            yield
+        except pickle.UnpicklingError as error:  # torch's text says how to run what is in it
+            raise ModelError(
+                f"{file}: can't be read: no pickle, or one of more than tensors"
+            ) from error
 
 
 def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opfa.recipe import RunError
+from opfa.errors import RunError
 
 
 class Run(NamedTuple):

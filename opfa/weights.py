@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opfa import compact, quant
 from opfa.anatomy import EMBEDDING, part_of
-from opfa.recipe import ModelError, RunError
+from opfa.errors import ModelError, RunError
 from opfa.sparsity.packing import Int8
 
 Format = Literal["dense", "compact", "compact-int8"]

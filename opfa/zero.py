@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.recipe import Recipe, RecipeError, Section
+from opfa.errors import RecipeError
+from opfa.recipe import Recipe, Section
 
 IN_THE_RECIPE = {
     "train_batch_size": "training.batch",

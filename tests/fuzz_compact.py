@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_compact import CORPUS, FILE, NAMES, read, sealed, small, split
 
 from opfa.compact import write
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 
 MOST_MEMORY = 1 << 26  # bytes
 

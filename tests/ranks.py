@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opfa.distributed import end_process
-from opfa.recipe import OpfaError
+from opfa.errors import OpfaError
 from opfa.sparsity.layers import MaskedLinear
 from opfa.sparsity.masks import fingerprint
 from opfa.upstream.batches import Batch

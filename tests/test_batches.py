@@ -13,8 +13,8 @@ from conftest import dense_labels, pretrain_recipe
 from datasets import Dataset
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from opfa.errors import DataError, RecipeError
 from opfa.order import Order
-from opfa.recipe import DataError, RecipeError
 from opfa.upstream.batches import (
     Batch,
     Batches,

@@ -14,9 +14,9 @@ from opfa import cli
 from opfa.bench_markdown import training_markdown, write_between
 from opfa.bench_plain import Plain
 from opfa.bench_train import Ours, bench_train, variant_of
+from opfa.errors import RecipeError, RunError
 from opfa.measure import in_a_process
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
-from opfa.recipe import RecipeError, RunError
 from opfa.sparsity.layers import masked_layers
 from opfa.sparsity.masks import fingerprint, nonzero_masks
 from opfa.upstream.recipe import PretrainRecipe

@@ -16,10 +16,10 @@ from opfa.downstream.calibrate import calibrate
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.errors import ModelError, RunError
 from opfa.inspection import inspect
 from opfa.models import load_tokenizer
 from opfa.order import generator
-from opfa.recipe import ModelError, RunError
 from opfa.upstream.pretrain import pretrain
 
 

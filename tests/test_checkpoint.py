@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertTokenizer
 
 from opfa import checkpoint
-from opfa.recipe import ModelError, RunError
+from opfa.errors import ModelError, RunError
 from opfa.sparsity.layers import mask_layers
 from opfa.sparsity.pattern import Pattern
 

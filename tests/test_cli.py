@@ -14,7 +14,8 @@ from conftest import finetune_recipe, pretrain_recipe
 
 from opfa import cli
 from opfa.checkpoint import newest_point
-from opfa.run import Run, write_text
+from opfa.files import write_text
+from opfa.run import Run
 from opfa.upstream.pretrain import Trainer
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "matplotlib", "wandb", "sklearn")

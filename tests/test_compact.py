@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from opfa.compact import FILE, CompactFile, write
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity.packing import Int8
 
 CORPUS = Path(__file__).parent / "corpus" / "compact.jsonl"

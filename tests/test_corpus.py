@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from opfa.errors import DataError, RunError
 from opfa.order import generator
-from opfa.recipe import DataError, RunError
 from opfa.upstream import corpus as corpus_module
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import Corpus, TokenizerTraining

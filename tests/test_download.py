@@ -21,7 +21,7 @@ from servers import Server, release, serving
 
 from opfa import cli, index, manifest, transfer
 from opfa.download import download
-from opfa.recipe import ModelError, OpfaError, RunError
+from opfa.errors import ModelError, OpfaError, RunError
 
 WEIGHTS = random.Random(0).randbytes(300_000)
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS}

@@ -27,11 +27,11 @@ from opfa import cli, export, onnx_graph, parity, quant
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe, Task
 from opfa.downstream.tasks import load_validation
+from opfa.errors import ModelError, RunError
 from opfa.inspection import inspect
 from opfa.models import HEADS, load_finetuned_model
 from opfa.onnx_graph import nonzeros
 from opfa.parity import OnnxModel, session_options
-from opfa.recipe import ModelError, RunError
 from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
 from opfa.sparsity.pattern import Pattern

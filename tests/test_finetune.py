@@ -22,9 +22,9 @@ from opfa.downstream import evaluate as evaluation
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
+from opfa.errors import DivergedError, ModelError, RecipeError, RunError
 from opfa.inspection import check_stated, inspect
 from opfa.models import load_config
-from opfa.recipe import DivergedError, ModelError, RecipeError, RunError
 from opfa.sparsity.masks import num_zeros
 from opfa.upstream.pretrain import pretrain
 

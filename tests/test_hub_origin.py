@@ -19,8 +19,8 @@ from test_download import FILES, PROXIES, WEIGHTS, files_in, patient
 
 from opfa import transfer
 from opfa.download import download
+from opfa.errors import ModelError, OpfaError, RunError
 from opfa.hub_origin import Meter
-from opfa.recipe import ModelError, OpfaError, RunError
 
 NAME = "org/tiny"
 WEIGHTS_PATH = f"/{NAME}/resolve/{COMMIT}/model.safetensors"

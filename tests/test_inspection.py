@@ -19,8 +19,8 @@ from torch import Tensor
 
 from opfa import cli
 from opfa.anatomy import is_matrix
+from opfa.errors import ModelError
 from opfa.inspection import check_stated, compare, directory_of, inspect
-from opfa.recipe import ModelError
 from opfa.sparsity.masks import report
 
 KINDS = {

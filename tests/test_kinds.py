@@ -23,7 +23,7 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.features import NO_LABEL
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Task
-from opfa.recipe import DataError, ModelError
+from opfa.errors import DataError, ModelError
 from opfa.sparsity.pattern import ENCODER_LAYER
 from opfa.upstream.pretrain import pretrain
 

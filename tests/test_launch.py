@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import outside, pretrain_recipe
 
-from opfa.run import write_text
+from opfa.files import write_text
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 QUICK = {"RESTART_SECONDS": "0", "OMP_NUM_THREADS": "1", "GPUS": "2"}

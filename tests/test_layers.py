@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity import layers as module
 from opfa.sparsity.layers import (
     MaskedLinear,

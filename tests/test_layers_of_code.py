@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
-    {"recipe", "order", "anatomy", "sparsity.structure", "clock"},
+    {"errors", "anatomy", "clock"},
+    {"recipe", "files", "order", "sparsity.structure"},
     {
         "tables",
         "schedules",

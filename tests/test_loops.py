@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import opfa
+from opfa.errors import ModelError
 from opfa.guard import SparsityGuard
 from opfa.lora import MaskedLora, masked_lora
-from opfa.recipe import ModelError
 
 LOOPS = Path(__file__).parent.parent / "recipes/loops"
 ON_ONE_PROCESS = sorted(set(LOOPS.glob("*.py")) - {LOOPS / "trainer_deepspeed.py"})

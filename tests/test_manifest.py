@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opfa import manifest
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "1_Pooling/config.json": b"{ }"}
 DIGEST = "0" * 64

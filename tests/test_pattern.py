@@ -16,7 +16,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from opfa.recipe import RecipeError
+from opfa.errors import RecipeError
 from opfa.sparsity.pattern import Pattern
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "max_position_embeddings": 32}  # Any: by keyword

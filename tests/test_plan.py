@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from opfa import cli
+from opfa.errors import RecipeError
 from opfa.plan import Shape, mask_update_bytes, memory_bytes, operations, plan, wire_bytes
-from opfa.recipe import RecipeError
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent

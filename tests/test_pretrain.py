@@ -19,6 +19,7 @@ from transformers import AutoConfig, BertForPreTraining, BertModel
 from opfa import checkpoint
 from opfa.distributed import Stopped
 from opfa.engine import Engine
+from opfa.errors import DataError, ModelError, RecipeError, RunError
 from opfa.inspection import inspect
 from opfa.models import (
     FAMILIES,
@@ -28,7 +29,6 @@ from opfa.models import (
     write_model,
 )
 from opfa.order import Order
-from opfa.recipe import DataError, ModelError, RecipeError, RunError
 from opfa.run import Run
 from opfa.sparsity.masks import load, num_zeros
 from opfa.upstream import pretrain as module

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from opfa.errors import RunError
 from opfa.pruner import OneProcess, Pruner
-from opfa.recipe import RunError
 from opfa.schedules import Gradual
 from opfa.sparsity.pattern import Pattern
 

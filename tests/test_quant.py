@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opfa import quant
+from opfa.errors import ModelError
 from opfa.quant import (
     QuantEmbedding,
     QuantLinear,
@@ -18,7 +19,6 @@ from opfa.quant import (
     start,
     weight_scale,
 )
-from opfa.recipe import ModelError
 from opfa.sparsity.layers import fuse, lock, masks_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opfa import quickstart as module
-from opfa.recipe import RunError
+from opfa.errors import RunError
 from opfa.records import read_records
 
 SHORT = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import RecipeError
+from opfa.errors import RecipeError
 from opfa.upstream.recipe import PretrainRecipe
 
 PRETRAIN = """

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from opfa.recipe import DataError
+from opfa.errors import DataError
 from opfa.records import expand, read_records
 
 

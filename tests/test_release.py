@@ -25,9 +25,9 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
+from opfa.errors import DataError, ModelError, RecipeError, RunError
 from opfa.inspection import inspect
 from opfa.models import load_finetuned_model
-from opfa.recipe import DataError, ModelError, RecipeError, RunError
 from opfa.release import push, release, unpack
 from opfa.upstream.pretrain import pretrain
 from opfa.weights import write_weights

@@ -18,10 +18,10 @@ import torch
 from conftest import sentences, write_records
 
 from opfa import cli
+from opfa.errors import STOPPED, RunError
 from opfa.inspection import inspect
 from opfa.manifest import check
 from opfa.models import load_pretraining_model, load_tokenizer, write_model
-from opfa.recipe import STOPPED, RunError
 from opfa.tables import figure
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe, Sweep
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table
-from opfa.recipe import RecipeError, RunError
+from opfa.errors import RecipeError, RunError
 
 
 def rows(*values: float, every: int = 10) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opfa.recipe import RunError
+from opfa.errors import RunError
 from opfa.state import Run, Runs, save_runs
 
 

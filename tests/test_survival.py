@@ -15,7 +15,7 @@ import pytest
 from conftest import outside, pretrain_recipe, pretrain_values
 
 from opfa import distributed
-from opfa.recipe import STOPPED
+from opfa.errors import STOPPED
 from opfa.upstream.pretrain import pretrain
 
 PROGRAM = Path(__file__).parent / "ranks.py"

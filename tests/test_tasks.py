@@ -21,7 +21,7 @@ from transformers import (
 from opfa.downstream import examples as reading
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
-from opfa.recipe import DataError, ModelError
+from opfa.errors import DataError, ModelError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "who", "won"]
 WORDS += ["?", "rome", "beat", "paris", ".", "in", "may"]

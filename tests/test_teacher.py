@@ -25,7 +25,7 @@ from opfa.downstream import tasks
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Distillation, Task
 from opfa.downstream.teacher import Teacher
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 
 KINDS: dict[str, dict[str, Any]] = {
     "classification": {"text": "text"},

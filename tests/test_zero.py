@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from opfa.recipe import RecipeError
+from opfa.errors import RecipeError
 from opfa.zero import DeepSpeedFile
 
 LAUNCH = Path(__file__).parent.parent / "launch"

@@ -18,10 +18,10 @@ from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.engine import choose_accelerator
+from opfa.errors import ModelError, RunError
 from opfa.inspection import directory_of, inspect
 from opfa.models import load_config, load_tokenizer
 from opfa.order import generator
-from opfa.recipe import ModelError, RunError
 from opfa.sparsity.layers import SPARSE_FROM
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from opfa.downstream.features import Split, num_tokens
 from opfa.downstream.recipe import FinetuneRecipe, Task
 from opfa.downstream.tasks import KINDS, inputs_of, logits_of
 from opfa.engine import choose_accelerator
+from opfa.files import write_text
 from opfa.inspection import check_stated, directory_of
 from opfa.models import load_config, load_tokenizer
-from opfa.run import write_text
 
 
 def evaluate(

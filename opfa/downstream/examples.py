@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Features, List, load_dataset
-from datasets.exceptions import DatasetsError
 from pyarrow.parquet import read_schema
 
 from opfa.downstream.recipe import Task
-from opfa.recipe import DataError
+from opfa.errors import DataError, opening
 from opfa.records import read_records
 
 Row = Mapping[str, Any]  # Any: whatever the data hold
@@ -109,11 +108,8 @@ def _class_names(features: Features, label: str) -> Names:
 
 def _hub_rows(task: Task, split: str) -> tuple[list[tuple[str, Row]], Names]:
     assert task.hub is not None, "only called for a Hub data set"
-    try:
+    with opening(f"{task.hub} [{split}]", DataError):
         dataset = load_dataset(task.hub, task.hub_config, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{task.hub} [{split}]: can't be read: {reason[0]}") from error
     names = _class_names(dataset.features, task.label)
     rows: list[tuple[str, Any]] = [(f"row {index}", row) for index, row in enumerate(dataset)]
     return rows, names

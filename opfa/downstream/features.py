@@ -18,7 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from opfa.downstream.examples import Examples, Row
 from opfa.downstream.recipe import Task
-from opfa.recipe import DataError
+from opfa.errors import DataError
 
 Batch = dict[str, Tensor]
 Columns = dict[str, list[Any]]  # Any: numbers, or lists of them

@@ -39,11 +39,12 @@ from opfa.downstream.selection import Best
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import Teacher
 from opfa.engine import choose_accelerator
+from opfa.errors import DivergedError, RecipeError, RunError
+from opfa.files import write_json
 from opfa.models import decay_groups, load_config, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
-from opfa.recipe import DivergedError, RecipeError, RunError
-from opfa.run import Run, check_output, write_json
+from opfa.run import Run, check_output
 from opfa.schedules import LearningRate
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import masks_of, set_masks

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from opfa import quant
 from opfa.anatomy import layer_of
 from opfa.downstream.recipe import Quantization
+from opfa.errors import ModelError
 from opfa.inspection import directory_of, stated_report
-from opfa.recipe import ModelError
 from opfa.sparsity.layers import lock, mask_layers, masks_of
 from opfa.sparsity.pattern import Pattern
 

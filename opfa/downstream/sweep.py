@@ -17,8 +17,9 @@ from typing import Any
 from opfa import report
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import DivergedError, RunError
-from opfa.run import check_output, write_json, write_text
+from opfa.errors import DivergedError, RunError
+from opfa.files import write_json, write_text
+from opfa.run import check_output
 from opfa.tables import figure
 
 Result = dict[str, Any]  # a run's results.json

@@ -25,9 +25,9 @@ from opfa.downstream import features, scores, squad
 from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
+from opfa.errors import DataError, ModelError
 from opfa.models import check_fit, dropouts, keep_values, load_config, loading, of_encoder
 from opfa.order import HELD_OUT, generator
-from opfa.recipe import DataError, ModelError
 
 CHUNK = 1_000  # examples that are tokenized at once
 UNKNOWN = 0.2  # more tokens that are none of the vocabulary's are worth a warning

@@ -9,7 +9,6 @@ once, by length, and kept in a file. Hidden states would be thousands of times a
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from opfa.downstream.evaluate import predict
 from opfa.downstream.features import Batch, Split
 from opfa.downstream.recipe import Distillation, Task
 from opfa.downstream.tasks import in_context, inputs_of, is_target, load_model, logits_of
+from opfa.errors import ModelError
+from opfa.files import new_file
 from opfa.models import check_fit, load_tokenizer
-from opfa.recipe import ModelError
 
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
@@ -71,9 +71,8 @@ class Teacher:
             log.info("teacher: computing its logits of %d sequences", len(split.features))
             with precision():
                 logits = predict(self.model, self.task, split, batch=64, device=self.device)
-            aside = path.with_name(f".{path.name}.incomplete")
-            save_file({str(i): tensor.contiguous() for i, tensor in enumerate(logits)}, aside)
-            os.replace(aside, path)
+            with new_file(path) as work:
+                save_file({str(i): tensor.contiguous() for i, tensor in enumerate(logits)}, work)
         kept = load_file(path)
         self._kept = tuple(kept[name] for name in sorted(kept))
         nn.Module.to(self.model, "cpu")  # its memory is the student's now

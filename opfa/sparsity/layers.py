@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opfa.recipe import ModelError
+from opfa.errors import ModelError
 from opfa.sparsity import masks as mask_functions
 from opfa.sparsity.masks import Masks
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
-from opfa.recipe import RecipeError, Section
+from opfa.errors import RecipeError
+from opfa.recipe import Section
 
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
     from torch import Tensor, nn

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from opfa.errors import DataError, RecipeError
 from opfa.models import load_tokenizer
 from opfa.order import MicroBatches, Order, Place
-from opfa.recipe import DataError, RecipeError
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
 from opfa.upstream.masking import Masker
 from opfa.upstream.recipe import Corpus, Masking

@@ -33,9 +33,9 @@ from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
+from opfa.errors import DataError, RunError, opening
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
-from opfa.recipe import DataError, RunError
 from opfa.records import Bad, expand, read_records, stop
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
@@ -117,12 +117,8 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
 
 def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
     if corpus.hub:
-        try:
+        with opening(f"corpus.hub = {corpus.hub!r}", DataError, "can't be loaded"):
             dataset = load_dataset(corpus.hub, corpus.hub_config, split=corpus.hub_split)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"corpus.hub = {corpus.hub!r}: can't be loaded: {str(error).splitlines()[0]}"
-            ) from error
         assert isinstance(dataset, Dataset)
         if corpus.text_column not in dataset.column_names:
             raise DataError(

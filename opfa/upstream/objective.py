@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from opfa.clock import Clock
 from opfa.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
+from opfa.errors import ModelError
 from opfa.models import Features, pretraining_features, projection
-from opfa.recipe import ModelError
 from opfa.upstream.batches import Batch
 from opfa.upstream.recipe import Distillation
 

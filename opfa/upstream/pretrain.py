@@ -32,6 +32,7 @@ from opfa.checkpoint import (
 from opfa.clock import Clock
 from opfa.distributed import Stopped, Supervisor
 from opfa.engine import Engine, start_distributed
+from opfa.errors import ModelError, RecipeError, RunError
 from opfa.models import (
     check_fit,
     compile_models,
@@ -41,7 +42,6 @@ from opfa.models import (
 )
 from opfa.order import Order
 from opfa.pruner import Pruner
-from opfa.recipe import ModelError, RecipeError, RunError
 from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opfa import distributed
-from opfa.recipe import RunError
+from opfa.errors import RunError
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Targets
 

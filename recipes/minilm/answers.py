@@ -12,7 +12,7 @@ import numpy as np
 
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import RunError
+from opfa.errors import RunError
 
 FILE = "answers.jsonl"
 PAIRS = [

@@ -28,7 +28,7 @@ from answers import write_answers
 from split import VALIDATION, write_split
 from table import TASKS, write_table
 
-from opfa.recipe import STOPPED, RunError
+from opfa.errors import STOPPED, RunError
 
 OPFA = [sys.executable, "-m", "opfa"]
 PERCENT = (90, 85)

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from opfa.checkpoint import new_directory
+from opfa.files import new_directory
 from opfa.records import read_records
 
 HELD_PERCENT = 20  # of the groups

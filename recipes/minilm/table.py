@@ -19,10 +19,10 @@ from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_er
 from split import VALIDATION
 
 from opfa import provenance
+from opfa.files import write_json, write_text
 from opfa.inspection import inspect
 from opfa.records import read_records
 from opfa.report import inspection_picture, loss_picture
-from opfa.run import write_json, write_text
 from opfa.tables import figure, markdown_table
 from opfa.upstream.recipe import PretrainRecipe
 
