@@ -70,7 +70,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[torch.Tens
     weights: list[torch.Tensor] = []
 
     def evaluate(model: Any, *_: Any, **__: Any) -> dict[str, float]:
-        weights.append(model.classifier.weight.detach().clone())
+        weights.append(model.classifier.weight.detach().cpu().clone())
         return {"accuracy": values[min(len(weights), len(values)) - 1]}
 
     monkeypatch.setattr(module, "evaluate", evaluate)
@@ -122,7 +122,7 @@ def test_a_resume_keeps_the_same_best_model(
     scores: dict[bytes, float] = {}
 
     def evaluate(model: Any, *_: Any, **__: Any) -> dict[str, float]:
-        weights = model.classifier.weight.detach().numpy().tobytes()
+        weights = model.classifier.weight.detach().cpu().numpy().tobytes()
         if weights not in scores:
             scores[weights] = next(script)
         return {"accuracy": scores[weights]}

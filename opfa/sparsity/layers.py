@@ -46,7 +46,9 @@ def _product(values: Tensor, mask: Tensor) -> Tensor:
     floating-point numbers of the mask would take longer than the product.
     """
     integer = INTEGERS[values.element_size()]
-    return (values.view(integer) * mask.view(torch.int8).to(integer)).view(values.dtype)
+    if not torch.compiler.is_compiling():  # on CUDA its compiler can't view a mask as integers
+        mask = mask.view(torch.int8)
+    return (values.view(integer) * mask.to(integer)).view(values.dtype)
 
 
 class MaskedLinear(nn.Linear):
