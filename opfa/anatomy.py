@@ -1,17 +1,38 @@
 """Which part of a model a tensor is, told by its name and shape alone.
 
 Numbered layers are found in every family known: bert.encoder.layer.0.…, distilbert.transformer.
-layer.0.…, model.layers.0.…, and in others' models h.0.… and block.0.…. Loading the model class
-would say the same for the families that transformers knows, at the price of running its code on
-whatever was downloaded.
+layer.0.…, model.layers.0.…, and in others' models h.0.…, block.0.…, albert_layers.0.… and
+attentions.0.…. Loading the model class would say the same for the families that transformers knows,
+at the price of running its code on whatever was downloaded.
+
+A matrix of zeros alone is pruned where it belongs to the encoder: nobody begins to train one there.
+A head or an adapter (LoRA's B) often begins as zeros, so there it is new and has to stay trainable.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-EMBEDDING = re.compile(r"embed|wte|wpe|lm_head\.decoder|predictions\.decoder|vocab_projector")
-LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?:layers?|h|blocks?)\.(?P<number>\d+)\.(?P<kind>.+)$")
+EMBEDDING = re.compile(
+    r"embed(?!dings_project|ding_hidden_mapping)|wte|wpe|lm_head\.weight|(^|\.)decoder\.weight|"
+    r"vocab_projector"
+)
+LAYER = re.compile(
+    r"^(?P<stack>.*?)(?:^|\.)(?:(?:albert_)?layers?|h|blocks?|attentions|ffns)\.(?P<number>\d+)\."
+    r"(?P<kind>.+)$"
+)
+ADAPTER = re.compile(  # modules that PEFT and the adapters library put into a model
+    r"(^|\.)(\w*adapters?(_\w+)?\.|(\w*lora|ia3|hada|lokr|\w*oft|p?vera_lambda|\w?hra|shira|hira|road|"
+    r"c3a|fourierft|waveft|adamss|beft|deft|frod|lily|miss|osf|peanut|poly|shadow|supertuning|"
+    r"prefix)_\w)"
+)
+APART = (
+    re.compile(  # what tools store in place of a weight, or beside it, until it is made permanent
+        r"(weight|bias)_orig$|parametrizations\.(weight|bias)\.original\d*$|mask_scores$"
+    )
+)
+MASK = re.compile(r"(^|[._])mask$")
 TABLE = re.compile(r"weight(_quantized)?$")  # ONNX Runtime's quantizer appends a word
 NORM = re.compile(r"(weight|gamma|beta)$")
 HEAD_ROWS = re.compile(r"(query|key|value|[qkv]_lin|[qkv]_proj)\.weight$")
@@ -71,6 +92,30 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and name.endswith("weight") and not EMBEDDING.search(name)
 
 
+def is_pruned(name: str, shape: Sequence[int], num_zeros: int) -> bool:
+    """Whether a matrix with so many zeros is pruned; see above of one with nothing else."""
+    has_live = num_zeros < math.prod(shape)
+    return num_zeros > 0 and (has_live or part_of(name, shape) not in ("heads", "other"))
+
+
+def problem_of_storage(name: str) -> str | None:
+    """Why a tensor of this name shows that a weight is stored apart from its mask, or in parts;
+    None where it doesn't.
+    """
+    if not APART.search(name):
+        return None
+    if "parametrizations" in name:
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"
+    elif name.endswith("_orig"):
+        remedy = "torch.nn.utils.prune.remove(layer, ...)"
+    else:
+        return f"{name}: scores from which masks are made; apply the masks to the weights first"
+    return (
+        f"{name}: this weight is stored apart from its mask or in parts; call {remedy} for each "
+        "such layer, so that its zeros are in its weight, and save the model again"
+    )
+
+
 def part_of(name: str, shape: Sequence[int]) -> str:
     """One of `PARTS`: what a tensor without zeros counts to."""
     if len(shape) == 1:
@@ -79,11 +124,12 @@ def part_of(name: str, shape: Sequence[int]) -> str:
         return "norms" if NORM.search(name) else "other"
     if EMBEDDING.search(name) and TABLE.search(name):
         return "embeddings"
-    if not is_matrix(name, shape):
+    if not is_matrix(name, shape) or ADAPTER.search(name):
         return "other"
     if layer_of(name):
         return "encoder"
-    return "pooler" if "pooler" in name else "heads"
+    words = {"pooler": "pooler", "embed": "embeddings"}  # the latter of a projection behind them
+    return next((part for word, part in words.items() if word in name), "heads")
 
 
 def heads_of(name: str, num_heads: int) -> tuple[int, int] | None:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opfa.anatomy import is_matrix
 from opfa.compact import tensors
 from opfa.errors import ModelError, RunError
 from opfa.files import new_directory, new_directory_at, remove, write_json, writing
 from opfa.manifest import digest
 from opfa.models import write_model
 from opfa.sparsity import masks
-from opfa.sparsity.layers import fuse
+from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 
 MANIFEST = "MANIFEST.json"
 KEPT = "nothing half-written is kept, and earlier resume points are as they were"
@@ -146,12 +147,18 @@ def write_finished(
     """Fuse a model and save it in plain transformers form with `sparsity.json`, verified from the
     files.
 
-    Returns the sparsity report. Raises `ModelError`, and leaves nothing, when the files don't hold
-    the zeros of the masks.
+    Returns the sparsity report: of what was masked, and of zeros that are elsewhere though nothing
+    held them, so that it says what inspecting the files says. Raises `ModelError`, and leaves
+    nothing, when the files don't hold the zeros of the masks.
     """
     with new_directory(directory) as aside:
         write_more(aside)  # before the layers are plain again
-        report = fuse(model)
+        held = list(masks_of(model))
+        if masked_layers(model):
+            fuse(model)
+        found = masks.nonzero_masks({name: model.get_parameter(name) for name in held})
+        others = {n: m for n, m in zero_masks(model).items() if is_matrix(n, m.shape)}
+        report = masks.report({**found, **others})
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ModelError(f"{name}: holds a non-finite value; this model is not saved")

@@ -1,8 +1,9 @@
 """Commands: read arguments, call one function.
 
 Exit codes: 0 success, 2 a user's mistake (one message on stderr, no traceback), 1 a fault of ours
-or a lost process, 75 told to stop and saved, 76 hung, 130 interrupted. Each command imports what it
-needs when it runs, so that `--help` and a refused recipe don't wait for torch.
+or a lost process (of `inspect --against`: masks differ), 75 told to stop and saved, 76 hung, 130
+interrupted. Each command imports what it needs when it runs, so that `--help` and a refused recipe
+don't wait for torch.
 """
 
 import json
@@ -328,7 +329,11 @@ def inspect(
     ],
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="Compare masks and values with this one."),
+        typer.Option(
+            "--against",
+            metavar="OTHER",
+            help="What changed from OTHER to MODEL; the exit code is 1 if masks did.",
+        ),
     ] = None,
     has_tensors: Annotated[
         bool, typer.Option("--tensors", help="Every tensor instead of layers.")
@@ -341,7 +346,7 @@ def inspect(
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
     from opfa import inspection, tables
 
-    found = inspection.inspect(model) if against is None else inspection.compare(model, against)
+    found = inspection.inspect(model) if against is None else inspection.compare(against, model)
     if plot is not None:
         if not found["layers"]:
             raise ModelError(f"{model}: has no numbered layers with matrices, so nothing to draw")
@@ -357,6 +362,8 @@ def inspect(
         tables.print_sparsity(model, found, has_tensors=has_tensors)
     else:
         tables.print_comparison(found, has_tensors=has_tensors)
+    if against is not None and not found["same_masks"]:
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -1,29 +1,33 @@
-"""Two checkpoints side by side: are the masks the same, and how far did the live weights move?
+"""Two checkpoints side by side, A as it was before and B after: are the masks the same, and how
+far did the live weights move?
 
 Tensors are matched by name, with or without the path of a base model. Only matrices of linear
-layers are compared: those are what pruning is about. Distances are relative, |b - a| / |a|, over
-the weights that live in both; between integers and floats there is none.
+layers are compared: those are what pruning is about. One that is not pruned (a new head of zeros)
+has no zeros here. Distances are relative, |b - a| / |a|, over the weights that live in both;
+between integers and floats there is none.
 """
 
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from opfa.anatomy import is_matrix, layer_of, paired_names
+from opfa.anatomy import is_matrix, is_pruned, layer_of, paired_names
 from opfa.errors import ModelError
-from opfa.sources import open_source
-from opfa.sparsity.masks import fingerprint
+from opfa.sources import check_masks, is_mask, open_source
+from opfa.sparsity.masks import Masks, fingerprint, nonzero
 
 COUNTS = ("size", "both", "only_a", "only_b")
 
 
 def compare(a: str, b: str) -> dict[str, Any]:
-    """What differs between the linear matrices of two checkpoints.
+    """What differs between the linear matrices of two checkpoints, from A to B.
 
     For each tensor and in total: `both` (zero in both), `only_a` (zero in A alone: it came back),
-    `only_b` (newly pruned in B), `moved` and `max_abs` (None where nothing can be compared);
-    `same_masks`; the fingerprints of what was compared; what only one of them has.
+    `only_b` (newly pruned in B), `moved` and `max_abs` (None where nothing can be compared); the
+    fingerprints of what was compared; what only one of them has. `same_masks` is true when no zero
+    came or went, and no pruned matrix (`unpaired`) is in one alone or has another shape.
     """
     first, second = _matrices(a), _matrices(b)
     pairs = paired_names(first, second)
@@ -37,34 +41,63 @@ def compare(a: str, b: str) -> dict[str, Any]:
     compared = {name: other for name, other in pairs.items() if name not in shapes}
     if not compared:
         raise ModelError(f"{a}, {b}: no two matrices have the same shape, so nothing to compare")
-    tensors, masks = {}, ({}, {})
-    for name, other in compared.items():
-        tensors[name] = _compared(first[name], second[other])
-        if tensors[name]["zeros_a"] or tensors[name]["zeros_b"]:
-            masks[0][name], masks[1][name] = first[name] != 0, second[other] != 0
+    masks = _masks(first), _masks(second)
+    tensors = {
+        name: _compared(first[name], second[other], masks[0][name], masks[1][other])
+        for name, other in compared.items()
+    }
+    sparse = [name for name, row in tensors.items() if row["zeros_a"] or row["zeros_b"]]
+    sides = {name: masks[0][name] for name in sparse}, {n: masks[1][compared[n]] for n in sparse}
     total = _total(list(tensors.values()))
-    same = not (total["only_a"] or total["only_b"])
+    only = [
+        [name for name in first if name not in pairs],
+        [name for name in second if name not in pairs.values()],
+    ]
+    unpaired = [
+        name for side, m in zip(only, masks, strict=True) for name in side if not m[name].all()
+    ]
+    unpaired += [n for n in shapes if not (masks[0][n].all() and masks[1][pairs[n]].all())]
+    same = not (total["only_a"] or total["only_b"] or unpaired)
     return {
         "a": a,
         "b": b,
         "same_masks": same,
-        "summary": _summary(total, same),
+        "summary": _summary(total, len(unpaired), same),
         "total": total,
         "tensors": tensors,
         "layers": _layers(tensors),
-        "fingerprints": {side: fingerprint(m) for side, m in zip("ab", masks, strict=True)},
-        "only_in_a": [name for name in first if name not in pairs],
-        "only_in_b": [name for name in second if name not in pairs.values()],
+        "fingerprints": {side: fingerprint(m) for side, m in zip("ab", sides, strict=True)},
+        "only_in_a": only[0],
+        "only_in_b": only[1],
         "different_shapes": shapes,
+        "unpaired": unpaired,
     }
 
 
 def _matrices(name: str) -> dict[str, Tensor]:
-    return {n: t for n, t in open_source(name).tensors(is_matrix) if is_matrix(n, t.shape)}
+    found, beside = {}, {}
+    for tensor_name, tensor in open_source(name).tensors(
+        lambda n, shape: is_matrix(n, shape) or is_mask(n, shape)
+    ):
+        if not tensor.numel():
+            continue
+        if is_matrix(tensor_name, tensor.shape):
+            found[tensor_name] = tensor
+        elif is_mask(tensor_name, tensor.shape):
+            beside[tensor_name] = nonzero(tensor)
+    check_masks(beside, {n: nonzero(t) for n, t in found.items()} if beside else {}, name)
+    return found
 
 
-def _compared(a: Tensor, b: Tensor) -> dict[str, Any]:
-    mask_a, mask_b = a != 0, b != 0
+def _masks(matrices: dict[str, Tensor]) -> Masks:
+    masks = {name: nonzero(tensor) for name, tensor in matrices.items()}
+    for name, mask in masks.items():
+        if not is_pruned(name, mask.shape, mask.numel() - int(mask.count_nonzero())):
+            masks[name] = torch.ones_like(mask)
+    return masks
+
+
+def _compared(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {
         "shape": list(a.shape),
         "size": a.numel(),
@@ -82,7 +115,7 @@ def _compared(a: Tensor, b: Tensor) -> dict[str, Any]:
         before = a[live].double()
         change = b[live].double() - before
         squares = [float(change.square().sum()), float(before.square().sum())]
-        moved = math.sqrt(squares[0] / squares[1])
+        moved = math.sqrt(squares[0] / squares[1]) if squares[1] else None
         row |= {"moved": moved, "max_abs": float(change.abs().max()), "squares": squares}
     return row
 
@@ -93,11 +126,11 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = [row.pop("squares") for row in rows]
     squares = [sum(values) for values in zip(*(p for p in pairs if p), strict=True)]
     furthest = [row["max_abs"] for row in rows if row["max_abs"] is not None]
-    moved = math.sqrt(squares[0] / squares[1]) if squares else None
+    moved = math.sqrt(squares[0] / squares[1]) if squares and squares[1] else None
     return total | {"moved": moved, "max_abs": max(furthest, default=None)}
 
 
-def _summary(total: dict[str, Any], same: bool) -> str:
+def _summary(total: dict[str, Any], num_unpaired: int, same: bool) -> str:
     moved = total["moved"]
     if moved is None:
         values = "values can't be compared"
@@ -106,6 +139,8 @@ def _summary(total: dict[str, Any], same: bool) -> str:
     if same:
         return f"masks equal, {total['both']:,} zeros; {values}"
     counts = f"{total['only_a']:,} weights came back, {total['only_b']:,} were newly pruned"
+    if num_unpaired:
+        counts += f", {num_unpaired:,} pruned matrices have no partner"
     return f"masks differ: {counts}; {values}"
 
 

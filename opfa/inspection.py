@@ -2,27 +2,28 @@
 or on the Hub.
 
 Only tensors are read, one at a time: no model class, no code of the checkpoint, no unsafe pickle. A
-tensor counts as pruned when it is the matrix of a linear layer and has some zeros but not only
-zeros. Embeddings are told by their names. What is not pruned is counted by parts, so that a reader
-sees what a sparsity refers to.
+tensor counts as pruned when it is the matrix of a linear layer and has zeros; one of zeros alone
+only in the encoder (`anatomy.is_pruned`). Embeddings are told by their names. What is not pruned is
+counted by parts, so that a reader sees what a sparsity refers to.
 """
 
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from opfa.anatomy import PARTS, heads_of, is_matrix, layer_of, part_of
+from opfa.anatomy import PARTS, heads_of, is_matrix, is_pruned, layer_of, part_of
 from opfa.comparison import compare as compare
 from opfa.errors import ModelError
-from opfa.sources import Source, open_source
+from opfa.sources import MATRIX_DIMS, Source, check_masks, is_mask, open_source
 from opfa.sources import directory_of as directory_of
 from opfa.sparsity.layers import masks_of, zero_masks
-from opfa.sparsity.masks import Masks, report
+from opfa.sparsity.masks import Masks, nonzero, report
 from opfa.sparsity.structure import structure_of
 
 
@@ -91,9 +92,12 @@ def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what J
     if values is None:
         return None
     try:
-        return {key: values[key] for key in ("tensors", "fingerprint", "total")}
-    except (KeyError, TypeError) as error:
+        stated = {key: values[key] for key in ("tensors", "fingerprint", "total")}
+        if not all(isinstance(row["shape"], list) for row in stated["tensors"].values()):
+            raise TypeError("a shape must be a list")
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{where}/sparsity.json: not a sparsity report: {error!r}") from error
+    return stated
 
 
 @dataclass
@@ -112,33 +116,43 @@ class _Found:
 
 def _read(source: Source, stated: set[str], where: object) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
-    found = _Found()
+    found, beside = _Found(), {}
     num_heads = _num_heads(source.read_json("config.json"))
-    for name, tensor in source.tensors(is_matrix):
+
+    def is_linear(name: str, shape: Sequence[int]) -> bool:
+        return is_matrix(name, shape) or (name in stated and len(shape) == MATRIX_DIMS)
+
+    def wanted(name: str, shape: Sequence[int]) -> bool:
+        return is_linear(name, shape) or is_mask(name, shape)
+
+    for name, tensor in source.tensors(wanted):
         num_bytes = tensor.numel() * tensor.element_size()
         found.dense_bytes += num_bytes
-        mask = _mask(tensor) if is_matrix(name, tensor.shape) else None
-        is_pruned = mask is not None and bool(mask.any()) and not bool(mask.all())
-        if mask is None or not (is_pruned or name in stated):
-            part = found.excluded[part_of(name, tensor.shape)]
-            part["tensors"] += 1
-            part["size"] += tensor.numel()
-            found.limit_bytes += num_bytes
-            if mask is not None:
-                found.dense[name] = tensor.numel()
+        mask = nonzero(tensor) if num_bytes and wanted(name, tensor.shape) else None
+        if mask is not None and _is_pruned(name, mask, stated):
+            found.masks[name] = mask
+            heads = heads_of(name, num_heads) if num_heads else None
+            found.patterns[name] = asdict(structure_of(mask, heads))
+            found.limit_bytes += _limit(mask, tensor.element_size())
             continue
-        found.masks[name] = mask
-        heads = heads_of(name, num_heads) if num_heads else None
-        found.patterns[name] = asdict(structure_of(mask, heads))
-        found.limit_bytes += _limit(mask, tensor.element_size())
+        part = found.excluded[part_of(name, tensor.shape)]
+        part["tensors"] += 1
+        part["size"] += tensor.numel()
+        found.limit_bytes += num_bytes
+        if is_linear(name, tensor.shape):
+            found.dense[name] = tensor.numel()
+        elif mask is not None:
+            beside[name] = mask
     if not found.dense_bytes:
         raise ModelError(f"{where}: its files hold no weights")
+    check_masks(beside, found.masks, where)
     return found
 
 
-def _mask(tensor: Tensor) -> Tensor:
-    is_8_bit_float = tensor.is_floating_point() and tensor.element_size() == 1
-    return (tensor.float() if is_8_bit_float else tensor) != 0
+def _is_pruned(name: str, mask: Tensor, stated: set[str]) -> bool:
+    num_zeros = mask.numel() - int(mask.count_nonzero())
+    is_found = is_matrix(name, mask.shape) and is_pruned(name, mask.shape, num_zeros)
+    return is_found or name in stated
 
 
 def _limit(mask: Tensor, value_bytes: int) -> float:

@@ -8,7 +8,7 @@ each family keeps them; a new family is one more row.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from opfa.anatomy import problem_of_storage
 from opfa.errors import ModelError, RunError, first_line, opening
 
 # Families that count positions from pad_token_id + 1.
@@ -171,6 +172,7 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
         model, info = auto.from_pretrained(
             name, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+    check_storage(name, info)
     if info["missing_keys"]:
         raise ModelError(f"model {name!r}: {min(info['missing_keys'])} is missing")
     return model.eval()
@@ -200,11 +202,20 @@ def load_pretraining_model(
             output_loading_info=True,
             **changed,
         )
+    check_storage(name, info)
     new = sorted(info["missing_keys"])
     if lost := new if needs_head else of_encoder(model, new):
         raise ModelError(f"model {name!r}: {len(lost)} tensors are missing, first {lost[0]}")
     keep_values(model, config, changed)
     return model
+
+
+def check_storage(name: str, info: Mapping[str, Any]) -> None:
+    """Raise `ModelError` when a checkpoint has weights apart from their masks; `info` is what
+    transformers tells of loading it.
+    """
+    for problem in filter(None, map(problem_of_storage, sorted(info["unexpected_keys"]))):
+        raise ModelError(f"model {name!r}: {problem}")
 
 
 def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

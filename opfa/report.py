@@ -164,12 +164,12 @@ def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None
 
 
 def comparison_picture(result: Mapping[str, Any], path: Path) -> None:
-    """Draw for two checkpoints how much of each matrix has another mask."""
+    """Draw for two checkpoints, before and after, how much of each matrix has another mask."""
     rows = [row["kinds"] for row in result["layers"]]
     figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
     shares = [share for row in rows for share in row.values()]
     _heat_map(axes, rows, result["layers"], limit=max(shares) or 1.0)
-    title = f"{result['a']} against {result['b']}\nweights whose mask changed, %"
+    title = f"from {result['a']} to {result['b']}\nweights whose mask changed, %"
     _captions(figure, title, result["summary"].replace("; ", ";\n"))
     _save(figure, path)
 

@@ -12,8 +12,8 @@ import fnmatch
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from opfa import compact
+from opfa.anatomy import MASK, problem_of_storage
 from opfa.errors import ModelError, first_line, opening
 from opfa.hub import RemoteFiles, cached_directory
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", *WEIGHT_FILES)
+MATRIX_DIMS = 2
 Wanted = Callable[[str, Sequence[int]], bool]
 Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
 
@@ -43,7 +45,42 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """The source that a path or Hub name means; raises `ModelError` where there is none."""
+    """The source that a path or Hub name means; raises `ModelError` where there is none.
+
+    Its tensors too, where the weights among them are stored apart from their masks.
+    """
+    source = _source(name)
+
+    def tensors(wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+        for tensor_name, tensor in source.tensors(wanted):
+            problem = problem_of_storage(tensor_name) if tensor.ndim <= MATRIX_DIMS else None
+            if problem:
+                raise ModelError(f"{name}: {problem}")
+            yield tensor_name, tensor
+
+    return replace(source, tensors=tensors)
+
+
+def is_mask(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a mask that another tool left beside a matrix."""
+    return len(shape) == MATRIX_DIMS and bool(MASK.search(name))
+
+
+def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
+    """Raise `ModelError` where one of these masks, by the names that they have in the checkpoint,
+    has a zero and its weight has not. `found` are the nonzeros of weights; others have no zeros.
+    """
+    for name, mask in masks.items():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        live = found.get(weight, torch.ones_like(mask))
+        if live.shape == mask.shape and bool((live & ~mask).any()):
+            raise ModelError(
+                f"{where}: {name}: a mask that is not applied: {weight} has live weights where it "
+                "is zero; multiply the two, and save the model again"
+            )
+
+
+def _source(name: str) -> Source:
     path = Path(name)
     if path.is_file():
         return _files([path], beside=None)

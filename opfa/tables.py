@@ -121,7 +121,7 @@ def _structure(patterns: dict[str, Report]) -> Iterator[str]:
 
 
 def print_comparison(result: Report, *, has_tensors: bool) -> None:
-    """Layers where masks differ, or all tensors; then a line that sums up."""
+    """Layers where masks differ, or all tensors; then lines that sum up, from before to after."""
     if has_tensors:
         Console().print(_compared(result["tensors"]))
     elif result["layers"] and not result["same_masks"]:
@@ -132,7 +132,9 @@ def print_comparison(result: Report, *, has_tensors: bool) -> None:
             print(f"only in {result[side]}: {len(alone)} matrices ({alone[0]}, …)")
     for name, (ours, theirs) in result["different_shapes"].items():
         print(f"{name}: not compared, {ours} and {theirs}")
-    print(f"{result['a']} against {result['b']}, {len(result['tensors'])} matrices:")
+    if result["unpaired"]:
+        print(f"pruned and not compared: {', '.join(result['unpaired'])}")
+    print(f"from {result['a']} to {result['b']}, {len(result['tensors'])} matrices:")
     print(result["summary"])
 
 

@@ -520,8 +520,8 @@ def test_models_without_anything_in_common_are_not_compared(
         compare(str(model), str(write(tensors, tmp_path / "other")))
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    assert cli.run(["inspect", *(str(argument) for argument in arguments)]) == 0
+def printed(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int = 0) -> str:
+    assert cli.run(["inspect", *(str(argument) for argument in arguments)]) == status
     return capsys.readouterr().out
 
 
@@ -553,17 +553,75 @@ def test_a_dense_model_is_said_to_be_dense(
     assert json.loads(printed(capsys, directory, "--json"))["encoder"]["sparsity"] == 0
 
 
-def test_the_command_compares(
-    state: dict[str, Tensor], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("form", [(), ("--tensors",), ("--json",), ("--plot", "p.png")])
+def test_the_command_counts_from_the_other_model_to_this_one(
+    state: dict[str, Tensor],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    form: tuple[str, ...],
 ) -> None:
-    state[QUERY][0] = 1
+    """The exit code tells whether masks differ, whatever is written."""
+    monkeypatch.chdir(tmp_path)
+    state[QUERY][state[QUERY] == 0] = torch.cat([torch.ones(100), torch.zeros(92)])
+    after = write(state, tmp_path / "after")
+    printed(capsys, model, "--against", model, *form)
+    out = printed(capsys, after, "--against", model, *form, status=1)
+    if "--json" in form:
+        found = json.loads(out)
+        assert found == compare(str(model), str(after))
+        assert (found["a"], found["b"]) == (str(model), str(after))
+        assert (found["total"]["only_a"], found["total"]["only_b"]) == (100, 0)
+    else:
+        assert f"from {model} to {after}, 14 matrices:" in out
+        assert "masks differ: 100 weights came back, 0 were newly pruned" in out
+    assert ("--plot" in form) == (tmp_path / "p.png").exists()
+    back = printed(capsys, model, "--against", after, status=1)
+    assert "0 weights came back, 100 were newly pruned" in back
+
+
+def test_an_error_of_a_comparison_is_not_the_code_of_different_masks(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["inspect", str(model), "--against", str(tmp_path / "nowhere")]) == 2
+    assert cli.run(["inspect", str(tmp_path / "nowhere"), "--against", str(model)]) == 2
+    assert "no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_pruned_matrix_without_a_partner_is_another_mask(
+    state: dict[str, Tensor], model: Path, tmp_path: Path, is_missing: bool
+) -> None:
+    if is_missing:
+        del state[QUERY]
+    else:
+        state[QUERY] = state[QUERY][:8]
     other = write(state, tmp_path / "other")
-    assert "masks equal" in printed(capsys, model, "--against", model)
-    out = printed(capsys, model, "--against", other)
-    assert "weights whose mask changed, %" in out and "masks differ" in out
-    assert "newly pruned" in printed(capsys, model, "--against", other, "--tensors")
-    found = json.loads(printed(capsys, model, "--against", other, "--json"))
-    assert found == compare(str(model), str(other))
+    for found in (compare(str(model), str(other)), compare(str(other), str(model))):
+        assert found["unpaired"] == [QUERY] and not found["same_masks"]
+        assert "0 were newly pruned, 1 pruned matrices have no partner" in found["summary"]
+
+
+def test_another_head_is_no_other_mask(
+    state: dict[str, Tensor], model: Path, tmp_path: Path
+) -> None:
+    """It may be missing, of another shape, or have begun as zeros."""
+    del state["bert.pooler.dense.weight"]
+    state["classifier.weight"] = torch.ones(5, 16)
+    other = write(state, tmp_path / "other")
+    assert compare(str(model), str(other))["same_masks"]
+    state["classifier.weight"] = torch.zeros(2, 16)
+    found = compare(str(write(state, tmp_path / "new")), str(model))
+    assert found["same_masks"] and found["total"]["only_a"] == 0
+
+
+def test_a_matrix_of_zeros_that_comes_back_is_counted(
+    state: dict[str, Tensor], model: Path, tmp_path: Path
+) -> None:
+    state[QUERY] = torch.zeros(16, 16)
+    found = compare(str(write(state, tmp_path / "empty")), str(model))
+    assert (found["total"]["only_a"], found["same_masks"]) == (64, False)
 
 
 def height(path: Path) -> int:
@@ -583,7 +641,7 @@ def test_pictures_have_room_for_every_layer(
     deep = write(more, tmp_path / "deep")
     printed(capsys, model, "--plot", tmp_path / "two.png")
     printed(capsys, deep, "--plot", tmp_path / "deep.png")
-    printed(capsys, model, "--against", deep, "--plot", tmp_path / "both.png")
+    printed(capsys, model, "--against", deep, "--plot", tmp_path / "both.png", status=1)
     assert height(tmp_path / "deep.png") > 2 * height(tmp_path / "two.png")
     assert height(tmp_path / "both.png") > 100
 

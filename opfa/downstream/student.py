@@ -8,20 +8,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opfa import quant
-from opfa.anatomy import layer_of
+from opfa.anatomy import layer_of, part_of
 from opfa.downstream.recipe import Quantization
 from opfa.errors import ModelError
-from opfa.inspection import directory_of, stated_report
-from opfa.sparsity.layers import lock, mask_layers, masks_of
-from opfa.sparsity.pattern import Pattern
+from opfa.inspection import directory_of, inspect, stated_report
+from opfa.sparsity.layers import lock, mask_layers, masked_layers
 
 log = logging.getLogger(__name__)
 
 
 def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.QuantLinear]:
-    """Make the masked layers, or those of a dense model that would be pruned, observe."""
-    if not masks_of(model):
-        mask_layers(model, Pattern().layers(model))
+    """Make all linear layers of the encoder observe, sparse or dense, and what else is masked."""
+    masked = masked_layers(model)
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in masked
+        and part_of(f"{name}.weight", module.weight.shape) == "encoder"
+    ]
+    mask_layers(model, dense, is_pruned=False)
     return quant.prepare(
         model,
         settings.momentum,
@@ -36,8 +42,10 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     those. Of what is not in the encoder's layers, such as the pooler, the task's model may lack
     some; that is left out.
     """
-    stated = stated_report(directory_of(init))
+    directory = directory_of(init)
+    stated = stated_report(directory)
     if stated is None or not stated["tensors"]:
+        inspect(directory)  # refuses masks that lie beside their weights
         report = _lock(model, init, None)
         log.info(
             "locked %d zeros, sparsity %.4f", report["total"]["zeros"], report["total"]["sparsity"]

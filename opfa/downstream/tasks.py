@@ -26,7 +26,15 @@ from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError, ModelError
-from opfa.models import check_fit, dropouts, keep_values, load_config, loading, of_encoder
+from opfa.models import (
+    check_fit,
+    check_storage,
+    dropouts,
+    keep_values,
+    load_config,
+    loading,
+    of_encoder,
+)
 from opfa.order import HELD_OUT, generator
 
 CHUNK = 1_000  # examples that are tokenized at once
@@ -333,6 +341,7 @@ def load_model(
             **options,
             **changed,
         )
+    check_storage(init, info)
     keep_values(model, config, changed)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lost := new if is_trained else of_encoder(model, new):

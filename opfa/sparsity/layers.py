@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from opfa.anatomy import is_matrix, is_pruned, layer_of
 from opfa.errors import ModelError
 from opfa.sparsity import masks as mask_functions
 from opfa.sparsity.masks import Masks
@@ -55,6 +56,7 @@ class MaskedLinear(nn.Linear):
     """`nn.Linear` whose masked weights take no part in the forward or the backward pass."""
 
     mask: Tensor
+    is_pruned = True  # not a layer that keeps all weights and is only to be quantized
     is_held = False  # inside of `hold_weights`
     _known: Tensor | None = None
 
@@ -71,14 +73,20 @@ class MaskedLinear(nn.Linear):
     def unmask(self) -> None:
         """Become a plain `nn.Linear`, in place; the weight stays as it is."""
         del self.mask
+        self.__dict__.pop("is_pruned", None)
         object.__setattr__(self, "__class__", nn.Linear)
 
 
-def mask_layers(model: nn.Module, names: Iterable[str]) -> dict[str, MaskedLinear]:
-    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now."""
+def mask_layers(
+    model: nn.Module, names: Iterable[str], *, is_pruned: bool = True
+) -> dict[str, MaskedLinear]:
+    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now; for
+    good unless `is_pruned`, and then they are no part of what `masks_of` and `fuse` tell.
+    """
     layers = []
     for name in names:
         layer = model.get_submodule(name)
+        _check_whole(name, layer)
         if type(layer) is not nn.Linear:
             kind = type(layer).__name__
             raise ModelError(f"{name}: is a {kind}; only a plain nn.Linear can be masked")
@@ -88,6 +96,8 @@ def mask_layers(model: nn.Module, names: Iterable[str]) -> dict[str, MaskedLinea
         layer.register_buffer(
             "mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False
         )
+        if not is_pruned:
+            layer.is_pruned = False
     return masked_layers(model)
 
 
@@ -117,12 +127,16 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks in force, by the name of the weight that each belongs to."""
-    return {f"{name}.weight": layer.mask for name, layer in masked_layers(model).items()}
+    return {f"{name}.weight": layer.mask for name, layer in _pruned_layers(model).items()}
+
+
+def _pruned_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    return {name: layer for name, layer in masked_layers(model).items() if layer.is_pruned}
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Copy masks into the masked layers; the names must fit exactly."""
-    layers = masked_layers(model)
+    layers = _pruned_layers(model)
     if {f"{name}.weight" for name in layers} != set(masks):
         raise ModelError("the masks and the masked layers of this model have different names")
     for name, layer in layers.items():
@@ -131,24 +145,53 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def zero_masks(model: nn.Module) -> Masks:
-    """Masks from the zeros of a model's linear layers.
+    """Masks from the zeros of a model's matrices, where these are pruned (`anatomy.is_pruned`).
 
-    A tensor without any zero is dense. One that is all zeros (a fresh LoRA matrix, say) is not
-    pruned but new, and is left out too; so is one that is an embedding, whose padding row is zero.
+    Those are linear layers anywhere, and every other matrix of a numbered layer. An embedding,
+    whose padding row is zero, is none, nor is a linear layer that shares its weight.
     """
-    masks = mask_functions.nonzero_masks(_linear_weights(model))
-    return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+    masks = {}
+    for name, weight in _matrices(model).items():
+        mask = mask_functions.nonzero(weight)
+        if is_pruned(name, mask.shape, mask.numel() - int(mask.count_nonzero())):
+            masks[name] = mask
+    return masks
 
 
-def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight in which zeros would be pruned ones; raises `ModelError` for one that can't be
+    told, because it is partitioned or made anew in every pass.
+    """
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
-    return {
-        f"{name}.weight": whole_weight(name, layer).detach()
-        for name, layer in linear.items()
-        if id(layer.weight) not in embeddings
-    }
+    found = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            _check_whole(name, module)
+            if id(module.weight) not in embeddings:
+                found[f"{name}.weight"] = whole_weight(name, module).detach()
+        elif not isinstance(module, nn.Embedding):
+            for key, parameter in module.named_parameters(name, recurse=False):
+                if layer_of(key) and is_matrix(key, parameter.shape):
+                    found[key] = parameter.detach()
+    return found
+
+
+def _check_whole(name: str, layer: nn.Module) -> None:
+    """Refuse a linear layer whose weight is the product of others, such as a mask, in every pass:
+    what a lock writes would be gone.
+    """
+    if not isinstance(layer, nn.Linear) or "weight" in layer._parameters:
+        return
+    if hasattr(layer, "parametrizations"):
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    else:
+        remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+    if layer_of(f"{name}.weight") or bool((layer.weight == 0).any()):
+        raise ModelError(
+            f"{name}.weight: is made of other tensors in every pass, as by torch.nn.utils.prune; "
+            f"call {remedy} for each such layer first"
+        )
 
 
 def whole_weight(name: str, layer: nn.Linear) -> Tensor:
@@ -172,15 +215,17 @@ def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
     Trainer or an engine is made. Parameters keep their identity, so after is right too on one
     process: the layers compute with zeros and `fuse` writes them, but momentum from before the lock
     may move what is stored under a mask. `names` says exactly which weights to lock, whatever
-    number of zeros each has. Returns the sparsity report of what was locked. Raises `ModelError`
-    for a model without zeros, for one that is locked, and for one whose weights are partitioned.
+    number of zeros each has; otherwise a matrix of zeros alone is locked in the encoder, and is new
+    in a head or an adapter. Returns the sparsity report of what was locked. Raises `ModelError` for
+    a model without zeros, for one that is locked, for one whose weights are partitioned or made in
+    every pass (torch.nn.utils.prune), and where zeros of the encoder are in no `nn.Linear`.
     """
     if masked_layers(model):
         raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")
     if names is None:
-        masks = zero_masks(model)
+        masks = _lockable(model, zero_masks(model))
     else:
-        weights, names = _linear_weights(model), list(names)
+        weights, names = _matrices(model), list(names)
         unknown = [name for name in names if name not in weights]
         if unknown:
             raise ModelError(f"{unknown[0]}: this model has no linear layer with this weight")
@@ -191,9 +236,21 @@ def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
             f"nothing to lock: this model's linear layers have {result['total']['zeros']} zeros; "
             "a sparse checkpoint has at least 1 %. Was a dense model loaded?"
         )
-    mask_layers(model, [name.removesuffix(".weight") for name in masks])
+    mask_layers(model, [name.rpartition(".")[0] for name in masks])
     set_masks(model, masks)
     return result
+
+
+def _lockable(model: nn.Module, masks: Masks) -> Masks:
+    """Without the few zeros that rounding leaves in layers of other kinds; with more of them there,
+    the swap refuses the layer.
+    """
+    return {
+        name: mask
+        for name, mask in masks.items()
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        or float((~mask).float().mean()) >= SPARSE_FROM
+    }
 
 
 @torch.no_grad()
@@ -202,15 +259,21 @@ def fuse(model: nn.Module) -> dict:
 
     A kept weight that happens to be zero becomes the smallest normal number of its type, so that
     the zeros in a file and the mask always say the same. Returns the sparsity report. Raises
-    `ModelError` on non-finite and on partitioned weights.
+    `ModelError` on a model without masked layers, and on non-finite and partitioned weights.
     """
     layers, masks = masked_layers(model), masks_of(model)
+    if not layers:
+        raise ModelError(
+            "nothing to fuse: this model is not locked (or was fused already), so nothing held its "
+            "zeros. Load the sparse model again and call opfa.lock(model) before it is trained"
+        )
     for name, layer in layers.items():  # all of them, before any is changed
         if not torch.isfinite(whole_weight(name, layer)).all():
             raise ModelError(f"{name}.weight: holds a non-finite value; this model can't be saved")
     for layer in layers.values():
         weight, mask = layer.weight, layer.mask
-        weight.masked_fill_((weight == 0) & mask, torch.finfo(weight.dtype).tiny)
-        weight.masked_fill_(~mask, 0.0)
+        if layer.is_pruned:
+            weight.masked_fill_((weight == 0) & mask, torch.finfo(weight.dtype).tiny)
+            weight.masked_fill_(~mask, 0.0)
         layer.unmask()
     return mask_functions.report(masks)

@@ -136,9 +136,15 @@ def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
     return index, int(cumulative[index] - counts[index])
 
 
+def nonzero(weight: Tensor) -> Tensor:
+    """The mask that the zeros of a tensor imply, of any type; -0.0 is a zero."""
+    is_8_bit_float = weight.is_floating_point() and weight.element_size() == 1
+    return (weight.float() if is_8_bit_float else weight) != 0
+
+
 def nonzero_masks(weights: Mapping[str, Tensor]) -> Masks:
     """The masks that the zeros of these tensors imply."""
-    return {name: weight != 0 for name, weight in weights.items()}
+    return {name: nonzero(weight) for name, weight in weights.items()}
 
 
 def relative_names(names: Iterable[str]) -> dict[str, str]:
@@ -177,7 +183,7 @@ def report(masks: Mapping[str, Tensor]) -> dict:
         tensors[name] = {
             "shape": list(mask.shape),
             "zeros": zeros,
-            "sparsity": zeros / mask.numel(),
+            "sparsity": zeros / mask.numel() if zeros else 0.0,
         }
     zeros = sum(tensor["zeros"] for tensor in tensors.values())
     size = sum(mask.numel() for mask in masks.values())

@@ -1,8 +1,9 @@
-"""Which structure the zeros of a matrix have: rows, columns, heads, blocks, N:M or none.
+"""Which structure the zeros of a matrix have: rows, columns, heads, blocks, N:M, all or none.
 
     lines   nearly all zeros lie in dead rows or columns, nearly everything else lives
     RxC     nearly all zeros fill whole aligned blocks, nearly everything else lives
     N:M     no group of M along the input keeps more than N, and nearly all keep exactly N
+    empty   nothing lives
 
 "Nearly" is nine in ten (`REGULAR`): 8 bits round some live weights to zero, and those must not hide
 a structure. No structure passes by chance. Of a random mask with sparsity s, blocks of k weights
@@ -46,7 +47,7 @@ def structure_of(mask: Tensor, heads: tuple[int, int] | None = None) -> Structur
     dead_heads = None
     if heads is not None and len(lines := (rows, columns)[heads[0]]) % heads[1] == 0:
         dead_heads = int((~lines.view(heads[1], -1).any(1)).sum())
-    pattern, exceptions = "unstructured", 0
+    pattern, exceptions = "unstructured" if rows.any() else "empty", 0
     if MIN_WEIGHTS <= num_zeros <= mask.numel() - MIN_WEIGHTS:
         dead = int((~rows).sum()), int((~columns).sum())
         found = (

@@ -4,6 +4,7 @@ Records have text and label. Needs accelerate. A checkpoint in the middle is spa
 resuming from it works as always.
 """
 
+import logging
 import sys
 
 from datasets import load_dataset
@@ -17,6 +18,9 @@ from transformers import (
 
 import opfa
 from opfa.guard import SparsityGuard
+
+logging.basicConfig(format="%(message)s")
+logging.getLogger("opfa").setLevel(logging.INFO)  # the guard says at the end what it held
 
 name, file, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -7,6 +7,7 @@ A checkpoint in the middle has a plain and sparse model beside DeepSpeed's own f
 from it works as always.
 """
 
+import logging
 import sys
 
 import deepspeed
@@ -22,6 +23,9 @@ from transformers import (
 
 import opfa
 from opfa.guard import SparsityGuard
+
+logging.basicConfig(format="%(message)s")
+logging.getLogger("opfa").setLevel(logging.INFO)  # the guard says at the end what it held
 
 name, file, output, stage = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)
