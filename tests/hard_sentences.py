@@ -111,8 +111,8 @@ PARAGRAPHS: list[list[str]] = [
     [  # Lewis Carroll, Alice's Adventures in Wonderland, 1865
         "Alice was beginning to get very tired of sitting by her sister on the bank, and of having "
         "nothing to do: once or twice she had peeped into the book her sister was reading, but it "
-        "had no pictures or conversations in it, \u201cand what is the use of a book,\u201d thought "
-        "Alice \u201cwithout pictures or conversations?\u201d",
+        "had no pictures or conversations in it, \u201cand what is the use of a book,\u201d "
+        "thought Alice \u201cwithout pictures or conversations?\u201d",
         "So she was considering in her own mind (as well as she could, for the hot day made her "
         "feel very sleepy and stupid), whether the pleasure of making a daisy-chain would be worth "
         "the trouble of getting up and picking the daisies, when suddenly a White Rabbit with pink "
@@ -132,22 +132,23 @@ PARAGRAPHS: list[list[str]] = [
     [  # Charles Dickens, A Christmas Carol, 1843
         "Marley was dead: to begin with.",
         "There is no doubt whatever about that.",
-        "The register of his burial was signed by the clergyman, the clerk, the undertaker, and the "
-        "chief mourner.",
+        "The register of his burial was signed by the clergyman, the clerk, the undertaker, and "
+        "the chief mourner.",
         "Scrooge signed it: and Scrooge\u2019s name was good upon \u2019Change, for anything he "
         "chose to put his hand to.",
         "Old Marley was as dead as a door-nail.",
         "Mind!",
-        "I don\u2019t mean to say that I know, of my own knowledge, what there is particularly dead "
-        "about a door-nail.",
+        "I don\u2019t mean to say that I know, of my own knowledge, what there is particularly "
+        "dead about a door-nail.",
     ],
     [  # Charles Darwin, On the Origin of Species, 1859
         "When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the "
         "distribution of the inhabitants of South America.",
-        "These facts seemed to me to throw some light on the origin of species\u2014that mystery of "
-        "mysteries, as it has been called by one of our greatest philosophers.",
-        "My work is now nearly finished; but as it will take me two or three more years to complete "
-        "it, and as my health is far from strong, I have been urged to publish this Abstract.",
+        "These facts seemed to me to throw some light on the origin of species\u2014that mystery "
+        "of mysteries, as it has been called by one of our greatest philosophers.",
+        "My work is now nearly finished; but as it will take me two or three more years to "
+        "complete it, and as my health is far from strong, I have been urged to publish this "
+        "Abstract.",
         "I have more especially been induced to do this, as Mr. Wallace, who is now studying the "
         "natural history of the Malay archipelago, has arrived at almost exactly the same general "
         "conclusions that I have on the origin of species.",
