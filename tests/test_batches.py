@@ -341,9 +341,27 @@ def test_documents_may_lie_elsewhere_on_another_machine(prepared: Path) -> None:
 def test_a_foreign_directory_is_refused(tmp_path: Path, prepared: Path, content: str) -> None:
     if content is not None:
         (tmp_path / "corpus.json").write_text(content)
-    message = "not a directory of `opfa prepare`|this version reads 'opfa-corpus/1'"
+    message = "not a directory of `opfa prepare`|this version reads 'opfa-corpus/2'"
     with pytest.raises(DataError, match=message):
         Prepared.open(tmp_path, corpus(prepared))
+
+
+@pytest.mark.parametrize(("objective", "num_warnings"), [("mlm", 0), ("mlm+nsp", 1)])
+def test_a_corpus_of_an_earlier_version_is_read_and_named_where_it_differs(
+    prepared: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    objective: str,
+    num_warnings: int,
+) -> None:
+    old = shutil.copytree(prepared, tmp_path / "old")
+    summary = json.loads((old / "corpus.json").read_text())
+    assert summary["format"] == "opfa-corpus/2"
+    summary["corpus"]["objective"] = objective
+    (old / "corpus.json").write_text(json.dumps({**summary, "format": "opfa-corpus/1"}))
+    assert len(Prepared.open(old, corpus(prepared, objective=objective)).train) > 0
+    found = [r.message for r in caplog.records if "prepared by an earlier version" in r.message]
+    assert len(found) == num_warnings
 
 
 def test_a_tokenizer_that_was_exchanged_is_refused(tmp_path: Path, prepared: Path) -> None:

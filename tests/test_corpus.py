@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RunError
-from opfa.order import generator
+from opfa.order import PAIRS, generator
 from opfa.upstream import corpus as corpus_module
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import Corpus, TokenizerTraining
@@ -155,20 +156,90 @@ def test_no_pair_is_longer_than_the_sequence_and_no_half_is_empty(
     assert max(len(example[0]) for _, example in many) == 16
 
 
-def test_short_sequences_are_as_frequent_as_asked(long_documents: Dataset) -> None:
-    def lengths(share: float) -> list[int]:
-        found = [pairs(long_documents, 0, short_sequences=share, seed=s) for s in range(30)]
-        return [len(example[0]) for examples in found for example in examples]
+def bert_pairs(documents: Dataset, index: int, **values: Any) -> list[Example]:
+    """What BERT's create_instances_from_document does, said again: a walk with one cursor, sentence
+    by sentence, that goes back over what it did not use.
+    """
+    corpus = corpus_of(**values)
+    random, texts = generator(corpus.seed, PAIRS, index), documents["segments"]
+    text, most = texts[index], corpus.sequence_tokens - 3
+    aim = random.integers(2, most, endpoint=True) if random.random() < 0.1 else most
+    found: list[Example] = []
+    gathered: list[list[int]] = []
+    cursor = 0
+    while cursor < len(text):
+        gathered.append(text[cursor])
+        if cursor == len(text) - 1 or sum(map(len, gathered)) >= aim:
+            a_end = random.integers(1, len(gathered) - 1, endpoint=True) if gathered[1:] else 1
+            a, b = sum(gathered[:a_end], []), sum(gathered[a_end:], [])
+            is_random = len(gathered) == 1 or random.random() < 0.5
+            if is_random:
+                other = random.integers(len(texts) - 1)
+                elsewhere, b, wanted = texts[other + (other >= index)], [], aim - len(a)
+                for sentence in elsewhere[random.integers(len(elsewhere)) :]:
+                    b = b + sentence
+                    if len(b) >= wanted:
+                        break
+                cursor -= len(gathered) - a_end
+            while len(a) + len(b) > most:
+                longer = a if len(a) > len(b) else b
+                del longer[0 if random.random() < 0.5 else -1]
+            found.append(([CLS, *a, SEP, *b, SEP], len(a) + 2, int(is_random)))
+            gathered = []
+        cursor += 1
+    return found
 
-    full, short = lengths(0.0), lengths(1.0)
-    assert sum(length == 16 for length in full) / len(full) > 0.9
-    assert sum(length == 16 for length in short) / len(short) < 0.3
+
+def test_pairs_are_those_of_bert(long_documents: Dataset) -> None:
+    mixed = numbered([3] * 40, [1] * 9, [90, 2, 1], [5], [1, 30, 1, 1, 30])
+    num_short = 0
+    for documents in (long_documents, mixed):
+        for index in range(len(documents)):
+            for seed in range(15):
+                settings = {"seed": seed, "sequence_tokens": (8, 16, 64)[seed % 3]}
+                found = pairs(documents, index, **settings)
+                assert found == bert_pairs(documents, index, **settings)
+                num_short += len(found[0][0]) < settings["sequence_tokens"] - 9
+    assert num_short > 5
 
 
-def test_every_sentence_is_used(long_documents: Dataset) -> None:
-    examples = pairs(long_documents, 2, short_sequences=0.0, sequence_tokens=64)
-    seen = {token for example in examples for token in example[0] if token // 100 == 2}
-    assert seen == set(range(200, 260))
+def test_a_document_aims_at_one_length() -> None:
+    documents = numbered([1] * 4000, [1] * 4000)  # sentences of one token hit the aim exactly
+    lengths = []
+    for seed in range(40):
+        found = pairs(documents, 0, seed=seed, short_sequences=0.5, sequence_tokens=64)
+        sizes = [len(ids) for ids, *_ in found]
+        common = max(set(sizes), key=sizes.count)
+        assert sizes.count(common) / len(sizes) > 0.5  # a random second half may end before it
+        assert max(sizes) == common
+        lengths.append(common)
+    assert 10 < sum(length < 64 for length in lengths) < 30
+    assert len(set(lengths)) > 8
+
+
+def test_a_short_pair_is_cut_to_the_sequence_and_not_to_its_aim() -> None:
+    documents = numbered([20] * 10, [20] * 10)
+    for seed in range(20):
+        for example in pairs(documents, 0, seed=seed, short_sequences=1.0, sequence_tokens=64):
+            first, second = halves(example)
+            assert {len(first), len(second)} <= {20, 40, 60, *range(30, 42)}
+            assert len(first) + len(second) in (40, 60, 61)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 40_000, [40_000]])
+def test_a_document_as_long_as_a_book_takes_no_quadratic_time(lengths: list[int]) -> None:
+    documents = numbered(lengths, lengths)
+    before = time.process_time()
+    pairs(documents, 0, sequence_tokens=16)
+    assert time.process_time() - before < 10  # of which every pair used to read both anew
+
+
+def test_every_sentence_is_used_where_nothing_is_cut() -> None:
+    documents = numbered([1] * 60, [1] * 60)
+    for seed in range(10):
+        examples = pairs(documents, 1, seed=seed, sequence_tokens=24)
+        seen = {token for example in examples for token in example[0] if token // 100 == 1}
+        assert seen == set(range(100, 160))
 
 
 def test_a_document_of_one_sentence_has_one_pair_with_another_document() -> None:
@@ -255,14 +326,6 @@ def test_the_recipe_s_own_tokenizer_is_kept(tmp_path: Path, prepared: Path) -> N
     changes = {"train_tokenizer": None, "tokenizer": str(prepared / "tokenizer")}
     corpus = write(tmp_path / "a.jsonl", *texts(12)).model_copy(update=changes)
     assert prepare(corpus, tmp_path / "out")["tokenizer_sha256"] == theirs
-
-
-def test_a_sentence_keeps_its_closing_marks() -> None:
-    text = 'He said "Go." Then he left (see p. 5.) And "Why?" he\u2003asked.  So\n\nA line...\n'
-    assert corpus_module._sentences(text) == [
-        *('He said "Go."', "Then he left (see p.", "5.)"),
-        *('And "Why?"', "he\u2003asked.", "So", "A line..."),
-    ]
 
 
 def test_examples_are_cut_to_the_disk_and_not_in_memory(

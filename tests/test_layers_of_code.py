@@ -29,7 +29,7 @@ LEVELS = [
     {"models", "engine", "run", "upstream.recipe", "downstream.recipe"},
     {"lora", "guard", "onnx_graph", "sources", "manifest", "provenance"},
     {"comparison", "pruner", "checkpoint", "report"},
-    {"upstream.segments", "downstream.examples"},
+    {"upstream.segments", "upstream.sentences", "downstream.examples"},
     {"inspection", "upstream.corpus"},
     {"downstream.features", "plan", "weights", "hub_listing"},
     {"hub_origin"},

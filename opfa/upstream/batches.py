@@ -5,6 +5,7 @@ resume change neither. Shape letters: B sequences, T tokens.
 """
 
 import json
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,14 @@ from transformers import PreTrainedTokenizerBase
 from opfa.errors import DataError, RecipeError
 from opfa.models import load_tokenizer
 from opfa.order import MicroBatches, Order, Place
-from opfa.upstream.corpus import FORMAT, tokenizer_digest
+from opfa.upstream.corpus import FORMAT, OLD_FORMAT, tokenizer_digest
 from opfa.upstream.masking import Masker
 from opfa.upstream.recipe import Corpus, Masking
 
 # What another machine may call otherwise, and what examples that are there no longer depend on.
 PATHS = {"documents", "tokenizer", "bad_records"}
 MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -79,7 +81,7 @@ class Prepared:
                 f"({error.__class__.__name__}); make one with: opfa prepare RECIPE --output DIR"
             ) from error
         found = summary["format"] if isinstance(summary, dict) and "format" in summary else None
-        if found != FORMAT:
+        if found not in (FORMAT, OLD_FORMAT):
             raise DataError(f"{directory}: format {found!r}, and this version reads {FORMAT!r}")
         made_with = summary["corpus"]
         for key, value in corpus.model_dump(mode="json", exclude=PATHS).items():
@@ -88,6 +90,12 @@ class Prepared:
                     f"corpus.{key} = {value!r}: but {directory} was prepared with "
                     f"{made_with[key]!r}"
                 )
+        if found == OLD_FORMAT and corpus.objective == "mlm+nsp":
+            log.warning(
+                "%s: was prepared by an earlier version, which cut sentences and pairs otherwise; "
+                "to train on what this version makes, prepare it anew",
+                directory,
+            )
         tokenizer = load_tokenizer(str(directory / "tokenizer"))
         if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
             raise DataError(

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import unicodedata
@@ -39,11 +38,13 @@ from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
+from opfa.upstream.sentences import sentences_of
 
-FORMAT = "opfa-corpus/1"
+FORMAT = "opfa-corpus/2"
+# Of before: the same files, but sentences and pairs were cut otherwise (CHANGELOG).
+OLD_FORMAT = "opfa-corpus/1"
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SENTENCE = re.compile(r"\S.*?(?:[.!?][\"')\]]*(?=\s)|$)")
 NO_TEXT = "empty, invisible or not a text"
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]
 def _tokenize(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, by_sentence: bool
 ) -> dict[str, list[list[list[int]]]]:
-    texts = [_sentences(text) if by_sentence else [text] for text in batch["text"]]
+    texts = [sentences_of(text) if by_sentence else [text] for text in batch["text"]]
     flat = [sentence for sentences in texts for sentence in sentences]
     with quiet_transformers():  # a document is longer than a model's positions, and that is fine
         encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False)
@@ -241,10 +242,6 @@ def _tokenize(
         if not document:
             raise DataError(f"a document has no tokens, only invisible characters: {text[:40]!r}")
     return {"segments": segments}
-
-
-def _sentences(text: str) -> list[str]:
-    return [sentence for line in text.splitlines() for sentence in SENTENCE.findall(line)]
 
 
 def _held_out(size: int, corpus: Corpus) -> np.ndarray:

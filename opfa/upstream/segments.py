@@ -46,52 +46,69 @@ def segment_pairs(
 ) -> list[Example]:
     """The segment pairs of one document, each [CLS] A [SEP] B [SEP] with at most `sequence_tokens`
     tokens.
+
+    As in BERT's create_pretraining_data.py: with the probability `short_sequences` the whole
+    document aims at shorter pairs. Sentences are gathered until they reach that aim, and a pair is
+    cut only where it is longer than a sequence.
     """
-    random = generator(corpus.seed, PAIRS, index)
-    segments = documents[index]["segments"]
+    random, documents = generator(corpus.seed, PAIRS, index), documents.with_format("arrow")
+    segments = documents[index]["segments"][0].as_py()
+    cls, sep = special
+    room = aim = corpus.sequence_tokens - 3
+    if random.random() < corpus.short_sequences:
+        aim = int(random.integers(2, room + 1))
     examples: list[Example] = []
     position = 0
     while position < len(segments):
-        room = corpus.sequence_tokens - 3
-        if random.random() < corpus.short_sequences:
-            room = int(random.integers(2, room + 1))
-        chunk = _take(segments, position, room)
+        chunk = _take(segments, position, aim)
         num_first = int(random.integers(1, len(chunk))) if len(chunk) > 1 else 1
         first = [token for segment in chunk[:num_first] for token in segment]
         is_random = len(chunk) == 1 or random.random() < 0.5
         if is_random:
-            second = _elsewhere(documents, index, max(1, room - len(first)), random)
+            second = _elsewhere(documents, index, aim - len(first), random)
             position += num_first  # what was not used comes again
         else:
             second = [token for segment in chunk[num_first:] for token in segment]
             position += len(chunk)
-        _shorten(first, second, room, random)
-        cls, sep = special
+        first, second = _shortened(first, second, room, random)
         examples.append(([cls, *first, sep, *second, sep], len(first) + 2, int(is_random)))
     return examples
 
 
 def _take(segments: list[list[int]], start: int, num_tokens: int) -> list[list[int]]:
-    chunk, length = [], 0
-    for segment in segments[start:]:
-        chunk.append(segment)
-        length += len(segment)
-        if length >= num_tokens:
-            break
-    return chunk
+    """Segments from `start` on until they have so many tokens; at least one."""
+    end, length = start + 1, len(segments[start])
+    while end < len(segments) and length < num_tokens:
+        length += len(segments[end])
+        end += 1
+    return segments[start:end]
 
 
 def _elsewhere(
     documents: Dataset, index: int, num_tokens: int, random: np.random.Generator
 ) -> list[int]:
+    """Of another document, from a random segment on. Only what is needed is read: a document may
+    be as long as a book.
+    """
     other = int(random.integers(len(documents) - 1))
-    segments = documents[other + (other >= index)]["segments"]
+    segments = documents[other + (other >= index)]["segments"][0].values
     start = int(random.integers(len(segments)))
-    return [token for segment in _take(segments, start, num_tokens) for token in segment]
+    near = segments[start : start + max(1, num_tokens)].to_pylist()  # each has a token or more
+    return [token for segment in _take(near, 0, num_tokens) for token in segment]
 
 
-def _shorten(first: list[int], second: list[int], room: int, random: np.random.Generator) -> None:
-    """Drop tokens of the longer segment, at its front or back, until both fit, as BERT does."""
-    while len(first) + len(second) > room:
-        longer = first if len(first) > len(second) else second
-        longer.pop(0 if random.random() < 0.5 else -1)
+def _shortened(
+    first: list[int], second: list[int], room: int, random: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Both without so many tokens of the longer one, at its front or back, that they fit together,
+    as BERT does.
+    """
+    pair, fronts, backs = (first, second), [0, 0], [len(first), len(second)]
+    for _ in range(len(first) + len(second) - room):
+        longer = 0 if backs[0] - fronts[0] > backs[1] - fronts[1] else 1
+        if random.random() < 0.5:
+            fronts[longer] += 1
+        else:
+            backs[longer] -= 1
+    first, second = (half[a:b] for half, a, b in zip(pair, fronts, backs, strict=True))
+    return first, second
