@@ -9,6 +9,7 @@ don't wait for torch.
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, RunError, redacted
+from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, Redacting, RunError, redacted
 from opfa.files import named
 from opfa.run import check_output
 
@@ -71,6 +72,7 @@ Endpoint = Annotated[
     str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
 ]
 INTERRUPTED = 130
+LONG_WORD = re.compile(r"\S{400,}")  # a path of 5,000 letters hides what is said of it
 
 
 @app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
@@ -604,10 +606,13 @@ def _print_json(value: Any) -> None:  # Any: what JSON can hold
 
 def main() -> None:
     """Run a command and leave with its exit code."""
+    arguments = sys.argv[1:]
+    sys.argv[1:] = redacted(arguments)  # what wandb and other libraries keep of the command
+    sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     is_first = os.environ.get("RANK", "0") == "0"  # what all ranks know, one of them says
     logging.getLogger("opfa").setLevel(logging.INFO if is_first else logging.ERROR)
-    _leave(run(sys.argv[1:]))
+    _leave(run(arguments))
 
 
 def run(arguments: list[str]) -> int:
@@ -617,7 +622,7 @@ def run(arguments: list[str]) -> int:
         status = app([a for a in arguments if a != "--verbose"], standalone_mode=False)
     except OpfaError as error:
         if is_verbose:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
         if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
             return error.status
@@ -641,7 +646,8 @@ def run(arguments: list[str]) -> int:
 def _refuse(message: str, status: int = 2) -> int:
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"opfa: rank {os.environ['RANK']}" if is_launched else "opfa"
-    print(f"{who}: {redacted(message)}", file=sys.stderr)
+    short = LONG_WORD.sub(lambda word: f"{word[0][:300]}...", redacted(message))
+    print(f"{who}: {short}", file=sys.stderr)
     return status
 
 

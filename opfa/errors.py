@@ -6,21 +6,44 @@ to see the original traceback runs `opfa --verbose`.
 """
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO, TypeVar
 
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
 LONGEST = 500  # characters of a foreign message that are shown
 TERSE = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
-SECRET_WORDS = (
-    r"(?:access_|auth_|api_|hf_)?token|api_?key|access_?key|secret(?:_?key)?|password|passwd|"
-    r"credentials?|signature|x-amz-signature|x-amz-credential|sig"
+HIDDEN = "***"
+TOKEN = (  # whose token is a secret; a tokenizer's pad_token and mask_token are none
+    r"(?:(?:[a-z0-9]+[-_])*(?:access|auth|api|hf|hub|huggingface|refresh|session|security|bearer|"
+    r"private|github|gitlab|oauth)[-_]?)?token"
 )
-SECRETS = (  # what may hold a secret, and what is shown in its place
-    (re.compile(r"(?<=://)[^\s/'\"]*@"), "***@"),
-    (re.compile(rf"(?i)\b({SECRET_WORDS})(\s*[=:]\s*)(?!\*\*\*)[^\s&'\",;)\]}}]+"), r"\1\2***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
+SECRET = (
+    rf"{TOKEN}|(?:x-[a-z]+-)?(?:signature|credential)|(?:[a-z0-9]+[-_])*(?:password|passwd|pwd|"
+    r"passphrase|secret|credentials|(?:api|access|account|private|secret)[-_]?key(?:[-_]id)?)"
 )
+NAME = rf"(?<![a-z0-9_-])(?:{SECRET})"
+QUOTED = r"""(?P<q>\\?["'])(?:[^"'\\\n]|\\.|(?!(?P=q))["'])*?(?P=q)"""
+PORT = r"""\d{1,5}(?:[\s/?#:,;)\]'"]|$)"""
+SECRETS = [  # a secret between two groups that are shown; case is ignored
+    # a password in an address; it may hold "@", ":" and "/" itself
+    rf"""(:\\?/\\?/)(?:[^\s/:@[]+:(?!\s|{PORT})(?:\S*|[^\n@]*)|[^\s/?#'"<>]*)(@)""",
+    r"(%3a%2f%2f)(?:(?!%2f)[^\s&/])*?(%40)",
+    rf"""({NAME}["']?(?:=| = ))(?:{QUOTED}|[^\s&'"]+)()""",
+    rf"({NAME}(?:\\?[\"'])\s*:\s*){QUOTED}()",  # as in JSON
+    r"""([?&](?:sig|key|code|auth|jwt|pass)=)[^\s&#'"]+()""",
+    r"""(\bauthorization["']?\s*[:=]\s*["']?(?:(?:bearer|basic|token)\s+)?)[^\s'",]+()""",
+    # tokens that are told by their looks
+    r"(\b(?:hf_|gh[pousr]_|github_pat_|glpat-))[a-z0-9_-]{16,}()",
+    r"(\b(?-i:AKIA|ASIA))(?-i:[A-Z0-9]{16}\b)()",
+    r"(\beyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}()",
+]
+PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in SECRETS]
+SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
+SECRET_VARIABLE = re.compile("(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+SHORTEST = 8  # characters of a variable's secret: hiding each "test" would hide too much
+Value = TypeVar("Value")
 
 
 class OpfaError(Exception):
@@ -59,7 +82,7 @@ def first_line(error: BaseException) -> str:
     name = type(error).__name__
     if not lines:
         return name
-    line = lines[0] if len(lines[0]) <= LONGEST else f"{lines[0][:LONGEST]}..."
+    line = brief(lines[0], LONGEST)
     return f"{name}: {line}" if isinstance(error, TERSE) else line
 
 
@@ -80,8 +103,74 @@ def opening(
         raise kind(f"{what}: {problem}: {first_line(error)}") from error
 
 
-def redacted(text: str) -> str:
-    """The same text with the secrets in it replaced: passwords in addresses, tokens, keys."""
-    for pattern, shown in SECRETS:
-        text = pattern.sub(shown, text)
-    return text
+def redacted(value: Value) -> Value:
+    """The same text, or the texts in a value that JSON can hold, with the secrets in them replaced:
+    passwords in addresses, tokens, keys. Nothing is hidden twice, so redacting again changes
+    nothing.
+    """
+    return _redacted(value, _secrets_of_environment())
+
+
+def _redacted(value: Any, known: Sequence[str]) -> Any:  # Any: what JSON can hold
+    if isinstance(value, str):
+        for secret in known:
+            value = value.replace(secret, HIDDEN)
+        for pattern in PATTERNS:
+            value = pattern.sub(_hide, value)
+        return value
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if item and _is_secret(key, item) else _redacted(item, known)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(_redacted(item, known) for item in value)
+    return value
+
+
+def _is_secret(key: object, value: object) -> bool:
+    return isinstance(value, str) and bool(SECRET_NAME.fullmatch(str(key)))
+
+
+def _hide(match: re.Match[str]) -> str:
+    quote = match.groupdict().get("q") or ""
+    return f"{match[1]}{quote}{HIDDEN}{quote}{match[match.re.groups]}"
+
+
+def _secrets_of_environment() -> list[str]:
+    """What variables keep secret by their names, and the logins of proxies; the longest first."""
+    secrets = set()
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy"):
+            login = value.rpartition("@")[0].rpartition("//")[2]
+            secrets |= {login, login.partition(":")[2]}
+        elif SECRET_VARIABLE.search(name) and not value.startswith("/"):  # no path of a file
+            secrets.add(value)
+    return sorted((s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True)
+
+
+def brief(value: object, most: int = 100) -> str:
+    """What a value says, redacted and cut, for a message that stays short."""
+    text = redacted(str(value))
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+class Redacting:
+    """A text stream that hides secrets from whatever is written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to this stream."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without its secrets."""
+        return self._stream.write(redacted(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts without their secrets."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever streams have
+        """All else is the stream's own."""
+        return getattr(self._stream, name)

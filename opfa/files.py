@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opfa.errors import OpfaError, RunError
+from opfa.errors import OpfaError, RunError, redacted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_BELOW = 1 << 20  # bytes free; a failed write leaves less than its next block
@@ -187,5 +187,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # Any: what JSON can hold
-    """Write a small JSON file so that it is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a small JSON file, without secrets, so that it is there whole or not at all."""
+    write_text(path, json.dumps(redacted(value), indent=2) + "\n")

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import RunError
+from opfa.errors import RunError, redacted
 from opfa.recipe import Recipe
 from opfa.records import read_records
 from opfa.upstream.recipe import PretrainRecipe
@@ -77,10 +77,10 @@ def steps(run: Path) -> Iterator[Step]:
     start = values["model"].get("init", "")
     environment = read_json(run / "environment.json")
     yield Step(
-        recipe=public.model_dump(mode="json", exclude_none=True),
+        recipe=redacted(public.model_dump(mode="json", exclude_none=True)),
         toml=public.to_toml(),
         sha256=recipe.sha256(),
-        environment=shortened(environment),
+        environment=redacted(shortened(environment)),
         steps=read_json(run / "done.json")["step"],
         start=start,
     )

@@ -1,24 +1,51 @@
 """Recipes: strict TOML files that become frozen, typed objects.
 
-The object that a recipe fills is the object that the code uses. Unknown keys are refused, every
-problem of a file is reported in one error, and nothing is repaired or guessed. A recipe says what
+The object that a recipe fills is the object that the code uses. Unknown keys are refused, the
+problems of a file are reported in one error, and nothing is repaired or guessed. A recipe says what
 defines a result; values given on the command line as `section.key=value` (TOML syntax on the right,
 bare words allowed) replace single keys.
+
+What a recipe may hold is bounded, so that a wrong or hostile one is refused in seconds: its size,
+its depth, the length of texts and lists, and numbers to what 64 bits and fp32 hold.
 """
 
 import difflib
 import hashlib
 import json
+import math
+import re
+import stat
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from opfa.errors import RecipeError
+from opfa.errors import RecipeError, brief, redacted
 
 SCALARS = {"str", "int", "float", "bool"}
+MOST_BYTES = 1 << 20  # of a recipe file
+MOST_CHARACTERS = 4_096  # of a text; a path has no more
+MOST_ITEMS = 100_000  # of a list
+MOST_KEYS = 1_000  # of free names in a section, and of unknown ones that are looked at singly
+DEEPEST = 16  # sections and lists within each other
+MOST_PROBLEMS = 20  # that are told
+LONGEST_PART = 60  # characters of a key that are shown, between two dots
+MOST_SHOWN = 3  # overrides and keys in one message
+MOST_ITEMS_SHOWN = 10  # of a list
+LARGEST = 3.4e38  # of fp32
+WRONG = {"": []}  # in the place of a value that was told already; no key takes it
+# tomllib takes time and memory that grow with the square of a dotted key's length
+DOTTED = re.compile(
+    r"""(?<![\w"'-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}"""
+)
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # half of a surrogate pair is a byte that was no UTF-8
+
+Name = Annotated[str, Field(max_length=200)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 62)]  # --seeds counts on from it, within 64 bits
+Batch = Annotated[int, Field(ge=1, le=1 << 20)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Section(BaseModel):
@@ -34,40 +61,50 @@ class Recipe(Section):
 
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
-        """Read, override and check a recipe; raises `RecipeError` with all problems at once."""
-        path = Path(path)
+        """Read, override and check a recipe; raises `RecipeError` with its problems at once."""
+        where = brief(path, 300)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: can't read this recipe: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not valid TOML: {error}") from error
+            values = _parsed(read_small(path, where, "recipe"))
+        except ValueError as error:
+            raise RecipeError(f"{where}: not valid TOML: {brief(error, 200)}") from error
         for override in overrides:
             _override(values, override)
         try:
-            return cls.check(values, where=str(path))
+            return cls.check(values, where)
         except RecipeError as error:
             named = [o for o in overrides if o.partition("=")[0].strip() in str(error)]
-            given = f" with {' '.join(named)}" if named else ""
-            raise RecipeError(str(error).replace(str(path), f"{path}{given}", 1)) from None
+            given = f" with {' '.join(map(brief, named[:MOST_SHOWN]))}" if named else ""
+            raise RecipeError(str(error).replace(where, f"{where}{given}", 1)) from None
 
     @classmethod
     def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:
         """Make a recipe from plain values."""
+        problems: dict[str, str] = {}  # by key
+        bounded = _bounded(values, (), cls, problems)
+        found = None
         try:
             # JSON mode: strict about types, but lists may fill tuples and strings may fill enums.
-            return cls.model_validate_json(json.dumps(values, default=_not_a_value))
+            found = cls.model_validate_json(json.dumps(bounded))
         except ValidationError as error:
-            problems = [_explain(cls, dict(e)) for e in error.errors()]
-            raise RecipeError(f"{where}:\n  " + "\n  ".join(dict.fromkeys(problems))) from None
+            told = tuple(f"{key}." for key in problems)
+            for each in map(dict, error.errors(include_url=False)):
+                key = _dotted(_place(each)[0])
+                if key not in problems and not key.startswith(told):
+                    problems[key] = _explain(cls, each) if len(problems) < MOST_PROBLEMS else ""
+        if found is None or problems:
+            lines = list(problems.values())
+            more = len(lines) - MOST_PROBLEMS
+            lines = [*lines[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
+            raise RecipeError(f"{where}:\n  " + "\n  ".join(lines))
+        return found
 
     def to_toml(self) -> str:
-        """Write the resolved recipe, complete and reusable."""
-        return _toml(self.model_dump(mode="json", exclude_none=True))
+        """Write the resolved recipe, complete and reusable, but for secrets in it."""
+        return _toml(redacted(self.model_dump(mode="json", exclude_none=True)))
 
     def sha256(self) -> str:
         """Digest of the resolved recipe: equal recipes, equal digests, whatever the file looked
-        like.
+        like, and whatever passwords its addresses have.
         """
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
@@ -75,52 +112,169 @@ class Recipe(Section):
 RecipeType = TypeVar("RecipeType", bound=Recipe)
 
 
-def _not_a_value(value: object) -> object:
-    raise RecipeError(f"{value!r}: a {type(value).__name__} has no place in a recipe; write a text")
+def read_small(path: Path | str, where: str, kind: str) -> str:
+    """The text of a small file, such as a recipe; raises `RecipeError`, in which `where` names
+    it.
+    """
+    problem = f"{where}: can't read this {kind}"
+    try:
+        path = Path(path)
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never begin, a device never end
+            raise RecipeError(f"{problem}: not a plain file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise RecipeError(f"{problem}: more than {MOST_BYTES:,} bytes")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{problem}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a zero byte in the path
+        raise RecipeError(f"{problem}: {error}") from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """TOML's values; raises `ValueError`."""
+    if DOTTED.search(text):
+        raise ValueError("a key has more than 100 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists or sections are nested too deeply") from error
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError("an integer has too many digits; 64 bits hold at most 19") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise RecipeError(f"{override!r}: an override reads section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word, such as a path
+        raise RecipeError(f"{brief(override)!r}: an override reads section.key=value")
+    if len(parts) > DEEPEST:
+        raise RecipeError(f"{brief(override)!r}: its key has more than {DEEPEST} parts")
     target = values
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise RecipeError(f"{override!r}: {part!r} is a value, not a section")
+            what = f"{brief(part)!r} is a value, not a section"
+            raise RecipeError(f"{brief(override)!r}: {what}")
     if text.strip():
-        target[parts[-1]] = value
+        target[parts[-1]] = _override_value(override, text)
     else:
         target.pop(parts[-1], None)
 
 
-def _explain(root: type[BaseModel], error: dict[str, Any]) -> str:
-    location = list(error["loc"])
+def _override_value(override: str, text: str) -> Any:  # Any: whatever TOML can hold
+    try:
+        found = _parsed(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()  # a bare word, such as a path
+    except ValueError as error:
+        raise RecipeError(f"{brief(override)!r}: {error}") from error
+    if len(found) > 1:
+        raise RecipeError(f"{brief(override)!r}: more than one value")
+    return found["value"]
+
+
+def _bounded(  # Any: what TOML and JSON can hold
+    value: Any, location: tuple[str | int, ...], root: type[BaseModel], problems: dict[str, str]
+) -> Any:
+    """The same value without what is beyond the bounds, which goes to the problems by key."""
+    fields = _fields(root, location) if isinstance(value, Mapping) else None
+    problem = _problem(value, is_free=fields is None, is_deep=len(location) > DEEPEST)
+    if problem is not None:
+        key = _dotted(location)
+        problems[key] = f"{key}: {problem}" if key else problem
+        return WRONG
+    if isinstance(value, list):
+        return [_bounded(item, (*location, i), root, problems) for i, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    unknown = [key for key in value if fields is not None and key not in fields]
+    if len(unknown) > MOST_KEYS:
+        key = _dotted((*location, "*"))
+        some = ", ".join(brief(name, 40) for name in unknown[:MOST_SHOWN])
+        problems[key] = f"{key}: unknown keys: {some} and {len(unknown) - MOST_SHOWN:,} more"
+        value = {name: value[name] for name in fields or () if name in value}
+    return {key: _bounded(item, (*location, key), root, problems) for key, item in value.items()}
+
+
+def _problem(value: Any, *, is_free: bool, is_deep: bool) -> str | None:  # Any: as above
+    """What is wrong with a value under any key; its parts are left aside."""
+    match value:
+        case None | bool():
+            return None
+        case str():
+            if len(value) > MOST_CHARACTERS:
+                return f"{len(value):,} characters, at most {MOST_CHARACTERS:,} are taken"
+            if NO_TEXT.search(value):
+                return f"must be a text in UTF-8 without zero bytes (got {ascii(brief(value))})"
+        case int() if not -(1 << 63) <= value < 1 << 63:
+            return "must be an integer of at most 64 bits"
+        case float() if math.isfinite(value) and abs(value) > LARGEST:
+            return f"must be within fp32, from -{LARGEST} to {LARGEST} (got {value})"
+        case int() | float():
+            return None
+        case list() | Mapping():
+            if is_deep:
+                return f"more than {DEEPEST} sections or lists within each other"
+            if isinstance(value, Mapping) and NO_TEXT.search("".join(value)):
+                return "its keys must be texts in UTF-8 without zero bytes"
+            most = MOST_ITEMS if isinstance(value, list) else MOST_KEYS
+            if len(value) > most and is_free:
+                return f"{len(value):,} values, at most {most:,} are taken"
+        case _:
+            kind = type(value).__name__
+            return f"a {kind} has no place in a recipe; write a text (got {brief(value)})"
+    return None
+
+
+def _place(error: Mapping[str, Any]) -> tuple[tuple[str | int, ...], bool]:
+    """The key that an error of pydantic is about, and whether it is one of several errors, one for
+    each type that a free value may have.
+    """
+    location = error["loc"]
     is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)
-    if is_scalar:  # one of several errors, one for each type that a free value may have
-        location.pop()
-    key = ".".join(str(part) for part in location)
+    return (location[:-1] if is_scalar else location), is_scalar
+
+
+def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> str:
+    location, is_scalar = _place(error)
+    key = _dotted(location)
     if error["type"] == "extra_forbidden":
-        known = _keys_at(root, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        known = list(_fields(root, location[:-1]) or ())
+        last = str(location[-1])
+        near = difflib.get_close_matches(last[:100], known, n=1)
         allowed = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {allowed}"
+        letters = "" if last.isascii() else f" ({brief(ascii(last))})"  # they may look like others
+        return f"{key}: unknown key{letters}; {allowed}"
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
-    message = error["msg"].removeprefix("Value error, ")
+    message = brief(error["msg"].removeprefix("Value error, "), 500)
     if is_scalar:
         message = "must be a string, a number or a boolean"
     value = error["input"]
-    shown = "" if isinstance(value, dict) else f" (got {value!r})"
+    shown = "" if isinstance(value, dict) else f" (got {_shown(value)})"
     return f"{key}: {message}{shown}" if key else message
 
 
-def _keys_at(root: type[BaseModel], location: Iterable[str | int]) -> list[str]:
+def _shown(value: Any) -> str:  # Any: whatever JSON can hold
+    if isinstance(value, list) and len(value) > MOST_ITEMS_SHOWN:
+        return f"{brief(repr(redacted(value[:MOST_ITEMS_SHOWN]))[:-1])}, ..."
+    return brief(repr(redacted(value)))
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """A key as a recipe has it, with long parts cut."""
+    parts = (str(part) for part in location)
+    return ".".join(
+        part if len(part) <= LONGEST_PART else brief(part, LONGEST_PART) for part in parts
+    )
+
+
+def _fields(root: type[BaseModel], location: Sequence[str | int]) -> Mapping[str, Any] | None:
+    """The keys of the section at a place; None where no section is, as in a table of free names."""
     model = root
     for part in location:
         field = model.model_fields.get(str(part))
@@ -128,9 +282,9 @@ def _keys_at(root: type[BaseModel], location: Iterable[str | int]) -> list[str]:
         candidates = [annotation, *get_args(annotation)]
         models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not models:
-            return list(model.model_fields)
+            return None
         model = models[0]
-    return list(model.model_fields)
+    return model.model_fields
 
 
 def _toml(values: Mapping[str, Any], prefix: str = "") -> str:

@@ -11,6 +11,7 @@ Weights that differ from the run's (rounded, or in 8 bits) are measured anew on 
 a card has no number of another model.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -97,7 +98,8 @@ def release(
         )
         if form != "dense":
             config = aside / "config.json"
-            write_json(config, {**provenance.read_json(config), **compact.CONFIG})
+            values = {**provenance.read_json(config), **compact.CONFIG}
+            write_text(config, json.dumps(values, indent=2) + "\n")  # as it is: it names classes
         verify(aside, stated)
         write_json(aside / "sparsity.json", stated)
         write_text(aside / "recipe.toml", steps[0].toml)
@@ -147,7 +149,8 @@ def unpack(directory: Path, output: Path) -> None:
     with new_directory(output) as aside:
         _copy(directory, aside)
         save_file(tensors, aside / PLAIN, {"format": "pt"})
-        write_json(aside / "config.json", {k: v for k, v in config.items() if k != compact.ENTRY})
+        values = {k: v for k, v in config.items() if k != compact.ENTRY}
+        write_text(aside / "config.json", json.dumps(values, indent=2) + "\n")
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)

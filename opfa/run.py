@@ -30,7 +30,7 @@ from uuid import uuid4
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opfa.errors import RunError
+from opfa.errors import RunError, redacted
 from opfa.files import write_json, write_text
 from opfa.recipe import Recipe
 
@@ -148,7 +148,7 @@ class Run:
                 resume="allow",
                 mode="offline" if mode == "offline" else "online",
                 dir=str(self.directory),
-                config=self.recipe.model_dump(mode="json"),
+                config=redacted(self.recipe.model_dump(mode="json")),
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.Error as error:
@@ -240,12 +240,12 @@ def check_output(
     path = directory / "recipe.toml"
     if not path.exists():
         raise RunError(f"{directory}: there is no run to resume here")
-    after = recipe.model_dump(mode="json")
+    after = tomllib.loads(recipe.to_toml())  # as that file is: without secrets
     before = tomllib.loads(path.read_text(encoding="utf-8"))
     for values in (before, after):
         for section in ("launch", "logging"):  # an old launch's files may be gone
             values.pop(section, None)
-    changed = _changes(type(recipe).check(before, str(path)).model_dump(mode="json"), after)
+    changed = _changes(tomllib.loads(type(recipe).check(before, str(path)).to_toml()), after)
     free = ("logging", "launch", "sweep.learning_rate")  # don't change what a run gives
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
@@ -330,7 +330,7 @@ def environment() -> dict[str, Any]:
             ],
         },
         "git_commit": commit,
-        "command": sys.argv[1:],
+        "command": redacted(sys.argv[1:]),
     }
 
 

@@ -26,7 +26,7 @@ import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError, RunError, redacted
 
 ATTEMPTS = 6  # in a row, without much progress
 PAUSE_SECONDS = 0.5  # after the first failure; then twice as long each time
@@ -231,4 +231,4 @@ def is_loopback(host: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL without the password that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", url)
+    return redacted(url)

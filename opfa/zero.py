@@ -6,13 +6,12 @@ exactly; what is not known here is refused too.
 """
 
 import json
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.errors import RecipeError
-from opfa.recipe import Recipe, Section
+from opfa.errors import RecipeError, brief, first_line
+from opfa.recipe import Recipe, Section, read_small
 
 IN_THE_RECIPE = {
     "train_batch_size": "training.batch",
@@ -101,15 +100,15 @@ class DeepSpeedFile(Recipe):
         """
         if path is None:
             return cls(zero_optimization=ZeroOptimization(stage=1 if processes == 1 else 2))
+        where = f"launch.deepspeed = {brief(path)!r}"
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_whole)
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"launch.deepspeed = {path!r}: can't read this file: {error}"
-            ) from error
+            values = json.loads(read_small(path, where, "file"), parse_float=_whole)
+        except (ValueError, OverflowError, RecursionError) as error:
+            what = first_line(error)
+            raise RecipeError(f"{where}: can't read this file: not JSON: {what}") from error
         if not isinstance(values, dict):
-            raise RecipeError(f"launch.deepspeed = {path!r}: must hold a JSON object")
-        return cls.check(values, where=f"launch.deepspeed = {path!r}")
+            raise RecipeError(f"{where}: must hold a JSON object")
+        return cls.check(values, where)
 
     @property
     def stage(self) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.recipe import Recipe, Section
+from opfa.recipe import Batch, Name, Recipe, Section, Seed
 from opfa.schedules import Gradual
 from opfa.sparsity.pattern import Pattern
 
@@ -66,9 +66,9 @@ class Task(Section):
     label: str = "label"  # question answering: the answers; token classification: the tags
     classes: tuple[str, ...] = ()  # names in label order; empty: taken from the training examples
     metrics: tuple[str, ...] = ("accuracy",)
-    sequence_tokens: int = Field(default=128, ge=8)
+    sequence_tokens: int = Field(default=128, ge=8, le=1 << 20)
     stride_tokens: int = Field(default=128, ge=1)  # overlap of neighbouring windows of one context
-    answer_tokens: int = Field(default=30, ge=1)  # longest answer span
+    answer_tokens: int = Field(default=30, ge=1, le=1 << 20)  # longest answer span
     n_best: int = Field(default=20, ge=1)  # start and end positions that are combined to spans
     has_unanswerable: bool = False  # questions may have no answer, as in SQuAD v2.0
     no_answer_threshold: float = 0.0  # "" is the answer when its logits lead by more than this
@@ -103,8 +103,8 @@ class Task(Section):
 class Training(Section):
     """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
 
-    epochs: float = Field(default=3.0, gt=0.0)
-    batch: int = Field(default=32, ge=1)
+    epochs: float = Field(default=3.0, gt=0.0, le=1e6)
+    batch: Batch = 32
     micro_batch: int | None = Field(default=None, ge=1)  # default: the whole batch in one pass
     learning_rate: float = Field(gt=0.0)
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)  # fraction of all steps
@@ -226,8 +226,8 @@ class Logging(Section):
 class FinetuneRecipe(Recipe):
     """One fine-tuning run."""
 
-    name: str
-    seed: int = Field(default=42, ge=0)
+    name: Name
+    seed: Seed = 42
     model: Model
     task: Task
     training: Training

@@ -2,16 +2,18 @@
 
 The default is the paper's: the weight of every `nn.Linear` of the encoder. Embeddings, the pooler
 and all heads are left out, upstream and downstream alike, because a head is thrown away by
-fine-tuning and a pooler that is pruned upstream and forgotten downstream would lose its zeros.
+fine-tuning, and the models of question answering and of tagging have no pooler. The reference
+prunes the pooler upstream. Its classification holds those zeros.
 """
 
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import regex  # as `re`, but with a limit on time
 from pydantic import field_validator
 
-from opfa.errors import RecipeError
+from opfa.errors import RecipeError, brief, first_line
 from opfa.recipe import Section
 
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
@@ -22,6 +24,9 @@ if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting
 # The path of a linear layer that belongs to a numbered encoder layer, in every family known:
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
+
+LONGEST_RULE = 500  # characters
+LONGEST_SECONDS = 0.2  # to look for a rule in one name; a nested repetition may take for ever
 
 
 class Pattern(Section):
@@ -42,10 +47,15 @@ class Pattern(Section):
     @classmethod
     def _check(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
         for rule in rules:
+            if len(rule) > LONGEST_RULE:
+                what = f"{brief(rule)!r}: {len(rule):,} characters"
+                raise ValueError(f"{what}, at most {LONGEST_RULE} are taken")
             try:
                 re.compile(rule)
-            except re.error as error:
-                raise ValueError(f"{rule!r}: not a regular expression: {error}") from error
+                regex.compile(rule)
+            except (re.error, regex.error, OverflowError, RecursionError) as error:
+                what = f"not a regular expression: {first_line(error)}"
+                raise ValueError(f"{brief(rule)!r}: {what}") from error
         return rules
 
     def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
@@ -86,7 +96,11 @@ class Pattern(Section):
 
 
 def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:
-    names = {name for name in layers if re.search(rule, name)}
+    try:
+        names = {name for name in layers if regex.search(rule, name, timeout=LONGEST_SECONDS)}
+    except TimeoutError as error:
+        what = f"takes more than {LONGEST_SECONDS:g} s for the name of one layer"
+        raise RecipeError(f"pruning.{key} = {brief(rule)!r}: {what}; write it simpler") from error
     if not names:
         some = ", ".join(list(layers)[:3])
         raise RecipeError(

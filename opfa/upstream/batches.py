@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from opfa.errors import DataError, RecipeError
+from opfa.errors import DataError, RecipeError, redacted
 from opfa.models import load_tokenizer
 from opfa.order import MicroBatches, Order, Place
 from opfa.upstream.corpus import FORMAT, OLD_FORMAT, tokenizer_digest
@@ -84,7 +84,7 @@ class Prepared:
         if found not in (FORMAT, OLD_FORMAT):
             raise DataError(f"{directory}: format {found!r}, and this version reads {FORMAT!r}")
         made_with = summary["corpus"]
-        for key, value in corpus.model_dump(mode="json", exclude=PATHS).items():
+        for key, value in redacted(corpus.model_dump(mode="json", exclude=PATHS)).items():
             if made_with[key] != value:
                 raise RecipeError(
                     f"corpus.{key} = {value!r}: but {directory} was prepared with "

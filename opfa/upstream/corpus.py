@@ -33,6 +33,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RunError, opening
+from opfa.files import write_json
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
@@ -111,7 +112,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         summary["splits"][name] = {"documents": len(part), **_measure(examples)}
         log.info("%s: %s", name, summary["splits"][name])
     summary["tokenizer_sha256"] = tokenizer_digest(tokenizer)
-    (work / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(work / "corpus.json", summary)
     shutil.rmtree(work / "cache", ignore_errors=True)
     return summary
 

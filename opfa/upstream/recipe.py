@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.recipe import Recipe, Section
+from opfa.recipe import Batch, Name, Recipe, Section, Seed, Steps
 from opfa.schedules import Gradual, LearningRate
 from opfa.sparsity.pattern import Pattern
 from opfa.zero import DeepSpeedFile
@@ -15,7 +15,7 @@ from opfa.zero import DeepSpeedFile
 class TokenizerTraining(Section):
     """A WordPiece tokenizer trained on the corpus."""
 
-    vocabulary: int = Field(default=30_522, ge=100)
+    vocabulary: int = Field(default=30_522, ge=100, le=1 << 24)
     lowercase: bool = True
     min_frequency: int = Field(default=2, ge=1)
 
@@ -34,7 +34,7 @@ class Corpus(Section):
     hub_split: str = "train"
     text_column: str = "text"
     objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"
-    sequence_tokens: int = Field(default=128, ge=8)
+    sequence_tokens: int = Field(default=128, ge=8, le=1 << 20)
     short_sequences: float = Field(
         default=0.1, ge=0.0, le=1.0
     )  # share of pairs cut shorter, as in BERT
@@ -42,7 +42,7 @@ class Corpus(Section):
     tokenizer: str | None = None
     train_tokenizer: TokenizerTraining | None = None
     bad_records: Literal["stop", "skip"] = "stop"  # skipped ones are listed in DIR/skipped.txt
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,8 +80,8 @@ class Masking(Section):
 class Training(Section):
     """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
 
-    steps: int = Field(ge=1)
-    batch: int = Field(ge=1)  # sequences per optimizer step, over all micro-batches and ranks
+    steps: Steps
+    batch: Batch  # sequences per optimizer step, over all micro-batches and ranks
     learning_rate: float = Field(gt=0.0)
     warmup_steps: int = Field(default=0, ge=0)
     rewind_learning_rate: bool = False
@@ -131,8 +131,12 @@ class Launch(Section):
     )  # sequences per rank and pass; default: all at once
     deepspeed: str | None = None
     compile: bool = False
-    workers: int = Field(default=0, ge=0)  # processes that load data ahead; 0: a thread does
-    timeout_seconds: float = Field(default=300.0, gt=0.0)  # a rank that hangs longer ends the job
+    workers: int = Field(
+        default=0, ge=0, le=1_024
+    )  # processes that load data ahead; 0: a thread does
+    timeout_seconds: float = Field(
+        default=300.0, gt=0.0, le=1e7
+    )  # a rank that hangs longer ends the job
 
     def deepspeed_file(self, processes: int = 1) -> DeepSpeedFile:
         """What the configuration file says; raises `RecipeError`."""
@@ -156,8 +160,8 @@ class Logging(Section):
 class PretrainRecipe(Recipe):
     """One upstream run. Without [pruning] it prepares a teacher."""
 
-    name: str
-    seed: int = Field(default=42, ge=0)
+    name: Name
+    seed: Seed = 42
     data: str = "prepared"  # the directory that `opfa prepare` wrote
     corpus: Corpus
     model: Model
