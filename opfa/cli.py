@@ -349,9 +349,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
+    _check_files({"--plot": plot})
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
-    _check_files({"--plot": plot})
     from opfa import inspection, tables
 
     found = inspection.inspect(model) if against is None else inspection.compare(model, against)
@@ -461,6 +461,7 @@ def bench_train(
     from opfa.bench_markdown import check_between, training_markdown, write_between
 
     if write is not None:
+        _check_files({"--write": write})
         check_between(write, BENCH_MARK)
     from opfa.bench_train import bench_train as execute
     from opfa.upstream.recipe import PretrainRecipe

@@ -65,6 +65,8 @@ def check_directory(directory: Path, output: Path | None = None, name: str = "")
     if not there.is_dir():
         raise RunError(f"{shown}: can't be made: {there} is {_kind(there)}")
     names = [name, *full.relative_to(there).parts]
+    if ".." in names:
+        raise RunError(f"{shown}: can't be made: it leads up from a directory that isn't there")
     try:
         most = os.pathconf(there, "PC_NAME_MAX")
         if max(len(os.fsencode(each)) for each in names) > most:
