@@ -1,55 +1,142 @@
-"""The directory beside an output in which it is made: by one process at a time, kept when that
-fails.
+"""Temporary places: where an output is made before it takes its name, by one process at a time.
 
-`.NAME.incomplete` holds `files`, which takes the output's name in the end, and `.lock`. A lock file
-beside the output would stay there for ever: to remove one is only safe where, as here, whoever gets
-a lock looks whether it is still that of the file with this name. The kernel frees the lock of a
-process that was killed.
+`.NAME.incomplete` beside the output holds `files`, which takes the output's name in the end, and
+`.lock`. A lock file beside the output would stay there for ever: to remove one is only safe where,
+as here, whoever gets a lock looks whether it is still that of the file with this name. The kernel
+frees the lock of a process that was killed.
+
+Temporary places are never links, whoever made them: what is found in their place and is no plain
+directory, or no plain file with one name, is removed, and what it points to stays as it is. So
+nothing outside can be emptied, overwritten or locked.
 """
 
 import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from opfa.errors import RunError
+
 FILES = "files"
 LOCK = ".lock"
+ENDINGS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 log = logging.getLogger(__name__)
 
 
+def temporary(path: Path) -> Path:
+    """The temporary place of an output."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory or a link (not what it points to); nothing may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether it is a directory, or a file that has no other name; links aren't followed."""
+    found = path.lstat()
+    is_file = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    return is_file or stat.S_ISDIR(found.st_mode)
+
+
 @contextlib.contextmanager
-def held(output: Path) -> Iterator[Path]:
-    """The directory `files` in which an output is made; another process waits for this one."""
-    aside = output.with_name(f".{output.name}.incomplete")
-    lock = _locked(aside, output)
+def held(output: Path, waiting: str | None = None) -> Iterator[Path]:
+    """The place `files` in which an output is made. While another process holds it, this one says
+    that it is `waiting`, or a `RunError` is raised. SIGTERM ends the block as Ctrl-C does.
+    """
+    aside = temporary(output)
+    made = [parent for parent in aside.absolute().parents if not parent.exists()]
+    file = _locked(aside, output, waiting)
     try:
-        yield aside / FILES
+        for path in aside.iterdir():
+            if path.name not in (FILES, LOCK):
+                remove(path)
+        with _ending_tidily():
+            yield aside / FILES
     finally:
         with contextlib.suppress(OSError):
             (aside / FILES).rmdir()  # only where nothing came
-        if not (aside / FILES).exists():
-            (aside / LOCK).unlink()
-            with contextlib.suppress(OSError):  # another process has made a lock of its own
-                aside.rmdir()
-        lock.close()
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(aside / FILES):
+                (aside / LOCK).unlink()
+                for path in (aside, *made):  # another process may be there already
+                    path.rmdir()
+        file.close()
 
 
-def _locked(aside: Path, output: Path) -> IO[bytes]:
+def lock(path: Path, waiting: Callable[[], None] | None = None) -> IO[str]:
+    """Hold a lock file until it is closed; while another process holds it, raise `BlockingIOError`,
+    or say that this one is `waiting`, and wait.
+
+    A link is replaced, a file with another name (a hard link) when no process holds it.
+    """
     while True:
+        if path.is_symlink() or not path.is_file():
+            remove(path)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                file.close()
+                raise
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # its last user has just removed it
+            if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                if is_plain(path):
+                    return file
+                remove(path)
+        file.close()
+
+
+def _locked(aside: Path, output: Path, waiting: str | None) -> IO[str]:
+    tell = None if waiting is None else lambda: log.info("%s: %s", output, waiting)
+    while True:
+        if aside.is_symlink() or not aside.is_dir():
+            remove(aside)
         aside.mkdir(parents=True, exist_ok=True)
         try:
-            lock = (aside / LOCK).open("ab")
-        except FileNotFoundError:
-            continue  # its last user has just removed it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(aside / LOCK, tell)
         except BlockingIOError:
-            log.info("%s: another process downloads to here; waiting for it", output)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), (aside / LOCK).stat()):
-                return lock
-        lock.close()  # of a file that its last user has removed
+            raise RunError(f"{output}: is being written by another process") from None
+        except FileNotFoundError:
+            continue  # its last user has just removed the directory
+
+
+@contextlib.contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """Let SIGTERM raise an exception here, as Ctrl-C does, so that what is half-written goes; and
+    leave both to this process alone, since a terminal's Ctrl-C reaches its children too.
+    """
+    process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        is_child = os.getpid() != process
+        if number == signal.SIGINT and not is_child:
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM and not is_child:
+            raise SystemExit(128 + number)
+        if number == signal.SIGTERM:
+            os._exit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    changed = [n for n, usual in ENDINGS.items() if is_main and signal.getsignal(n) == usual]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, ENDINGS[number])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from opfa.errors import RunError
-from opfa.files import write_text
+from opfa.files import check_file, write_text
 
 
 def training_markdown(result: dict[str, Any]) -> str:
@@ -51,14 +51,29 @@ def training_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_between(file: Path, mark: str) -> None:
+    """Raise `RunError` unless `write_between` can write there."""
+    check_file(file)
+    _around(file, mark)
+
+
 def write_between(file: Path, mark: str, text: str) -> None:
     """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`; raises `RunError` where
     they don't stand.
     """
+    before, after = _around(file, mark)
+    write_text(file, f"{before}{text}\n{after}")
+
+
+def _around(file: Path, mark: str) -> tuple[str, str]:
+    """What stands before and after, with the marks."""
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-    whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    try:
+        whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RunError(f"{file}: is not a text: {error}") from error
     before, found, rest = whole.partition(start)
     _, has_end, after = rest.partition(end)
     if not found or not has_end:
         raise RunError(f"{file}: has no {start.strip()} with {end} after it")
-    write_text(file, f"{before}{start}{text}\n{end}{after}")
+    return before + found, has_end + after

@@ -19,9 +19,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.anatomy import is_matrix
+from opfa.aside import remove
 from opfa.compact import tensors
 from opfa.errors import ModelError, RunError
-from opfa.files import new_directory, new_directory_at, remove, write_json, writing
+from opfa.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
 from opfa.manifest import digest
 from opfa.models import write_model
 from opfa.sparsity import masks
@@ -65,11 +66,10 @@ def save_point(
         }
         with writing(root, KEPT):
             (work / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
-            for path in (*work.rglob("*"), work):
-                _fsync(path)
+            sync_all(work)
             remove(final)
             os.replace(work, final)  # the commit point
-            _fsync(root)
+            sync(root)
         points = sorted(root.glob("step-*"))
         # newer ones are damaged, and those without a manifest were being removed
         kept = [p for p in points if p <= final and (p / MANIFEST).exists()][-keep:]
@@ -130,41 +130,45 @@ def problem_of(point: Path) -> str | None:
     return None
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_finished(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, Any]:
+    """Write a run's finished model, in the place of one that a stopped process left, as
+    `fill_finished` does; nothing is left where that fails.
+    """
+    with new_directory(directory, is_new=False) as aside:
+        return fill_finished(model, tokenizer, aside, write_more)
+
+
+def fill_finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    write_more: Callable[[Path], None] = lambda _: None,
+) -> dict[str, Any]:
     """Fuse a model and save it in plain transformers form with `sparsity.json`, verified from the
-    files.
+    files, in an empty directory.
 
     Returns the sparsity report: of what was masked, and of zeros that are elsewhere though nothing
-    held them, so that it says what inspecting the files says. Raises `ModelError`, and leaves
-    nothing, when the files don't hold the zeros of the masks.
+    held them, so that it says what inspecting the files says. Raises `ModelError` when the files
+    don't hold the zeros of the masks.
     """
-    with new_directory(directory) as aside:
-        write_more(aside)  # before the layers are plain again
-        held = list(masks_of(model))
-        if masked_layers(model):
-            fuse(model)
-        found = masks.nonzero_masks({name: model.get_parameter(name) for name in held})
-        others = {n: m for n, m in zero_masks(model).items() if is_matrix(n, m.shape)}
-        report = masks.report({**found, **others})
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ModelError(f"{name}: holds a non-finite value; this model is not saved")
-        write_model(model, tokenizer, aside)
-        write_json(aside / "sparsity.json", report)
-        verify(aside, report)
+    write_more(directory)  # before the layers are plain again
+    held = list(masks_of(model))
+    if masked_layers(model):
+        fuse(model)
+    found = masks.nonzero_masks({name: model.get_parameter(name) for name in held})
+    others = {n: m for n, m in zero_masks(model).items() if is_matrix(n, m.shape)}
+    report = masks.report({**found, **others})
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"{name}: holds a non-finite value; this model is not saved")
+    write_model(model, tokenizer, directory)
+    write_json(directory / "sparsity.json", report)
+    verify(directory, report)
     return report
 
 

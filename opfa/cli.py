@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, Redacting, RunError, redacted
-from opfa.files import named
+from opfa.files import check_directory, check_file, check_new, named
 from opfa.run import check_output
+from opfa.streams import secure
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,6 +75,12 @@ Endpoint = Annotated[
 ]
 INTERRUPTED = 130
 LONG_WORD = re.compile(r"\S{400,}")  # a path of 5,000 letters hides what is said of it
+TERMINATED = 128 + signal.SIGTERM  # in the middle of an output that isn't a run
+CONTINUED = (
+    "a run that had begun continues with the same command and --resume, a download with the same "
+    "command"
+)
+BENCH_MARK = "opfa bench train"  # of what `opfa bench train --write` replaces
 
 
 @app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
@@ -82,6 +90,7 @@ def prepare(
     overrides: Overrides = None,
 ) -> None:
     """Turn documents into tokenized, sharded pre-training examples."""
+    check_new(output)
     from opfa.upstream.recipe import PretrainRecipe
 
     checked = PretrainRecipe.read(recipe, overrides or ())
@@ -155,9 +164,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure a fine-tuned model on its task's validation splits."""
-    for option, path in (("--output", output), ("--predictions", predictions)):
-        if path is not None and path.is_dir():
-            raise RunError(f"{option} {path}: is a directory; give a file")
+    _check_files({"--output": output, "--predictions": predictions})
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
@@ -184,6 +191,7 @@ def calibrate(
     overrides: Overrides = None,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""
+    check_new(output)
     from opfa.downstream.recipe import FinetuneRecipe
 
     checked = FinetuneRecipe.read(recipe, overrides or ())
@@ -215,6 +223,8 @@ def export(
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
     if (verify is None) != (recipe is None):
         raise RunError("--verify and --recipe need each other: data, and what their columns mean")
+    check_new(output, "file")
+    _check_files({"--report": report})
     task = None
     if verify is not None and recipe is not None:
         from opfa.downstream.recipe import FinetuneRecipe
@@ -274,6 +284,7 @@ def release(
     """
     if push is None and (private or endpoint):
         raise RunError("--private and --endpoint are for --push")
+    check_new(output)
     runs = {}
     for pair in compare or ():
         label, _, path = pair.partition("=")
@@ -318,6 +329,7 @@ def unpack(
     output: Annotated[Path, typer.Option("--output", help="The plain one; must be new.")],
 ) -> None:
     """Write the plain form of a compact model, which transformers reads without opfa."""
+    check_new(output)
     from opfa.release import unpack as execute
 
     execute(directory, output)
@@ -344,6 +356,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
+    _check_files({"--plot": plot})
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
     from opfa import inspection, tables
@@ -412,6 +425,7 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", help="Where everything goes; must be new.")],
 ) -> None:
     """The whole method on a small model and four novelists, in minutes on a laptop."""
+    check_directory(output)
     from opfa.quickstart import quickstart as execute
 
     execute(output)
@@ -453,7 +467,11 @@ def bench_train(
     as_json: AsJson = False,
 ) -> None:
     """A pre-training step by part, and against the same step written plainly with transformers."""
-    from opfa.bench_markdown import training_markdown, write_between
+    from opfa.bench_markdown import check_between, training_markdown, write_between
+
+    if write is not None:
+        _check_files({"--write": write})
+        check_between(write, BENCH_MARK)
     from opfa.bench_train import bench_train as execute
     from opfa.upstream.recipe import PretrainRecipe
 
@@ -462,7 +480,7 @@ def bench_train(
     recipe = PretrainRecipe.read(given[0], given[1:]) if has_recipe else None
     result = execute(recipe, given, rounds)
     if write is not None:
-        write_between(write, "opfa bench train", training_markdown(result))
+        write_between(write, BENCH_MARK, training_markdown(result))
     if as_json:
         _print_json(result)
     else:
@@ -578,6 +596,18 @@ def _print_models(models: list[dict[str, Any]]) -> None:
     print("empty: not measured by this project")
 
 
+def _check_files(options: dict[str, Path | None]) -> None:
+    """Refuse options whose files can't be written, or are one."""
+    given = {option: path for option, path in options.items() if path is not None}
+    for option, path in given.items():
+        try:
+            check_file(path)
+        except RunError as error:
+            raise RunError(f"{option} {error}") from None
+    if len({path.absolute() for path in given.values()}) < len(given):
+        raise RunError(f"{' and '.join(given)}: are the same file; give two")
+
+
 def _print_export(output: Path, result: dict[str, Any]) -> None:
     table = Table("", "model", "ONNX", title=f"{output} ({result['precision']})")
     for key in ("bytes", "zeros"):
@@ -606,6 +636,7 @@ def _print_json(value: Any) -> None:  # Any: what JSON can hold
 
 def main() -> None:
     """Run a command and leave with its exit code."""
+    secure()
     arguments = sys.argv[1:]
     sys.argv[1:] = redacted(arguments)  # what wandb and other libraries keep of the command
     sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)
@@ -620,27 +651,32 @@ def run(arguments: list[str]) -> int:
     is_verbose = "--verbose" in arguments  # anywhere, also after the command
     try:
         status = app([a for a in arguments if a != "--verbose"], standalone_mode=False)
-    except OpfaError as error:
+        sys.stdout.flush()
+    except (OpfaError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
         if is_verbose:
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
-        if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
-            return error.status
-        return _refuse(str(error), error.status)
+        return _tell(error)
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
-    except OSError as error:
-        if error.errno is None:
+    except SystemExit as error:
+        if error.code != TERMINATED:
             raise
-        what = f"{error.filename}: " if error.filename else ""
-        return _refuse(f"{what}{named(error.errno)}; nothing half-written is kept")
+        return _refuse(f"told to end by SIGTERM; {CONTINUED}", TERMINATED)
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
-        return _refuse(
-            "interrupted; a run that had begun continues with the same command and --resume, a "
-            "download with the same command",
-            status,
-        )
+        return _refuse(f"interrupted; {CONTINUED}", status)
     return status if isinstance(status, int) else 0
+
+
+def _tell(error: OpfaError | OSError) -> int:
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{what}{named(error.errno or 0)}; nothing half-written is kept")
+    is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
+    if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
+        return error.status
+    return _refuse(str(error), error.status)
 
 
 def _refuse(message: str, status: int = 2) -> int:

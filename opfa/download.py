@@ -32,9 +32,9 @@ from rich.progress import (
 )
 
 from opfa import manifest
-from opfa.aside import held
+from opfa.aside import held, is_plain, remove
 from opfa.errors import ModelError, RunError
-from opfa.files import writing
+from opfa.files import check_new, writing
 from opfa.manifest import MANIFEST
 from opfa.origin import Source, source_of
 from opfa.transfer import Advance, shown
@@ -42,6 +42,7 @@ from opfa.transfer import Advance, shown
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
 MAX_CONFIG_BYTES = 1 << 24
 KEPT = "what has come is kept, and the same command goes on with it"
+WAITING = "another process downloads to here; waiting for it"
 log = logging.getLogger(__name__)
 
 
@@ -53,10 +54,12 @@ def download(
     The name is one of `opfa list`, of the Hub, a URL, or a local directory. An output that holds
     the same release already is left as it is.
     """
+    if not output.is_dir():
+        check_new(output)
     output = output.absolute()
     with writing(output, KEPT):
         source = source_of(name, revision, endpoint)
-        with held(output) as aside:
+        with held(output, WAITING) as aside:
             if os.path.lexists(output):
                 _check_same(output, source)
                 log.info("%s: is complete already", output)
@@ -75,11 +78,13 @@ def download(
 
 def _fill(source: Source, directory: Path, name: str) -> None:
     """Bring every file into a directory that may have some already, and verify each."""
+    if directory.is_symlink() or not directory.is_dir():
+        remove(directory)
     directory.mkdir(exist_ok=True)
     for path in sorted(directory.rglob("*"), reverse=True):
-        is_kept = path.is_dir() or path.relative_to(directory).as_posix() in source.files
-        if path.is_symlink() or not is_kept:
-            path.unlink()
+        is_wanted = path.relative_to(directory).as_posix() in source.files
+        if not is_plain(path) or is_wanted == path.is_dir():
+            remove(path)
     needed = sum(file.size for file in source.files.values())
     here = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free = shutil.disk_usage(directory).free

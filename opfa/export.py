@@ -4,20 +4,18 @@ A file gets its name only when its zeros are those of the model, and, where data
 ONNX Runtime answers as torch does.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opfa import quant
 from opfa.downstream import tasks
 from opfa.downstream.recipe import Task
 from opfa.errors import ModelError, RunError
-from opfa.files import work_directory, write_json
+from opfa.files import check_file, check_new, sync_all, work_directory, write_json
 from opfa.inspection import check_stated, directory_of
 from opfa.models import load_finetuned_model, load_tokenizer
 from opfa.onnx_graph import (
@@ -48,8 +46,11 @@ def export(
     With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
     leaves only the report, when the two don't agree.
     """
-    if output.exists():
-        raise RunError(f"{output}: exists already; give a new file")
+    check_new(output, "file")
+    if report is not None:
+        check_file(report)
+        if report.absolute() == output.absolute():
+            raise RunError(f"--report {report}: is the output too; give another file")
     ranges = directory_of(name) / quant.FILE
     is_int8 = ranges.is_file() if is_int8 is None else is_int8
     if is_int8 and not ranges.is_file():
@@ -57,13 +58,19 @@ def export(
             f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
             "[quantization], or use `opfa calibrate`"
         )
-    stated = check_stated(name)
-    tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
-    split = None
-    if task is not None:
-        tasks.check_head(task, model.config)
-        split = tasks.load_validation(task, tokenizer, model.config)
-    with _appearing(output, model, tokenizer) as aside:
+    with work_directory(output) as aside:
+        check_new(output, "file")  # again: another process may have just made it
+        stated = check_stated(name)
+        tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
+        model.config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if (aside / output.name).exists():
+            raise RunError(f"{output}: is the name of one of the model's files; give FILE.onnx")
+        _check_others(aside, output)
+        split = None
+        if task is not None:
+            tasks.check_head(task, model.config)
+            split = tasks.load_validation(task, tokenizer, model.config)
         log.info("%s: tracing", name)
         graph = trace(model, input_names(model, tokenizer.model_input_names))
         if is_int8:
@@ -80,6 +87,7 @@ def export(
             write_json(report, {**result, "problems": wrong})
         if wrong:
             raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
+        _move(aside, output)
     return result
 
 
@@ -105,21 +113,19 @@ def _zeros(
     return {"bytes": sizes, "zeros": zeros, "fingerprint": fingerprints}, wrong
 
 
-@contextlib.contextmanager
-def _appearing(
-    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Path]:
-    """A directory with configuration and tokenizer, to be filled; its files move to where `output`
-    is when the block ends well, `output` last, and replace nothing that is different.
-    """
-    with work_directory(output) as aside:
-        model.config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        for path in aside.iterdir():
-            other = output.with_name(path.name)
-            if other.exists() and other.read_bytes() != path.read_bytes():
+def _check_others(aside: Path, output: Path) -> None:
+    """Refuse to replace what is different beside the output."""
+    for path in aside.iterdir():
+        other = output.with_name(path.name)
+        if path.name != output.name and os.path.lexists(other):
+            check_file(other)
+            if other.read_bytes() != path.read_bytes():
                 raise RunError(f"{other}: is there and is different; give a directory of its own")
-        yield aside
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
-            os.replace(path, output.with_name(path.name))
-        aside.rmdir()
+
+
+def _move(aside: Path, output: Path) -> None:
+    """Let the files appear, `output` last."""
+    _check_others(aside, output)
+    sync_all(aside)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
+        os.replace(path, output.with_name(path.name))

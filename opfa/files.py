@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and outputs that are checked before any work is done.
 
-What is not finished is in a temporary place beside the output, `.NAME.incomplete`. It is always
-made anew and never through a link, so nothing outside of it can be emptied or overwritten.
+What is not finished is in the output's temporary place (`opfa.aside`), from which it moves to its
+name by one rename. `writing` is the one place that says what a disk refused.
 """
 
 import contextlib
@@ -16,31 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opfa.aside import held, remove, temporary
 from opfa.errors import OpfaError, RunError, redacted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK = {*FULL, errno.EIO, errno.EROFS}  # what is of a disk, whichever library met it
 FULL_BELOW = 1 << 20  # bytes free; a failed write leaves less than its next block
 OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")  # Rust's words and Python's
+PATH_BYTES = 4096  # the longest path
+BELOW = 200  # bytes of it that stay free for what a command makes below its output
 
 
-def temporary(path: Path) -> Path:
-    """The temporary place of an output."""
-    return path.with_name(f".{path.name}.incomplete")
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a directory or a link (not what it points to); nothing may be there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def check_new(path: Path) -> None:
-    """Raise `RunError` unless a new file or directory can be made here, parents included."""
+def check_new(path: Path, what: str = "directory") -> None:
+    """Raise `RunError` unless a new directory, or file, can be made here, parents included."""
     if _status(path) is not None:
-        raise RunError(f"{path}: exists already; give a new name")
-    _check_parent(path)
+        raise RunError(f"{path}: exists already; give a new {what}")
+    _check_name(path)
 
 
 def check_file(path: Path) -> None:
@@ -51,40 +42,69 @@ def check_file(path: Path) -> None:
     if found is not None and not stat.S_ISREG(found.st_mode):
         what = "a directory; give a file" if stat.S_ISDIR(found.st_mode) else "not a plain file"
         raise RunError(f"{path}: is {what}")
-    _check_parent(path)
+    _check_name(path)
+
+
+def _check_name(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise RunError(f"{str(path)!r}: is no name for an output")
+    check_directory(path.parent, path, temporary(path).name)
+
+
+def check_directory(directory: Path, output: Path | None = None, name: str = "") -> None:
+    """Raise `RunError` unless files can be written in this directory, or it can be made. The
+    message is about `output`, whose name there is `name`; without them about the directory.
+
+    A nameless file is made in the nearest directory that is there: rights, quotas and read-only
+    disks all say no to that.
+    """
+    output = directory if output is None else output
+    _status(output)
+    shown, full = _short(output), directory.absolute()
+    there = next(path for path in (full, *full.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RunError(f"{shown}: can't be made: {there} is {_kind(there)}")
+    names = [name, *full.relative_to(there).parts]
+    if ".." in names:
+        raise RunError(f"{shown}: can't be made: it leads up from a directory that isn't there")
+    try:
+        most = os.pathconf(there, "PC_NAME_MAX")
+        if max(len(os.fsencode(each)) for each in names) > most:
+            raise RunError(f"{shown}: can't be made: its name is too long")
+        if len(os.fsencode(full / name)) > PATH_BYTES - BELOW:
+            raise RunError(f"{shown}: can't be made: its path is too long")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RunError(f"{shown}: can't be made: {there}: {_reason(error)}") from error
 
 
 def _status(path: Path) -> os.stat_result | None:
     """What is at a path, links not followed; None where there is nothing."""
     try:
         return path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RunError(f"{str(path)[:200]}: can't be made: {reason}") from error
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return None
+        raise RunError(f"{_short(path)}: can't be made: {_reason(error)}") from error
 
 
-def _check_parent(path: Path) -> None:
-    """Make a nameless file in the nearest directory that is there: rights, quotas and read-only
-    disks all say no to that.
-    """
-    missing = [temporary(path)]
-    for parent in path.absolute().parents:
-        if os.path.lexists(parent):
-            break
-        missing.append(parent)
-    else:
-        raise RunError(f"{path}: can't be made")
-    try:
-        most = os.pathconf(parent, "PC_NAME_MAX")
-        if long := [each for each in missing if len(os.fsencode(each.name)) > most]:
-            raise RunError(f"{str(long[0])[:200]}: can't be made: its name is too long")
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunError(f"{path}: can't be made: {parent}: {reason}") from error
+def _kind(path: Path) -> str:
+    """What stands in the way of a directory."""
+    if path.is_file():
+        return "a file"
+    return "a link that leads nowhere" if path.is_symlink() else "not a directory"
+
+
+def _short(path: Path) -> str:
+    return text if len(text := str(path)) <= 300 else f"{text[:200]}..."
+
+
+def _reason(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    return str(error) if number is None else named(number)
 
 
 @contextlib.contextmanager
@@ -106,26 +126,64 @@ def writing(where: Path, kept: str = "nothing half-written is kept") -> Iterator
 def refusal(error: BaseException, where: Path) -> str | None:
     """Why a disk refused something, if that is what an error is about.
 
-    torch, safetensors and tokenizers report a disk's refusal as errors of their own. Their texts
-    are read, and where those say nothing, the disk is asked whether it is full.
+    torch, safetensors and tokenizers report a disk's refusal as errors of their own. Their causes
+    and texts are read, and where those say nothing, the disk is asked whether it is full.
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            what = f"{seen.filename}: " if seen.filename not in (None, str(where)) else ""
-            return f"{what}{named(seen.errno)}"
-        if found := OS_ERROR.search(str(seen)):
-            return named(int(found[1] or found[2]))
+        number = _number(seen)
+        is_ours = seen is error and _is_beside(seen, where)
+        if number is not None and (number in DISK or is_ours):
+            name = seen.filename if isinstance(seen, OSError) else None
+            what = f"{name}: " if name not in (None, str(where)) else ""
+            return f"{what}{named(number)}"
         seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError):
+        return None
     there = next(p for p in (where, *where.absolute().parents) if p.exists())
     is_full = shutil.disk_usage(there).free < FULL_BELOW
     return named(errno.ENOSPC) if is_full else None
+
+
+def _number(error: BaseException) -> int | None:
+    """The number of an operating system's error, which its type or its text tells."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = OS_ERROR.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def _is_beside(error: BaseException, where: Path) -> bool:
+    """Whether it is about an output or a file near it, and not about one that was read."""
+    if not isinstance(error, OSError):
+        return False
+    name = error.filename
+    return name is None or Path(os.fsdecode(name)).absolute().is_relative_to(
+        where.absolute().parent
+    )
 
 
 def named(number: int) -> str:
     """What an error number means, as a part of a sentence."""
     text = os.strerror(number)
     return text[0].lower() + text[1:]
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on its disk; some disks say only then that they are
+    full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(directory: Path) -> None:
+    """`sync` a directory with everything in it."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
 
 
 def new_directory_at(path: Path) -> None:
@@ -136,25 +194,29 @@ def new_directory_at(path: Path) -> None:
 
 @contextlib.contextmanager
 def work_directory(final: Path) -> Iterator[Path]:
-    """An empty temporary directory beside an output, removed when the block ends badly."""
-    work = temporary(final)
-    with writing(final):
+    """An empty temporary directory of this process alone, in which an output is made, and which is
+    removed when the block ends.
+    """
+    with writing(final), held(final) as work:
         new_directory_at(work)
         try:
             yield work
-        except BaseException:
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            raise
 
 
 @contextlib.contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its name when the block ends well, in the place of an older
-    one, and is removed when it doesn't.
+def new_directory(final: Path, *, is_new: bool = True) -> Iterator[Path]:
+    """A directory to fill, which takes its name when the block ends well, and is removed when it
+    doesn't. Unless `is_new`, it takes the place of an older one.
     """
     with work_directory(final) as work:
+        if is_new:
+            check_new(final)  # again: another process may have just made it
         yield work
-        remove(final)  # of a run that was stopped before it was done
+        sync_all(work)
+        if not is_new:
+            remove(final)
         os.replace(work, final)
 
 
@@ -163,21 +225,14 @@ def new_file(final: Path) -> Iterator[Path]:
     """A place to write a file, which takes its name when the block ends well, in the place of an
     older one, and is removed when it doesn't.
     """
-    work = temporary(final)
-    with writing(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with writing(final), held(final, "another process writes this; waiting for it") as work:
         remove(work)
         try:
             yield work
-            descriptor = os.open(work, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(work)
             os.replace(work, final)
-        except BaseException:
-            work.unlink(missing_ok=True)
-            raise
+        finally:
+            remove(work)
 
 
 def write_text(path: Path, text: str) -> None:

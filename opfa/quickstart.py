@@ -23,7 +23,7 @@ from opfa import report
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
-from opfa.files import write_json, write_text
+from opfa.files import check_directory, new_directory, write_json, write_text
 from opfa.inspection import inspect
 from opfa.models import load_pretraining_model
 from opfa.order import generator
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 def quickstart(output: Path) -> dict[str, Any]:
     """Run everything into a new directory; print and return what came out."""
+    check_directory(output)
     if output.exists() and any(output.iterdir()):
         raise RunError(f"{output}: is not empty; give a new directory")
     start = time.monotonic()
@@ -89,19 +90,18 @@ def write_data(directory: Path) -> float:
     """Cut the books into documents and labelled passages; the share of the most frequent class
     among those held out.
     """
-    directory.mkdir(parents=True)
     with importlib.resources.as_file(
         importlib.resources.files("opfa") / "data/books.jsonl.zst"
     ) as file:
         chapters = [record for _, record in read_records(file)]
     train = [chapter for chapter in chapters if chapter["split"] == "train"]
     held_out = [chapter for chapter in chapters if chapter["split"] == "heldout"]
-    _write(directory / "documents.jsonl", ({"text": chapter["text"]} for chapter in train))
-    passages = _passages(train)
+    passages, validation = _passages(train), _passages(held_out)
     order = generator(0).permutation(len(passages))[:NUM_LABELLED]
-    _write(directory / "train.jsonl", (passages[index] for index in order))
-    validation = _passages(held_out)
-    _write(directory / "validation.jsonl", validation)
+    with new_directory(directory) as aside:
+        _write(aside / "documents.jsonl", ({"text": chapter["text"]} for chapter in train))
+        _write(aside / "train.jsonl", (passages[index] for index in order))
+        _write(aside / "validation.jsonl", validation)
     counts = Counter(passage["author"] for passage in validation)
     return max(counts.values()) / len(validation)
 

@@ -13,7 +13,6 @@ a card has no number of another model.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from opfa.checkpoint import model_digest, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
-from opfa.files import new_directory, write_json, write_text
+from opfa.files import check_new, new_directory, write_json, write_text
 from opfa.inspection import check_stated, inspect, stated_report
 from opfa.provenance import Row
 from opfa.weights import PLAIN, Dtype, Format, write_weights
@@ -74,7 +73,7 @@ def release(
     or `RunError`, and leaves nothing, when a check fails.
     """
     name = name or output.name
-    _check_output(output)
+    check_new(output)
     _check_name(name, "--name")
     if embeddings is not None and form != "compact-int8":
         raise RunError(f"--embeddings is for compact-int8, and this is {form}")
@@ -139,16 +138,15 @@ def release(
 
 def unpack(directory: Path, output: Path) -> None:
     """Write the plain form of a compact model: what transformers reads without opfa."""
-    _check_output(output)
+    check_new(output)
     packed = directory / compact.FILE
     if not packed.is_file():
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")
     stated = stated_report(directory)
     config = provenance.read_json(directory / "config.json")
-    tensors = dict(compact.tensors(packed))
     with new_directory(output) as aside:
         _copy(directory, aside)
-        save_file(tensors, aside / PLAIN, {"format": "pt"})
+        save_file(dict(compact.tensors(packed)), aside / PLAIN, {"format": "pt"})
         values = {k: v for k, v in config.items() if k != compact.ENTRY}
         write_text(aside / "config.json", json.dumps(values, indent=2) + "\n")
         if stated is not None:
@@ -178,15 +176,6 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
             f"to try again: opfa push {directory} {name}"
         ) from error
     return str(commit.commit_url)
-
-
-def _check_output(output: Path) -> None:
-    if os.path.lexists(output):
-        raise RunError(f"{output}: exists already; give a new directory")
-    try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{output}: can't be made: {error.strerror}") from error
 
 
 def _check_name(name: str, what: str) -> None:

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opfa.anatomy import layer_labels, short_kinds
+from opfa.files import new_directory, new_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 ALL = "whole layer"
@@ -28,10 +29,10 @@ def pretraining_pictures(
     rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
 ) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
-    directory.mkdir(parents=True, exist_ok=True)
-    loss_picture(rows, metric, directory / "loss.png")
-    learning_rate_picture([row for row in rows if not row.get("eval")], directory)
-    sparsity_picture(sparsity, directory)
+    with new_directory(directory, is_new=False) as aside:
+        loss_picture(rows, metric, aside / "loss.png")
+        learning_rate_picture([row for row in rows if not row.get("eval")], aside)
+        sparsity_picture(sparsity, aside)
 
 
 def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
@@ -65,7 +66,6 @@ def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
     """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
     training = [row for row in rows if not row.get("eval")]
     evaluations = [row for row in rows if row.get("eval")]
-    directory.mkdir(parents=True, exist_ok=True)
     figure, axes = _axes("Step", "Training loss")
     axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
@@ -77,9 +77,10 @@ def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
         right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
         right.set_ylabel(f"Held-out {metric} (star: finished)", color=GREEN)
         right.spines["top"].set_visible(False)
-    _save(figure, directory / "loss.png")
-    learning_rate_picture(training, directory)
-    sparsity_picture(sparsity, directory)
+    with new_directory(directory, is_new=False) as aside:
+        _save(figure, aside / "loss.png")
+        learning_rate_picture(training, aside)
+        sparsity_picture(sparsity, aside)
 
 
 def learning_rate_picture(rows: Sequence[Row], directory: Path) -> None:
@@ -116,7 +117,6 @@ def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.set_xticks([], minor=True)
-    path.parent.mkdir(exist_ok=True)
     _save(figure, path)
 
 
@@ -232,5 +232,8 @@ def _tidy(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        with new_file(path) as work:
+            figure.savefig(work, dpi=120, format="png")
+    finally:
+        plt.close(figure)

@@ -12,7 +12,6 @@
 A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -30,8 +29,9 @@ from uuid import uuid4
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opfa.aside import lock
 from opfa.errors import RunError, redacted
-from opfa.files import write_json, write_text
+from opfa.files import check_directory, write_json, write_text, writing
 from opfa.recipe import Recipe
 
 Row = dict[str, Any]  # step and eval, then numbers
@@ -49,6 +49,7 @@ STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
 NO_NUMBERS = ("step", "eval", "final")
 # Zero where a recipe has no such term, and then not on the console.
 OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
+CONTINUED = "the run continues from its newest resume point with --resume"
 log = logging.getLogger(__name__)
 
 
@@ -78,10 +79,11 @@ class Run:
         self._wandb: Any = None  # wandb's Run, if any
         self._progress: Progress | None = None
         if is_writer:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(directory)
-            (directory / "stopped").unlink(missing_ok=True)
-            write_text(directory / "recipe.toml", recipe.to_toml())
+            with writing(directory):
+                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(directory)
+                (directory / "stopped").unlink(missing_ok=True)
+                write_text(directory / "recipe.toml", recipe.to_toml())
 
     @property
     def is_done(self) -> bool:
@@ -173,7 +175,8 @@ class Run:
         """Write one row everywhere."""
         if not self.is_writer:
             return
-        with (self.directory / "metrics.jsonl").open("a") as file:
+        path = self.directory / "metrics.jsonl"
+        with writing(path, CONTINUED), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             step = row["step"]
@@ -226,13 +229,11 @@ def check_output(
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if there.is_dir() and not os.access(there, os.W_OK):
-        raise RunError(f"{directory}: can't be written, {there} doesn't let you")
-    if there != directory and not there.is_dir():
-        raise RunError(f"{directory}: can't be made, {there} is a file")
+    check_directory(directory)
+    for name in ("checkpoints", "model", "report", "wandb"):
+        check_directory(directory / name)
     if not resume:
-        if directory.exists() and (directory.is_file() or _has_more_than_a_start(directory)):
+        if directory.exists() and _has_more_than_a_start(directory):
             raise RunError(
                 f"{directory}: holds another run or other files; give a new directory, or --resume"
             )
@@ -278,12 +279,12 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
 
 def _locked(directory: Path) -> IO[str]:
     """Hold RUN/.lock until this process ends; raises `RunError` while another one does."""
-    file = (directory / ".lock").open("a+")
+    path = directory / ".lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = lock(path)
     except BlockingIOError:
-        file.seek(0)
-        raise RunError(f"{directory}: is being trained already, by {file.read()}") from None
+        who = path.read_text(encoding="utf-8")
+        raise RunError(f"{directory}: is being trained already, by {who}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"errors", "anatomy", "clock"},
+    {"aside"},
     {"recipe", "files", "order", "sparsity.structure"},
     {
         "tables",
@@ -21,7 +22,7 @@ LEVELS = [
         "state",
         "distributed",
         "index",
-        "aside",
+        "streams",
     },
     {"sparsity.pattern", "sparsity.layers", "upstream.masking", "compact", "transfer"},
     {"loading"},

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from opfa import quant
-from opfa.checkpoint import model_digest, write_finished
+from opfa.checkpoint import fill_finished, model_digest
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.engine import choose_accelerator
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError
+from opfa.files import check_new, new_directory
 from opfa.inspection import directory_of, inspect
 from opfa.models import load_config, load_tokenizer
 from opfa.order import generator
@@ -36,8 +37,15 @@ def calibrate(
     of their contexts. Of `[quantization]`, what concerns training (`start`, `freeze`, `momentum`)
     has no meaning here.
     """
-    if output.exists():
-        raise RunError(f"{output}: exists already; give a new directory")
+    check_new(output)
+    with new_directory(output) as aside:
+        found = _calibrated(name, recipe, aside, num_examples)
+    return {**found, "model_sha256": model_digest(output)}
+
+
+def _calibrated(
+    name: str, recipe: FinetuneRecipe, directory: Path, num_examples: int
+) -> dict[str, Any]:
     if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
     task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
@@ -65,8 +73,8 @@ def calibrate(
     _observe(model, loader, device)
     quant.start(model)
     after = evaluate(model, task, validation, batch=64, device=device)
-    report = write_finished(
-        model, tokenizer, output, lambda directory: quant.save(model, directory / quant.FILE)
+    report = fill_finished(
+        model, tokenizer, directory, lambda to: quant.save(model, to / quant.FILE)
     )
     return {
         "task": recipe.name,
@@ -74,7 +82,6 @@ def calibrate(
         "int8": after,
         "examples": num_seen,
         "sparsity": report["total"]["sparsity"],
-        "model_sha256": model_digest(output),
     }
 
 

@@ -287,7 +287,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "ranges": quant.ranges(self.student),
             }
-            torch.save(state, directory / "state.pt")
+            with (directory / "state.pt").open("wb") as file:  # torch's own hides why it fails
+                torch.save(state, file)
             mask_files.save(masks_of(self.student), directory / "masks.safetensors")
 
         keep = self.recipe.logging.keep_checkpoints

@@ -6,6 +6,7 @@ nothing. Masking is not done here but anew in every epoch. The directory appears
 when it is complete.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,8 +33,8 @@ from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from opfa.errors import DataError, RunError, opening
-from opfa.files import write_json
+from opfa.errors import DataError, opening
+from opfa.files import check_new, new_directory, write_json
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
@@ -54,21 +55,22 @@ def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
     """Write the examples of a corpus, and its tokenizer, to a new directory; returns what
     `corpus.json` says.
     """
-    if output.exists():
-        raise RunError(f"{output}: exists already; give a new directory")
-    work = output.with_name(f"{output.name}.incomplete-{os.getpid()}")
-    work.mkdir(parents=True)
+    check_new(output)
+    with _bars(), new_directory(output) as work:
+        return _prepare(corpus, work)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """Let `datasets` draw progress bars on a terminal only."""
     had_bars = not are_progress_bars_disabled()
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        summary = _prepare(corpus, work)
-        os.replace(work, output)
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         if had_bars:
             enable_progress_bars()
-    return summary
 
 
 def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
