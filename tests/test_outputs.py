@@ -1,4 +1,4 @@
-"""Outputs that can't be written: each command says so first, in one message, and touches nothing."""
+"""Outputs that can't be written: each command says so first and touches nothing."""
 
 import os
 import subprocess
