@@ -160,7 +160,8 @@ def test_an_output_without_the_right_to_write_is_refused(place: Path, tmp_path: 
     closed.mkdir(mode=0o755)
     code = f"""
 import os, sys
-from opfa import cli, download  # while this interpreter's own files can be read
+import encodings.utf_8_sig  # while this interpreter's own files can be read
+from opfa import cli, download
 os.seteuid(65534)
 for words in {[words_of(command, "CLOSED/out.png") for command in COMMANDS]!r}:
     words = [word.replace("CLOSED", sys.argv[1]) for word in words]
