@@ -44,6 +44,7 @@ def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto
     axes = ("batch", "choices", "tokens") if head == "MultipleChoice" else ("batch", "tokens")
     extents = (2, 3, 5)[: len(axes)]  # 0 and 1 would be taken for constants
     example = {name: torch.zeros(extents, dtype=torch.long) for name in input_names}
+    weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     outputs = ("start_logits", "end_logits") if head == "QuestionAnswering" else ("logits",)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -57,9 +58,15 @@ def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto
             verbose=False,
         )
         assert program is not None, "the exporter was asked for a program"
+        initializers = program.model.graph.initializers.values()
+        matrices = [(item, item.const_value) for item in initializers if item.name in weights]
+        for item, _ in matrices:  # equal small ones, such as zeros, would become one
+            item.const_value = None
         optimizer.optimize_ir(
             program.model, should_fold=lambda node: False if node.op_type == "Transpose" else None
         )
+        for item, values in matrices:
+            item.const_value = values
     graph = program.model_proto
     for item in (*graph.graph.node, *graph.graph.value_info):
         item.ClearField("metadata_props")  # paths of this machine
@@ -75,15 +82,17 @@ def input_names(model: PreTrainedModel, tokenizer_names: Sequence[str]) -> list[
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's warnings, which concern its authors."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def quantize(proto: onnx.ModelProto, model: nn.Module) -> None:
