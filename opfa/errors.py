@@ -27,8 +27,8 @@ NAME = rf"(?<![a-z0-9_-])(?:{SECRET})"
 QUOTED = r"""(?P<q>\\?["'])(?:[^"'\\\n]|\\.|(?!(?P=q))["'])*?(?P=q)"""
 PORT = r"""\d{1,5}(?:[\s/?#:,;)\]'"]|$)"""
 SECRETS = [  # a secret between two groups that are shown; case is ignored
-    # a password in an address; it may hold "@", ":" and "/" itself
-    rf"""(:\\?/\\?/)(?:[^\s/:@[]+:(?!\s|{PORT})(?:\S*|[^\n@]*)|[^\s/?#'"<>]*)(@)""",
+    # a password in an address, which may hold "@", ":" and "/"; a path has one "/" of two
+    rf"""(:\\?/\\?/|https?:/)(?:[^\s/:@[]+:(?!\s|{PORT})(?:\S*|[^\n@]*)|[^\s/?#'"<>]*)(@)""",
     r"(%3a%2f%2f)(?:(?!%2f)[^\s&/])*?(%40)",
     rf"""({NAME}["']?(?:=| = ))(?:{QUOTED}|[^\s&'"]+)()""",
     rf"({NAME}(?:\\?[\"'])\s*:\s*){QUOTED}()",  # as in JSON

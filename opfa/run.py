@@ -143,8 +143,8 @@ class Run:
             write_text(path, uuid4().hex)
         try:
             self._wandb = wandb.init(
-                project=project,
-                group=name,
+                project=redacted(project),
+                group=redacted(name),
                 name=str(self.directory),
                 id=path.read_text(encoding="utf-8"),
                 resume="allow",
