@@ -2,9 +2,9 @@
 
 Sparsity follows Zhu & Gupta (2017), eq. 1, from `start` to `end`:
     s_t = s_f + (s_i - s_f) * (1 - (t - t0) / (t1 - t0)) ** 3
-and then stays at the target. Masks are updated every `every` steps from `start` until `hold_until`:
-after the ramp a mask may still exchange weights at constant sparsity, after `hold_until` it never
-changes again.
+and then stays at the target; s_i, `initial`, is the size of the first step. Masks are updated every
+`every` steps from `start` until `hold_until`: after the ramp a mask may still exchange weights at
+constant sparsity, after `hold_until` it never changes again.
 
 The learning rate warms up linearly, then falls linearly to zero. With rewinding (Renda et al.,
 2020; Prune Once for All, section 3) each mask update of the ramp sets the decay back to its
@@ -55,6 +55,8 @@ class Gradual(Section):
             return 0.0
         if step >= self.end:
             return self.target
+        if step == self.start:
+            return self.initial  # the formula's rounding could prune one weight more or less
         remaining = 1 - (step - self.start) / (self.end - self.start)
         return self.target + (self.initial - self.target) * remaining**3
 

@@ -6,18 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import finetune_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     DistilBertConfig,
     ModernBertConfig,
@@ -27,13 +23,9 @@ from transformers import (
 
 import opfa
 from opfa import quant
-from opfa.downstream.calibrate import calibrate
-from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
-from opfa.export import export
 from opfa.models import quiet_transformers
-from opfa.release import release, unpack
 from opfa.sparsity.pattern import Pattern
 from opfa.weights import write_weights
 

@@ -69,6 +69,13 @@ def test_one_shot_at_zero_prunes_before_the_first_step() -> None:
     assert updates(Gradual(end=0, target=0.9), 20) == [0]
 
 
+def test_the_first_step_has_exactly_the_initial_sparsity() -> None:
+    for initial, target in [(i / 100, t / 100) for i in range(100) for t in range(i, 100)]:
+        schedule = Gradual(start=3, end=9, initial=initial, target=target)
+        found = [schedule.sparsity_at(step) for step in (2, 3, 9)]
+        assert found == [0.0, initial, target]
+
+
 def test_the_newest_ramp_update_is_one_that_happened() -> None:
     schedule = Gradual(start=2, end=9, hold_until=20, every=3, target=0.5)
     newest = [schedule.last_ramp_update(step) for step in range(12)]

@@ -45,7 +45,6 @@ from opfa.models import decay_groups, load_config, load_tokenizer
 from opfa.order import Order, Place
 from opfa.pruner import Pruner
 from opfa.run import Run, check_output
-from opfa.schedules import LearningRate
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import masks_of, set_masks
 
@@ -132,9 +131,7 @@ class Trainer:
             first_step=max(last_update, self._first_quantized(steps) + 1),
             patience=selection.patience if selection else None,
         )
-        self.schedule = LearningRate(
-            peak=training.learning_rate, warmup_steps=int(training.warmup * steps), steps=steps
-        )
+        self.schedule = recipe.learning_rate(steps)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.student, training.weight_decay), lr=0.0, fused=True
         )

@@ -4,10 +4,10 @@ chosen, a sweep, a teacher, pruning and 8 bits.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opfa.recipe import Batch, Name, Recipe, Section, Seed
-from opfa.schedules import Gradual
+from opfa.schedules import Gradual, LearningRate
 from opfa.sparsity.pattern import Pattern
 
 Kind = Literal[
@@ -101,18 +101,27 @@ class Task(Section):
 
 
 class Training(Section):
-    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
+    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms.
+
+    `rewind_learning_rate` sets the decay back to its beginning at each mask update of the ramp.
+    """
 
     epochs: float = Field(default=3.0, gt=0.0, le=1e6)
     batch: Batch = 32
     micro_batch: int | None = Field(default=None, ge=1)  # default: the whole batch in one pass
     learning_rate: float = Field(gt=0.0)
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)  # fraction of all steps
+    rewind_learning_rate: bool | None = None  # default: no
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
     precision: Literal["fp32", "bf16"] = "fp32"
     group_by_length: bool = False  # examples of similar length together: less padding, less random
+
+    @field_validator("rewind_learning_rate")
+    @classmethod
+    def _shortest(cls, value: bool | None) -> bool | None:
+        return value or None  # so that recipes of before this key keep their digest
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -171,7 +180,8 @@ class Distillation(Section):
 class Pruning(Section):
     """Pruning during fine-tuning, as a baseline for sparse upstream models.
 
-    `start == end` is one-shot.
+    `start == end` is one-shot; `initial` is the sparsity of a ramp's first update. After
+    `hold_until`, or else after `end`, the masks stay as they are.
     """
 
     schedule: Gradual
@@ -242,6 +252,10 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
+        if self.training.rewind_learning_rate and self.pruning is None:
+            raise ValueError(
+                "training.rewind_learning_rate: needs [pruning], whose updates it follows"
+            )
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "
@@ -249,3 +263,14 @@ class FinetuneRecipe(Recipe):
                 "it training.precision=fp32)"
             )
         return self
+
+    def learning_rate(self, steps: int) -> LearningRate:
+        """The schedule that the training section describes for so many steps."""
+        training, pruning = self.training, self.pruning
+        rewinds = pruning is not None and training.rewind_learning_rate
+        return LearningRate(
+            peak=training.learning_rate,
+            warmup_steps=int(training.warmup * steps),
+            steps=steps,
+            rewind_at=pruning.schedule if rewinds and pruning else None,
+        )
