@@ -7,6 +7,7 @@ to see the original traceback runs `opfa --verbose`.
 
 import contextlib
 import re
+import reprlib
 from collections.abc import Iterator
 
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
@@ -61,6 +62,14 @@ def first_line(error: BaseException) -> str:
         return name
     line = lines[0] if len(lines[0]) <= LONGEST else f"{lines[0][:LONGEST]}..."
     return f"{name}: {line}" if isinstance(error, TERSE) else line
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, shortened: it may be deep, or hold millions of characters."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict = 4, 10, 10
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short.repr(value)
 
 
 @contextlib.contextmanager
