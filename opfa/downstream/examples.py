@@ -1,8 +1,9 @@
 """Examples of a task, checked as they are read.
 
 A mistake in line 40,000 is found before a GPU works, and is named by file and line. A class is
-known by its name, in which blanks at the ends don't count; a number in the data is such a name or,
-where no class is called by a number, a position in `task.classes`. A pair may have one empty half (QQP has two of these), never two.
+known by its name, without blanks at its ends; a number in the data is such a name or, where no
+class is called by a number, a position in `task.classes`. A pair may have one empty half (QQP has
+two of these), never two.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from opfa.records import read_records
 MOST_BYTES = (
     4 << 30
 )  # of texts in one split; all of it is in memory, with several times that of tokens
+LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
 Row = Mapping[str, Any]  # Any: whatever the data hold
 Names = tuple[str, ...]
 Parts = tuple[Any, Any, Any]  # Any: text, pair and label of an example, by kind of task
@@ -169,7 +171,7 @@ def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]
     def rows() -> Iterator[tuple[str, Row]]:
         with opening(f"{task.hub} [{split}]", DataError):
             for index, row in enumerate(dataset.select_columns(wanted) if wanted else dataset):
-                yield f"row {index}", dict.fromkeys(names) | row
+                yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
 
     return _class_names(dataset.features, task.label), rows()
 
@@ -224,6 +226,12 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
     """A question, its context, and SQuAD's answers, each where it says."""
     assert task.text_pair is not None, "the recipe asks for it"
     question, context = _text(row, task.text), _text(row, task.text_pair)
+    for column, text in ((task.text, question), (task.text_pair, context)):
+        if len(text) > LONGEST_CONTEXT:
+            raise ValueError(
+                f"{column!r} has {len(text):,} characters; windows are made of at most "
+                f"{LONGEST_CONTEXT:,}"
+            )
     fields = _value(row, task.label)
     fields = fields if isinstance(fields, dict) else {}
     texts, starts = fields.get("text"), fields.get("answer_start")
