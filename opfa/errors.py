@@ -8,6 +8,7 @@ to see the original traceback runs `opfa --verbose`.
 import contextlib
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
@@ -84,6 +85,14 @@ def first_line(error: BaseException) -> str:
         return name
     line = brief(lines[0], LONGEST)
     return f"{name}: {line}" if isinstance(error, TERSE) else line
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, shortened: it may be deep, or hold millions of characters."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict = 4, 10, 10
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short.repr(value)
 
 
 @contextlib.contextmanager

@@ -1,42 +1,35 @@
 """Records from local files, read strictly: a bad one is named by file and line, and none is skipped
 unless the caller says so.
 
-JSON Lines, CSV, TSV, Parquet, plain text (documents parted by empty lines) and CoNLL's tagged words
-(one a line, sentences parted by empty lines); .gz and .zst where the format is text.
+JSON Lines, arrays of objects, CSV, TSV, Parquet, plain text (documents parted by empty lines) and
+CoNLL's tagged words (one a line, sentences parted by empty lines); .gz and .zst where the format is
+text. No record may be larger than `LARGEST`, so that memory is bounded whatever a file holds.
 """
 
 import csv
 import glob
-import gzip
-import io
 import itertools
-import json
-import zlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Self
 
-import pyarrow
-import pyarrow.parquet as parquet
+from opfa.errors import DataError, first_line, opening, shown
+from opfa.json_records import Columns, Found, Record, read_json, read_json_lines
+from opfa.lines import COMPRESSED, LARGEST, TOO_LONG, Line, check_plain, read_lines
+from opfa.parquet_records import read_parquet
 
-from opfa.errors import DataError, first_line
-
-UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pyarrow.ArrowException)
-Record = dict[str, Any]  # Any: whatever the file holds
 Bad = Callable[[DataError], None]  # what to do about a bad record; returning skips it
+Reader = Callable[[Path, Columns], Iterator[Found]]
+UP_TO_EMPTY = "what begins here and ends at the next empty line"
+BLANKS = " \t\r\n\f\v"  # those between CoNLL's columns; a no-break space is a part of a word
+TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
+ANY_BLANKS = re.compile(f"[{BLANKS}]+")
 
 
 def stop(error: DataError) -> None:
     """Skip nothing."""
     raise error
-
-
-def _zstandard(file: Path, _: str) -> pyarrow.NativeFile:
-    # Arrow's reader, since `zstandard.open` takes a file that was cut off for a whole one.
-    return pyarrow.input_stream(str(file), compression="zstd")
-
-
-COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard}  # Any: stubs disagree
 
 
 class Csv(csv.excel):
@@ -64,8 +57,11 @@ def expand(patterns: Iterable[str]) -> list[Path]:
     return files
 
 
-def read_records(file: Path, bad: Bad = stop) -> Iterator[tuple[str, Record]]:
-    """The records of a file, each with where it stands ("line 7").
+def read_records(
+    file: Path, bad: Bad = stop, columns: Columns = None
+) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with where it stands ("line 7"). With `columns`, the others don't
+    matter: a record still names them all, but their values may be None.
 
     Raises `DataError` for a file that can't be read; `bad` decides about a single record.
     """
@@ -75,101 +71,147 @@ def read_records(file: Path, bad: Bad = stop) -> Iterator[tuple[str, Record]]:
         raise DataError(
             f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
         )
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
+    check_plain(file)
     is_empty = True
-    try:
-        for number, record in READERS[kind](file, bad):
+    for number, found in _opened(file, READERS[kind], columns):
+        if isinstance(found, DataError):
+            bad(found)
+        else:
             is_empty = False
-            yield f"line {number}", record
-    except UNREADABLE as error:
-        raise DataError(f"{file}: can't be read: {first_line(error)}") from error
+            yield f"line {number}", found
     if is_empty:
         raise DataError(f"{file}: is empty")
 
 
-def _open(file: Path) -> TextIO:
-    stream = COMPRESSED.get(file.suffix, open)(file, "rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+def _opened(file: Path, reader: Reader, columns: Columns) -> Iterator[Found]:
+    with opening(file, DataError):
+        yield from reader(file, columns)
 
 
-def _json_lines(file: Path, bad: Bad) -> Iterator[tuple[int, Record]]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if "\\ud" in line.lower():  # half a surrogate pair is valid JSON, but no text
-                    json.dumps(record, ensure_ascii=False).encode()
-            except (json.JSONDecodeError, UnicodeEncodeError) as error:
-                bad(DataError(f"{file}, line {number}: malformed JSON: {error}"))
-                continue
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                bad(DataError(f"{file}, line {number}: not a JSON object"))
+class _CsvLines:
+    """The lines of the file for `csv`, which asks for as many as a record has."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lines = file, read_lines(file)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new record begins in the next line."""
+        self.first = self.last = self.num_characters = 0
+        self.mistake: DataError | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.first, self.last = self.first or line.number, line.number
+        self.num_characters += len(line.text)
+        if self.num_characters > LARGEST:  # where the next one begins isn't known any more
+            raise self.error(f"the record that begins here {TOO_LONG}")
+        if line.mistake and self.mistake is None:
+            self.mistake = DataError(f"{self.file}, line {line.number}: {line.mistake}")
+        return line.text
+
+    def error(self, problem: object) -> DataError:
+        """What is wrong with the record."""
+        return DataError(f"{self.file}, line {self.first}: {problem}")
 
 
-def _separated(file: Path, bad: Bad, dialect: type[csv.Dialect]) -> Iterator[tuple[int, Record]]:
-    with _open(file) as lines:
-        reader = csv.DictReader(lines, dialect=dialect)
-        for record in reader:
-            if None in record or None in record.values():
-                line = reader.line_num
-                bad(DataError(f"{file}, line {line}: not as many values as there are columns"))
-            else:
-                yield reader.line_num, dict(record)
+def _separated(file: Path, columns: Columns, dialect: type[csv.Dialect]) -> Iterator[Found]:
+    lines = _CsvLines(file)
+    csv.field_size_limit(LARGEST)  # of the whole process, where nobody wants it smaller
+    reader = csv.reader(lines, dialect)
+    header: list[str] = []
+    while True:
+        lines.begin()
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise lines.error(f"can't be read: {first_line(error)}") from error
+        if values is None:
+            return
+        if lines.mistake and not header:
+            raise lines.mistake
+        if not values:
+            continue
+        if not header:
+            header = values
+            wanted = header if columns is None else columns
+            if twice := [name for name in wanted if header.count(name) > 1]:
+                raise lines.error(f"column {twice[0]!r} stands twice")
+        elif lines.mistake:
+            yield lines.last, lines.mistake
+        elif len(values) != len(header):
+            problem = "not as many values as there are columns"
+            yield lines.last, DataError(f"{file}, line {lines.last}: {problem}")
+        else:
+            yield lines.last, dict(zip(header, values, strict=True))
 
 
-def _text(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
-    with _open(file) as lines:
-        paragraph: list[str] = []
-        number = start = 1
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                start = start if paragraph else number
-                paragraph.append(line.rstrip("\r\n"))
-            elif paragraph:
-                yield start, {"text": "\n".join(paragraph)}
-                paragraph = []
-        if paragraph:
-            yield start, {"text": "\n".join(paragraph)}
+def _paragraphs(file: Path, is_end: Callable[[str], bool]) -> Iterator[list[Line] | DataError]:
+    """The lines between those that end a record, or what is wrong with one of them."""
+    lines: list[Line] = []
+    first = num_characters = 0
+    mistake: DataError | None = None
+    for line in itertools.chain(read_lines(file), [Line(0, "", None)]):
+        if is_end(line.text):
+            if first:
+                yield mistake or lines
+            lines, first, num_characters, mistake = [], 0, 0, None
+            continue
+        first = first or line.number
+        num_characters += len(line.text)
+        if mistake is None and line.mistake:
+            mistake = DataError(f"{file}, line {line.number}: {line.mistake}")
+        if mistake is None and num_characters > LARGEST:
+            mistake = DataError(f"{file}, line {first}: {UP_TO_EMPTY} {TOO_LONG}")
+        if mistake is None:
+            lines.append(line)
+        else:
+            lines = []
 
 
-def _conll(file: Path, bad: Bad) -> Iterator[tuple[int, Record]]:
-    """Sentences as `tokens` (the first column) and `tags` (the last)."""
-    with _open(file) as lines:
-        words: list[list[str]] = []
-        start = 1
-        for number, line in enumerate(itertools.chain(lines, [""]), 1):
-            fields = line.split()
-            is_new_document = fields[:1] == ["-DOCSTART-"]
-            if len(fields) == 1 and not is_new_document:
-                bad(DataError(f"{file}, line {number}: a word without a tag: {fields[0]!r}"))
-            elif fields and not is_new_document:
-                start = start if words else number
-                words.append(fields)
-            elif words:
-                yield start, {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
-                words = []
+def _text(file: Path, _: Columns) -> Iterator[Found]:
+    for lines in _paragraphs(file, lambda text: not text.strip()):
+        if isinstance(lines, DataError):
+            yield 0, lines
+        else:
+            text = "\n".join(line.text.rstrip("\r\n") for line in lines)
+            yield lines[0].number, {"text": text}
 
 
-def _parquet(file: Path, _: Bad) -> Iterator[tuple[int, Record]]:
-    number = 0
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
+def _conll(file: Path, _: Columns) -> Iterator[Found]:
+    """Sentences as `tokens` (the first column) and `tags` (the last). Columns are parted by tabs if
+    the first line has one, else by blanks.
+    """
+
+    def is_end(text: str) -> bool:
+        return text.strip(BLANKS).split(maxsplit=1)[:1] in ([], ["-DOCSTART-"])
+
+    columns: re.Pattern[str] | None = None
+    for lines in _paragraphs(file, is_end):
+        if isinstance(lines, DataError):
+            yield 0, lines
+            continue
+        columns = columns or (TABS if "\t" in lines[0].text.strip(BLANKS) else ANY_BLANKS)
+        words = [columns.split(line.text.strip(BLANKS)) for line in lines]
+        alone = [line for line, fields in zip(lines, words, strict=True) if len(fields) == 1]
+        if alone:
+            word = shown(alone[0].text.strip(BLANKS))
+            problem = f"a word without a tag: {word}"
+            yield 0, DataError(f"{file}, line {alone[0].number}: {problem}")
+        else:
+            columns_of = {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
+            yield lines[0].number, columns_of
 
 
-READERS = {
-    ".jsonl": _json_lines,
-    ".json": _json_lines,
-    ".csv": lambda file, bad: _separated(file, bad, Csv),
-    ".tsv": lambda file, bad: _separated(file, bad, Tsv),
-    ".parquet": _parquet,
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": lambda file, columns: _separated(file, columns, Csv),
+    ".tsv": lambda file, columns: _separated(file, columns, Tsv),
+    ".parquet": read_parquet,
     ".txt": _text,
     ".conll": _conll,
 }

@@ -1,26 +1,35 @@
 """Examples of a task, checked as they are read.
 
 A mistake in line 40,000 is found before a GPU works, and is named by file and line. A class is
-known by its name; a number in the data is such a name or, where no class is called by a number, a
-position in `task.classes`. A pair may have one empty half (QQP has two of these), never two.
+known by its name, without blanks at its ends; a number in the data is such a name or, where no
+class is called by a number, a position in `task.classes`. A pair may have one empty half (QQP has
+two of these), never two.
 """
 
 import hashlib
 import json
 import math
+import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Features, List, load_dataset
+from pyarrow import Schema
 from pyarrow.parquet import read_schema
 
 from opfa.downstream.recipe import Task
-from opfa.errors import DataError, opening
+from opfa.errors import DataError, opening, shown
+from opfa.lines import check_plain
 from opfa.records import read_records
 
+MOST_BYTES = (
+    4 << 30
+)  # of texts in one split; all of it is in memory, with several times that of tokens
+LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
 Row = Mapping[str, Any]  # Any: whatever the data hold
 Names = tuple[str, ...]
 Parts = tuple[Any, Any, Any]  # Any: text, pair and label of an example, by kind of task
@@ -67,27 +76,32 @@ class Examples:
 def read(task: Task, split: str, check: Check) -> Examples:
     """Read and check one split: a file, or a split of the task's Hub data set."""
     source = f"{task.hub} [{split}]" if task.hub else split
-    names: Names = ()
-    if task.hub:
-        rows, names = _hub_rows(task, split)
-    else:
-        rows = list(read_records(Path(split)))
-        if split.endswith(".parquet"):  # datasets keeps the names of classes in the schema
-            names = _class_names(Features.from_arrow_schema(read_schema(split)), task.label)
-    if not rows:
-        raise DataError(f"{source}: there are no examples in it")
-    places = [f"{place}, id {row['id']}" if "id" in row else place for place, row in rows]
-    checked, misplaced = [], []
-    for place, (_, row) in zip(places, rows, strict=True):
+    names, rows = _hub_rows(task, split) if task.hub else _file_rows(task, Path(split))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{source}: class {twice[0]!r} stands twice among its classes' names")
+    places, checked, misplaced, num_bytes = [], [], [], 0
+    for where, row in rows:
+        places.append(f"{where}, id {_id(row)}" if "id" in row else where)
         try:
             checked.append(check(task, row, names))
         except MisplacedError as error:
-            misplaced.append(f"{place}: {error}")
+            misplaced.append(f"{places[-1]}: {error}" if not misplaced else "")
+            continue
         except ValueError as error:
-            raise DataError(f"{source}, {place}: {error}") from None
+            raise DataError(f"{source}, {places[-1]}: {error}") from None
+        num_bytes += _num_bytes(checked[-1])
+        if num_bytes > MOST_BYTES:
+            raise DataError(
+                f"{source}, {places[-1]}: the examples up to here take more than {MOST_BYTES:,} "
+                "bytes of memory, which is the most that one split may have"
+            )
     if misplaced:
-        num = f"{len(misplaced)} of {len(rows)} examples have an answer that is not in the context"
+        num = (
+            f"{len(misplaced)} of {len(places)} examples have an answer that is not in the context"
+        )
         raise DataError(f"{source}: {num}; the first: {misplaced[0]}")
+    if not checked:
+        raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
     return Examples(
         source=source,
@@ -99,20 +113,67 @@ def read(task: Task, split: str, check: Check) -> Examples:
     )
 
 
+def _id(row: Row) -> str:
+    name = row["id"]
+    return name[:80] if isinstance(name, str) else shown(name)
+
+
+def _num_bytes(value: object) -> int:
+    """What the texts in an example take."""
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return sys.getsizeof(value) if isinstance(value, str) else 0
+
+
+def _columns(task: Task) -> list[str]:
+    """Those that a task reads; nothing else in its data matters."""
+    names = (task.text, task.text_pair, *task.choices, task.label, "id")
+    return [name for name in names if name is not None]
+
+
+def _file_rows(task: Task, file: Path) -> tuple[Names, Iterator[tuple[str, Row]]]:
+    names: Names = ()
+    if file.suffix == ".parquet":
+        check_plain(file)
+        with opening(file, DataError):
+            names = _names_in(read_schema(file), task.label)
+    return names, read_records(file, columns=_columns(task))
+
+
+def _names_in(schema: Schema, label: str) -> Names:
+    """The names of classes that datasets keeps in a schema; other columns may be of types that it
+    doesn't know.
+    """
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = ((metadata.get("info") or {}).get("features") or {}).get(label)
+    if feature is None:
+        return ()
+    features = Features.from_dict({label: feature})
+    is_true = features.arrow_schema.field(label).type == schema.field(label).type
+    return _class_names(features, label) if is_true else ()
+
+
 def _class_names(features: Features, label: str) -> Names:
     feature = features.get(label)
     if isinstance(feature, List):
         feature = feature.feature
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+    is_named = isinstance(feature, ClassLabel)
+    return tuple(name.strip() for name in feature.names) if is_named else ()
 
 
-def _hub_rows(task: Task, split: str) -> tuple[list[tuple[str, Row]], Names]:
+def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]:
     assert task.hub is not None, "only called for a Hub data set"
     with opening(f"{task.hub} [{split}]", DataError):
         dataset = load_dataset(task.hub, task.hub_config, split=split)
-    names = _class_names(dataset.features, task.label)
-    rows: list[tuple[str, Any]] = [(f"row {index}", row) for index, row in enumerate(dataset)]
-    return rows, names
+    names = dataset.column_names
+    wanted = [name for name in dict.fromkeys(_columns(task)) if name in names]
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        with opening(f"{task.hub} [{split}]", DataError):
+            for index, row in enumerate(dataset.select_columns(wanted) if wanted else dataset):
+                yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
+
+    return _class_names(dataset.features, task.label), rows()
 
 
 def classified(task: Task, row: Row, names: Names) -> Parts:
@@ -125,10 +186,10 @@ def measured(task: Task, row: Row, _: Names) -> Parts:
     value = _value(row, task.label)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{task.label!r} is not a finite number (got {value!r})")
+        raise ValueError(f"{task.label!r} is not a finite number (got {shown(value)})")
     return *_texts(task, row), number
 
 
@@ -136,7 +197,7 @@ def tagged(task: Task, row: Row, names: Names) -> Parts:
     """A list of words, and the tag of each."""
     words, tags = _list(row, task.text), _list(row, task.label)
     if not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {words!r})")
+        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {shown(words)})")
     if len(words) != len(tags):
         raise ValueError(f"{len(words)} words in {task.text!r}, {len(tags)} tags in {task.label!r}")
     return words, None, [_class(task, tag, names) for tag in tags]
@@ -150,13 +211,14 @@ def chosen(task: Task, row: Row, _: Names) -> Parts:
     if len(choices) < 2 or not all(isinstance(c, str) and (start + c).strip() for c in choices):
         raise ValueError(f"{', '.join(map(repr, task.choices))} must be two or more texts")
     value = _value(row, task.label)
+    value = value.strip() if isinstance(value, str) else value
     letters = string.ascii_uppercase[: len(choices)]
     position = letters.find(value) if isinstance(value, str) and len(value) == 1 else -1
-    if position < 0 and str(value).isdecimal():
+    if position < 0 and re.fullmatch(r"\d{1,9}", str(value)):
         position = int(value)
     if not 0 <= position < len(choices):
         allowed = f"0 to {len(choices) - 1}, or A to {letters[-1]}"
-        raise ValueError(f"{task.label!r} must be {allowed} (got {value!r})")
+        raise ValueError(f"{task.label!r} must be {allowed} (got {shown(value)})")
     return _text(row, task.text), [start + choice for choice in choices], position
 
 
@@ -164,6 +226,12 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
     """A question, its context, and SQuAD's answers, each where it says."""
     assert task.text_pair is not None, "the recipe asks for it"
     question, context = _text(row, task.text), _text(row, task.text_pair)
+    for column, text in ((task.text, question), (task.text_pair, context)):
+        if len(text) > LONGEST_CONTEXT:
+            raise ValueError(
+                f"{column!r} has {len(text):,} characters; windows are made of at most "
+                f"{LONGEST_CONTEXT:,}"
+            )
     fields = _value(row, task.label)
     fields = fields if isinstance(fields, dict) else {}
     texts, starts = fields.get("text"), fields.get("answer_start")
@@ -175,21 +243,29 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
             f"{task.label!r} must hold at least one answer; task.has_unanswerable = true lets "
             "questions have none"
         )
-    for text, start in zip(texts, starts, strict=True):
-        if not (isinstance(text, str) and isinstance(start, int) and text and start >= 0):
-            raise ValueError(
-                f"{task.label!r} must hold texts and positions (got {text!r} and {start!r})"
-            )
-        if not context.startswith(text, start):
-            raise MisplacedError(
-                f"{task.label!r} says {text!r}, which is not at character {start} of the context"
-            )
+    answers = [
+        _answer(task, context, text, start) for text, start in zip(texts, starts, strict=True)
+    ]
+    texts, starts = [text for text, _ in answers], [start for _, start in answers]
     return question, context, {"text": texts, "answer_start": starts}
+
+
+def _answer(task: Task, context: str, text: object, start: object) -> tuple[str, int]:
+    """An answer without the blanks at its ends, and where it begins."""
+    if not (isinstance(text, str) and isinstance(start, int) and text.strip() and start >= 0):
+        raise ValueError(
+            f"{task.label!r} must hold texts and positions (got {shown(text)} and {shown(start)})"
+        )
+    if not context.startswith(text, start):
+        raise MisplacedError(
+            f"{task.label!r} says {shown(text)}, which is not at character {start} of the context"
+        )
+    return text.strip(), start + len(text) - len(text.lstrip())
 
 
 def _value(row: Row, column: str) -> Any:  # Any: unchecked
     if column not in row:
-        raise ValueError(f"no column {column!r}; there are {', '.join(map(repr, row))}")
+        raise ValueError(f"no column {column!r}; there are {shown(list(row))[1:-1]}")
     if row[column] is None or row[column] == "":
         raise ValueError(f"{column!r} is {'missing' if row[column] is None else 'empty'}")
     return row[column]
@@ -198,7 +274,7 @@ def _value(row: Row, column: str) -> Any:  # Any: unchecked
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
     value = "" if may_be_empty and row.get(column) == "" else _value(row, column)
     if not isinstance(value, str):
-        raise ValueError(f"{column!r} is not a text (got {value!r})")
+        raise ValueError(f"{column!r} is not a text (got {shown(value)})")
     if not (value.strip() or may_be_empty):
         raise ValueError(f"{column!r} is empty")
     return value
@@ -216,13 +292,15 @@ def _texts(task: Task, row: Row) -> tuple[str, str | None]:
 def _list(row: Row, column: str) -> list[Any]:  # Any: unchecked
     value = _value(row, column)
     if not (isinstance(value, list) and value):
-        raise ValueError(f"{column!r} is not a list, or an empty one (got {value!r})")
+        raise ValueError(f"{column!r} is not a list, or an empty one (got {shown(value)})")
     return value
 
 
 def _class(task: Task, value: Any, names: Names) -> str:  # Any: unchecked
     if not isinstance(value, str | int):
-        raise ValueError(f"{task.label!r} is neither a name nor an integer (got {value!r})")
+        raise ValueError(f"{task.label!r} is neither a name nor an integer (got {shown(value)})")
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    return str(value)
+    if not (name := str(value).strip()):
+        raise ValueError(f"{task.label!r} is empty")
+    return name

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from opfa.downstream.beginnings import Beginnings
 from opfa.downstream.examples import Examples, Row
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError
@@ -54,10 +55,25 @@ def sequences(
     labels: list[Any],
 ) -> tuple[Columns, int]:
     """A text or a pair, cut at `sequence_tokens`."""
-    pairs = examples.pairs and examples.pairs[part]
-    options = {"truncation": True, "max_length": task.sequence_tokens}
-    encoded = tokenizer(examples.texts[part], pairs, **options)
+    texts, pairs = examples.texts[part], examples.pairs and examples.pairs[part]
+    encoded = _encoded(task, tokenizer, texts, pairs)
     return {**encoded, "labels": labels}, _num_cut(encoded)
+
+
+def _encoded(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pairs: list[str] | None,
+) -> BatchEncoding:
+    """Texts or pairs, cut at `sequence_tokens`; long ones even before the tokenizer sees them."""
+    cut = Beginnings(tokenizer=tokenizer, tokens=task.sequence_tokens)
+    if pairs is None:
+        texts = [cut.of_text(text) for text in texts]
+    else:
+        both = [cut.of_pair(*pair) for pair in zip(texts, pairs, strict=True)]
+        texts, pairs = [text for text, _ in both], [pair for _, pair in both]
+    return tokenizer(texts, pairs, truncation=True, max_length=task.sequence_tokens)
 
 
 def tagged_words(
@@ -71,7 +87,8 @@ def tagged_words(
     a token.
     """
     options = {"truncation": True, "max_length": task.sequence_tokens}
-    rows = [_with_blanks(words) for words in examples.texts[part]]
+    cut = Beginnings(tokenizer=tokenizer, tokens=task.sequence_tokens)
+    rows = [_with_blanks(cut.of_words(words)) for words in examples.texts[part]]
     encoded = tokenizer(rows, is_split_into_words=True, **options)
     columns: Columns = {**encoded, "labels": [], "words": []}
     for index, tags in enumerate(labels):
@@ -108,7 +125,7 @@ def choices(
             )
     texts = [text for text in examples.texts[part] for _ in range(num_choices)]
     flat = [choice for of_one in options for choice in of_one]
-    encoded = tokenizer(texts, flat, truncation=True, max_length=task.sequence_tokens)
+    encoded = _encoded(task, tokenizer, texts, flat)
     grouped = {
         name: [rows[i : i + num_choices] for i in range(0, len(flat), num_choices)]
         for name, rows in encoded.items()
@@ -193,9 +210,10 @@ def _token_span(
     end = start + len(answers["text"][0])
     if start < offsets[first][0] or end > offsets[stop - 1][1]:
         return None
-    start_token = bisect_right(offsets, start, first, stop, key=lambda offset: offset[0]) - 1
-    end_token = bisect_left(offsets, end, first, stop, key=lambda offset: offset[1])
-    return start_token, end_token
+    # An answer may begin within a token; and characters that the tokenizer drops are in none.
+    first_token = bisect_right(offsets, start, first, stop, key=lambda offset: offset[1])
+    last_token = bisect_left(offsets, end, first, stop, key=lambda offset: offset[0]) - 1
+    return (first_token, last_token) if first_token <= last_token else None
 
 
 def collate(pad_token_id: int, rows: Sequence[Row]) -> Batch:

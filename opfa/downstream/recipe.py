@@ -83,6 +83,7 @@ class Task(Section):
                 f"metrics = {list(self.metrics)}: for {self.kind} these are known: "
                 f"{', '.join(known)}"
             )
+        _check_classes(self.classes)
         if (self.kind == "multiple-choice") != bool(self.choices):
             raise ValueError(
                 f"choices = {list(self.choices)}: multiple-choice needs its columns, and no other "
@@ -98,6 +99,16 @@ class Task(Section):
                 f"{self.sequence_tokens} can't overlap by that much; SQuAD's are 384 and 128"
             )
         return self
+
+
+def _check_classes(names: tuple[str, ...]) -> None:
+    seen = set()
+    for name in names:
+        if not name or name != name.strip():
+            raise ValueError(f"classes: {name!r} is empty, or has blanks at its ends")
+        if name in seen:
+            raise ValueError(f"classes: {name!r} stands twice")
+        seen.add(name)
 
 
 class Training(Section):

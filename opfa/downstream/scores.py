@@ -16,10 +16,10 @@ from seqeval.metrics import recall_score as entity_recall
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from opfa.downstream.classes import OUTSIDE
 from opfa.downstream.features import NO_LABEL, Split
 from opfa.downstream.recipe import Task
 
-OUTSIDE = "O"  # the tag of a word in no entity
 NO_WARNING: dict[str, Any] = {"zero_division": 0}  # Any: seqeval annotates it as str only
 TAG_SCORES: dict[str, Any] = {
     "entity_f1": partial(entity_f1, **NO_WARNING),

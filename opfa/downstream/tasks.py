@@ -1,7 +1,7 @@
 """A task as data: kinds of tasks as a table, splits, the model with its head, and the loss."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opfa.downstream import beginnings, features, scores, squad
+from opfa.downstream import classes as classing
 from opfa.downstream import examples as reading
-from opfa.downstream import features, scores, squad
 from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
@@ -37,7 +38,8 @@ from opfa.models import (
 )
 from opfa.order import HELD_OUT, generator
 
-CHUNK = 1_000  # examples that are tokenized at once
+CHUNK = 1_000  # examples that are tokenized at once, if they aren't long
+CHUNK_CHARACTERS = 4 << 20  # with their windows about 500 MB
 UNKNOWN = 0.2  # more tokens that are none of the vocabulary's are worth a warning
 log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ def load(
     check = KINDS[task.kind].check
     train, validation = (reading.read(task, name, check) for name in (task.train, task.validation))
     more = {name: reading.read(task, split, check) for name, split in task.more_validation.items()}
-    classes = _classes(task, train)
+    classes = classing.of_training(task, train) if KINDS[task.kind].has_classes else ()
     split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
     splits = {"validation": split(validation), "more": {n: split(e) for n, e in more.items()}}
     splits["selection"] = splits["validation"]
@@ -185,39 +187,8 @@ def load_validation(
     if choose is not None:
         validation = validation.select(choose(len(validation.labels)))
     stated = task.classes or validation.names
-    classes = _trained_classes(config, stated) if KINDS[task.kind].has_classes else ()
+    classes = classing.of_model(config, stated) if KINDS[task.kind].has_classes else ()
     return _split(task, tokenizer, config, validation, classes=classes, whose="the model")
-
-
-def _classes(task: Task, train: Examples) -> tuple[str, ...]:
-    if not KINDS[task.kind].has_classes:
-        return ()
-    if task.classes or train.names:
-        return task.classes or train.names
-    tags = task.kind == "token-classification"
-    names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
-    are_numbers = all(name.isdecimal() for name in names)
-    if "f1" in task.metrics and len(names) == 2 and not are_numbers:
-        raise DataError(
-            f"{train.source}: f1 of two classes is that of the second; say which one that is, "
-            f"task.classes = {sorted(names)} or the other way round"
-        )
-    return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
-
-
-def _trained_classes(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
-    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1."""
-    by_index: dict[Any, Any] = config.id2label or {}  # Any: transformers says int or str
-    trained = tuple(str(by_index[index]) for index in sorted(by_index))
-    if not stated:
-        return trained
-    if len(trained) == len(stated) and all(name.startswith("LABEL_") for name in trained):
-        return stated
-    by_name = {name.casefold(): name for name in stated}
-    if sorted(by_name) != sorted(name.casefold() for name in trained):
-        theirs, ours = ", ".join(trained), ", ".join(stated)
-        raise ModelError(f"the model's classes are {theirs}; the task's are {ours}")
-    return tuple(by_name[name.casefold()] for name in trained)
 
 
 def _split(
@@ -234,19 +205,20 @@ def _split(
     if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
         raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
     kind = KINDS[task.kind]
-    labels = _label_indices(task, examples, classes, whose) if kind.has_classes else examples.labels
+    labels = examples.labels
+    if kind.has_classes:
+        labels = classing.indices(task, examples, classes, whose)
     if task.kind == "token-classification":
         examples = replace(examples, labels=[[classes[i] for i in tags] for tags in labels])
     chunks, num_misfits = [], 0
-    for start in range(0, len(labels), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in _parts(examples):
         columns, misfits = kind.build(task, tokenizer, examples, part, labels[part])
         chunks.append(Dataset.from_dict(dict(columns)))
         num_misfits += misfits
     if num_misfits:
         what = kind.misfit.format(task)
         log.warning("%s: %d of %d examples %s", examples.source, num_misfits, len(labels), what)
-    _check_unknown(tokenizer, examples)
+    _check_unknown(task, tokenizer, examples)
     return Split(
         features=concatenate_datasets(chunks),
         examples=examples,
@@ -255,37 +227,32 @@ def _split(
     )
 
 
-def _check_unknown(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
+def _parts(examples: Examples) -> Iterator[slice]:
+    """All examples, as many at once as are tokenized at once."""
+    pairs = examples.pairs or [""] * len(examples.texts)
+    start = num_characters = 0
+    for index, example in enumerate(zip(examples.texts, pairs, strict=True)):
+        num = _num_characters(example)
+        if index > start and (index - start == CHUNK or num_characters + num > CHUNK_CHARACTERS):
+            yield slice(start, index)
+            start, num_characters = index, 0
+        num_characters += num
+    yield slice(start, len(examples.texts))
+
+
+def _num_characters(value: str | Sequence[Any]) -> int:  # Any: a text, or texts in lists
+    return len(value) if isinstance(value, str) else sum(map(_num_characters, value))
+
+
+def _check_unknown(task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
     """Warn of a tokenizer that doesn't know this language."""
-    sample = [text if isinstance(text, str) else " ".join(text) for text in examples.texts[:CHUNK]]
+    most = beginnings.CHARACTERS * task.sequence_tokens  # the beginning of a text tells
+    texts = [t if isinstance(t, str) else " ".join(t[:most]) for t in examples.texts[:CHUNK]]
+    sample = [text[:most] for text in texts]
     ids = [i for row in tokenizer(sample, verbose=False)["input_ids"] for i in row]
     share = ids.count(tokenizer.unk_token_id) / len(ids)
     if share > UNKNOWN:
         log.warning("%s: the tokenizer doesn't know %.0f %% of it", examples.source, 100 * share)
-
-
-def _label_indices(
-    task: Task, examples: Examples, classes: tuple[str, ...], whose: str
-) -> list[Any]:
-    """Labels as the loss wants them: classes by index, tags by lists of them."""
-    if len(classes) < 2:
-        raise DataError(f"{examples.source}: two classes are needed, and there is only {classes}")
-    names = task.classes or examples.names or classes
-    index = {name: classes.index(name) for name in names if name in classes}
-    if not any(name.isdecimal() for name in names):
-        index |= {str(i): index[name] for i, name in enumerate(names) if name in index}
-    tags = task.kind == "token-classification"
-    rows = examples.labels if tags else [[label] for label in examples.labels]
-    for place, row in zip(examples.places, rows, strict=True):
-        unseen = [label for label in row if label not in index]
-        if unseen:
-            known = ", ".join(map(repr, classes))
-            whose = "task.classes" if task.classes else whose
-            raise DataError(
-                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known} ({whose})"
-            )
-    numbers = [[index[label] for label in row] for row in rows]
-    return numbers if tags else [number for (number,) in numbers]
 
 
 def check_head(task: Task, config: PretrainedConfig) -> None:
@@ -320,7 +287,7 @@ def load_model(
     changed = dropouts(config, dropout)
     options: dict[str, Any] = {}
     if kind.has_classes:
-        trained = _trained_classes(config, tuple(classes)) if is_trained else classes
+        trained = classing.of_model(config, tuple(classes)) if is_trained else classes
         if tuple(trained) != tuple(classes):
             raise ModelError(
                 f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "

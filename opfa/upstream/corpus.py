@@ -33,7 +33,7 @@ from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from opfa.errors import DataError, opening
+from opfa.errors import DataError, opening, shown
 from opfa.files import check_new, new_directory, write_json
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
@@ -179,10 +179,11 @@ def _noting(skipped: Path) -> Bad:
 
 
 def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
-    for where, record in read_records(file, bad):
+    for where, record in read_records(file, bad, [column]):
         text = record.get(column)
         if column not in record:
-            bad(DataError(f"{file}, {where}: no column {column!r}; there are {sorted(record)}"))
+            names = shown(sorted(record))
+            bad(DataError(f"{file}, {where}: no column {column!r}; there are {names}"))
         elif not _is_text(text):
             bad(DataError(f"{file}, {where}: {column!r} is {NO_TEXT}"))
         else:

@@ -1,0 +1,93 @@
+"""The lines of a text file, plain or compressed, however long the file or one of its lines is.
+
+What is wrong with a line (a byte that is no UTF-8, a zero byte, too many characters) comes beside
+it, so that whoever reads records can leave that record out. Nothing but a plain file is opened: a
+pipe or a device could keep a reader waiting for ever.
+"""
+
+import gzip
+import io
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow
+
+from opfa.errors import DataError
+
+# Characters of one record. The Bible has 4 million; with its tokens a record of this size takes
+# about 2 GB of memory, and a compressed file of a few kilobytes may hold it.
+LARGEST = 16 << 20
+TOO_LONG = f"is longer than {LARGEST:,} characters, which is the most that one record may have"
+KINDS = {
+    stat.S_ISDIR: "a directory",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+class Line(NamedTuple):
+    """A line with its end, and what is wrong with it; of one that is too long, only the start."""
+
+    number: int
+    text: str
+    mistake: str | None
+
+
+def _zstandard(file: Path, _: str) -> pyarrow.NativeFile:
+    # Arrow's reader, since `zstandard.open` takes a file that was cut off for a whole one.
+    return pyarrow.input_stream(str(file), compression="zstd")
+
+
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard}  # Any: stubs disagree
+
+
+def check_plain(file: Path) -> None:
+    """Raise `DataError` unless this is a plain file, or a link to one."""
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "a link to nothing" if file.is_symlink() else "no such file"
+        raise DataError(f"{file}: {problem}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{str(file)[:200]!r}: can't be read: {reason}") from error
+    for is_kind, name in KINDS.items():
+        if is_kind(mode):
+            raise DataError(f"{file}: is {name}; give a plain file")
+
+
+def open_text(file: Path) -> TextIO:
+    """A text file to be read; bytes that are no UTF-8 are kept as `misplaced` finds them."""
+    stream = COMPRESSED.get(file.suffix, open)(file, "rb")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_lines(file: Path) -> Iterator[Line]:
+    """All lines of a file, numbered from 1; they end as Unix, Windows or the old Mac ends them."""
+    with open_text(file) as lines:
+        number = 0
+        while text := lines.readline(LARGEST + 1):
+            number += 1
+            mistake = misplaced(text)
+            if len(text) > LARGEST:
+                mistake, rest = TOO_LONG, text
+                while rest and not rest.endswith(("\n", "\r")):
+                    rest = lines.readline(LARGEST)
+            yield Line(number, text, mistake)
+
+
+def misplaced(text: str, before: int = 0) -> str | None:
+    """What has no place in a line of text, and where; `before` are characters in front of it."""
+    if "\0" in text:
+        place = before + text.index("\0") + 1
+        return f"a zero byte at character {place}; is the file UTF-16? It must be UTF-8"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "surrogateescape" has put U+DCxx for the byte xx
+        byte, place = ord(text[error.start]) - 0xDC00, before + error.start + 1
+        return f"byte 0x{byte:02X} at character {place} is not UTF-8"
+    return None
