@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"errors", "anatomy", "clock"},
-    {"recipe", "files", "order", "sparsity.structure"},
+    {"recipe", "files", "order", "sparsity.structure", "foreign", "skeleton"},
     {
         "tables",
         "schedules",
@@ -24,10 +24,10 @@ LEVELS = [
         "aside",
     },
     {"sparsity.pattern", "sparsity.layers", "upstream.masking", "compact", "transfer"},
-    {"loading"},
+    {"loading", "sources"},
     {"registration", "distill", "quant"},
     {"models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"lora", "guard", "onnx_graph", "sources", "manifest", "provenance"},
+    {"fit", "lora", "guard", "onnx_graph", "manifest", "provenance"},
     {"comparison", "pruner", "checkpoint", "report"},
     {"upstream.segments", "downstream.examples"},
     {"inspection", "upstream.corpus"},
