@@ -43,17 +43,18 @@ NOT_A_MODEL = (  # what is found under the name of a file that was never fetched
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.bpe", "*.spm", "*.tiktoken", "*.jinja")
 
 
-def check_content(path: Path) -> None:
+def check_content(path: Path, what: object = None) -> None:
     """Refuse what is no plain file, and a git-lfs pointer or a web page in the place of one."""
+    what = what or path
     if not path.is_file():
-        what = "a link to nothing" if path.is_symlink() and not path.exists() else "not a file"
-        raise ModelError(f"{path}: can't be read: is {what}")
-    with opening(path), path.open("rb") as file:
+        is_loose = path.is_symlink() and not path.exists()
+        raise ModelError(f"{what}: {'is a link to nothing' if is_loose else 'is not a file'}")
+    with opening(what), path.open("rb") as file:
         start = file.read(START)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for pattern, what in NOT_A_MODEL:
+    for pattern, problem in NOT_A_MODEL:
         if pattern.match(text):
-            raise ModelError(f"{path}: {what}")
+            raise ModelError(f"{what}: {problem}")
 
 
 def check_weights(path: Path) -> None:
@@ -81,7 +82,7 @@ def _shown(value: Any) -> str:  # Any: what JSON can hold
 
 def asks_for_code(values: Any) -> list[str]:  # Any: what JSON can hold
     """The keys of a configuration that name code."""
-    return [key for key in CODE_KEYS if isinstance(values, dict) and values.get(key)]
+    return [key for key in CODE_KEYS if isinstance(values, dict) and key in values]
 
 
 def code_refused(what: object, keys: Iterable[str]) -> ModelError:
