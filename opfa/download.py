@@ -33,13 +33,14 @@ from rich.progress import (
 
 from opfa import manifest
 from opfa.aside import held, is_plain, remove
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError, RunError, opening
 from opfa.files import check_new, writing
+from opfa.foreign import INDEXES, asks_for_code, check_content, code_refused
 from opfa.manifest import MANIFEST
 from opfa.origin import Source, source_of
+from opfa.sources import weight_files
 from opfa.transfer import Advance, shown
 
-CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
 MAX_CONFIG_BYTES = 1 << 24
 KEPT = "what has come is kept, and the same command goes on with it"
 WAITING = "another process downloads to here; waiting for it"
@@ -93,15 +94,27 @@ def _fill(source: Source, directory: Path, name: str) -> None:
     for file in _configurations(source):
         if source.files[file].size > MAX_CONFIG_BYTES:
             raise ModelError(f"{shown(name)}: {file} has more than {MAX_CONFIG_BYTES:,} bytes")
+    small = [file for file in source.files if file.endswith(".json")]
+    large = [file for file in source.files if file not in small]
     with _progress(name, needed) as advance:
-        for number, file in enumerate(source.files, 1):
-            if problem := _bring(source, file, directory / file, advance):
-                raise ModelError(f"{shown(name)}: {file} {problem}; it is not what was released")
-            log.info("%s: %d of %d files", shown(name), number, len(source.files))
-    for file in _configurations(source):
-        _check_plain(directory / file, f"{shown(name)}: {file}")
+        _bring_all(source, small, directory, name, advance)
+        for file in _configurations(source):
+            _check_plain(directory / file, f"{shown(name)}: {file}")
+        _check_whole(source, directory, name)
+        _bring_all(source, large, directory, name, advance)
+    for file in large:
+        check_content(directory / file, f"{shown(name)}: {file}")
     if source.manifest is not None:
         (directory / MANIFEST).write_bytes(source.manifest)
+
+
+def _bring_all(
+    source: Source, files: list[str], directory: Path, name: str, advance: Advance
+) -> None:
+    for number, file in enumerate(files, 1):
+        if problem := _bring(source, file, directory / file, advance):
+            raise ModelError(f"{shown(name)}: {file} {problem}; it is not what was released")
+        log.info("%s: %s (%d of %d)", shown(name), file, number, len(files))
 
 
 def _bring(source: Source, file: str, path: Path, advance: Advance) -> str | None:
@@ -131,16 +144,17 @@ def _configurations(source: Source) -> list[str]:
 
 
 def _check_plain(path: Path, what: str) -> None:
-    try:
+    with opening(what, ModelError, "is not valid JSON"):
         values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{what} is not valid JSON: {error}") from error
-    asked = [key for key in CODE_KEYS if isinstance(values, dict) and key in values]
-    if asked:
-        raise ModelError(
-            f"{what} asks for code of its own ({', '.join(asked)}), and remote code is never run; "
-            "this model is not taken"
-        )
+    if asked := asks_for_code(values):
+        raise code_refused(what, asked)
+
+
+def _check_whole(source: Source, directory: Path, name: str) -> None:
+    """Refuse a model whose own index, or the numbers of its files, say that some are missing."""
+    files = [file for file in source.files if Path(file).suffix in (".safetensors", ".bin")]
+    if files or any(index in source.files for index in INDEXES):
+        weight_files(source.files, shown(name), lambda file: (directory / file).read_bytes())
 
 
 def _check_same(output: Path, source: Source) -> None:

@@ -83,6 +83,8 @@ def first_line(error: BaseException) -> str:
     name = type(error).__name__
     if not lines:
         return name
+    if lines[0].endswith(":") and len(lines) > 1:  # what follows is the reason
+        lines[0] = f"{lines[0]} {lines[1].strip()}"
     line = brief(lines[0], LONGEST)
     return f"{name}: {line}" if isinstance(error, TERSE) else line
 

@@ -7,6 +7,7 @@ local cache already is read from there.
 """
 
 import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from opfa.errors import ModelError, first_line
+from opfa.errors import ModelError, first_line, opening
+from opfa.foreign import INDEXES, weight_map
 
 TYPES = {
     "F64": torch.float64,
@@ -57,31 +59,35 @@ HEADER = TypeAdapter(dict[str, Entry | dict[str, str]])  # __metadata__ holds te
 
 def cached_directory(name: str) -> Path | None:
     """The directory in the local cache that has the whole model, if there is one."""
+    found = _cached(name)
+    return found.parent if found and not _missing(found) else None
+
+
+def missing_in_cache(name: str) -> list[str]:
+    """Of a model that is in the local cache in part: the files that its index names and that are
+    not there.
+    """
+    found = _cached(name)
+    return _missing(found) if found else []
+
+
+def _cached(name: str) -> Path | None:
+    """The weights, or their index, in the local cache."""
     try:
-        for whole in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-            found = try_to_load_from_cache(name, whole)
-            if isinstance(found, str) and _is_complete(Path(found)):
-                return Path(found).parent
+        for file in ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1]):
+            found = try_to_load_from_cache(name, file)
+            if isinstance(found, str):
+                return Path(found)
     except HFValidationError as error:
         raise ModelError(f"{name}: no such directory, and no name of the Hub: {error}") from error
     return None
 
 
-def _is_complete(path: Path) -> bool:
-    """Whether all the files that an index names are there too."""
+def _missing(path: Path) -> list[str]:
     if path.suffix != ".json":
-        return True
-    return all((path.parent / shard).is_file() for shard in _shards(path.read_bytes()))
-
-
-def _shards(index: bytes) -> set[str]:
-    class Index(BaseModel):
-        weight_map: dict[str, str]
-
-    try:
-        return set(Index.model_validate_json(index).weight_map.values())
-    except ValidationError as error:
-        raise ModelError(f"model.safetensors.index.json: not an index: {error}") from error
+        return []
+    shards = set(weight_map(path.read_bytes(), path).values())
+    return sorted(shard for shard in shards if not (path.parent / shard).is_file())
 
 
 class RemoteFiles:
@@ -117,10 +123,13 @@ class RemoteFiles:
         """A whole small file; None where there is none."""
         if name not in self.sizes:
             return None
-        try:
-            return TypeAdapter(Any).validate_json(self._read(name, 0, self.sizes[name]))
-        except ValidationError as error:
-            raise ModelError(f"{self.name}/{name}: not valid JSON: {error}") from error
+        content = self.read(name)
+        with opening(f"{self.name}/{name}", ModelError, "not valid JSON"):
+            return json.loads(content)
+
+    def read(self, name: str) -> bytes:
+        """A whole small file."""
+        return self._read(name, 0, self.sizes[name])
 
     def _header(self, file: str) -> tuple[dict[str, Entry], int]:
         where, size = f"{self.name}/{file}", self.sizes[file]

@@ -7,19 +7,21 @@ only in the encoder (`anatomy.is_pruned`). Embeddings are told by their names. W
 counted by parts, so that a reader sees what a sparsity refers to.
 """
 
-import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from opfa.anatomy import PARTS, heads_of, is_matrix, is_pruned, layer_of, part_of
 from opfa.comparison import compare as compare
 from opfa.errors import ModelError
+from opfa.foreign import read_object
 from opfa.sources import MATRIX_DIMS, Source, check_masks, is_mask, open_source
 from opfa.sources import directory_of as directory_of
 from opfa.sparsity.layers import masks_of, zero_masks
@@ -80,24 +82,43 @@ def check_stated(name: str) -> dict[str, Any]:
 def stated_report(directory: Path) -> dict[str, Any] | None:
     """What a directory's own sparsity.json says, if it has one."""
     path = directory / "sparsity.json"
-    if not path.is_file():
-        return None
-    try:
-        return _stated(json.loads(path.read_text()), directory)
-    except ValueError as error:
-        raise ModelError(f"{path}: not a sparsity report: {error!r}") from error
+    return _stated(read_object(path), directory) if os.path.lexists(path) else None
+
+
+class _Tensor(BaseModel, strict=True):
+    """A row of a sparsity report."""
+
+    shape: list[int]
+    zeros: int
+    sparsity: float
+
+
+class _Total(BaseModel, strict=True):
+    size: int
+    zeros: int
+    sparsity: float
+
+
+class _Stated(BaseModel, strict=True):
+    """What counts of a sparsity report."""
+
+    tensors: dict[str, _Tensor]
+    fingerprint: str
+    total: _Total
 
 
 def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what JSON can hold
     if values is None:
         return None
     try:
-        stated = {key: values[key] for key in ("tensors", "fingerprint", "total")}
-        if not all(isinstance(row["shape"], list) for row in stated["tensors"].values()):
-            raise TypeError("a shape must be a list")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{where}/sparsity.json: not a sparsity report: {error!r}") from error
-    return stated
+        _Stated.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ModelError(
+            f"{where}/sparsity.json: not a sparsity report: {key}: {first['msg']}"
+        ) from error
+    return {key: values[key] for key in _Stated.model_fields}
 
 
 @dataclass

@@ -8,6 +8,7 @@ each family keeps them; a new family is one more row.
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -29,13 +31,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging as transformers_logging
 
 from opfa.anatomy import problem_of_storage
+from opfa.compact import METHOD
 from opfa.errors import ModelError, RunError, first_line, opening
+from opfa.foreign import CONFIG, check_directory, check_plain, code_refused, tokenizer_files
+from opfa.skeleton import SPECIAL, try_out, without_memory
+from opfa.sources import directory_of, open_source, small_files_of
 
-# Families that count positions from pad_token_id + 1.
-COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 
 
@@ -67,7 +73,9 @@ FAMILIES = {
 }
 
 
-SPECIAL = ("pad", "cls", "sep", "bos", "eos")
+FEW_TOKENS = 5  # that a model is tried out with
+SPARE_WEIGHTS = 1 << 24  # beyond those in the files: a new head, and little memory in any case
+SPARE_TENSORS = 1_000
 HEADS: dict[str, Any] = {  # Any: Auto classes share no base
     "SequenceClassification": AutoModelForSequenceClassification,
     "QuestionAnswering": AutoModelForQuestionAnswering,
@@ -106,20 +114,53 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn every way in which a directory or Hub name can't be loaded into one `ModelError`."""
+    """Turn every way in which a model or tokenizer can't be loaded into one `ModelError`."""
+    with opening(f"{what} {name!r}", ModelError, "can't be loaded"), quiet_transformers():
+        try:
+            yield
+        except ModelError as error:
+            raise ModelError(f"{what} {name!r}: can't be loaded: {error}") from error
+        except Exception as error:
+            if "trust_remote_code" in str(error):  # its advice can't be followed here
+                raise code_refused(f"{what} {name!r}", ["auto_map"]) from error
+            raise
+
+
+def _directory(what: str, name: str, *, with_weights: bool = False) -> Path:
+    """The directory that a path or Hub name means, with nothing in it that asks for code."""
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists() and (path / "model").is_dir():
+    if path.is_dir() and not os.path.lexists(path / CONFIG) and (path / "model").is_dir():
         raise ModelError(f"{what} {name!r}: can't be loaded: a run; did you mean {path / 'model'}?")
     if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelError(f"{what} {name!r}: can't be loaded: no such directory")
-    with opening(f"{what} {name!r}", ModelError, "can't be loaded"), quiet_transformers():
-        yield
+    with loading(what, name):
+        directory = directory_of(name) if with_weights else small_files_of(name)
+        config = check_directory(
+            directory,
+            CONFIG_MAPPING.__contains__,
+            lambda n: tokenizer_class_from_name(n) is not None,
+        )
+        if with_weights:
+            check_plain(directory, config, METHOD)
+        return directory
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or Hub name."""
+    """The tokenizer of a directory or Hub name; raises `ModelError` where its files are not there,
+    for which transformers makes one up that knows no word.
+    """
+    directory = _directory("tokenizer", name)
     with loading("tokenizer", name):
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        needed = tokenizer_files(directory, tokenizer.vocab_files_names)
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        if needed or not words:
+            raise ModelError(
+                f"no tokenizer files ({', '.join(needed) or 'an empty vocabulary'}); say which "
+                "tokenizer it has: model.tokenizer=NAME"
+            )
+        tokenizer("What fails", "fails here")
+    return tokenizer
 
 
 def wordpiece_tokenizer(
@@ -132,8 +173,39 @@ def wordpiece_tokenizer(
 
 def load_config(name: str) -> PretrainedConfig:
     """The configuration of a directory or Hub name."""
+    directory = _directory("model", name)
     with loading("model", name):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
+def load_weights(
+    cls: Any, name: str, config: PretrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of a directory or Hub name in one of transformers' classes, fp32, and the names of
+    the tensors that its files lack, or have in another shape where the options allow it.
+
+    The model may not be much larger than its files, which is found out before memory is asked for.
+    """
+    directory = _directory("model", name, with_weights=True)
+    with loading("model", name):
+        sizes = [tensor.numel() for _, tensor in open_source(str(directory)).tensors(_none)]
+        with without_memory(SPARE_TENSORS + 4 * len(sizes), SPARE_WEIGHTS + 2 * sum(sizes)):
+            AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model, info = cls.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    check_storage(name, info)
+    changed = (key for key, *_ in info["mismatched_keys"])
+    return model, sorted({*info["missing_keys"], *changed})
+
+
+def _none(*_: Any) -> bool:
+    """No tensor's values are wanted."""
+    return False
 
 
 def new_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -167,21 +239,25 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
     Attention is written out in full: of the two forms, only this one gives padding the same values
     in torch and in an exported graph.
     """
-    auto = HEADS[head_of(load_config(name))]
-    with loading("model", name):
-        model, info = auto.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-    check_storage(name, info)
-    if info["missing_keys"]:
-        raise ModelError(f"model {name!r}: {min(info['missing_keys'])} is missing")
+    config = load_config(name)
+    model, missing = load_weights(HEADS[head_of(config)], name, config, attn_implementation="eager")
+    if missing:
+        raise ModelError(f"model {name!r}: {missing[0]} is missing")
+    is_choosing = head_of(config) == "MultipleChoice"
+    try_out(model, name, (1, 2, FEW_TOKENS) if is_choosing else (1, FEW_TOKENS))
     return model.eval()
+
+
+def encoder_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A bare encoder that has shapes and no memory."""
+    with loading("model", config.model_type), without_memory():
+        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
     """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
     cls = _pretraining_class(config, objective)
-    with loading("model", config.model_type), torch.device("meta"):
+    with loading("model", config.model_type), without_memory():
         return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
 
 
@@ -194,18 +270,10 @@ def load_pretraining_model(
     config = load_config(name)
     cls = _pretraining_class(config, objective)
     changed = dropouts(config, dropout)
-    with loading("model", name):
-        model, info = cls.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=_attention(),
-            output_loading_info=True,
-            **changed,
-        )
-    check_storage(name, info)
-    new = sorted(info["missing_keys"])
+    model, new = load_weights(cls, name, config, attn_implementation=_attention(), **changed)
     if lost := new if needs_head else of_encoder(model, new):
         raise ModelError(f"model {name!r}: {len(lost)} tensors are missing, first {lost[0]}")
+    try_out(model, name, (1, FEW_TOKENS))
     keep_values(model, config, changed)
     return model
 
@@ -287,22 +355,6 @@ def _pretraining_class(
             f"objective 'mlm+nsp': {config.model_type} has no next-sentence head; use 'mlm'"
         )
     return BertForPreTraining
-
-
-def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
-    """Refuse a tokenizer with more entries than the model, and sequences longer than its
-    positions.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} entries and the model's embedding only "
-            f"{config.vocab_size}; they don't belong together"
-        )
-    positions = config.max_position_embeddings
-    if config.model_type in COUNTED_FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    if tokens > positions:
-        raise ModelError(f"sequence_tokens = {tokens}: this model has only {positions} positions")
 
 
 def pretraining_features(

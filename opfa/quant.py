@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opfa.errors import ModelError
+from opfa.errors import ModelError, opening
+from opfa.foreign import check_weights
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masked_layers
 
 FILE = "quantization.safetensors"
@@ -229,7 +230,12 @@ def load(model: nn.Module, path: Path) -> None:
 
     Raises `ModelError` when file and model don't fit.
     """
-    values = load_file(path)
+    check_weights(path)
+    with opening(path, ModelError, "doesn't fit the model"):
+        _load(model, load_file(path), path)
+
+
+def _load(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
     names = {name.rpartition(".")[0] for name in values}
     missing = names - {name for name, _ in model.named_modules()}
     if missing:

@@ -10,6 +10,7 @@ fills what a file lacks with random numbers.
 import contextlib
 import fnmatch
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +26,20 @@ from torch import Tensor
 from opfa import compact
 from opfa.anatomy import MASK, problem_of_storage
 from opfa.errors import ModelError, first_line, opening
-from opfa.hub import RemoteFiles, cached_directory
+from opfa.foreign import (
+    INDEXES,
+    TOKENIZER_FILES,
+    check_content,
+    check_shards,
+    check_weights,
+    siblings,
+    weight_map,
+)
+from opfa.hub import RemoteFiles, cached_directory, missing_in_cache
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", *WEIGHT_FILES)
+INDEXED = {"model.safetensors": INDEXES[0], "pytorch_model.bin": INDEXES[1]}  # in this order
+SHARDS = ("model-*-of-*.safetensors", *WEIGHT_FILES)  # without an index
 MATRIX_DIMS = 2
 Wanted = Callable[[str, Sequence[int]], bool]
 Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
@@ -90,8 +101,8 @@ def _source(name: str) -> Source:
     cached = cached_directory(name)
     if cached is not None:
         return _directory(cached)
-    remote = RemoteFiles(name)
-    files = weight_files(remote.sizes, where=name)
+    remote = _remote(name)
+    files, tensors = weight_files(remote.sizes, name, remote.read)
     if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
         source = _directory(directory_of(name))
         return Source(
@@ -101,39 +112,86 @@ def _source(name: str) -> Source:
             downloaded_bytes=lambda: source.file_bytes,
         )
     return Source(
-        tensors=lambda wanted: (pair for file in files for pair in remote.tensors(file, wanted)),
+        tensors=lambda wanted: _checked(files, tensors, lambda f: remote.tensors(f, wanted), name),
         read_json=remote.read_json,
         file_bytes=sum(remote.sizes[file] for file in files),
         downloaded_bytes=lambda: remote.num_bytes,
     )
 
 
+def _remote(name: str) -> RemoteFiles:
+    try:
+        return RemoteFiles(name)
+    except ModelError as error:
+        if missing := missing_in_cache(name):
+            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
+        raise
+
+
 def directory_of(name: str) -> Path:
     """The directory of a checkpoint; one of the Hub is downloaded."""
+    found = _downloaded(name, ["*.safetensors", "*.json"])
+    if not Path(name).is_dir() and not list(found.glob("*.safetensors")):
+        found = _downloaded(name, ["pytorch_model*.bin", "*.json"])
+    return found
+
+
+def small_files_of(name: str) -> Path:
+    """The directory of a model's configurations and tokenizer; of the Hub only these are
+    downloaded.
+    """
+    return _downloaded(name, list(TOKENIZER_FILES))
+
+
+def _downloaded(name: str, patterns: list[str]) -> Path:
     if Path(name).is_dir():
         return Path(name)
     _refuse_paths(name, "no such directory")
-    patterns = ["*.safetensors", "*.json"]
     try:
-        found = Path(snapshot_download(name, allow_patterns=patterns))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(name, allow_patterns=["pytorch_model*.bin", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise ModelError(
             f"{name}: no such directory, and not to be had from the Hub: {reason}"
         ) from error
-    return found
 
 
-def weight_files(names: Iterable[str], where: object) -> list[str]:
-    """Which of these files are the weights: those that transformers would load, if there are."""
+def weight_files(
+    names: Iterable[str], where: object, read: Callable[[str], bytes]
+) -> tuple[list[str], dict[str, str]]:
+    """Which of these files are the weights: those that transformers would load, if there are; and
+    which tensors are in which of them, where an index, which `read` reads, says so.
+    """
     names = sorted(set(names) - {"quantization.safetensors"})
-    for pattern in MODEL_FILES:
-        found = fnmatch.filter(names, pattern)
-        if found:
-            return found
+    for whole, index in INDEXED.items():
+        if whole in names:
+            return [whole], {}
+        if index in names:
+            tensors = weight_map(read(index), f"{where}/{index}")
+            files = sorted(set(tensors.values()))
+            check_shards(files, names, f"{where}/{index}")
+            return files, tensors
+    for pattern in SHARDS:
+        if found := fnmatch.filter(names, pattern):
+            check_shards([each for name in found for each in siblings(name)], names, where)
+            return found, {}
     raise ModelError(f"{where}: has no weights ({' or '.join(WEIGHT_FILES)})")
+
+
+def _checked(
+    files: Iterable[str],
+    tensors: Mapping[str, str],
+    read: Callable[[str], Iterator[tuple[str, Tensor]]],
+    where: object,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of files; raises `ModelError` at the end of one that lacks what an index says."""
+    for file in files:
+        missing = {name for name, place in tensors.items() if place == file}
+        for name, tensor in read(file):
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise ModelError(f"{where}/{file}: {min(missing)} is missing, which the index has")
 
 
 def _refuse_paths(name: str, reason: str) -> None:
@@ -143,31 +201,48 @@ def _refuse_paths(name: str, reason: str) -> None:
 
 def _directory(directory: Path) -> Source:
     """A directory of weights, or of a run with its model in it."""
-    names = [path.name for path in directory.iterdir()]
+    with opening(directory):
+        names = [path.name for path in directory.iterdir()]
     is_run = "model" in names and not any(fnmatch.filter(names, p) for p in WEIGHT_FILES)
     if is_run and (directory / "model").is_dir():
         return _directory(directory / "model")
-    files = [directory / name for name in weight_files(names, where=directory)]
-    return _files(files, beside=directory)
+    files, tensors = weight_files(names, directory, lambda name: _read(directory / name))
+    return _files([directory / name for name in files], beside=directory, tensors=tensors)
 
 
-def _files(files: list[Path], beside: Path | None) -> Source:
+def _read(path: Path) -> bytes:
+    check_content(path)
+    with opening(path):
+        return path.read_bytes()
+
+
+def _files(
+    files: list[Path], beside: Path | None, tensors: Mapping[str, str] | None = None
+) -> Source:
     """Files together. One alone may be a part of a model: a sparsity.json is not about it."""
     for file in files:
         if file.suffix not in READERS:
             raise ModelError(f"{file}: not weights; {', '.join(READERS)} can be read")
+        check_weights(file)
 
     def read_json(name: str) -> Any:  # Any: what JSON can hold
         if beside is None and name != "config.json":
             return None
         path = files[0].with_name(name)
-        try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except (ValueError, OSError) as error:
-            raise ModelError(f"{path}: not valid JSON: {error}") from error
+        if not os.path.lexists(path):
+            return None
+        content = _read(path)
+        with opening(path, ModelError, "not valid JSON"):
+            return json.loads(content)
 
+    by_name = {file.name: file for file in files}
+
+    def read(name: str, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+        return READERS[by_name[name].suffix](by_name[name], wanted)
+
+    where = files[0].parent
     return Source(
-        tensors=lambda wanted: (p for file in files for p in READERS[file.suffix](file, wanted)),
+        tensors=lambda wanted: _checked(by_name, tensors or {}, lambda n: read(n, wanted), where),
         read_json=read_json,
         file_bytes=sum(part.stat().st_size for file in files for part in _parts(file)),
     )
@@ -204,7 +279,18 @@ def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     if not isinstance(state, dict):
         raise ModelError(f"{file}: holds a {type(state).__name__}, not a state dict")
-    yield from ((name, value) for name, value in state.items() if isinstance(value, Tensor))
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield str(name), _plain(value, f"{file}: {name}")
+
+
+def _plain(tensor: Tensor, what: str) -> Tensor:
+    """Refuse what a pickle can say and no model has: a few values that stand for 10^12."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ModelError(f"{what}: not a plain tensor ({tensor.layout}, {tensor.dtype})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ModelError(f"{what}: has more elements than values in the file")
+    return tensor
 
 
 def _onnx(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:

@@ -423,7 +423,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
         ("a.safetensors", (1 << 62).to_bytes(8, "little") + b"{}", "header too large"),
         ("a.safetensors", (2).to_bytes(8, "little") + b"{}", "hold no weights"),
         ("a.bin", b"no pickle", "can't be read"),
-        ("a.onnx", b"", "is no ONNX file"),
+        ("a.onnx", b"", "is empty"),
         ("a.onnx", b"\x08\xff" * 99, "can't be read as ONNX"),
         ("a.txt", b"x", "not weights; .safetensors, .bin, .onnx can be read"),
     ],

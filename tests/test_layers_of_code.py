@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "opfa"
 LEVELS = [
     {"errors", "anatomy", "clock"},
     {"aside"},
-    {"recipe", "files", "lines", "order", "sparsity.structure"},
+    {"recipe", "files", "lines", "order", "sparsity.structure", "foreign", "skeleton"},
     {
         "tables",
         "schedules",
@@ -25,10 +25,10 @@ LEVELS = [
         "streams",
     },
     {"sparsity.pattern", "sparsity.layers", "upstream.masking", "compact", "transfer"},
-    {"loading", "parquet_records"},
+    {"loading", "parquet_records", "sources"},
     {"records", "registration", "distill", "quant"},
     {"models", "engine", "run", "upstream.recipe", "downstream.recipe"},
-    {"lora", "guard", "onnx_graph", "sources", "manifest", "provenance"},
+    {"fit", "lora", "guard", "onnx_graph", "manifest", "provenance"},
     {"comparison", "pruner", "checkpoint", "report"},
     {"upstream.segments", "upstream.sentences", "downstream.examples", "downstream.beginnings"},
     {"inspection", "upstream.corpus"},

@@ -27,16 +27,16 @@ from opfa.downstream.examples import Check, Examples
 from opfa.downstream.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError, ModelError
+from opfa.fit import fit_tokenizer
 from opfa.models import (
-    check_fit,
-    check_storage,
     dropouts,
     keep_values,
     load_config,
-    loading,
+    load_weights,
     of_encoder,
 )
 from opfa.order import HELD_OUT, generator
+from opfa.skeleton import try_out
 
 CHUNK = 1_000  # examples that are tokenized at once, if they aren't long
 CHUNK_CHARACTERS = 4 << 20  # with their windows about 500 MB
@@ -200,7 +200,7 @@ def _split(
     classes: tuple[str, ...],
     whose: str,
 ) -> Split:
-    check_fit(config, tokenizer, task.sequence_tokens)
+    fit_tokenizer(config, tokenizer, task.sequence_tokens)
     pad_token_id = tokenizer.pad_token_id
     if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
         raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
@@ -299,21 +299,21 @@ def load_model(
         options["problem_type"] = "single_label_classification"
     elif task.kind == "regression":
         options = {"num_labels": 1, "problem_type": "regression"}
-    with loading("model", init):
-        model, info = kind.head.from_pretrained(
-            init,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-            **changed,
-        )
-    check_storage(init, info)
-    keep_values(model, config, changed)
-    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    model, new = load_weights(
+        kind.head, init, config, ignore_mismatched_sizes=True, **options, **changed
+    )
     if lost := new if is_trained else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
+    shape = (
+        (1, 2, task.sequence_tokens)
+        if task.kind == "multiple-choice"
+        else (1, task.sequence_tokens)
+    )
+    outputs = try_out(model, init, shape)
+    if missing := [name for name in kind.outputs if name not in outputs]:
+        raise ModelError(f"model {init!r}: a head of another form, it has no {missing[0]}")
+    keep_values(model, config, changed)
     return model
 
 

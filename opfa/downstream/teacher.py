@@ -26,7 +26,8 @@ from opfa.downstream.recipe import Distillation, Task
 from opfa.downstream.tasks import in_context, inputs_of, is_target, load_model, logits_of
 from opfa.errors import ModelError
 from opfa.files import new_file
-from opfa.models import check_fit, load_tokenizer
+from opfa.fit import fit_tokenizer
+from opfa.models import load_tokenizer
 
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
@@ -52,8 +53,9 @@ class Teacher:
         nn.Module.to(self.model, self.device)
         self.model.eval().requires_grad_(False)
         self._kept: tuple[Tensor, ...] | None = None
-        _check_tokenizer(settings.teacher, tokenizer)
-        check_fit(self.model.config, tokenizer, task.sequence_tokens)
+        theirs = load_tokenizer(settings.teacher)
+        fit_tokenizer(self.model.config, theirs, task.sequence_tokens)
+        _check_tokenizer(settings.teacher, theirs, tokenizer)
         ours, theirs = student.config.hidden_size, self.model.config.hidden_size
         if settings.hidden_weight and ours != theirs:
             raise ModelError(
@@ -114,8 +116,9 @@ class Teacher:
         return in_context(self.task, logits, batch), states
 
 
-def _check_tokenizer(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    theirs = load_tokenizer(teacher)
+def _check_tokenizer(
+    teacher: str, theirs: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+) -> None:
     ours, vocabulary = tokenizer.get_vocab(), theirs.get_vocab()
     different = [token for token, index in ours.items() if vocabulary.get(token) != index]
     if different or len(ours) != len(vocabulary):

@@ -33,8 +33,8 @@ from opfa.clock import Clock
 from opfa.distributed import Stopped, Supervisor
 from opfa.engine import Engine, start_distributed
 from opfa.errors import ModelError, RecipeError, RunError
+from opfa.fit import check_fit
 from opfa.models import (
-    check_fit,
     compile_models,
     decay_groups,
     load_pretraining_model,

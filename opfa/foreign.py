@@ -1,0 +1,217 @@
+"""What a model directory holds, looked at before transformers sees it.
+
+A directory of others may ask for code, name files that aren't there, hold a web page under the name
+of weights, or ask for more memory than there is. All of that is found from its small files and the
+first bytes of its large ones. Nothing is executed here, and no question is asked.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opfa.errors import ModelError, opening
+
+CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+QUANTIZED = "quantization_config"  # of a configuration
+CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+COUNTS = re.compile(r"layer|label|block|head|group|expert|depth|stage", re.IGNORECASE)
+MOST = 100_000  # layers, labels, heads: transformers makes lists of so many
+INT64 = 1 << 63
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[a-z]+)")
+MOST_CONFIG = 1 << 24  # bytes
+CONFIGS = (  # what can name code
+    CONFIG,
+    TOKENIZER_CONFIG,
+    ADAPTER,
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+START = 256  # bytes of a file that tell what it is not
+NOT_A_MODEL = (  # what is found under the name of a file that was never fetched
+    (
+        re.compile(rb"version https?://[\w.-]+/spec/v\d"),
+        "is a git-lfs pointer, not the file itself; fetch it with: git lfs pull",
+    ),
+    (re.compile(rb"(?i)<(!doctype html|html|head)"), "is a web page (HTML), not the file itself"),
+    (re.compile(rb"(?i)<(\?xml|error)"), "is an XML message, not the file itself"),
+)
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.bpe", "*.spm", "*.tiktoken", "*.jinja")
+
+
+def check_content(path: Path, what: object = None) -> None:
+    """Refuse what is no plain file, and a git-lfs pointer or a web page in the place of one."""
+    what = what or path
+    if not path.is_file():
+        is_loose = path.is_symlink() and not path.exists()
+        raise ModelError(f"{what}: {'is a link to nothing' if is_loose else 'is not a file'}")
+    with opening(what), path.open("rb") as file:
+        start = file.read(START)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, problem in NOT_A_MODEL:
+        if pattern.match(text):
+            raise ModelError(f"{what}: {problem}")
+
+
+def check_weights(path: Path) -> None:
+    """Refuse what can't be a file of weights by its first bytes."""
+    check_content(path)
+    if not path.stat().st_size:
+        raise ModelError(f"{path}: is empty")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file."""
+    check_content(path)
+    if path.stat().st_size > MOST_CONFIG:
+        raise ModelError(f"{path}: has more than {MOST_CONFIG:,} bytes")
+    with opening(path, ModelError, "not valid JSON"):
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds {_shown(values)}, not a JSON object")
+    return values
+
+
+def _shown(value: Any) -> str:  # Any: what JSON can hold
+    return {type(None): "null", list: "a list", str: "a text"}.get(type(value), "a number")
+
+
+def asks_for_code(values: Any) -> list[str]:  # Any: what JSON can hold
+    """The keys of a configuration that name code."""
+    return [key for key in CODE_KEYS if isinstance(values, dict) and key in values]
+
+
+def code_refused(what: object, keys: Iterable[str]) -> ModelError:
+    """What to say of a configuration that asks for code of its own."""
+    return ModelError(
+        f"{what} asks for code of its own ({', '.join(keys)}), and remote code is never run; this "
+        "model is not taken"
+    )
+
+
+def check_directory(
+    directory: Path, is_type: Callable[[str], bool], is_tokenizer: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Refuse a directory whose configurations can't be used as they are, before any library acts on
+    them; the values of its `config.json`, which may be missing where only a tokenizer is.
+
+    The functions say which model types and tokenizer classes transformers has itself. Where one of
+    these comes with code too, that is never looked at.
+    """
+    values = {}
+    for path in sorted(directory.iterdir()):
+        if path.name in CONFIGS:
+            values[path.name] = read_object(path)
+        elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):
+            check_content(path)
+    config = values.get(CONFIG, {})
+    is_known = _is(config.get("model_type"), is_type)
+    for name, found in values.items():
+        is_own = name == TOKENIZER_CONFIG and _is(found.get("tokenizer_class"), is_tokenizer)
+        if (keys := asks_for_code(found)) and not (is_own or (is_known and name != ADAPTER)):
+            raise code_refused(directory / name, keys)
+    _check_values(directory / CONFIG, config)
+    return config
+
+
+def _is(value: Any, known: Callable[[str], bool]) -> bool:  # Any: what JSON can hold
+    return isinstance(value, str) and known(value)
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse numbers that no model has, and a file or kernel from elsewhere."""
+    for key, value in _leaves(config):
+        is_number = isinstance(value, int | float)
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise ModelError(f"{path}: {key} = {value}: not a finite number")
+        most = MOST if COUNTS.search(key) else INT64 - 1
+        if is_number and abs(value) > most and isinstance(value, int):
+            shown = value if abs(value) < INT64 else "more than 64 bits"
+            raise ModelError(f"{path}: {key} = {shown}: at most {most} is allowed")
+        if key in KERNEL_KEYS and isinstance(value, str) and "/" in value:
+            raise code_refused(path, [f"{key} = {value!r}"])
+    if "transformers_weights" in config:
+        raise ModelError(f"{path}: transformers_weights: names another file; remove it")
+
+
+def _leaves(values: Any, key: str = "") -> Iterable[tuple[str, Any]]:  # Any: what JSON can hold
+    """Keys and values, however deep; no recursion, which JSON could exhaust."""
+    waiting = [(key, values)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, item) for item in value)
+        else:
+            yield key, value
+
+
+def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None:
+    """Refuse what is no whole model with plain weights: an adapter, and values quantized by others.
+    `method` is our own.
+    """
+    if (directory / ADAPTER).exists():
+        raise ModelError(
+            f"{directory}: holds an adapter ({ADAPTER}); merge it into its model first, with "
+            "peft's merge_and_unload, and save that"
+        )
+    if not (directory / CONFIG).exists():
+        raise ModelError(f"{directory}: has no {CONFIG}")
+    quantized = config.get(QUANTIZED)
+    if quantized is not None:
+        found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if found != method:
+            raise ModelError(
+                f"{directory / CONFIG}: {QUANTIZED}: weights quantized by {found!r} can't be "
+                "used; take the model with plain weights"
+            )
+
+
+def weight_map(content: bytes, where: object) -> dict[str, str]:
+    """What an index says: in which file each tensor is."""
+    with opening(where, ModelError, "not an index"):
+        values = json.loads(content.decode())
+    found = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ModelError(f"{where}: not an index: has no weight_map")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise ModelError(f"{where}: {name}: {str(file)[:80]!r} is no file beside it")
+    return found
+
+
+def check_shards(files: Iterable[str], there: Collection[str], where: object) -> None:
+    """Raise `ModelError` that names those of these files which are not there."""
+    missing = sorted(set(files) - set(there))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{where}: {missing[0]}{more} is missing; the weights are not complete")
+
+
+def siblings(name: str) -> list[str]:
+    """All files of the set that a numbered file belongs to, as in model-00001-of-00002; itself
+    alone where it has no number.
+    """
+    found = NUMBERED.fullmatch(name)
+    if found is None or not 0 < int(found[2]) <= int(found[3]):
+        return [name]
+    stem, count, suffix = found[1], found[3], found[4]
+    return [f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)]
+
+
+def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
+    """The files that a tokenizer needs and that are not there; `names` are those of its class.
+
+    One `tokenizer.json` is enough, and so is a vocabulary in a form that transformers converts.
+    """
+    others = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.tiktoken", "tekken.json")
+    if any(path.is_file() for pattern in others for path in directory.glob(pattern)):
+        return []
+    needed = [names[key] for key in ("vocab_file", "merges_file") if key in names]
+    missing = [file for file in needed if not (directory / file).is_file()]
+    return [*missing, "tokenizer.json"] if missing or not needed else []
