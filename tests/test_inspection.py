@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -660,3 +661,87 @@ def test_a_model_without_layers_can_not_be_drawn(
     directory = write({"a.weight": pruned((16, 16), 0)}, tmp_path / "m")
     assert cli.run(["inspect", str(directory), "--plot", str(tmp_path / "p.png")]) == 2
     assert "no numbered layers" in capsys.readouterr().err
+
+
+# weights apart from their masks
+
+
+PRUNE = r"stored apart from its mask or in parts; call torch.nn.utils.prune.remove\("
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("weight_orig", "weight_mask"), PRUNE),
+        (("weight", "bias_orig", "bias_mask"), PRUNE),
+        (("parametrizations.weight.original",), r"parametrize.remove_parametrizations\("),
+        (("weight", "mask_scores"), "scores from which masks are made"),
+        (("weight", "mask"), f"{re.escape(QUERY)} has live weights where it is zero; multiply"),
+        (("weight", "weight_mask"), "mask that is not applied"),
+        (("weight", "sparse_pruning_mask"), "mask that is not applied"),
+    ],
+)
+@pytest.mark.parametrize("act", ["inspect", "compare"])
+def test_masks_that_are_not_applied_are_refused(
+    state: dict[str, Tensor],
+    model: Path,
+    tmp_path: Path,
+    parts: tuple[str, ...],
+    message: str,
+    act: str,
+) -> None:
+    path = QUERY.removesuffix(".weight")
+    del state[QUERY]
+    for part in parts:
+        is_bias = part.startswith("bias")
+        value = torch.ones(16) if is_bias else torch.ones(16, 16)
+        state[f"{path}.{part}"] = pruned((16, 16), 0) if part.endswith("mask") else value
+    other = write({n: t for n, t in state.items()}, tmp_path / "other")
+    with pytest.raises(ModelError, match=message):
+        inspect(other) if act == "inspect" else compare(str(model), str(other))
+
+
+def test_a_mask_that_is_applied_is_no_obstacle(
+    state: dict[str, Tensor], model: Path, tmp_path: Path
+) -> None:
+    """NVIDIA's ASP leaves it in the file."""
+    state[QUERY.removesuffix("weight") + "__weight_mma_mask"] = state[QUERY] != 0
+    other = write(state, tmp_path / "other")
+    assert inspect(other)["fingerprint"] == inspect(model)["fingerprint"]
+    assert compare(str(model), str(other))["same_masks"]
+
+
+# matrices of zeros alone
+
+
+def test_an_encoders_matrix_of_zeros_is_counted_and_a_new_one_is_not(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state[QUERY] = torch.zeros(16, 16)
+    new = ["classifier.weight", f"{QUERY.removesuffix('weight')}lora_B.weight"]
+    for name in new:
+        state[name] = torch.zeros(2, 16)
+    found = inspect(write(state, tmp_path / "m"))
+    assert found["tensors"][QUERY] == {"shape": [16, 16], "zeros": 256, "sparsity": 1.0}
+    assert found["total"]["zeros"] == ENCODER * 3 // 4 + 64
+    assert not set(new) & set(found["tensors"])
+
+
+def test_a_stated_matrix_counts_whatever_its_name_is(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Such as a head of zeros that was locked by name, or an untied decoder."""
+    names = ["classifier.weight", "cls.predictions.decoder.weight"]
+    state[names[0]], state[names[1]] = torch.zeros(2, 16), pruned((32, 16), 3)
+    directory = write(state, tmp_path / "m")
+    stated = report({name: state[name] != 0 for name in names})
+    (directory / "sparsity.json").write_text(json.dumps(stated))
+    assert set(names) < set(inspect(directory)["tensors"])
+
+
+@pytest.mark.parametrize("tensors", [None, [], {"a": None}, {"a": {"shape": 3}}])
+def test_a_sparsity_json_of_another_shape_is_one_message(model: Path, tensors: Any) -> None:
+    values = {"tensors": tensors, "fingerprint": "", "total": {}}
+    (model / "sparsity.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="not a sparsity report"):
+        inspect(model)

@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from torch.nn.utils import parametrize, prune
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+)
 
 from opfa.errors import ModelError
 from opfa.sparsity import layers as module
@@ -434,10 +441,113 @@ def test_lock_refuses_a_subclass_of_linear() -> None:
         lock(attention)
 
 
-def test_a_tensor_of_zeros_alone_is_new_and_left_out() -> None:
+def test_a_matrix_of_zeros_alone_is_new_outside_of_an_encoder() -> None:
     net = sparse_net()
     nn.init.zeros_(net.last.weight)
     assert list(lock(net)["tensors"]) == ["first.weight"]
+
+
+EMPTY = "bert.encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_matrix_of_zeros_alone_is_locked_in_an_encoder(dtype: torch.dtype) -> None:
+    model = BertForSequenceClassification(TINY).to(dtype)
+    nn.init.constant_(model.get_parameter(EMPTY), -0.0)
+    locked = lock(model)  # the only zeros of the model
+    assert locked["total"] == {"zeros": 256, "size": 256, "sparsity": 1.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    for _ in range(3):
+        model(input_ids=torch.arange(1, 9)[None], labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert fuse(model) == locked
+    weight = model.get_parameter(EMPTY)
+    assert not weight.any() and not torch.signbit(weight).any()
+
+
+def test_an_encoders_pooler_of_zeros_is_locked_too() -> None:
+    model = sparse_bert()
+    nn.init.zeros_(model.get_parameter("bert.pooler.dense.weight"))
+    assert lock(model)["tensors"]["bert.pooler.dense.weight"]["sparsity"] == 1.0
+
+
+def test_the_smallest_matrix_is_locked() -> None:
+    layer = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(0, 3)})
+    nn.init.zeros_(layer["a"].get_parameter("weight"))
+    assert lock(nn.ModuleDict({"layer": nn.ModuleList([layer])}))["total"]["zeros"] == 1
+
+
+def test_zeros_of_an_encoder_that_no_linear_layer_holds_are_refused() -> None:
+    """Else they would be lost without a word."""
+    model = GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    with torch.no_grad():
+        model.get_parameter("h.0.mlp.c_fc.weight")[0] = 0
+    assert "h.0.mlp.c_fc.weight" in zero_masks(model)
+    with pytest.raises(ModelError, match=r"h\.0\.mlp\.c_fc: is a Conv1D; only a plain nn.Linear"):
+        lock(model)
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1)
+    with torch.no_grad():
+        stack.get_parameter("layers.0.self_attn.in_proj_weight")[0] = 0
+    with pytest.raises(ModelError, match="self_attn: is a MultiheadAttention"):
+        lock(stack)
+
+
+# weights that are made in every pass
+
+
+def test_a_pruned_layer_that_was_not_made_permanent_is_refused() -> None:
+    model = BertForSequenceClassification(TINY)
+    layer = model.get_submodule("bert.encoder.layer.0.output.dense")
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    for act in (lock, zero_masks, lambda m: mask_layers(m, Pattern().layers(m))):
+        with pytest.raises(
+            ModelError, match=r"output\.dense\.weight: is made of .*prune\.remove\("
+        ):
+            act(model)
+    prune.remove(layer, "weight")
+    assert lock(model)["total"]["zeros"] == 128
+
+
+class Half(nn.Module):
+    """A parametrization that keeps half of a weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        mask = torch.ones_like(weight)
+        mask[::2] = 0
+        return weight * mask
+
+
+def test_a_parametrized_weight_is_refused() -> None:
+    model = BertForSequenceClassification(TINY)
+    parametrize.register_parametrization(model.classifier, "weight", Half())
+    with pytest.raises(
+        ModelError, match=r"classifier\.weight: is made of .*remove_parametrizations"
+    ):
+        lock(model)
+
+
+def test_a_parametrized_head_without_zeros_is_none_of_our_business() -> None:
+    model = sparse_bert()
+    nn.utils.spectral_norm(model.classifier)
+    prune.l1_unstructured(model.classifier, "bias", amount=1)
+    assert "classifier.weight" not in lock(model)["tensors"]
+
+
+# fusing
+
+
+def test_fuse_refuses_a_model_that_was_never_locked_and_a_second_time() -> None:
+    net = sparse_net()
+    message = (
+        "nothing to fuse: this model is not locked .* opfa.lock\\(model\\) before it is trained"
+    )
+    with pytest.raises(ModelError, match=message):
+        fuse(net)
+    lock(net)
+    fuse(net)
+    with pytest.raises(ModelError, match=message):
+        fuse(net)
 
 
 def test_the_padding_row_of_a_tied_embedding_is_not_sparsity() -> None:

@@ -1,5 +1,6 @@
 """Training loops that are not ours: the examples of recipes/loops, the guard, and LoRA."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -135,10 +136,9 @@ def trainer(
 ) -> Trainer:
     arguments = TrainingArguments(
         str(directory),
-        **{"max_steps": 4, "save_steps": 2, **settings},
+        **{"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, **settings},
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        learning_rate=1e-2,
         weight_decay=0.1,
         use_cpu=True,
         report_to=[],
@@ -202,7 +202,53 @@ def test_the_guard_needs_zeros(sparse: Path) -> None:
         SparsityGuard().on_train_begin(None, None, None, model=model)
 
 
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_the_guard_says_at_the_end_what_it_held(
+    sparse: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_locked: bool
+) -> None:
+    """Of each call of `train` alone, and as a warning where only luck held them."""
+    model = load(sparse)
+    if is_locked:
+        opfa.lock(model)
+    guard, num_zeros = SparsityGuard(), opfa.inspect(model)["total"]["zeros"]
+    for num_steps in (4, 2):
+        rate = 1e-2 if is_locked else 0.0
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            settings = {"max_steps": num_steps, "learning_rate": rate, "save_strategy": "no"}
+            trainer(model, tmp_path, guard, **settings).train()
+        (line,) = [record for record in caplog.records if record.name == "opfa.guard"]
+        what = f"{num_zeros:,} zeros in 12 tensors over {num_steps} steps"
+        if is_locked:
+            assert line.getMessage() == f"SparsityGuard: held {what}"
+        else:
+            assert line.getMessage().startswith(f"SparsityGuard: kept {what}, though nothing held")
+            assert line.levelno == logging.WARNING
+
+
+def test_the_guard_looks_after_a_matrix_of_zeros(sparse: Path, tmp_path: Path) -> None:
+    model = load(sparse)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(0.0 if name.endswith("layer.0.output.dense.weight") else 0.5)
+    with pytest.raises(ModelError, match=r"layer\.0\.output\.dense\.weight: \d+ of its 512 zeros"):
+        guard = SparsityGuard()
+        guard.on_train_begin(None, None, None, model=model)
+        model.get_parameter("bert.encoder.layer.0.output.dense.weight").data.add_(1)
+        guard.check(model)
+
+
 # LoRA
+
+
+def test_a_matrix_of_zeros_is_locked_beside_new_matrices_of_lora(sparse: Path) -> None:
+    model = load(sparse)
+    name = "bert.encoder.layer.0.attention.self.query"
+    torch.nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    model: Any = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    tensors = opfa.lock(model)["tensors"]
+    assert tensors[f"base_model.model.{name}.base_layer.weight"]["sparsity"] == 1.0
+    assert len(tensors) == 12 and not [n for n in tensors if "lora" in n]
 
 
 def adapted(sparse: Path) -> Any:  # Any: PEFT's model, with the methods of the wrapped one

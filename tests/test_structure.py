@@ -1,12 +1,23 @@
 """Which structure is found in a mask, and that none is found by chance."""
 
+import re
 from math import prod
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
-from opfa.anatomy import heads_of, layer_of, paired_names, part_of, short_kinds
+from opfa.anatomy import (
+    ADAPTER,
+    heads_of,
+    is_pruned,
+    layer_of,
+    paired_names,
+    part_of,
+    short_kinds,
+)
 from opfa.sparsity.structure import structure_of
 
 
@@ -161,6 +172,11 @@ def test_which_matrices_have_heads(name: str, heads: tuple[int, int] | None) -> 
             ("encoder", 2, "layer.0.SelfAttention.q"),
         ),
         ("h.5.attn.c_proj.weight", ("", 5, "attn.c_proj")),
+        (
+            "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight",
+            ("albert.encoder.albert_layer_groups.0", 0, "ffn"),
+        ),
+        ("transformer.ffns.2.lin1.weight", ("transformer", 2, "lin1")),
         ("bert.pooler.dense.weight", None),
     ],
 )
@@ -179,6 +195,8 @@ def test_which_layer_a_tensor_is_in(name: str, layer: tuple[str, int, str] | Non
         ("bert.embeddings.position_ids", (1, 99), "other"),
         ("bert.encoder.layer.0.output.dense.weight", (8, 8), "encoder"),
         ("bert.pooler.dense.weight", (8, 8), "pooler"),
+        ("electra.embeddings_project.weight", (8, 8), "embeddings"),
+        ("x.encoder.layer.0.output.dense.lora_B.default.weight", (8, 8), "other"),
         ("classifier.weight", (2, 8), "heads"),
     ],
 )
@@ -200,3 +218,36 @@ def test_names_are_paired_with_and_without_the_base_model() -> None:
     assert paired_names(whole, bare) == dict(zip(whole, bare, strict=False))
     assert paired_names(["dense.weight"], ["a.dense.weight", "b.dense.weight"]) == {}
     assert paired_names(["a.dense.weight", "b.dense.weight"], ["dense.weight"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_zeros", "expected"),
+    [
+        ("bert.encoder.layer.0.output.dense.weight", 64, True),
+        ("bert.encoder.layer.0.output.dense.weight", 1, True),
+        ("bert.encoder.layer.0.output.dense.weight", 0, False),
+        ("model.bert.encoder.layer.0.output.dense.base_layer.weight", 64, True),
+        ("model.bert.encoder.layer.0.output.dense.lora_B.default.weight", 64, False),
+        ("bert.encoder.layer.0.output.adapters.task.adapter_up.weight", 64, False),
+        ("bert.pooler.dense.weight", 64, True),
+        ("classifier.weight", 64, False),
+        ("classifier.weight", 63, True),
+    ],
+)
+def test_zeros_alone_are_pruned_by_what_they_belong_to(
+    name: str, num_zeros: int, expected: bool
+) -> None:
+    assert is_pruned(name, (8, 8), num_zeros) == expected
+
+
+def test_every_method_of_peft_is_known_as_an_adapter() -> None:
+    sources = [path.read_text() for path in Path(peft.__file__).parent.glob("tuners/**/model.py")]
+    found = re.findall(r'^    prefix(?:: str)? = "(\w+)"', "".join(sources), re.MULTILINE)
+    path = "base_model.model.bert.encoder.layer.0.output.dense"
+    unknown = {p for p in found if not ADAPTER.search(f"{path}.{p}B.default.weight")}
+    assert "lora_" in found and unknown <= {"ln_tuning_", "trainable_tokens_"}  # no matrices
+
+
+def test_a_matrix_without_a_live_weight_is_empty() -> None:
+    found = structure_of(torch.zeros(8, 8, dtype=torch.bool), (0, 2))
+    assert (found.pattern, found.dead_rows, found.dead_heads) == ("empty", 8, 2)

@@ -200,8 +200,8 @@ class Pruning(Section):
 
 
 class Quantization(Section):
-    """8-bit quantization-aware training of the masked (or, in a dense model, the encoder's) linear
-    layers.
+    """8-bit quantization-aware training of all linear layers of the encoder, sparse or dense, and
+    of what else is masked.
 
     Activations: `ranges = "moving-average"` follows the minimum and maximum of each batch,
     `"percentile"` cuts off what lies beyond `percentile` on either side. The first `start` fraction
