@@ -24,15 +24,17 @@ from typing import IO
 
 from opfa.errors import RunError
 
+INCOMPLETE = ".incomplete"
 FILES = "files"
 LOCK = ".lock"
 ENDINGS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+GRACE_SECONDS = 1
 log = logging.getLogger(__name__)
 
 
 def temporary(path: Path) -> Path:
     """The temporary place of an output."""
-    return path.with_name(f".{path.name}.incomplete")
+    return path.with_name(f".{path.name}{INCOMPLETE}")
 
 
 def remove(path: Path) -> None:
@@ -120,16 +122,17 @@ def _ending_tidily() -> Iterator[None]:
     """Let SIGTERM raise an exception here, as Ctrl-C does, so that what is half-written goes; and
     leave both to this process alone, since a terminal's Ctrl-C reaches its children too.
     """
-    process = os.getpid()
+    process, told = os.getpid(), []
 
     def end(number: int, _: object) -> None:
-        is_child = os.getpid() != process
-        if number == signal.SIGINT and not is_child:
-            raise KeyboardInterrupt
-        if number == signal.SIGTERM and not is_child:
-            raise SystemExit(128 + number)
-        if number == signal.SIGTERM:
-            os._exit(128 + number)
+        if os.getpid() == process:
+            told.append(number)
+            raise ended(number)
+        if number == signal.SIGTERM:  # at once, a worker could keep its pool's lock for ever
+            signal.alarm(GRACE_SECONDS)
+
+    def ended(number: int) -> BaseException:
+        return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
     is_main = threading.current_thread() is threading.main_thread()
     changed = [n for n, usual in ENDINGS.items() if is_main and signal.getsignal(n) == usual]
@@ -137,6 +140,10 @@ def _ending_tidily() -> Iterator[None]:
         signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        if told:  # a library that was interrupted put an error of its own in its place
+            raise ended(told[0]) from error
+        raise
     finally:
         for number in changed:
             signal.signal(number, ENDINGS[number])

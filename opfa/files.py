@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opfa.aside import held, remove, temporary
+from opfa.aside import FILES, INCOMPLETE, held, remove, temporary
 from opfa.errors import OpfaError, RunError, redacted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -110,15 +110,16 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def writing(where: Path, kept: str = "nothing half-written is kept") -> Iterator[None]:
     """Turn what a disk refuses (space, quota, rights, I/O) into one message that says where and
-    why, whichever library met it.
+    why, whichever library met it. Inside of a temporary place, its output's message is the one.
     """
+    is_inside = any(path.name.endswith(INCOMPLETE) for path in where.absolute().parents)
     try:
         yield
     except OpfaError:
         raise
     except Exception as error:
         reason = refusal(error, where)
-        if reason is None:
+        if reason is None or is_inside:
             raise
         raise RunError(f"{where}: can't be written: {reason}; {kept}") from error
 
@@ -134,11 +135,9 @@ def refusal(error: BaseException, where: Path) -> str | None:
         number = _number(seen)
         is_ours = seen is error and _is_beside(seen, where)
         if number is not None and (number in DISK or is_ours):
-            name = seen.filename if isinstance(seen, OSError) else None
-            what = f"{name}: " if name not in (None, str(where)) else ""
-            return f"{what}{named(number)}"
+            return f"{_which(seen, where)}{named(number)}"
         seen = seen.__cause__ or seen.__context__
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return None
     there = next(p for p in (where, *where.absolute().parents) if p.exists())
     is_full = shutil.disk_usage(there).free < FULL_BELOW
@@ -153,14 +152,27 @@ def _number(error: BaseException) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
+def _place(error: OSError) -> Path | None:
+    """The file that it is about; of a copy, the new one."""
+    name = error.filename if error.filename2 is None else error.filename2
+    return None if name is None else Path(os.fsdecode(name)).absolute()
+
+
 def _is_beside(error: BaseException, where: Path) -> bool:
     """Whether it is about an output or a file near it, and not about one that was read."""
     if not isinstance(error, OSError):
         return False
-    name = error.filename
-    return name is None or Path(os.fsdecode(name)).absolute().is_relative_to(
-        where.absolute().parent
-    )
+    place = _place(error)
+    return place is None or place.is_relative_to(where.absolute().parent)
+
+
+def _which(error: BaseException, where: Path) -> str:
+    """Which file of an output it was, where that is known and says more."""
+    place = _place(error) if isinstance(error, OSError) else None
+    work, final = temporary(where.absolute()) / FILES, where.absolute()
+    if place in (None, work, final):
+        return ""
+    return f"{place.relative_to(work) if place.is_relative_to(work) else place}: "
 
 
 def named(number: int) -> str:

@@ -1,7 +1,6 @@
 """Commands: exit codes, one clear message each, nothing written when refused."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -212,20 +211,6 @@ def test_ctrl_c_leaves_a_run_that_resumes(
     monkeypatch.setattr(module.Trainer, "evaluate", evaluate)
     assert cli.run(["pretrain", str(upstream), "--output", output, "--resume"]) == 0
     assert (tmp_path / "run/model/model.safetensors").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 2 MiB, where this machine lets us make one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_during_a_save_costs_nothing_earlier(

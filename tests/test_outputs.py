@@ -1,4 +1,4 @@
-"""Outputs that can't be written: each command says so first and touches nothing."""
+"""Outputs that can't be written are refused first, in one message, and nothing is touched."""
 
 import os
 import subprocess
