@@ -237,6 +237,8 @@ def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
     values["training"] |= {"steps": ENDLESS, "rewind_learning_rate": False}
     if name != "ours":
         values.pop("distillation", None)
+        if recipe.masking.probability == 0:  # without a teacher something has to be masked
+            values.pop("masking")
     if name == "dense":
         values.pop("pruning", None)
     if "pruning" in values:
@@ -267,7 +269,8 @@ class Ours:
     def step(self) -> int:
         """One optimizer step; its real tokens."""
         batches = next(self._batches)
-        counts = Counts(*(float(sum(c)) for c in zip(*(b.counts() for b in batches), strict=True)))
+        sums = (sum(column) for column in zip(*(b.counts() for b in batches), strict=True))
+        counts = Counts(*(max(1.0, float(count)) for count in sums))
         losses = self.trainer.accumulate(batches, counts)
         self.trainer.optimize(0, self.trainer.recipe.training.learning_rate, losses)
         return int(counts.real)

@@ -80,7 +80,11 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
             teacher = parameters
     pruned = list(recipe.pruning.pattern.layers(model).values()) if recipe.pruning else []
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    is_all = distillation is not None and distillation.tokens == "all"
+    predicted = recipe.masking.probability
+    if distillation is not None and distillation.tokens == "all":
+        predicted = 1.0
+    if recipe.metric == "hidden_loss":
+        predicted = 0.0
     return Shape(
         parameters=parameters,
         pruned=sum(layer.weight.numel() for layer in pruned),
@@ -91,7 +95,7 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
         intermediate=intermediate,
         vocabulary=config.vocab_size,
         tokens=recipe.corpus.sequence_tokens,
-        predicted=1.0 if is_all else recipe.masking.probability,
+        predicted=predicted,
         precision=recipe.training.precision,
     )
 

@@ -188,6 +188,17 @@ def test_all_tokens_that_are_not_predicted_are_untouched() -> None:
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
+def test_probability_0_chooses_nothing(whole_word: bool) -> None:
+    ids = sequence(50)
+    before = ids.copy()
+    inputs, chosen = one(masker(probability=0.0, whole_word=whole_word), ids, 0, 0)
+    assert chosen == []
+    np.testing.assert_array_equal(inputs, before)
+    inputs[:] = 9
+    np.testing.assert_array_equal(ids, before)  # a copy
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_special_tokens_are_never_chosen(whole_word: bool, probability: float) -> None:
     mask = masker(whole_word=whole_word, probability=probability)

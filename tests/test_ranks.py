@@ -81,6 +81,14 @@ def monotone(prepared: Path, name: str) -> dict[str, Any]:
     return {**values(prepared, name, "fp32"), "pruning": pruning}
 
 
+def clean(prepared: Path, name: str) -> dict[str, Any]:
+    """A student of hidden states alone, on text without a masked token."""
+    found = values(prepared, name, "fp32")
+    weights = {"hard_weight": 0.0, "soft_weight": 0.0, "hidden_weight": 1.0}
+    distillation = {**found["distillation"], **weights}
+    return {**found, "masking": {"probability": 0.0}, "distillation": distillation}
+
+
 @pytest.fixture(scope="module")
 def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS/{world size}-{precision}-{configuration} for all of them."""
@@ -108,6 +116,10 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs += [
             {"values": monotone(prepared, name), "output": str(root / f"{ranks}-monotone-{name}")}
             for name in ("zero1", "zero3")
+        ]
+        jobs += [
+            {"values": clean(prepared, name), "output": str(root / f"{ranks}-clean-{name}")}
+            for name in ("zero1", "zero2", "zero3")
         ]
         launch(jobs, root, ranks)
     return root
@@ -142,6 +154,17 @@ def test_held_out_losses_are_the_same_everywhere(runs: Path, ranks: int, name: s
     assert reference.keys() == {"loss", "mlm_loss", "nsp_loss", "hidden_loss"}
     assert min(reference.values()) > 0
     assert held_out(runs / f"{ranks}-fp32-{name}") == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "run", ["1-clean-zero2", "2-clean-zero1", "2-clean-zero2", "2-clean-zero3"]
+)
+def test_clean_text_gives_the_same_masks_and_losses_everywhere(runs: Path, run: str) -> None:
+    reference = runs / "1-clean-zero1"
+    assert masks(runs / run) == masks(reference)
+    assert losses(runs / run) == pytest.approx(losses(reference), rel=1e-5)
+    assert held_out(reference).keys() == {"loss", "hidden_loss"}
+    assert held_out(runs / run) == pytest.approx(held_out(reference), rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,11 +1,11 @@
 """Dynamic masking (BERT, section 3.1) of a whole batch at once; what becomes of an example is a
 pure function of (seed, epoch, example).
 
-Of each example's ordinary tokens, round(probability * n) are chosen, at least one: those with the
-smallest of random numbers that every token draws. With whole words, all tokens of a word share one
-number, so words are taken in random order until that many tokens are chosen. Of the chosen, 80 %
-become [MASK], 10 % a random token and 10 % stay. Nothing here depends on ranks, workers, the batch
-or what was masked before.
+Of each example's ordinary tokens, round(probability * n) are chosen, at least one (but none where
+the probability is 0): those with the smallest of random numbers that every token draws. With whole
+words, all tokens of a word share one number, so words are taken in random order until that many
+tokens are chosen. Of the chosen, 80 % become [MASK], 10 % a random token and 10 % stay. Nothing
+here depends on ranks, workers, the batch or what was masked before.
 
 The numbers come from a counter and a mixing function (SplitMix64, Steele et al., 2014) instead of a
 generator's state, so that numpy draws them for all tokens in one go.
@@ -39,6 +39,8 @@ class Masker:
         """A masked copy of token ids [B, T], of which each row's first `lengths` [B] are real, and
         the flat positions of those to predict, row by row; `places` [B, 2] are (epoch, example).
         """
+        if self.probability == 0:
+            return ids.copy(), np.zeros(0, dtype=np.int64)
         chosen = np.flatnonzero(self._choose(ids, lengths, places))
         rows, columns = np.divmod(chosen, ids.shape[1])
         fate = _uniform(_numbers(self.seed, FATE, places[rows], columns))

@@ -8,7 +8,8 @@ after Prune Once for All, section 3.
 
 Each term is a sum divided by a count of the whole global batch (predicted tokens, real tokens,
 sequences), so micro-batches and ranks don't change the result. The vocabulary projection runs only
-over the tokens that a term needs.
+over the tokens that a term needs: over none where hidden states alone are learnt, and then `mlm`
+and the vocabulary's share of `distill` are zero.
 """
 
 from typing import NamedTuple
@@ -93,7 +94,7 @@ class Objective(nn.Module):
         weights = (1.0, 0.0) if settings is None else (settings.hard_weight, settings.soft_weight)
         sums = self.vocabulary_loss(
             features.mlm,
-            batch.labels,
+            batch.labels[: len(features.mlm)],
             Scales(
                 hard=weights[0] / counts.masked,
                 soft=weights[1] / num_soft,
@@ -122,6 +123,8 @@ class Objective(nn.Module):
 
 def rows_of(batch: Batch, settings: Distillation | None) -> Tensor:
     """The flat positions [N] that the vocabulary projection runs over, those with labels first."""
+    if settings is not None and settings.is_of_states_alone:
+        return batch.predicted[:0]
     if settings is None or settings.tokens == "masked":
         return batch.predicted
     return torch.cat([batch.predicted, batch.others])

@@ -183,7 +183,8 @@ class Trainer:
                     "sparsity": sparsity,
                     "grad_norm": None if grad_norm is None else float(grad_norm),
                 }
-                loss = global_losses(losses, step)
+                alone = self.recipe.metric == "hidden_loss"
+                loss = global_losses(losses, step, is_of_states_alone=alone)
                 run.log({"step": done, **loss, **rates, **meter.rates()})
             if done % settings.evaluate_steps == 0 or done == schedule.steps:
                 run.log({"step": done, "eval": True, **self.evaluate()})
@@ -267,7 +268,8 @@ class Trainer:
         teacher = self.teacher if settings and settings.hidden_weight else None
         with self._held_weights(self.recipe.logging.evaluate_examples):
             found = (batch.to(self.device) for batch in batches)
-            return mean_losses(self.engine.module, found, teacher)
+            alone = self.recipe.metric == "hidden_loss"
+            return mean_losses(self.engine.module, found, teacher, is_of_states_alone=alone)
 
     def save(self, run: Run, step: int) -> None:
         """Save a resume point. Collective."""

@@ -18,28 +18,36 @@ from opfa.upstream.objective import Counts, Losses, Targets
 
 @torch.no_grad()
 def mean_losses(
-    module: nn.Module, batches: Iterable[Batch], teacher: Callable[[Batch], Targets] | None = None
+    module: nn.Module,
+    batches: Iterable[Batch],
+    teacher: Callable[[Batch], Targets] | None = None,
+    *,
+    is_of_states_alone: bool = False,
 ) -> dict[str, float]:
     """The mean losses per predicted token and per sequence of an `Objective`, without dropout; with
-    a teacher also its distance in hidden states, per real token.
+    a teacher also its distance in hidden states, per real token; or that alone.
     """
     module.eval()
-    sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
+    sums, counts = [0.0] * 4, [0] * 4
     for batch in batches:
         found: Losses = module(batch, teacher(batch) if teacher else None, Counts(1.0, 1.0, 1.0))
         masked, real, sequences = batch.counts()
-        sums = [
-            a + float(b) for a, b in zip(sums, (found.mlm, found.nsp, found.hidden), strict=True)
-        ]
-        counts = [a + b for a, b in zip(counts, (masked, sequences, real), strict=True)]
+        parts = found.mlm, found.nsp, found.hidden, found.total
+        sums = [a + float(b) for a, b in zip(sums, parts, strict=True)]
+        counts = [a + b for a, b in zip(counts, (masked, sequences, real, real), strict=True)]
     module.train()
-    mlm, nsp, hidden = (a / b for a, b in zip(sums, counts, strict=True))
+    mlm, nsp, hidden, total = (a / max(1, b) for a, b in zip(sums, counts, strict=True))
+    if is_of_states_alone:
+        return {"loss": total, "hidden_loss": hidden}
     means = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp}
     return {**means, "hidden_loss": hidden} if teacher else means
 
 
-def global_losses(losses: list[Losses], step: int) -> dict[str, float]:
-    """The global batch's losses from those of this rank's micro-batches. Waits for a GPU.
+def global_losses(
+    losses: list[Losses], step: int, *, is_of_states_alone: bool = False
+) -> dict[str, float]:
+    """The global batch's losses from those of this rank's micro-batches, or of hidden states alone.
+    Waits for a GPU.
 
     Collective; raises `RunError` on every rank when one is not finite.
     """
@@ -52,6 +60,8 @@ def global_losses(losses: list[Losses], step: int) -> dict[str, float]:
             f"step {step + 1}: the loss is not finite on rank {ranks}; "
             "nothing was changed by this step"
         )
+    if is_of_states_alone:
+        return {"loss": total, "hidden_loss": parts[-1]}
     names = (f"{name}_loss" for name in Losses._fields[1:])
     return {"loss": total, **dict(zip(names, parts, strict=True))}
 

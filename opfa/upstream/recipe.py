@@ -71,9 +71,12 @@ class Model(Section):
 
 
 class Masking(Section):
-    """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
+    """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
 
-    probability: float = Field(default=0.15, gt=0.0, lt=1.0)
+    `probability = 0` is clean text, for students that learn hidden states alone.
+    """
+
+    probability: float = Field(default=0.15, ge=0.0, lt=1.0)
     whole_word: bool = False
 
 
@@ -115,6 +118,11 @@ class Distillation(Section):
     hidden_weight: float = Field(default=0.0, ge=0.0)
     temperature: float = Field(default=2.0, gt=0.0)
     tokens: Literal["all", "masked"] = "all"
+
+    @property
+    def is_of_states_alone(self) -> bool:
+        """Whether only hidden states are learnt, and nothing that a head says."""
+        return self.hidden_weight > 0 and self.hard_weight + self.soft_weight == 0
 
 
 class Launch(Section):
@@ -188,6 +196,8 @@ class PretrainRecipe(Recipe):
                 f"pruning.schedule: the last mask update, {self.pruning.schedule.last_update}, "
                 f"must not come after training.steps = {self.training.steps}"
             )
+        if self.masking.probability == 0 and self.metric != "hidden_loss":
+            raise ValueError(_masks_nothing(self.distillation))
         stage = self.launch.deepspeed_file().stage
         if self.training.precision != "fp32" and stage == 0:
             raise ValueError(
@@ -205,9 +215,8 @@ class PretrainRecipe(Recipe):
     @property
     def metric(self) -> Literal["mlm_loss", "hidden_loss"]:
         """The loss to judge a run by: masked tokens', unless only hidden states are learnt."""
-        of = self.distillation
-        learns_states_alone = of and of.hidden_weight and not of.hard_weight + of.soft_weight
-        return "hidden_loss" if learns_states_alone else "mlm_loss"
+        settings = self.distillation
+        return "hidden_loss" if settings and settings.is_of_states_alone else "mlm_loss"
 
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
@@ -218,3 +227,14 @@ class PretrainRecipe(Recipe):
             steps=self.training.steps,
             rewind_at=self.pruning.schedule if rewinds and self.pruning else None,
         )
+
+
+def _masks_nothing(found: Distillation | None) -> str:
+    keys = ("hard_weight", "soft_weight", "hidden_weight")
+    given = "there is no [distillation]"
+    if found is not None:
+        given = ", ".join(f"distillation.{key} = {getattr(found, key)}" for key in keys)
+    return (
+        "masking.probability = 0: no token is masked, so only hidden states can be learnt: "
+        f"distillation.hard_weight = 0, soft_weight = 0 and hidden_weight above 0; here {given}"
+    )

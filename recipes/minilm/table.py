@@ -198,7 +198,7 @@ def ablation_rows(output: Path) -> list[Row]:
                     "name": name,
                     "question": question,
                     "changes": changes,
-                    "mlm_loss": provenance.last_evaluation(run)["mlm_loss"],
+                    "mlm_loss": provenance.last_evaluation(run).get("mlm_loss"),
                     "held_out_accuracy": results["metrics"]["accuracy"],
                     "operations": cost_of(run)[1],
                     "seed": results["seed"],
