@@ -523,12 +523,16 @@ def bench_files(as_json: AsJson = False) -> None:
 def plan(
     recipe: RecipeFile,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")],
-    memory_gb: Annotated[float, typer.Option("--memory-gb", min=0.1, help="Of each GPU.")],
+    memory_gb: Annotated[float, typer.Option("--memory-gb", min=0.1, max=1e9, help="Of each GPU.")],
     bandwidth_gbps: Annotated[
-        float, typer.Option("--bandwidth-gbps", min=0.001, help="Gbit/s of each GPU to the others.")
+        float,
+        typer.Option(
+            "--bandwidth-gbps", min=0.001, max=1e9, help="Gbit/s of each GPU to the others."
+        ),
     ],
     teraflops: Annotated[
-        float, typer.Option("--teraflops", min=0.001, help="What a GPU sustains, in 10^12/s.")
+        float,
+        typer.Option("--teraflops", min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s."),
     ] = 150.0,
     overrides: Overrides = None,
     as_json: AsJson = False,

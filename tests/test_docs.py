@@ -88,3 +88,77 @@ def test_quickstart_table_in_the_readme_has_all_rows() -> None:
         "90 % prune-once, 8 bits",
     ):
         assert f"| {row} |" in table
+
+
+def tables(page: str, name: str) -> list[dict[str, list[str]]]:
+    """The tables between two marks of a page: each line's cells by its first one."""
+    text = (ROOT / page).read_text().partition(f"<!-- {name} -->")[2].partition("<!-- /")[0]
+    found: list[dict[str, list[str]]] = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()[2:]]
+        found.append({first: cells for first, *cells in rows})
+    return found
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").split()[0].rstrip("%"))
+
+
+def test_sentences_about_the_quickstart_say_what_its_table_says() -> None:
+    (table,) = tables("README.md", "quickstart")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    accuracy = {name: number(cells[0]) for name, cells in table.items()}
+    lead = 100 * (accuracy["90 % prune-once"] - accuracy["90 % one-shot"])
+    assert f"prune-once is {lead:.1f} points ahead of its one-shot twin" in text
+    share = accuracy["90 % prune-once"]
+    error = 100 * (share * (1 - share) / 1_981) ** 0.5
+    assert "1,981 passages of 24 words from held-out chapters, so one accuracy" in text
+    assert f"standard error of {error:.1f} points. *MLM loss*" in text
+    weights = number(table["dense"][3])
+    assert number(table["dense"][4]) == 4 * weights
+    for name, cells in table.items():
+        if name.startswith("90 %"):
+            assert number(cells[2]) == 0.9
+            assert number(cells[3]) == weights / 10
+            assert "8 bits" in name or number(cells[4]) == 4 * weights / 10 + weights / 8
+    zeros = f"{int(weights * 9 / 10):,}"
+    assert f"zeros (the model's: {zeros})" in text
+    assert f"{int(weights * 9 / 10) + 29:,}, 29 of them rounded" in text
+
+
+def test_sentences_about_training_speed_say_what_the_tables_say() -> None:
+    steps, ratios, parts = tables("README.md", "opfa bench train")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    time, memory = (ratios[f"ours / plain, {what}"][0] for what in ("time", "peak memory"))
+    said = f"a training step takes {time} of a plain loop's time and {memory} of its memory"
+    assert said in text
+    fastest = {name: number(cells[0]) for name, cells in steps.items()}
+    peak = {name: number(cells[3]) for name, cells in steps.items()}
+    for name, expected in (
+        ("ours / plain, time", fastest["ours"] / fastest["plain"]),
+        ("ours / plain, peak memory", peak["ours"] / peak["plain"]),
+        ("ours / no teacher, time", fastest["ours"] / fastest["no teacher"]),
+        ("no teacher / dense, time", fastest["no teacher"] / fastest["dense"]),
+    ):
+        assert number(ratios[name][0]) == pytest.approx(expected, abs=0.011), name
+    for name, (seconds, share) in parts.items():
+        assert number(share) == pytest.approx(100 * number(seconds) / fastest["ours"], abs=2), name
+
+
+def test_ratios_of_other_measured_tables_are_those_of_their_columns() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in ("BERT-base", "BERT-large"):
+        (line,) = re.findall(rf"\| {name} \| (.*) \|\n", text)
+        kept, anew, ratio = map(number, line.split(" | "))
+        assert ratio == pytest.approx(anew / kept, abs=0.011)
+    (files,) = tables("README.md", "files")
+    weights = number(files["dense, fp32"][1]) * 1e6 / 4
+    for form, cells in files.items():
+        whole = sum(number(part) for cell in cells[:2] for part in cell.split(" + ") if part)
+        assert number(cells[5]) == pytest.approx(8e6 * whole / weights, abs=0.005), form
+        rest = sum(map(number, cells[2:4]))
+        assert number(cells[4]) == pytest.approx(whole + rest, abs=0.06), form
+
+
+def test_the_readme_names_the_option_that_shows_tracebacks() -> None:
+    assert "`--verbose`" in (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ import pytest
 
 from opfa import cli
 from opfa.errors import RecipeError
-from opfa.plan import Shape, mask_update_bytes, memory_bytes, operations, plan, wire_bytes
+from opfa.plan import Shape, mask_update_bytes, memory_bytes, operations, plan, shape_of, wire_bytes
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -138,3 +138,23 @@ def test_the_command_recommends_overrides_that_pretrain_takes(
     assert chosen.launch.micro_batch == 4
     assert cli.run(["plan", str(RECIPE), *size, "--json", *BERT]) == 0
     assert json.loads(capsys.readouterr().out)["gpus"] == 64
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--memory-gb=inf", "--bandwidth-gbps=nan", "--teraflops=inf", "--teraflops=1e308"]
+)
+def test_what_no_machine_has_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gpus=1", "--memory-gb=80", "--bandwidth-gbps=400"]
+    assert cli.run(["plan", str(RECIPE), *machine, wrong, *BERT]) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_rule_that_takes_for_ever_is_refused_in_seconds() -> None:
+    slow = r"^(.*?.*?.*?.*?.*?.*?.*?.*?.*?.*?.*?)*?(?<!e)$"
+    with pytest.raises(RecipeError, match=r"pruning\.include = .* takes more than 0\.2 s"):
+        shape_of(bert(f"pruning.pattern.include=['{slow}']"))
+
+
+def test_a_model_of_a_million_layers_is_refused_before_it_is_made() -> None:
+    with pytest.raises(RecipeError, match="num_hidden_layers = 1000000: must be at most 1,000"):
+        bert("model.config.num_hidden_layers=1000000")

@@ -1,14 +1,20 @@
 """Recipes: what is accepted, what is refused and in which words."""
 
+import os
+import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
 from opfa.upstream.recipe import PretrainRecipe
+from opfa.zero import DeepSpeedFile
 
 PRETRAIN = """
 name = "tiny"
@@ -132,6 +138,168 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_broken_toml_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"x\.toml: not valid TOML: .*line 2"):
         pretrain(tmp_path, text='name = "a"\nseed =\n')
+
+
+# bounds: whatever is too large, too deep or no plain file is one short message, and soon
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """What is said of a recipe that must be refused at once."""
+    began = time.monotonic()
+    with pytest.raises(RecipeError) as caught:
+        FinetuneRecipe.read(path, overrides)
+    assert time.monotonic() - began < 3
+    assert len(str(caught.value)) < 4_000
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("seed = " + "9" * 5_000, "an integer has too many digits"),
+        ("seed = 18446744073709551616", "seed: must be an integer of at most 64 bits"),
+        ("seed = 0x" + "f" * 5_000, "seed: must be an integer of at most 64 bits"),
+        ("seed = 9223372036854775807", "seed: Input should be less than 4611686018427387904"),
+        ("x = " + "[" * 900 + "]" * 900, "nested too deeply"),
+        ("x = " + "{a=" * 900 + "1" + "}" * 900, "nested too deeply"),
+        ("x = " + "[" * 30 + "]" * 30, "more than 16 sections or lists within each other"),
+        (".".join("a" * 10_000) + " = 1", "a key has more than 100 parts"),
+        ("x = {" + ".".join(["'a'"] * 10_000) + " = 1}", "a key has more than 100 parts"),
+        (".".join("a" * 50) + " = 1", "more than 16 sections or lists within each other"),
+        (f"{'k' * 5_000} = 1", "kkk...: unknown key; known keys: name, seed"),
+        ("data = 2020-01-01", "data: a date has no place in a recipe; write a text"),
+        ("x = 1e400", "x: unknown key"),
+        ("seed = [" + "1," * 200_000 + "]", "seed: 200,000 values, at most 100,000 are taken"),
+        ("\0", "not valid TOML"),
+        ("# \udce9", "'utf-8' codec can't decode byte 0xe9"),
+        ("# " + "." * (1 << 20), "more than 1,048,576 bytes"),
+        ("".join(f"k{i}=1\n" for i in range(90_000)), "unknown keys: k0, k1, k2 and 89,997 more"),
+    ],
+    ids=range(18),
+)
+def test_what_no_recipe_holds_is_refused_in_seconds(
+    tmp_path: Path, more: str, message: str
+) -> None:
+    (tmp_path / "x.toml").write_text(f"{more}\n{FINETUNE}", errors="surrogateescape")
+    assert message in refused(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=" + "n" * 5_000, "name: 5,000 characters, at most 4,096 are taken"),
+        ("name=" + "n" * 300, "name: String should have at most 200 characters"),
+        ("model.init=" + "n" * 5_000, "model.init: 5,000 characters, at most 4,096 are taken"),
+        ("model.init=a\0b", "model.init: must be a text in UTF-8 without zero bytes"),
+        ("name=\udcff", "name: must be a text in UTF-8"),
+        ("n\udcff=1", "its keys must be texts in UTF-8"),
+        ("n" * 5_000 + "=1", "unknown key"),
+        (".".join("a" * 10_000) + "=1", "its key has more than 16 parts"),
+        ("a.b.c.d=1", "a: unknown key"),
+        ("x=" + "[" * 5_000, "nested too deeply"),
+        ("seed=" + "9" * 5_000, "an integer has too many digits"),
+        ("training.learning_rate=1e300", "must be within fp32"),
+        ("training.learning_rate=1e400", r"Input should be a finite number (got inf)"),
+        ("training.batch=1000000000000", "less than or equal to 1048576"),
+        ("training.epochs=1e30", "less than or equal to 1000000"),
+        ("training.epochs=3\nbatch=7", "more than one value"),
+        ("name=07:32:00", "name: a time has no place in a recipe"),
+        ("tr\u0430ining.epochs=1", "unknown key ('tr\\u0430ining'); did you mean 'training'?"),
+        ("pruning.pattern.include=['" + "(a+)+" * 200 + "']", "1,000 characters, at most 500"),
+        ("pruning.pattern.include=['a{99999999999}']", "not a regular expression"),
+    ],
+    ids=range(20),
+)
+def test_an_override_is_bounded_as_the_file_is(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "x.toml").write_text(FINETUNE)
+    assert message in refused(tmp_path / "x.toml", override)
+
+
+def test_steps_and_machine_matters_of_an_upstream_recipe_are_bounded(tmp_path: Path) -> None:
+    wrong = ("training.steps=1000000000000000000", "launch.timeout_seconds=1e30")
+    with pytest.raises(RecipeError) as caught:
+        pretrain(tmp_path, *wrong, "launch.workers=100000", "corpus.sequence_tokens=10000000000")
+    assert str(caught.value).count("less than or equal to") == 4
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "large", "missing", "long name"])
+def test_what_is_no_small_plain_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("x" * (5_000 if kind == "long name" else 1))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(500 << 20)
+    said = refused(path)
+    assert "can't read this recipe" in said
+    with pytest.raises(RecipeError, match=r"launch\.deepspeed = .*can't read this file"):
+        DeepSpeedFile.load(str(path))
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(FINETUNE, encoding="utf-8-sig")
+    assert FinetuneRecipe.read(tmp_path / "x.toml").name == "tiny"
+
+
+def test_of_many_problems_the_first_are_told_and_the_others_counted(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        pretrain(tmp_path, f"corpus.documents={[1] * 1000}", "seed=-1", "seed=2020-01-01")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 20 + 1
+    assert lines[1] == "  seed: a date has no place in a recipe; write a text (got 2020-01-01)"
+    assert lines[-1] == "  and 981 more"
+
+
+VALUES = some.recursive(
+    some.one_of(
+        some.integers(),
+        some.floats(),
+        some.text(max_size=9),
+        some.booleans(),
+        some.dates(),
+        some.sampled_from(["a" * 5_000, 10**4_000, 1e300, 1 << 63, [], {}]),
+    ),
+    lambda inner: (
+        some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = [f"{section}.{key}" for section in ("task", "training", "model") for key in ("a", "init")]
+KEYS += ["name", "seed", "task.train", "task.choices", "training.epochs", "pruning", "logging"]
+BITS = some.sampled_from(
+    ["[", "]", "{", "}", "=", ".", ",", "\n", '"', "'", '"""', "a", "seed", "[[x]]", "1e9", "0x"]
+    + ["99999999999999999999", "1979-05-27", "#", "\0", "\ufeff", "inf", " ", "\\u0000", "\udcff"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(some.dictionaries(some.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_value_is_taken_and_written_or_refused_in_few_words(edits: dict[str, Any]) -> None:
+    values = tomllib.loads(FINETUNE)
+    for key, value in edits.items():
+        section, _, last = key.rpartition(".")
+        (values[section] if section else values)[last] = value
+    try:
+        recipe = FinetuneRecipe.check(values)
+    except RecipeError as error:
+        assert len(str(error)) < 4_000
+    else:
+        assert FinetuneRecipe.check(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@settings(max_examples=150, deadline=None)
+@given(some.lists(BITS, max_size=30).map("".join), some.lists(BITS, max_size=9).map("".join))
+def test_any_text_and_override_is_refused_in_few_words(text: str, override: str) -> None:
+    with tempfile.NamedTemporaryFile("w", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        with pytest.raises(RecipeError) as caught:
+            PretrainRecipe.read(file.name, [override])
+    assert len(str(caught.value)) < 4_000
 
 
 # overrides

@@ -1,4 +1,4 @@
-"""The shipped recipes: they load, say the paper's numbers, and are described."""
+"""The shipped recipes: they load, have the paper's numbers of BERT-base, and are described."""
 
 import re
 import shlex
@@ -112,7 +112,7 @@ def test_commands_of_the_readme_are_accepted() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["teacher", "85", "90"])
-def test_training_has_the_papers_numbers(family: str, kind: str) -> None:
+def test_training_has_the_papers_numbers_of_bert_base(family: str, kind: str) -> None:
     recipe = upstream(f"{family}-{kind}")
     training = recipe.training
     assert training.steps == 100_000
@@ -127,6 +127,12 @@ def test_training_has_the_papers_numbers(family: str, kind: str) -> None:
     assert recipe.corpus.objective == ("mlm" if family == "distilbert" else "mlm+nsp")
 
 
+@pytest.mark.parametrize("recipe", [r for r in ALL if r.startswith("upstream/")])
+def test_a_recipe_says_whose_numbers_it_has(recipe: str) -> None:
+    text = (RECIPES / recipe).read_text()
+    assert ("they are ours." in text) == (not recipe.startswith("upstream/bert-base"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_is_dense_and_trained_alone(family: str) -> None:
     recipe = upstream(f"{family}-teacher")
@@ -136,7 +142,7 @@ def test_teacher_is_dense_and_trained_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "percent"), STUDENTS)
-def test_pruning_has_the_papers_numbers(family: str, percent: int) -> None:
+def test_pruning_has_the_papers_numbers_of_bert_base(family: str, percent: int) -> None:
     recipe = upstream(f"{family}-{percent}")
     assert recipe.pruning is not None
     schedule = recipe.pruning.schedule
@@ -149,7 +155,7 @@ def test_pruning_has_the_papers_numbers(family: str, percent: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "percent"), STUDENTS)
-def test_distillation_has_the_papers_numbers(family: str, percent: int) -> None:
+def test_distillation_has_the_papers_numbers_of_bert_base(family: str, percent: int) -> None:
     distillation = upstream(f"{family}-{percent}").distillation
     assert distillation is not None
     assert (distillation.hard_weight, distillation.soft_weight) == (0.5, 0.5)

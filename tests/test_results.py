@@ -322,8 +322,91 @@ def test_the_readme_says_what_harder_tasks_keep() -> None:
         [FOUND["tasks"][task]["majority"] / row["mean"] for row in rows_of(task)[:1]]
         for task in ("sst2", "mnli")
     )
-    text = "the same answer has {:.0f} % on SST-2 and {:.0f} % on MNLI"
-    assert text.format(100 * sst2, 100 * mnli) in section
+    always = [100 * FOUND["tasks"][task]["majority"] for task in ("sst2", "mnli")]
+    text = "in {:.1f} % of SST-2's sentences and {:.1f} % of MNLI's pairs, which is {:.0f} and"
+    assert (
+        f"{text} {{:.0f}} % of the dense model's accuracy".format(*always, 100 * sst2, 100 * mnli)
+        in section
+    )
+
+
+def test_the_readme_says_what_sst2_keeps_and_what_it_took() -> None:
+    section = " ".join((ROOT / "README.md").read_text().split())
+    shares = {row["percent"]: row["recovery"] for row in rows_of("sst2") if is_ours(row)}
+    text = (
+        "zero all-MiniLM-L6-v2 (6 layers, hidden 384) keeps {:.1%} of its accuracy on SST-2, with"
+    )
+    assert f"{text} 90 % zeros {{:.1%}}.".format(shares[85], shares[90]) in section
+    student = PretrainRecipe.read(RECIPES / "minilm-sparse-90.toml")
+    training, length = student.training, student.corpus.sequence_tokens
+    tokens = training.steps * training.batch * length
+    assert f"took {tokens / 1e6:.1f} million tokens once for every task" in section
+    assert f"({training.steps:,} steps of {training.batch} x {length}, in bf16" in section
+    steps = {
+        task: json.loads(RUNS[f"runs/{task}/dense-0/seed-42/done.json"])["step"]
+        for task in FOUND["tasks"]
+    }
+    about = FOUND["tasks"]
+    assert f"half an epoch ({steps['sst2']:,} steps of 32)" in section
+    for text, task in (
+        ("**MNLI** ({:,} of its training pairs, one epoch, {} steps", "mnli"),
+        ("**SQuAD** ({:,} of its training questions, one epoch, {} steps", "squad"),
+        ("**RTE** ({:,} training examples, two epochs, {} steps", "rte"),
+    ):
+        assert text.format(about[task]["train_examples"], steps[task]) in section
+    means = [row["mean"] for row in rows_of("sst2")]
+    (held_out,) = {row["examples"] for row in FOUND["learning_rates"] if row["task"] == "sst2"}
+    assert f"in shorter runs, by {held_out:,} training sentences held out" in section
+    errors = [100 * (mean * (1 - mean) / about["sst2"]["examples"]) ** 0.5 for mean in means]
+    assert f"(on SST-2 {min(errors):.1f} to {max(errors):.1f} points)" in section
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    return row["method"] == "prune-once"
+
+
+def test_the_readme_says_of_8_bits_what_was_found() -> None:
+    section = " ".join((ROOT / "README.md").read_text().split())
+    means = {(row["task"], row["method"], row["percent"]): row["mean"] for row in FOUND["rows"]}
+    fp32, quantized = (means["sst2", f"prune-once-{form}", 90] for form in ("fp32", "8bit"))
+    assert f"means over seeds are {fp32:.4f} and {quantized:.4f}:" in section
+    exports = {(row["task"], row["form"]): row for row in FOUND["exports"]}
+    there = exports["squad", "8bit"]["parity"]["metrics"]["torch"]["squad_f1"]
+    text = (
+        f"8 bits had {means['squad', 'prune-once-8bit', 90]:.2f} there; why torch had {there:.2f}"
+    )
+    assert text in section
+    most = max(
+        row["parity"]["max_difference"] for (_, form), row in exports.items() if form == "fp32"
+    )
+    assert f"In fp32 the logits differ by up to {most:.1e}".replace("e-0", "e-") in section
+
+
+def test_the_pages_say_the_sizes_and_figures_of_the_cards() -> None:
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "model_cards/README.md")}
+    for directory in CARDS:
+        facts = json.loads((directory / "release.json").read_text())["facts"]
+        (line,) = [
+            line
+            for line in pages["model_cards/README.md"].splitlines()
+            if line.startswith(f"| [{directory.name}]")
+        ]
+        assert f"| {facts['bytes'] / 1e6:.1f} MB" in line
+        assert facts["dtype"] in line or facts["quantized"]
+    directory = ROOT / "model_cards/minilm-sparse-90-sst2"
+    facts = json.loads((directory / "release.json").read_text())["facts"]
+    card = (directory / "README.md").read_text()
+    (before,) = [line for line in card.splitlines() if line.startswith("| before it was rounded")]
+    (dense,) = [row["bytes"]["model"] for row in FOUND["exports"] if row["form"] == "fp32"][:1]
+    text = f"8 bits: {dense:,} bytes become {facts['bytes']:,}, accuracy"
+    figures = (
+        f"{before.split(' | ')[-1].rstrip(' |')} before and {facts['metrics']['accuracy']:.4f}"
+    )
+    assert f"{text} {figures} as released" in pages["README.md"]
+    assert f"dense in fp32: {dense:,}" in card
+    squad = FOUND["tasks"]["squad"]
+    text = "{train_examples:,} training questions, measured on {examples:,} of validation"
+    assert text.format(**squad) in pages["model_cards/README.md"]
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:

@@ -11,6 +11,9 @@ from opfa.schedules import Gradual, LearningRate
 from opfa.sparsity.pattern import Pattern
 from opfa.zero import DeepSpeedFile
 
+LAYERS = ("num_hidden_layers", "n_layers")  # as a transformers configuration says it
+MOST_LAYERS = 1_000  # each is made, also where a model is only planned
+
 
 class TokenizerTraining(Section):
     """A WordPiece tokenizer trained on the corpus."""
@@ -67,6 +70,10 @@ class Model(Section):
             raise ValueError("init, config: give exactly one of the two")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config: needs model_type, such as 'bert'")
+        for key in LAYERS:
+            layers = (self.config or {}).get(key, 1)
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise ValueError(f"config.{key} = {layers}: must be at most {MOST_LAYERS:,}")
         return self
 
 
