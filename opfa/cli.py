@@ -7,7 +7,6 @@ needs when it runs, so that `--help` and a refused recipe don't wait for torch.
 
 import json
 import logging
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from opfa import launch
 from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, RunError, redacted
 from opfa.files import named
 from opfa.run import check_output
@@ -98,6 +98,9 @@ def pretrain(
     check: Annotated[
         bool, typer.Option("--check", help="Only look whether recipe and RUN would be accepted.")
     ] = False,
+    trust_data: Annotated[
+        bool, typer.Option("--trust-data", help="Don't read all examples first to verify them.")
+    ] = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
     from opfa.upstream.recipe import PretrainRecipe
@@ -108,7 +111,7 @@ def pretrain(
         return
     from opfa.upstream.pretrain import pretrain as execute
 
-    execute(checked, output, resume)
+    execute(checked, output, resume, trust_data=trust_data)
 
 
 @app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
@@ -125,6 +128,7 @@ def finetune(
     """Fine-tune a sparse model for a task with its zeros held."""
     from opfa.downstream.recipe import FinetuneRecipe
 
+    launch.refuse_several("opfa finetune")
     checked = FinetuneRecipe.read(recipe, overrides or ())
     has_several = seeds is not None or checked.sweep is not None
     check_output(output, checked, resume, has_several=has_several)
@@ -162,7 +166,7 @@ def evaluate(
 
     result = evaluate_model(model, checked, predictions)
     if output is not None:
-        from opfa.run import write_json
+        from opfa.files import write_json
 
         write_json(output, result)
     _print_json(result)
@@ -598,8 +602,8 @@ def _print_json(value: Any) -> None:  # Any: what JSON can hold
 def main() -> None:
     """Run a command and leave with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    is_first = os.environ.get("RANK", "0") == "0"  # what all ranks know, one of them says
-    logging.getLogger("opfa").setLevel(logging.INFO if is_first else logging.ERROR)
+    # what all ranks know, one of them says
+    logging.getLogger("opfa").setLevel(logging.ERROR if _rank(sys.argv[1:]) else logging.INFO)
     _leave(run(sys.argv[1:]))
 
 
@@ -612,9 +616,10 @@ def run(arguments: list[str]) -> int:
         if is_verbose:
             traceback.print_exc()
         is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
-        if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
+        rank = _rank(arguments)
+        if is_told_by_rank_0 and rank:
             return error.status
-        return _refuse(str(error), error.status)
+        return _refuse(str(error), error.status, rank)
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
     except OSError as error:
@@ -631,9 +636,22 @@ def run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _refuse(message: str, status: int = 2) -> int:
-    is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
-    who = f"opfa: rank {os.environ['RANK']}" if is_launched else "opfa"
+def _rank(arguments: list[str]) -> int | None:
+    """This process's rank in a launch of `opfa pretrain`; None of any other command, or where
+    nothing was launched.
+    """
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if command != "pretrain":
+        return None
+    try:
+        place = launch.place()
+    except RunError:
+        return None
+    return place.rank if place.world_size > 1 else None
+
+
+def _refuse(message: str, status: int = 2, rank: int | None = None) -> int:
+    who = "opfa" if rank is None else f"opfa: rank {rank}"
     print(f"{who}: {redacted(message)}", file=sys.stderr)
     return status
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from opfa import quant
+from opfa import quant, seal
 from opfa.checkpoint import model_digest, write_finished
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
@@ -75,6 +75,7 @@ def calibrate(
         "examples": num_seen,
         "sparsity": report["total"]["sparsity"],
         "model_sha256": model_digest(output),
+        "model_files_sha256": seal.one_digest(seal.model_files(output)),
     }
 
 

@@ -33,7 +33,9 @@ from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
+from opfa import seal
 from opfa.errors import DataError, RunError, opening
+from opfa.files import write_json
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
@@ -41,6 +43,7 @@ from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
 
 FORMAT = "opfa-corpus/1"
+SUMMARY = "corpus.json"
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SENTENCE = re.compile(r"\S.*?(?:[.!?][\"')\]]*(?=\s)|$)")
@@ -107,11 +110,12 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         if len(examples) == 0:
             raise DataError(f"the {name} documents are too short: not one example came out")
         examples.save_to_disk(work / name)
-        summary["splits"][name] = {"documents": len(part), **_measure(examples)}
+        summary["splits"][name] = {"documents": len(part), **measure(examples)}
         log.info("%s: %s", name, summary["splits"][name])
     summary["tokenizer_sha256"] = tokenizer_digest(tokenizer)
-    (work / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(work / "cache", ignore_errors=True)
+    summary = seal.sealed({**summary, seal.FILES: seal.files_of(work)})
+    write_json(work / SUMMARY, summary)
     return summary
 
 
@@ -292,7 +296,7 @@ def _cut_group(
     return {name: [example[i] for example in examples] for i, name in enumerate(EXAMPLE)}
 
 
-def _measure(examples: Dataset) -> dict[str, Any]:
+def measure(examples: Dataset) -> dict[str, Any]:
     """Counts, and a digest over all tokens that does not depend on how they are stored."""
     digest, num_tokens = hashlib.sha256(), 0
     for table in examples.with_format("arrow").iter(1000):
