@@ -35,7 +35,6 @@ from transformers import PreTrainedTokenizerBase
 
 from opfa import seal
 from opfa.errors import DataError, RunError, opening
-from opfa.files import write_json
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
@@ -53,7 +52,7 @@ log = logging.getLogger(__name__)
 
 def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
     """Write the examples of a corpus, and its tokenizer, to a new directory; returns what
-    `corpus.json` says.
+    `corpus.json` says of the examples.
     """
     if output.exists():
         raise RunError(f"{output}: exists already; give a new directory")
@@ -114,9 +113,8 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         log.info("%s: %s", name, summary["splits"][name])
     summary["tokenizer_sha256"] = tokenizer_digest(tokenizer)
     shutil.rmtree(work / "cache", ignore_errors=True)
-    summary = seal.sealed({**summary, seal.FILES: seal.files_of(work)})
-    write_json(work / SUMMARY, summary)
-    return summary
+    seal.write_sealed(work / SUMMARY, {**summary, seal.FILES: seal.files_of(work)})
+    return summary  # the files also depend on how many processes wrote them
 
 
 def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
