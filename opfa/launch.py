@@ -49,7 +49,7 @@ def refuse_several(command: str) -> None:
     if _is_number(size) and int(size) > 1:
         raise RunError(
             f"{command}: uses one process, and WORLD_SIZE = {size} says that it was started "
-            f"{size} times; start it without a launcher, or {ALONE}"
+            f"{size} times; start it without a launcher, or unset WORLD_SIZE"
         )
 
 

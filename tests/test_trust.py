@@ -206,6 +206,7 @@ def test_a_file_too_many_and_exchanged_splits_are_noticed(data: Path) -> None:
     with pytest.raises(DataError, match=r"train/more\.arrow is new"):
         Prepared.open(data, corpus)
     (data / "train/more.arrow").unlink()
+    (data / "notes.txt").write_text("beside it, where nothing is read")
     Prepared.open(data, corpus)
     for old, new in (("train", "other"), ("validation", "train"), ("other", "validation")):
         (data / old).rename(data / new)
