@@ -34,6 +34,7 @@ from opfa.distill import Scales, VocabularyLoss
 from opfa.distributed import Supervisor
 from opfa.engine import choose_accelerator, start_distributed
 from opfa.errors import RecipeError
+from opfa.machine import environment
 from opfa.measure import in_a_process, peak_bytes, timed
 from opfa.models import (
     new_config,
@@ -42,7 +43,6 @@ from opfa.models import (
     write_model,
 )
 from opfa.plan import operations, shape_of
-from opfa.run import environment
 from opfa.upstream.batches import Prepared, training_steps
 from opfa.upstream.corpus import FORMAT, tokenizer_digest
 from opfa.upstream.objective import Counts

@@ -23,8 +23,8 @@ from opfa.aside import remove
 from opfa.compact import tensors
 from opfa.errors import ModelError, RunError
 from opfa.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
-from opfa.manifest import digest
 from opfa.models import write_model
+from opfa.seal import digest, read_json
 from opfa.sparsity import masks
 from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 
@@ -73,7 +73,7 @@ def save_point(
         points = sorted(root.glob("step-*"))
         # newer ones are damaged, and those without a manifest were being removed
         kept = [p for p in points if p <= final and (p / MANIFEST).exists()][-keep:]
-        best = {root / point_name(b) for p in kept if (b := facts_of(p).get("best")) is not None}
+        best = {root / point_name(b) for p in kept if (b := _best_of(p)) is not None}
         for other in set(points) - set(kept) - best:
             shutil.rmtree(other, ignore_errors=True)
     barrier()
@@ -106,7 +106,15 @@ def newest_point(root: Path) -> Path | None:
 
 def facts_of(point: Path) -> dict[str, Any]:
     """What was saved beside the state: the step, and whatever else the trainer noted."""
-    return json.loads((point / MANIFEST).read_text())
+    return read_json(point / MANIFEST)
+
+
+def _best_of(point: Path) -> int | None:
+    """The step that a resume point names as the best so far; None if it is damaged."""
+    try:
+        return facts_of(point).get("best")
+    except RunError:
+        return None
 
 
 def _sealed(facts: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ don't wait for torch.
 
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -20,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from opfa import launch
 from opfa.errors import STOPPED, ModelError, OpfaError, RecipeError, Redacting, RunError, redacted
 from opfa.files import check_directory, check_file, check_new, named
 from opfa.run import check_output
@@ -110,6 +110,9 @@ def pretrain(
     check: Annotated[
         bool, typer.Option("--check", help="Only look whether recipe and RUN would be accepted.")
     ] = False,
+    trust_data: Annotated[
+        bool, typer.Option("--trust-data", help="Don't read all examples first to verify them.")
+    ] = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
     from opfa.upstream.recipe import PretrainRecipe
@@ -120,7 +123,7 @@ def pretrain(
         return
     from opfa.upstream.pretrain import pretrain as execute
 
-    execute(checked, output, resume)
+    execute(checked, output, resume, trust_data=trust_data)
 
 
 @app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
@@ -137,6 +140,7 @@ def finetune(
     """Fine-tune a sparse model for a task with its zeros held."""
     from opfa.downstream.recipe import FinetuneRecipe
 
+    launch.refuse_several("opfa finetune")
     checked = FinetuneRecipe.read(recipe, overrides or ())
     has_several = seeds is not None or checked.sweep is not None
     check_output(output, checked, resume, has_several=has_several)
@@ -172,7 +176,7 @@ def evaluate(
 
     result = evaluate_model(model, checked, predictions)
     if output is not None:
-        from opfa.run import write_json
+        from opfa.files import write_json
 
         write_json(output, result)
     _print_json(result)
@@ -645,8 +649,8 @@ def main() -> None:
     sys.argv[1:] = redacted(arguments)  # what wandb and other libraries keep of the command
     sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    is_first = os.environ.get("RANK", "0") == "0"  # what all ranks know, one of them says
-    logging.getLogger("opfa").setLevel(logging.INFO if is_first else logging.ERROR)
+    # what all ranks know, one of them says
+    logging.getLogger("opfa").setLevel(logging.ERROR if _rank(arguments) else logging.INFO)
     _leave(run(arguments))
 
 
@@ -661,7 +665,7 @@ def run(arguments: list[str]) -> int:
             raise
         if is_verbose:
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        return _tell(error)
+        return _tell(error, _rank(arguments))
     except typer.TyperException as error:
         return _refuse(f"{error.format_message()} (opfa --help shows what there is)")
     except SystemExit as error:
@@ -673,19 +677,33 @@ def run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _tell(error: OpfaError | OSError) -> int:
+def _tell(error: OpfaError | OSError, rank: int | None) -> int:
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
-        return _refuse(f"{what}{named(error.errno or 0)}; nothing half-written is kept")
+        message = f"{what}{named(error.errno or 0)}; nothing half-written is kept"
+        return _refuse(message, rank=rank)
     is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
-    if is_told_by_rank_0 and os.environ.get("RANK", "0") != "0":
+    if is_told_by_rank_0 and rank:
         return error.status
-    return _refuse(str(error), error.status)
+    return _refuse(str(error), error.status, rank)
 
 
-def _refuse(message: str, status: int = 2) -> int:
-    is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
-    who = f"opfa: rank {os.environ['RANK']}" if is_launched else "opfa"
+def _rank(arguments: list[str]) -> int | None:
+    """This process's rank in a launch of `opfa pretrain`; None of any other command, or where
+    nothing was launched.
+    """
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if command != "pretrain":
+        return None
+    try:
+        place = launch.place()
+    except RunError:
+        return None
+    return place.rank if place.world_size > 1 else None
+
+
+def _refuse(message: str, status: int = 2, rank: int | None = None) -> int:
+    who = "opfa" if rank is None else f"opfa: rank {rank}"
     short = LONG_WORD.sub(lambda word: f"{word[0][:300]}...", redacted(message))
     print(f"{who}: {short}", file=sys.stderr)
     return status

@@ -15,17 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from opfa.errors import STOPPED, OpfaError, RunError, first_line
+from opfa import launch
+from opfa.errors import STOPPED, OpfaError, first_line
 
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
 AGAIN = "The same command with --resume goes on; scripts of launch/ do so by themselves"
 HUNG = 76  # exit code that a watchdog leaves with
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -62,19 +64,36 @@ def gather_texts(text: str) -> list[str]:
     return texts
 
 
-def on_first_rank(find: Callable[[], str]) -> str:
-    """What rank 0 finds. Collective; a `RunError` there is raised on every rank."""
-    found, problem = "", ""
+def on_first_rank(find: Callable[[], T]) -> T:
+    """What rank 0 finds. Collective; an `OpfaError` there is raised on every rank."""
+    box: list[Any] = [None, None]  # Any: what was found, and the error
     if dist.get_rank() == 0:
-        try:
-            found = find()
-        except RunError as error:
-            problem = str(error)
-    box = [found, problem]
+        box = list(_tried(find))
     dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        raise RunError(box[1])
-    return box[0]
+    found, error = box
+    if error is not None:
+        raise error
+    return found
+
+
+def on_every_rank(find: Callable[[], T]) -> T:
+    """What this rank finds. Collective; an `OpfaError` on one rank is raised on every one."""
+    found, error = _tried(find)
+    errors: list[OpfaError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for each in (error, *errors):
+        if each is not None:
+            raise each
+    return found
+
+
+def _tried(
+    find: Callable[[], T],
+) -> tuple[Any, OpfaError | None]:  # Any: T, or None beside an error
+    try:
+        return find(), None
+    except OpfaError as error:
+        return None, error
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
@@ -110,9 +129,12 @@ class Supervisor:
     A watchdog thread ends the process when `beat` was not called for `seconds`, or when the
     launcher that started it is gone (it would train on, unseen, beside its replacement). A thread,
     because the main one may hang inside a collective, where Python's own signal handlers don't run
-    either. From `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a
-    run can save before it ends; a second Ctrl-C interrupts at once. A collective that failed
-    because another process is gone becomes a `LostContactError`.
+    either. A collective that failed because another process is gone becomes a `LostContactError`.
+
+    While a run is loaded there is nothing to save, and SIGTERM ends it at once, as `Stopped`. From
+    `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a run can save
+    before it ends; a second Ctrl-C interrupts at once. Supervisors may be nested: of several runs,
+    each has its own, and what one of them noted and didn't answer is handed on to the outer one.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -123,6 +145,7 @@ class Supervisor:
         self._launcher = os.getppid() if is_launched else None
         self._is_over = threading.Event()
         self._handlers: dict[int, Any] = {}  # Any: what signal.signal gives back
+        self._process = os.getpid()
         self.beat("starting up")
 
     def beat(self, doing: str) -> None:
@@ -133,18 +156,33 @@ class Supervisor:
         """Start watching."""
         self.beat("starting up")
         threading.Thread(target=self._watch, daemon=True).start()
+        self._handle(self._end)
         return self
 
     def save_on_signals(self) -> None:
-        """Take over both signals; before, there is nothing to save, and they end the process."""
+        """Note both signals from now on: there is something to save."""
+        self._handle(self._note)
+
+    def stop_if_told(self, what: str) -> None:
+        """Raise `Stopped`, which says `what`, if a signal was noted."""
+        if self.signal:
+            raise Stopped(what)
+
+    def _handle(self, answer: Callable[[int, FrameType | None], None]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other thread do so; the main one's handlers stay
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._note)
+            before = signal.signal(number, answer)
+            self._handlers.setdefault(number, before)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Stop watching, and give the signals back."""
         self._is_over.set()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.signal and self._is_nested and not isinstance(error, Stopped):
+            number = signal.Signals[self.signal]
+            self._handlers[number](number, None)
         if error is not None and _is_lost_contact(error):
             # gloo's ends in an emoji
             reason = first_line(error).encode("ascii", "ignore").decode()[:160]
@@ -153,14 +191,33 @@ class Supervisor:
                 f"({reason}). {AGAIN}"
             ) from error
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    @property
+    def _is_nested(self) -> bool:
+        handler = self._handlers.get(signal.SIGTERM)
+        return isinstance(getattr(handler, "__self__", None), Supervisor)
+
+    def _end(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that was forked: ended as any other process
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif number == signal.SIGINT and not self._is_nested:
+            raise KeyboardInterrupt
+        else:
+            name = signal.Signals(number).name
+            raise Stopped(
+                f"{name} while {self._doing}: stopped before the next step; nothing is lost"
+            )
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            self._end(number, frame)
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-        log.warning("%s: saving a resume point when this step is done", self.signal)
+        log.warning("%s: stopping as soon as what was done is saved", self.signal)
 
     def _watch(self) -> None:
-        rank = os.environ.get("RANK", "0")
+        rank = launch.place().rank
         while not self._is_over.wait(min(1.0, self._seconds / 10)):
             problem = ""
             if self._launcher is not None and os.getppid() != self._launcher:
@@ -177,7 +234,7 @@ class Supervisor:
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    if not isinstance(error, RuntimeError) or os.environ.get("WORLD_SIZE", "1") == "1":
+    if not isinstance(error, RuntimeError) or launch.place().world_size == 1:
         return False
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in CONTACT)

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opfa import launch
 from opfa.distributed import gather_texts
 from opfa.errors import RunError
 from opfa.sparsity.masks import ALONE, Ranks
@@ -45,8 +46,9 @@ def start_distributed(timeout_seconds: float) -> torch.device:
     device to use.
     """
     accelerated = choose_accelerator() == "cuda"
-    for key, value in _alone().items():
-        os.environ.setdefault(key, value)
+    if launch.place().world_size == 1 and not dist.is_initialized():
+        os.environ.update(_alone())  # RANK may be there for another purpose
+    os.environ.setdefault("LOCAL_RANK", "0")
     local_rank = int(os.environ["LOCAL_RANK"])
     # Imported here, since DeepSpeed reads DS_ACCELERATOR while it is imported.
     import deepspeed.ops
@@ -81,8 +83,6 @@ def choose_accelerator() -> str:
 
 
 def _alone() -> dict[str, str]:
-    if "RANK" in os.environ or dist.is_initialized():
-        return {"LOCAL_RANK": "0"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

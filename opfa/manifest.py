@@ -10,7 +10,6 @@ Names that begin with a dot (`.git`, `.gitattributes`, `.cache`) are what tools 
 directory; they are no part of a release, and `check` does not look at them.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from opfa.errors import ModelError
 from opfa.files import write_text
 from opfa.recipe import Section
+from opfa.seal import digest
 
 MANIFEST = "release.json"
 FORMAT = "opfa-release/1"
@@ -163,12 +163,6 @@ def check(directory: Path) -> Manifest:
     if problems:
         raise ModelError(f"{directory}: not what its {MANIFEST} says: {_some(problems)}")
     return manifest
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _explain(error: ValidationError) -> str:

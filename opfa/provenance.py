@@ -2,8 +2,6 @@
 directories.
 """
 
-import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from opfa import finished, metrics, seal
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import RunError, redacted
+from opfa.errors import RunError, opening, redacted
 from opfa.recipe import Recipe
-from opfa.records import read_records
 from opfa.upstream.recipe import PretrainRecipe
 
 Facts = Mapping[str, Any]  # what JSON files of runs hold
@@ -50,6 +48,12 @@ class Step:
         """Digest of what its metrics were measured on."""
         return self.splits["validation"]["sha256"]
 
+    def check(self) -> None:
+        """Look at all that a card says of the environment: a KeyError where it isn't there."""
+        facts, machine = self.environment, self.environment["machine"]
+        _ = self.data, facts["world_size"], dict(facts["versions"])
+        _ = machine["processors"], list(machine["accelerators"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -65,31 +69,44 @@ class Row:
 
 def steps(run: Path) -> Iterator[Step]:
     """This run, and those that its model was made from, as far as they are here; raises `RunError`
-    where one that it began with was made anew since.
+    where its files are not those that it wrote, or one that it began with was made anew since.
     """
     path = run / "recipe.toml"
     if not path.is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    done = finished.read(run)
+    values = seal.read_toml(path)
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
     recipe = kind.check(values, str(path))
     public = kind.check(shortened(values), str(path))
     start = values["model"].get("init", "")
-    environment = read_json(run / "environment.json")
-    yield Step(
+    environment = seal.read_json(run / "environment.json")
+    step = Step(
         recipe=redacted(public.model_dump(mode="json", exclude_none=True)),
         toml=public.to_toml(),
         sha256=recipe.sha256(),
         environment=redacted(shortened(environment)),
-        steps=read_json(run / "done.json")["step"],
+        steps=done["step"],
         start=start,
     )
+    with opening(run / "environment.json", RunError, "is damaged"):
+        step.check()
+    yield step
     before = Path(start).parent
     if start and Path(start).name == "model" and (before / "done.json").is_file():
-        known = environment.get("start_sha256")
-        if known and known != read_json(before / "done.json")["model_sha256"]:
-            raise RunError(f"{run}: began with another model than {start} is now")
+        _check_start(run, environment, start, finished.read(before))
         yield from steps(before)
+
+
+def _check_start(run: Path, environment: Facts, start: str, before: dict[str, Any]) -> None:
+    known, wrote = environment.get("start_sha256"), finished.model_files(before)
+    began = environment.get(seal.FILES, {}).get("model.init", {})
+    if known and known != before["model_sha256"]:
+        raise RunError(f"{run}: began with another model than {start} is now")
+    if began and wrote and (found := seal.differences(wrote, began)):
+        raise RunError(
+            f"{run}: began with another model than {start} was when it was made: {found}"
+        )
 
 
 def shortened(value: Any) -> Any:  # Any: what JSON can hold
@@ -100,14 +117,6 @@ def shortened(value: Any) -> Any:  # Any: what JSON can hold
         return [shortened(item) for item in value]
     is_path = isinstance(value, str) and value.startswith(("/", "~"))
     return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a finished run or model; raises `RunError` where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
 
 
 def own_rows(run: Path) -> list[Row]:
@@ -129,20 +138,20 @@ def row_of(label: str, run: Path) -> Row:
     if rates := [row for row in _rates(run) if row["score"] is not None]:
         return _mean(label, max(rates, key=lambda row: row["score"]), run)
     step = next(steps(run))
-    if step.kind:
-        found = read_json(run / "results.json")
-        metrics = found["metrics"]
-    else:
-        found = read_json(run / "done.json")
-        metric = PretrainRecipe.check(step.recipe).metric
-        metrics = {metric: last_evaluation(run)[metric]}
-    return Row(label=label, metrics=metrics, sparsity=found["sparsity"], data=step.data)
+    path = run / ("results.json" if step.kind else finished.FILE)
+    found = seal.read_json(path)
+    with opening(path, RunError, "is damaged"):
+        if step.kind:
+            values = dict(found["metrics"])
+        else:
+            metric = PretrainRecipe.check(step.recipe).metric
+            values = {metric: last_evaluation(run)[metric]}
+        return Row(label=label, metrics=values, sparsity=found["sparsity"], data=step.data)
 
 
 def last_evaluation(run: Path) -> Facts:
     """What a pre-training logged of its last evaluation; raises `RunError` if there was none."""
-    rows = (row for _, row in read_records(run / "metrics.jsonl"))
-    if not (evaluations := [row for row in rows if row.get("eval")]):
+    if not (evaluations := [row for row in metrics.read(run) if row.get("eval")]):
         raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
     return evaluations[-1]
 
@@ -152,7 +161,7 @@ def _rates(sweep: Path) -> list[dict[str, Any]]:
     run.
     """
     path = sweep / "results.json"
-    return read_json(path).get("rows", []) if path.is_file() else []
+    return seal.read_json(path).get("rows", []) if path.is_file() else []
 
 
 def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:

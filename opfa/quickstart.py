@@ -9,9 +9,10 @@ All numbers come from this run.
 import importlib.resources
 import json
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opfa import report
+from opfa.distributed import Supervisor
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
@@ -30,9 +32,10 @@ from opfa.order import generator
 from opfa.quant import FILE as QUANTIZATION
 from opfa.records import read_records
 from opfa.sparsity.layers import mask_layers, set_masks
-from opfa.upstream.batches import Prepared, masker, validation_batches
+from opfa.upstream.batches import masker, validation_batches
 from opfa.upstream.corpus import prepare
 from opfa.upstream.objective import Objective
+from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import mean_losses, pretrain
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -55,35 +58,38 @@ def quickstart(output: Path) -> dict[str, Any]:
     if output.exists() and any(output.iterdir()):
         raise RunError(f"{output}: is not empty; give a new directory")
     start = time.monotonic()
+    with Supervisor(math.inf) as supervisor:
+        supervisor.save_on_signals()
+        summary = _run_all(output, supervisor)
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    write_json(output / "quickstart.json", summary)
+    write_text(output / "table.md", markdown(summary))
+    report.quickstart_picture(summary["rows"], output / "quickstart.png")
+    Console().print(_table(summary, output))
+    return summary
+
+
+def _run_all(output: Path, supervisor: Supervisor) -> dict[str, Any]:
     majority = write_data(output / "data")
     corpus = [f"corpus.documents={json.dumps([str(output / 'data/documents.jsonl')])}"]
     data = [*corpus, f"data={output / 'prepared'}"]
-    with _stage("1/7  tokenizer and pre-training examples"):
+    with _stage("1/7  tokenizer and pre-training examples", supervisor):
         prepare(_upstream("teacher", data).corpus, output / "prepared")
-    with _stage("2/7  teacher: a small dense encoder"):
+    with _stage("2/7  teacher: a small dense encoder", supervisor):
         pretrain(_upstream("teacher", data), output / "teacher")
     teacher = output / "teacher/model"
-    with _stage("3/7  student: pruned to 90 % under the teacher"):
+    with _stage("3/7  student: pruned to 90 % under the teacher", supervisor):
         models = [f"model.init={teacher}", f"distillation.teacher={teacher}"]
         pretrain(_upstream("student", [*data, *models]), output / "student")
     rows: list[dict[str, Any]] = [{"model": "majority class", "accuracy": majority}]
     language = language_losses(_upstream("student", [*data, *models]), output)
     for number, (name, (recipe, origin)) in enumerate(VARIANTS.items(), 4):
-        with _stage(f"{number}/7  fine-tuning: {name}"):
+        with _stage(f"{number}/7  fine-tuning: {name}", supervisor):
             run = output / recipe
             results = finetune(_downstream(recipe, output, origin), run)
             facts = {**_storage(run / "model"), "mlm_loss": language.get(name)}
             rows.append({"model": name, **results["metrics"], **facts, "run": str(run)})
-    summary = {
-        "rows": rows,
-        "zeros_held": _zeros_held(output),
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    write_json(output / "quickstart.json", summary)
-    write_text(output / "table.md", markdown(summary))
-    report.quickstart_picture(rows, output / "quickstart.png")
-    Console().print(_table(summary, output))
-    return summary
+    return {"rows": rows, "zeros_held": _zeros_held(output)}
 
 
 def write_data(directory: Path) -> float:
@@ -221,7 +227,8 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _stage(title: str) -> Any:  # Any: a context manager without a value
+def _stage(title: str, supervisor: Supervisor) -> Iterator[None]:
+    supervisor.stop_if_told(f"stopped before {title}; begin again with a new directory")
     started = time.monotonic()
     log.info("%s", title)
     yield

@@ -14,7 +14,7 @@ a card has no number of another model.
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
-from opfa import compact, manifest, provenance, quant, report
+from opfa import compact, finished, manifest, provenance, quant, report, seal
 from opfa.card import PICTURE, Release, model_card
 from opfa.checkpoint import model_digest, verify
 from opfa.downstream.evaluate import evaluate_model
@@ -42,12 +42,15 @@ COPIED = (
     "config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "generation_config.json",
+    "*.jinja",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "*.model",
     quant.FILE,
 )
+WEIGHTS = "model*.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +88,7 @@ def release(
     provenance.check_comparable(rows)
     recipe = _measuring(run, steps[0].kind, overrides, may_round=(form, dtype) not in EXACT)
     with new_directory(output) as aside:
-        _copy(run / "model", aside)
+        _copy(run / "model", aside, finished.model_files(finished.read(run)))
         log.info("%s: writing %s weights", output, form)
         is_same = write_weights(
             run / "model",
@@ -97,7 +100,7 @@ def release(
         )
         if form != "dense":
             config = aside / "config.json"
-            values = {**provenance.read_json(config), **compact.CONFIG}
+            values = {**seal.read_json(config, ModelError), **compact.CONFIG}
             write_text(config, json.dumps(values, indent=2) + "\n")  # as it is: it names classes
         verify(aside, stated)
         write_json(aside / "sparsity.json", stated)
@@ -117,8 +120,8 @@ def release(
             sparsity=stated,
             whole_sparsity=inspected["whole"]["sparsity"],
             num_bytes=sum(path.stat().st_size for path in weights),
-            weights_sha256={path.name: manifest.digest(path) for path in weights},
-            dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
+            weights_sha256={path.name: seal.digest(path) for path in weights},
+            dense_bytes=sum(p.stat().st_size for p in (run / "model").glob(WEIGHTS)),
             steps=steps,
             rows=rows,
             is_measured=is_same or recipe is not None,
@@ -143,7 +146,7 @@ def unpack(directory: Path, output: Path) -> None:
     if not packed.is_file():
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")
     stated = stated_report(directory)
-    config = provenance.read_json(directory / "config.json")
+    config = seal.read_json(directory / "config.json", ModelError)
     with new_directory(output) as aside:
         _copy(directory, aside)
         save_file(dict(compact.tensors(packed)), aside / PLAIN, {"format": "pt"})
@@ -193,22 +196,33 @@ def _checked(run: Path) -> dict[str, Any]:
     if not (run / "done.json").is_file() or not model.is_dir():
         hint = ""
         if (run / "table.md").is_file():
-            best = provenance.read_json(run / "results.json")["best_run"]
+            best = seal.read_json(run / "results.json").get("best_run", "")
             hint = f"; it holds several, the best is {run / best}"
         raise RunError(f"{run}: not a finished run{hint}")
     found = check_stated(str(model))
     stated = stated_report(model)
     if stated is None:
         raise ModelError(f"{model}: has no sparsity.json; was this model written by opfa?")
-    expected = provenance.read_json(run / "done.json").get("model_sha256")
-    if model_digest(model) != expected:
-        raise ModelError(
-            f"{model}: its files are not those that the run wrote and evaluated (SHA-256 in "
-            f"{run / 'done.json'}); they were changed afterwards"
-        )
+    _check_files(run, model)
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(f"{model}: has no tokenizer")
     return {"format": found["format"], **stated}
+
+
+def _check_files(run: Path, model: Path) -> None:
+    """Refuse a model any file of which is another one than the run wrote and evaluated."""
+    done = finished.check(run)
+    if not finished.files(done):
+        log.warning(
+            "%s: was finished by an older version, which noted SHA-256 of its weights alone; that "
+            "its configuration, tokenizer, recipe and results are what it wrote can't be checked",
+            run,
+        )
+    if model_digest(model) != done["model_sha256"]:
+        raise ModelError(
+            f"{model}: its weights are not those that the run wrote and evaluated (SHA-256 in "
+            f"{run / finished.FILE}); they were changed afterwards"
+        )
 
 
 def _measuring(
@@ -230,12 +244,22 @@ def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> Row:
     return replace(before, metrics=found["metrics"])
 
 
-def _copy(source: Path, directory: Path) -> None:
-    """Take configuration, tokenizer and ranges along, and nothing else that may lie there."""
-    for path in sorted(path for pattern in COPIED for path in source.glob(pattern)):
+def _copy(source: Path, directory: Path, listed: Collection[str] = ()) -> None:
+    """Take configuration, tokenizer and ranges along, and nothing else that may lie there: what a
+    run listed of its model, or what is usual.
+    """
+    usual = sorted(path for pattern in COPIED for path in source.glob(pattern))
+    written = (source / name for name in listed if not _is_written_anew(name))
+    for path in written if listed else usual:
         if path.is_symlink():
             raise ModelError(f"{path}: is a link; what it points to is not released")
-        shutil.copy(path, directory)
+        target = directory / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+
+
+def _is_written_anew(name: str) -> bool:
+    return name == "sparsity.json" or (name.startswith("model") and ".safetensors" in name)
 
 
 def _facts(found: Release) -> dict[str, Any]:

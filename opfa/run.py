@@ -5,23 +5,20 @@
     metrics.jsonl      one object per logged step; evaluation rows carry "eval": true
     checkpoints/       resume points
     model/ report/     what came out
-    done.json          written last: the run is complete
+    done.json          written last: the run is complete, and these are its files
     stop               made by whoever wants a run to save and end; it becomes `stopped`
     .lock              held while a process trains here
 
 A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
 """
 
-import json
+import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
-import sys
-import time
+import re
 import tomllib
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 from uuid import uuid4
@@ -29,23 +26,15 @@ from uuid import uuid4
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opfa import finished, launch, machine, metrics, seal
 from opfa.aside import lock
-from opfa.errors import RunError, redacted
-from opfa.files import check_directory, write_json, write_text, writing
+from opfa.errors import RunError, opening, redacted
+from opfa.files import check_directory, write_text, writing
+from opfa.metrics import Row
 from opfa.recipe import Recipe
 
-Row = dict[str, Any]  # step and eval, then numbers
-LIBRARIES = (
-    "opfa",
-    "torch",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "deepspeed",
-    "safetensors",
-    "numpy",
-)
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
+HEX = re.compile(r"[0-9a-f]{32}")
 NO_NUMBERS = ("step", "eval", "final")
 # Zero where a recipe has no such term, and then not on the console.
 OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
@@ -83,6 +72,7 @@ class Run:
                 (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self._lock = _locked(directory)
                 (directory / "stopped").unlink(missing_ok=True)
+            if not self.is_done:
                 write_text(directory / "recipe.toml", recipe.to_toml())
 
     @property
@@ -115,20 +105,21 @@ class Run:
         if self.is_writer:
             self._lock.close()
 
-    def describe(self, facts: dict[str, Any], launch: dict[str, Any] | None = None) -> None:
+    def describe(self, facts: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
         """Write `environment.json`: these facts, and everything about the software and the machine;
-        and add this launch to its list, which a resume continues.
+        and add this launch, and `more` of it, to its list, which a resume continues.
         """
         if not self.is_writer:
             return
         path = self.directory / "environment.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
-        now = environment()
-        if self.recipe.model_dump()["training"]["precision"] == "bf16" and not has_bf16():
+        before = seal.read_json(path) if path.exists() else {}
+        now = machine.environment()
+        if self.recipe.model_dump()["training"]["precision"] == "bf16" and not machine.has_bf16():
             log.warning("training.precision = 'bf16': this CPU multiplies fp32 faster")
-        this = {"time": now["time"], "git_commit": now["git_commit"], **(launch or {})}
+        this = {"time": now["time"], "git_commit": now["git_commit"], **(more or {})}
+        this |= self._arithmetic()
         launches = [*before.get("launches", []), this]
-        write_json(path, {**(before or {**now, **facts}), "launches": launches})
+        seal.write_sealed(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
         """Also send rows to wandb, offline or online: to one run of its own for each directory,
@@ -138,15 +129,12 @@ class Run:
             return
         import wandb  # only here: it is slow to import, and most runs don't use it
 
-        path = self.directory / "wandb/id"
-        if not path.exists():
-            write_text(path, uuid4().hex)
         try:
             self._wandb = wandb.init(
                 project=redacted(project),
                 group=redacted(name),
                 name=str(self.directory),
-                id=path.read_text(encoding="utf-8"),
+                id=_wandb_id(self.directory / "wandb/id"),
                 resume="allow",
                 mode="offline" if mode == "offline" else "online",
                 dir=str(self.directory),
@@ -156,28 +144,35 @@ class Run:
         except wandb.Error as error:
             raise RunError(f"logging.wandb = {mode!r}: {error}") from error
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows of steps that are going to be run again, and of a final evaluation."""
-        if self.is_writer:
-            rows = [row for row in self.rows() if row["step"] <= step]
-            kept = [row for row in rows if not row.get("final")]
-            write_text(
-                self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
-            )
+    def state(self) -> dict[str, Any]:
+        """What a resume point notes of this run: its rows so far, and how it computes."""
+        return {"metrics": metrics.state(self.directory), "arithmetic": self._arithmetic()}
+
+    def go_back(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
+        """Drop what comes after a resume point, of which these are the facts; without one
+        everything. Says what of the machine is another one now.
+        """
+        if not self.is_writer:
+            return
+        facts = facts or {}
+        metrics.forget_after(self.directory, step, facts.get("metrics"))
+        if changed := machine.changes(facts.get("arithmetic", {}), self._arithmetic()):
+            what = "so its last bits may not be those of an unbroken run"
+            log.warning("%s: %s; %s", self.directory, changed, what)
+
+    def _arithmetic(self) -> dict[str, Any]:
+        return {**machine.arithmetic(), "processes": launch.place().world_size}
 
     def rows(self) -> list[Row]:
-        """All rows so far. A line that a kill cut in half, or a power cut zeroed, is left out."""
-        path = self.directory / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+        """All rows so far."""
+        return metrics.read(self.directory)
 
     def log(self, row: Row) -> None:
         """Write one row everywhere."""
         if not self.is_writer:
             return
-        path = self.directory / "metrics.jsonl"
-        with writing(path, CONTINUED), path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(self.directory / metrics.FILE, CONTINUED):
+            metrics.append(self.directory, row)
         if self._wandb is not None:
             step = row["step"]
             prefix = "eval/" if row.get("eval") else ""
@@ -210,9 +205,26 @@ class Run:
                 os.replace(path, path.with_name("stopped"))
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete, and list the files that it is judged by."""
         if self.is_writer:
-            write_json(self.directory / "done.json", facts)
+            finished.write(self.directory, facts)
+
+
+def _wandb_id(path: Path) -> str:
+    """A directory's own name for wandb: 32 digits, and 8 more that check them."""
+    if not path.exists():
+        new = uuid4().hex
+        write_text(path, f"{new}{_check_digits(new)}")
+    with opening(path, RunError):
+        text = path.read_text(encoding="utf-8")
+    name, check = text[:32], text[32:]
+    if not HEX.fullmatch(name) or check not in ("", _check_digits(name)):
+        raise RunError(f"{path}: is damaged; without it, rows go to a new run of wandb")
+    return text
+
+
+def _check_digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _short(value: Any) -> str:  # Any: a number or a text
@@ -227,7 +239,7 @@ def check_output(
 
     Only the first process of a launch looks, since it alone makes the directory.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launch.place().rank > 0:
         return
     check_directory(directory)
     for name in ("checkpoints", "model", "report", "wandb"):
@@ -242,7 +254,7 @@ def check_output(
     if not path.exists():
         raise RunError(f"{directory}: there is no run to resume here")
     after = tomllib.loads(recipe.to_toml())  # as that file is: without secrets
-    before = tomllib.loads(path.read_text(encoding="utf-8"))
+    before = seal.read_toml(path)
     for values in (before, after):
         for section in ("launch", "logging"):  # an old launch's files may be gone
             values.pop(section, None)
@@ -283,61 +295,9 @@ def _locked(directory: Path) -> IO[str]:
     try:
         file = lock(path)
     except BlockingIOError:
-        who = path.read_text(encoding="utf-8")
+        who = path.read_text(encoding="utf-8", errors="replace")
         raise RunError(f"{directory}: is being trained already, by {who}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
-
-
-def has_bf16() -> bool:
-    """Whether this machine has instructions for bf16: without them a matrix product in bf16 took
-    ten times that in fp32.
-    """
-    import torch  # only here, so that reading a recipe stays fast
-
-    able = torch.cpu.get_capabilities()
-    is_accelerated = torch.cuda.is_available() or able["architecture"] != "x86_64"
-    return is_accelerated or able["avx512_bf16"] or able["amx_bf16"]
-
-
-def environment() -> dict[str, Any]:
-    """The software and the machine."""
-    import torch  # only here, so that reading a recipe stays fast
-
-    git = shutil.which("git")
-    commit = None
-    if git:
-        found = subprocess.run(
-            [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        commit = found.stdout.strip() or None
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "processors": os.cpu_count(),
-            "accelerators": [
-                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-            ],
-        },
-        "git_commit": commit,
-        "command": redacted(sys.argv[1:]),
-    }
-
-
-def _processor() -> str:
-    """What the processor is called, where the system tells."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

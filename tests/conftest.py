@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.seal import FILES
 from opfa.upstream.batches import Batch
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import PretrainRecipe
@@ -140,6 +141,13 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("train", rows[:80]), ("validation", rows[80:])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
     return directory
+
+
+def as_older(run: Path) -> None:
+    """Make a run's files what a version wrote that listed and sealed none."""
+    for path in (run / "done.json", run / "environment.json"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in values.items() if k not in ("sealed", FILES)}))
 
 
 def finetune_recipe(init: Path, examples: Path, **sections: Any) -> FinetuneRecipe:

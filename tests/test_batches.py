@@ -13,6 +13,7 @@ from conftest import dense_labels, pretrain_recipe
 from datasets import Dataset
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from opfa import seal
 from opfa.errors import DataError, RecipeError
 from opfa.order import Order
 from opfa.upstream.batches import (
@@ -341,7 +342,7 @@ def test_documents_may_lie_elsewhere_on_another_machine(prepared: Path) -> None:
 def test_a_foreign_directory_is_refused(tmp_path: Path, prepared: Path, content: str) -> None:
     if content is not None:
         (tmp_path / "corpus.json").write_text(content)
-    message = "not a directory of `opfa prepare`|this version reads 'opfa-corpus/2'"
+    message = "not a directory of `opfa prepare`|can't be read|this version reads 'opfa-corpus/2'"
     with pytest.raises(DataError, match=message):
         Prepared.open(tmp_path, corpus(prepared))
 
@@ -368,6 +369,6 @@ def test_a_tokenizer_that_was_exchanged_is_refused(tmp_path: Path, prepared: Pat
     shutil.copytree(prepared, tmp_path / "copy")
     path = tmp_path / "copy" / "corpus.json"
     summary = json.loads(path.read_text())
-    path.write_text(json.dumps({**summary, "tokenizer_sha256": "0"}))
+    seal.write_sealed(path, {**summary, "tokenizer_sha256": "0"})
     with pytest.raises(DataError, match="is not the one that the examples had"):
         Prepared.open(tmp_path / "copy", corpus(prepared))

@@ -94,6 +94,7 @@ def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> N
         "quantized",
         "recipe_sha256",
         "model_sha256",
+        "model_files_sha256",
     ]
     assert results["recipe_sha256"] == recipe.sha256()
     assert results["model_sha256"] == model_digest(tmp_path / "run/model")
@@ -146,7 +147,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
     break_off(monkeypatch, 6, recipe, tmp_path / "broken")
     resumed: list[int] = []
-    monkeypatch.setattr(module.Run, "forget_after", lambda self, step: resumed.append(step))
+    monkeypatch.setattr(module.Run, "go_back", lambda self, step, _: resumed.append(step))
     finetune(recipe, tmp_path / "broken", resume=True)
     assert resumed == [4]
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")

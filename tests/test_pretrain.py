@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import AutoConfig, BertForPreTraining, BertModel
 
-from opfa import checkpoint
+from opfa import checkpoint, seal
 from opfa.distributed import Stopped
 from opfa.engine import Engine
 from opfa.errors import DataError, ModelError, RecipeError, RunError
@@ -570,7 +570,7 @@ def test_a_resume_with_other_data_is_refused(prepared: Path, tmp_path: Path) -> 
     (tmp_path / "run/done.json").unlink()
     summary = json.loads((tmp_path / "data/corpus.json").read_text())
     summary["splits"]["train"]["sha256"] = "0" * 64
-    (tmp_path / "data/corpus.json").write_text(json.dumps(summary))
+    seal.write_sealed(tmp_path / "data/corpus.json", summary)
     with pytest.raises(RunError, match="run: the train examples have changed meanwhile"):
         pretrain(recipe, tmp_path / "run", resume=True)
 

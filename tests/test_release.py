@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune_recipe, pretrain_recipe
+from conftest import as_older, finetune_recipe, pretrain_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from opfa import cli, compact, manifest, quant, report
+from opfa import cli, compact, manifest, quant, report, seal
 from opfa import release as releasing
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
-from opfa.errors import DataError, ModelError, RecipeError, RunError
+from opfa.errors import ModelError, RecipeError, RunError
 from opfa.inspection import inspect
 from opfa.models import load_finetuned_model
 from opfa.release import push, release, unpack
@@ -318,9 +318,10 @@ def test_a_run_whose_first_model_was_made_anew_is_refused(
     shutil.copytree(run, second)
     recipe = second / "recipe.toml"
     recipe.write_text(recipe.read_text().replace(str(sparse), str(first / "model")))
+    as_older(second)  # else it would notice that it was changed
     release(second, tmp_path / "good")
     done = json.loads((first / "done.json").read_text())
-    (first / "done.json").write_text(json.dumps({**done, "model_sha256": "0" * 64}))
+    seal.write_sealed(first / "done.json", {**done, "model_sha256": "0" * 64})
     with pytest.raises(RunError, match="began with another model than .*first/model is now"):
         release(second, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
@@ -365,19 +366,24 @@ def test_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "secret").write_text("{}")
     (tmp_path / "run" / "model" / "tokenizer_more.json").symlink_to(tmp_path / "secret")
+    as_older(tmp_path / "run")  # else it would notice that the file is new
     with pytest.raises(ModelError, match=r"tokenizer_more\.json: is a link"):
         release(tmp_path / "run", tmp_path / "out")
 
 
 def test_files_of_a_run_that_are_missing_or_broken_are_named(run: Path, tmp_path: Path) -> None:
-    for number, (file, text) in enumerate(
-        [("results.json", None), ("results.json", "{"), ("environment.json", None)]
-    ):
+    cases = [("results.json", None), ("results.json", "{"), ("environment.json", None)]
+    for number, (file, text) in enumerate(cases):
         broken = tmp_path / str(number)
         shutil.copytree(run, broken)
         (broken / file).unlink()
         if text is not None:
             (broken / file).write_text(text)
+        with pytest.raises(RunError, match=f"{file} is missing" if text is None else "has changed"):
+            release(broken, tmp_path / "out")
+        done = json.loads((run / "done.json").read_text())
+        old = {key: value for key, value in done.items() if key not in ("sealed", seal.FILES)}
+        (broken / "done.json").write_text(json.dumps(old))  # of an older version
         with pytest.raises(RunError, match=f"{file}: can't be read"):
             release(broken, tmp_path / "out")
     shutil.copytree(run, tmp_path / "no-model")
@@ -475,8 +481,11 @@ def test_the_card_of_a_pretrained_model_says_that_it_has_no_head(
 
 def test_a_damaged_log_of_a_pretraining_is_named(sparse: Path, tmp_path: Path) -> None:
     shutil.copytree(sparse.parent, tmp_path / "run")
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(DataError, match=r"metrics\.jsonl.* line 2"):
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl has changed"):
+        release(tmp_path / "run", tmp_path / "out")
+    as_older(tmp_path / "run")
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: is damaged"):
         release(tmp_path / "run", tmp_path / "out")
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import sentences, write_records
 
-from opfa import cli
+from opfa import cli, seal
 from opfa.errors import STOPPED, RunError
 from opfa.inspection import inspect
 from opfa.manifest import check
@@ -458,7 +458,7 @@ def test_results_of_a_model_that_was_made_anew_are_not_shown(
 ) -> None:
     file = output / f"runs/{first}/done.json"
     text = file.read_text()
-    file.write_text(json.dumps({**json.loads(text), "model_sha256": "0" * 64}))
+    seal.write_sealed(file, {**json.loads(text), "model_sha256": "0" * 64})
     before = (output / "results/table.json").read_bytes()
     (output / "results/table.json").unlink()
     with pytest.raises(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from opfa import quant
+from opfa import quant, seal
 from opfa.checkpoint import fill_finished, model_digest
 from opfa.downstream import tasks
 from opfa.downstream.evaluate import evaluate
@@ -40,7 +40,11 @@ def calibrate(
     check_new(output)
     with new_directory(output) as aside:
         found = _calibrated(name, recipe, aside, num_examples)
-    return {**found, "model_sha256": model_digest(output)}
+    return {
+        **found,
+        "model_sha256": model_digest(output),
+        "model_files_sha256": seal.one_digest(seal.model_files(output)),
+    }
 
 
 def _calibrated(

@@ -1,6 +1,7 @@
 """What a model predicts on a split, and what that is worth."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
 
-from opfa import quant
+from opfa import quant, seal
 from opfa.downstream import tasks
 from opfa.downstream.features import Split, num_tokens
 from opfa.downstream.recipe import FinetuneRecipe, Task
 from opfa.downstream.tasks import KINDS, inputs_of, logits_of
 from opfa.engine import choose_accelerator
 from opfa.files import write_text
+from opfa.finished import changed_model
 from opfa.inspection import check_stated, directory_of
 from opfa.models import load_config, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -100,6 +104,8 @@ def evaluate_model(
     task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
     tasks.check_head(task, config)
     check_stated(name)
+    if changed := changed_model(directory_of(name)):
+        log.warning("%s: is not what its run wrote: %s", name, changed)
     validation = tasks.load_validation(task, tokenizer, config)
     more = {
         key: tasks.load_validation(task.model_copy(update={"validation": split}), tokenizer, config)
@@ -123,5 +129,6 @@ def evaluate_model(
         "task": recipe.name,
         "metrics": evaluate_splits(metrics_of, validation, more),
         "quantized": ranges.is_file(),
+        "model_files_sha256": seal.one_digest(seal.model_files(directory_of(name))),
         "examples_sha256": validation.examples.sha256(),
     }

@@ -9,7 +9,6 @@ the same loop with a schedule.
 """
 
 import contextlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opfa import quant, report
+from opfa import began, finished, launch, quant, report, seal
 from opfa.checkpoint import (
     facts_of,
     model_digest,
@@ -27,7 +26,6 @@ from opfa.checkpoint import (
     problem_of,
     save_point,
     seed_step,
-    start_digest,
     write_finished,
 )
 from opfa.distributed import Stopped, Supervisor
@@ -62,35 +60,31 @@ def finetune(
     """
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
+    launch.refuse_several("opfa finetune")
     check_output(output, recipe, resume)
-    trainer = Trainer(recipe)
-    steps = trainer.schedule.steps
-    with Run(output, recipe, steps=steps, within=within) as run, trainer.supervisor:
-        if run.is_done:
-            log.info("%s: is finished already", output)
-            return json.loads((output / "results.json").read_text())
-        data = trainer.data
-        splits = {**data.more, "train": data.train, "validation": data.validation}
-        digests = {name: split.examples.sha256() for name, split in splits.items()}
-        start_sha256 = start_digest(recipe.model.init)
-        run.describe({"world_size": 1, "data": digests, "start_sha256": start_sha256})
-        before = json.loads((output / "environment.json").read_text())["data"]
-        changed = [name for name in digests if digests[name] != before[name]]
-        if changed:
-            raise RunError(f"{output}: the {' and '.join(changed)} examples have changed meanwhile")
-        start = trainer.resume(run) if resume else 0
-        run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
-        trainer.train(run, start)
-        return trainer.finish(run)
+    with Supervisor(math.inf) as supervisor:  # nothing to wait for: one process
+        trainer = Trainer(recipe, supervisor)
+        with Run(output, recipe, steps=trainer.schedule.steps, within=within) as run:
+            if run.is_done:
+                found = finished.results(output)
+                log.info("%s: is finished already", output)
+                return found
+            facts = trainer.facts()
+            began.check(output, facts)
+            run.describe(facts)
+            start = trainer.resume(run) if resume else 0
+            run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
+            trainer.train(run, start)
+            return trainer.finish(run)
 
 
 class Trainer:
     """The state of one fine-tuning run: student, teacher, optimizer, masks, position."""
 
-    def __init__(self, recipe: FinetuneRecipe) -> None:
+    def __init__(self, recipe: FinetuneRecipe, supervisor: Supervisor | None = None) -> None:
         """Load everything and check that it fits together, before any work is done."""
         self.recipe = recipe
-        self.supervisor = Supervisor(math.inf)  # nothing to wait for: one process
+        self.supervisor = supervisor or Supervisor(math.inf)
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
@@ -153,8 +147,8 @@ class Trainer:
     def train(self, run: Run, start: int) -> None:
         """The steps from `start` to the end, or until patience is over."""
         settings = self.recipe.logging
-        self.supervisor.save_on_signals()
         self.remember(run.directory)
+        self.supervisor.save_on_signals()
         self.student.train()
         self.done = start
         if start == 0:
@@ -182,6 +176,15 @@ class Trainer:
                     f"{run.directory}: stopped at step {done}, which is saved; continue with the "
                     "same command and --resume"
                 )
+
+    def facts(self) -> dict[str, Any]:
+        """What the run begins with."""
+        splits = {**self.data.more, "train": self.data.train, "validation": self.data.validation}
+        digests = {name: split.examples.sha256() for name, split in splits.items()}
+        model, settings = self.recipe.model, self.recipe.distillation
+        read = {"model.init": model.init, "model.tokenizer": model.tokenizer}
+        read["distillation.teacher"] = settings.teacher if settings else None
+        return {"world_size": 1, "data": digests, **began.models(read)}
 
     def remember(self, directory: Path) -> None:
         """Let the teacher compute its logits of the training examples, or read them."""
@@ -289,7 +292,7 @@ class Trainer:
             mask_files.save(masks_of(self.student), directory / "masks.safetensors")
 
         keep = self.recipe.logging.keep_checkpoints
-        facts = {"best": self.best.step}
+        facts = {"best": self.best.step, **run.state()}
         save_point(run.directory / "checkpoints", step, write, facts, keep=keep)
 
     def resume(self, run: Run) -> int:
@@ -297,14 +300,15 @@ class Trainer:
         point = newest_point(run.directory / "checkpoints")
         if point is None:
             log.warning("%s: no resume point; starting anew", run.directory)
-            run.forget_after(0)
+            run.go_back(0)
             return 0
-        step = facts_of(point)["step"]
+        facts = facts_of(point)
+        step = facts["step"]
         self._restore(point)
-        run.forget_after(step)
+        run.go_back(step, facts)
         if self.recipe.selection is not None:
             self.best.replay(run.rows())
-            if self.best.step != facts_of(point)["best"]:
+            if self.best.step != facts["best"]:
                 raise RunError(f"{run.directory}/metrics.jsonl: has lost evaluations; start anew")
         log.info("%s: resumed at step %d", run.directory, step)
         return step
@@ -336,6 +340,7 @@ class Trainer:
             "quantized": bool(self.quantized),
             "recipe_sha256": self.recipe.sha256(),
             "model_sha256": model_digest(directory),
+            "model_files_sha256": seal.one_digest(seal.model_files(directory)),
         }
         if self.best.step is not None:
             results["selected"] = {"step": self.best.step, self.best.metric: self.best.value}

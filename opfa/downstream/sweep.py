@@ -6,15 +6,17 @@ in OUTPUT/results.json and OUTPUT/table.md. Values are compared by the mean over
 that diverges is told, and its value is not the best while another had none that did.
 """
 
-import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from opfa import report
+from opfa import finished, launch, report, seal
+from opfa.distributed import Stopped, Supervisor
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
@@ -33,41 +35,35 @@ def sweep(
 
     A resume may ask for more seeds or learning rates than before.
     """
+    launch.refuse_several("opfa finetune")
     check_output(output, recipe, resume, has_several=True)
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     _check_seeds(output, seeds)
     output.mkdir(parents=True, exist_ok=True)
     (output / "stopped").unlink(missing_ok=True)
     write_text(output / "recipe.toml", recipe.to_toml())
-    rows = []
-    for rate in recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,):
-        runs = []
-        for seed in seeds:
-            name = f"learning_rate-{rate}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
-            training = recipe.training.model_copy(update={"learning_rate": rate})
-            changes = {"sweep": None, "seed": seed, "training": training}
-            try:
-                runs.append({"run": name, **_finished(recipe, changes, output, name)})
-            except DivergedError as error:
-                log.warning("%s: %s", output / name, error)
-        num_diverged = num_seeds - len(runs)
-        rows.append(_row(recipe, rate, runs) | {"num_diverged": num_diverged})
+    rates = recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,)
+    with Supervisor(math.inf) as supervisor:
+        supervisor.save_on_signals()
+        rows = [_run_all(recipe, rate, seeds, output, supervisor) for rate in rates]
     ended = [row for row in rows if row["runs"]]
     if not ended:
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
     steady = [row for row in ended if not row["num_diverged"]]
     best = max(steady or ended, key=lambda row: row["score"])
-    result = {
-        "task": recipe.name,
-        "metrics": best["mean"],
-        "std": best["std"],
-        "learning_rate": best["learning_rate"],
-        "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
-        "sparsity": best["runs"][0]["sparsity"],
-        "quantized": best["runs"][0]["quantized"],
-        "recipe_sha256": recipe.sha256(),
-        "rows": rows,
-    }
+    result = seal.sealed(
+        {
+            "task": recipe.name,
+            "metrics": best["mean"],
+            "std": best["std"],
+            "learning_rate": best["learning_rate"],
+            "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
+            "sparsity": best["runs"][0]["sparsity"],
+            "quantized": best["runs"][0]["quantized"],
+            "recipe_sha256": recipe.sha256(),
+            "rows": rows,
+        }
+    )
     write_json(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
@@ -82,6 +78,36 @@ def sweep(
             best["learning_rate"],
         )
     return result
+
+
+def _run_all(
+    recipe: FinetuneRecipe, rate: float, seeds: Sequence[int], output: Path, supervisor: Supervisor
+) -> dict[str, Any]:
+    """The row of a learning rate, after whatever of it isn't finished yet was run."""
+    runs = []
+    for seed in seeds:
+        name = f"learning_rate-{rate}/seed-{seed}" if recipe.sweep else f"seed-{seed}"
+        training = recipe.training.model_copy(update={"learning_rate": rate})
+        changes = {"sweep": None, "seed": seed, "training": training}
+        _stop_if_told(output, name, supervisor)
+        try:
+            runs.append({"run": name, **_finished(recipe, changes, output, name)})
+        except DivergedError as error:
+            log.warning("%s: %s", output / name, error)
+    return _row(recipe, rate, runs) | {"num_diverged": len(seeds) - len(runs)}
+
+
+def _stop_if_told(output: Path, name: str, supervisor: Supervisor) -> None:
+    """Between two runs: answer a signal, SWEEP/stop or RUN/stop that came too late for the one
+    before.
+    """
+    what = f"{output}: stopped before {name}; continue with the same command and --resume"
+    stops = [path for rule in ("", "seed-*/", "*/seed-*/") for path in output.glob(f"{rule}stop")]
+    for stop in stops:
+        os.replace(stop, stop.with_name("stopped"))
+    supervisor.stop_if_told(what)
+    if stops:
+        raise Stopped(what)
 
 
 def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
@@ -103,7 +129,7 @@ def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, nam
         has_begun = (directory / "recipe.toml").exists()
         finetune(recipe.model_copy(update=changes), directory, resume=has_begun, within=output)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    return json.loads((directory / "results.json").read_text())
+    return finished.results(directory)
 
 
 def _score(recipe: FinetuneRecipe, run: Result) -> float:

@@ -8,13 +8,15 @@ once, by length, and kept in a file. Hidden states would be thousands of times a
 """
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +26,11 @@ from opfa.downstream.evaluate import predict
 from opfa.downstream.features import Batch, Split
 from opfa.downstream.recipe import Distillation, Task
 from opfa.downstream.tasks import in_context, inputs_of, is_target, load_model, logits_of
-from opfa.errors import ModelError
+from opfa.errors import ModelError, RunError, opening
 from opfa.files import new_file
 from opfa.fit import fit_tokenizer
 from opfa.models import load_tokenizer
+from opfa.seal import SEAL
 
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
@@ -69,14 +72,16 @@ class Teacher:
         """Compute the logits of a whole split, or take those that an earlier launch left."""
         if self.settings.hidden_weight or not (self.settings.cache and self.settings.soft_weight):
             return
-        if not path.exists():
+        kept = _read(path)
+        if kept is None:
             log.info("teacher: computing its logits of %d sequences", len(split.features))
             with precision():
                 logits = predict(self.model, self.task, split, batch=64, device=self.device)
+            kept = tuple(tensor.contiguous() for tensor in logits)
             with new_file(path) as work:
-                save_file({str(i): tensor.contiguous() for i, tensor in enumerate(logits)}, work)
-        kept = load_file(path)
-        self._kept = tuple(kept[name] for name in sorted(kept))
+                named = {str(i): tensor for i, tensor in enumerate(kept)}
+                save_file(named, work, {SEAL: _digest(kept)})
+        self._kept = kept
         nn.Module.to(self.model, "cpu")  # its memory is the student's now
 
     def losses(
@@ -114,6 +119,30 @@ class Teacher:
         if self.task.kind in PER_TOKEN:
             logits = [tensor[:, : batch["input_ids"].shape[1]] for tensor in logits]
         return in_context(self.task, logits, batch), states
+
+
+def _read(path: Path) -> tuple[Tensor, ...] | None:
+    """The logits that an earlier launch left; None where there are none, or damaged ones."""
+    if not path.exists():
+        return None
+    try:
+        with opening(path, RunError), safe_open(path, "pt") as file:
+            names = sorted(file.keys(), key=int)
+            kept = tuple(file.get_tensor(name) for name in names)
+            if (file.metadata() or {}).get(SEAL) != _digest(kept):
+                raise RunError(f"{path}: is damaged")
+    except RunError as error:
+        log.warning("%s; computing them again", error)
+        return None
+    return kept
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _check_tokenizer(

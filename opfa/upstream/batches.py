@@ -4,34 +4,26 @@ Masking and order are functions of (seed, epoch, example), so ranks, micro-batch
 resume change neither. Shape letters: B sequences, T tokens.
 """
 
-import json
-import logging
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from opfa.errors import DataError, RecipeError, redacted
-from opfa.models import load_tokenizer
+from opfa.errors import DataError
 from opfa.order import MicroBatches, Order, Place
-from opfa.upstream.corpus import FORMAT, OLD_FORMAT, tokenizer_digest
 from opfa.upstream.masking import Masker
-from opfa.upstream.recipe import Corpus, Masking
+from opfa.upstream.prepared import Prepared as Prepared
+from opfa.upstream.recipe import Masking
 
-# What another machine may call otherwise, and what examples that are there no longer depend on.
-PATHS = {"documents", "tokenizer", "bad_records"}
 MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
-log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -59,65 +51,6 @@ class Batch(NamedTuple):
         """How many tokens are predicted, how many are real, and how many sequences there are."""
         num_predicted = len(self.predicted)
         return num_predicted, num_predicted + len(self.others), len(self.next_sentence)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A directory that `opfa prepare` wrote."""
-
-    train: Dataset
-    validation: Dataset  # in Arrow's own format, which reads 10 times faster than numpy's
-    tokenizer: PreTrainedTokenizerBase
-    summary: dict[str, Any]
-
-    @classmethod
-    def open(cls, directory: Path, corpus: Corpus) -> "Prepared":
-        """Open a prepared directory and check that it was made from the recipe's corpus section."""
-        try:
-            summary = json.loads((directory / "corpus.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"data = {str(directory)!r}: not a directory of `opfa prepare` "
-                f"({error.__class__.__name__}); make one with: opfa prepare RECIPE --output DIR"
-            ) from error
-        found = summary["format"] if isinstance(summary, dict) and "format" in summary else None
-        if found not in (FORMAT, OLD_FORMAT):
-            raise DataError(f"{directory}: format {found!r}, and this version reads {FORMAT!r}")
-        made_with = summary["corpus"]
-        for key, value in redacted(corpus.model_dump(mode="json", exclude=PATHS)).items():
-            if made_with[key] != value:
-                raise RecipeError(
-                    f"corpus.{key} = {value!r}: but {directory} was prepared with "
-                    f"{made_with[key]!r}"
-                )
-        if found == OLD_FORMAT and corpus.objective == "mlm+nsp":
-            log.warning(
-                "%s: was prepared by an earlier version, which cut sentences and pairs otherwise; "
-                "to train on what this version makes, prepare it anew",
-                directory,
-            )
-        tokenizer = load_tokenizer(str(directory / "tokenizer"))
-        if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
-            raise DataError(
-                f"{directory}/tokenizer: its vocabulary is not the one that the examples had"
-            )
-        return cls(
-            train=_split(directory / "train"),
-            validation=_split(directory / "validation"),
-            tokenizer=tokenizer,
-            summary=summary,
-        )
-
-    def lengths(self) -> np.ndarray:
-        """Of all training examples in tokens, [N]."""
-        column = self.train.data.column("input_ids")
-        return np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
-
-
-def _split(directory: Path) -> Dataset:
-    split = load_from_disk(str(directory)).with_format("arrow")
-    assert isinstance(split, Dataset)
-    return split
 
 
 def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> Masker:

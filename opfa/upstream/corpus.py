@@ -33,8 +33,9 @@ from datasets.exceptions import DatasetGenerationError
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
+from opfa import seal
 from opfa.errors import DataError, opening, shown
-from opfa.files import check_new, new_directory, write_json
+from opfa.files import check_new, new_directory
 from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.order import HELD_OUT, generator
 from opfa.records import Bad, expand, read_records, stop
@@ -45,6 +46,7 @@ from opfa.upstream.sentences import sentences_of
 FORMAT = "opfa-corpus/2"
 # Of before: the same files, but sentences and pairs were cut otherwise (CHANGELOG).
 OLD_FORMAT = "opfa-corpus/1"
+SUMMARY = "corpus.json"
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NO_TEXT = "empty, invisible or not a text"
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 
 def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
     """Write the examples of a corpus, and its tokenizer, to a new directory; returns what
-    `corpus.json` says.
+    `corpus.json` says of the examples.
     """
     check_new(output)
     with _bars(), new_directory(output) as work:
@@ -111,12 +113,12 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         if len(examples) == 0:
             raise DataError(f"the {name} documents are too short: not one example came out")
         examples.save_to_disk(work / name)
-        summary["splits"][name] = {"documents": len(part), **_measure(examples)}
+        summary["splits"][name] = {"documents": len(part), **measure(examples)}
         log.info("%s: %s", name, summary["splits"][name])
     summary["tokenizer_sha256"] = tokenizer_digest(tokenizer)
-    write_json(work / "corpus.json", summary)
     shutil.rmtree(work / "cache", ignore_errors=True)
-    return summary
+    seal.write_sealed(work / SUMMARY, {**summary, seal.FILES: seal.files_of(work)})
+    return summary  # the files also depend on how many processes wrote them
 
 
 def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
@@ -293,7 +295,7 @@ def _cut_group(
     return {name: [example[i] for example in examples] for i, name in enumerate(EXAMPLE)}
 
 
-def _measure(examples: Dataset) -> dict[str, Any]:
+def measure(examples: Dataset) -> dict[str, Any]:
     """Counts, and a digest over all tokens that does not depend on how they are stored."""
     digest, num_tokens = hashlib.sha256(), 0
     for table in examples.with_format("arrow").iter(1000):

@@ -8,10 +8,10 @@ loop, step by step.
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opfa import distributed, report
+from opfa import began, distributed, finished, launch, report
 from opfa.checkpoint import (
     facts_of,
     model_digest,
     newest_point,
     save_point,
     seed_step,
-    start_digest,
     write_finished,
 )
 from opfa.clock import Clock
@@ -46,8 +45,9 @@ from opfa.run import Run, check_output
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
 from opfa.sparsity.pattern import Pattern
-from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
+from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
+from opfa.upstream.prepared import Prepared, open_together
 from opfa.upstream.progress import Meter, global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -55,43 +55,49 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger(__name__)
 
 
-def pretrain(recipe: PretrainRecipe, output: Path, resume: bool = False) -> None:
+def pretrain(
+    recipe: PretrainRecipe, output: Path, resume: bool = False, *, trust_data: bool = False
+) -> None:
     """Run a recipe to its end and write RUN/model. Collective.
 
-    Raises `Stopped` when SIGTERM or Ctrl-C ended it after a resume point was saved, and
-    `LostContactError` when another process of the launch is gone.
+    The files of the examples are read once before, and compared with their digests, unless
+    `trust_data`. Raises `Stopped` when SIGTERM or Ctrl-C ended it after a resume point was saved,
+    and `LostContactError` when another process of the launch is gone.
     """
+    launch.check_rendezvous()
     check_output(output, recipe, resume)
     timeout, steps = recipe.launch.timeout_seconds, recipe.training.steps
     with distributed.Supervisor(timeout) as supervisor:
         device = start_distributed(timeout)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        prepared = Prepared.open(Path(recipe.data), recipe.corpus)
+        prepared = open_together(
+            Path(recipe.data), recipe.corpus, trust_data=trust_data, beat=supervisor.beat
+        )
+        supervisor.beat("loading the models")
         order = order_of(recipe, prepared.lengths(), rank, world_size)
         trainer = Trainer(recipe, prepared, order, device, supervisor)
         with Run(output, recipe, steps=steps, is_writer=rank == 0) as run:
             # Rank 0 decides: machines may look at the run directory at different times.
-            if distributed.on_first_rank(lambda: "yes" if run.is_done else ""):
+            if distributed.on_first_rank(lambda: run.is_done):
+                distributed.on_first_rank(lambda: finished.check(output))
                 log.info("%s: is finished already", output)
                 return
-            resumes = distributed.on_first_rank(lambda: "yes" if resume else "") == "yes"
+            resumes = distributed.on_first_rank(lambda: resume)
             if not distributed.eventually((output / "recipe.toml").exists):
                 raise RunError(
                     f"{output}: rank 0 made this directory, and rank {rank} can't see it; "
                     "RUN must be in a directory that all machines share"
                 )
+            facts = distributed.on_first_rank(lambda: _facts(recipe, prepared, world_size))
             if resumes:
-                _refuse_other_data(output, prepared)
+                distributed.on_first_rank(lambda: began.check(output, facts))
             start = trainer.resume(run) if resumes else 0
-            launch = {
+            this = {
                 "from_step": start,
                 "world_size": world_size,
                 "deepspeed": recipe.launch.deepspeed_file(world_size).values(),
             }
-            facts = {"world_size": world_size, "data": prepared.summary}
-            if run.is_writer:
-                facts["start_sha256"] = start_digest(recipe.model.init)
-            run.describe(facts, launch)
+            run.describe(facts, this)
             settings = recipe.logging
             run.start_wandb(settings.wandb, settings.wandb_project, recipe.name)
             trainer.train(run, start)
@@ -293,7 +299,7 @@ class Trainer:
             run.directory / "checkpoints",
             step,
             write,
-            {"world_size": self.order.world_size},
+            {"world_size": self.order.world_size, **(run.state() if run.is_writer else {})},
             keep=self.recipe.logging.keep_checkpoints,
             is_writer=self.order.rank == 0,
             barrier=distributed.barrier,
@@ -306,13 +312,13 @@ class Trainer:
         )
         if not name:
             log.warning("%s: no resume point; starting anew", run.directory)
-            run.forget_after(0)
+            run.go_back(0)
             return 0
         point, facts = Path(name), facts_of(Path(name))
         self.engine.load(point)
         if self.pruner is not None:
             self.pruner.restore(mask_files.load(point / "masks.safetensors"))
-        run.forget_after(facts["step"])
+        distributed.on_first_rank(lambda: run.go_back(facts["step"], facts))
         log.info("%s: resumed at step %d", run.directory, facts["step"])
         return facts["step"]
 
@@ -378,13 +384,11 @@ def _refuse_heads(model: PreTrainedModel, pattern: Pattern) -> None:
         )
 
 
-def _refuse_other_data(run: Path, prepared: Prepared) -> None:
-    """Where nothing was recorded yet, nothing was trained."""
-    path = run / "environment.json"
-    before = json.loads(path.read_text())["data"] if path.exists() else prepared.summary
-    for name, split in prepared.summary["splits"].items():
-        if split["sha256"] != before["splits"][name]["sha256"]:
-            raise RunError(f"{run}: the {name} examples have changed meanwhile")
+def _facts(recipe: PretrainRecipe, prepared: Prepared, world_size: int) -> dict[str, Any]:
+    """What a run begins with."""
+    teacher = recipe.distillation.teacher if recipe.distillation else None
+    read = {"model.init": recipe.model.init, "distillation.teacher": teacher}
+    return {"world_size": world_size, "data": prepared.summary, **began.models(read)}
 
 
 def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:

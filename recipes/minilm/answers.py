@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from opfa import seal
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
@@ -36,7 +37,7 @@ def right_of(run: Path) -> str:
     """
     rows = map(json.loads, (run / FILE).read_text().splitlines())
     right = "".join(str(int(row["prediction"] == row["label"])) for row in rows)
-    accuracy = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
+    accuracy = seal.read_json(run / "results.json")["metrics"]["accuracy"]
     if right.count("1") / len(right) != accuracy:
         raise RunError(f"{run / FILE}: is not of this model, whose accuracy is {accuracy}; move it")
     return right

@@ -1,12 +1,12 @@
 """Accuracy against sparsity, and what upstream training cost."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from opfa import seal
 from opfa.plan import operations, shape_of
 from opfa.report import BLUE, GREEN, GREY, LOSSES, ORANGE
 from opfa.upstream.recipe import PretrainRecipe
@@ -21,7 +21,7 @@ COLOURS = {
 def cost_of(run: Path) -> tuple[int, float]:
     """Tokens and floating-point operations of a finished pre-training."""
     recipe = PretrainRecipe.read(run / "recipe.toml")
-    steps = json.loads((run / "done.json").read_text())["step"]
+    steps = seal.read_json(run / "done.json")["step"]
     tokens = steps * recipe.training.batch * recipe.corpus.sequence_tokens
     return tokens, steps * operations(shape_of(recipe), recipe.training.batch)
 

@@ -28,6 +28,7 @@ from answers import write_answers
 from split import VALIDATION, write_split
 from table import TASKS, write_table
 
+from opfa import seal
 from opfa.errors import STOPPED, RunError
 
 OPFA = [sys.executable, "-m", "opfa"]
@@ -148,11 +149,11 @@ def learning_rate(task: str, run: str, changes: Sequence[str]) -> float:
     """The best one; of more and more of them while it is at an edge, on the controlled task."""
     begun, rates = Path(run, "recipe.toml"), [*(RATES if task == CONTROLLED else RATES[1:])]
     if begun.exists():
-        rates = tomllib.loads(begun.read_text())["sweep"]["learning_rate"]
+        rates = seal.read_toml(begun)["sweep"]["learning_rate"]
     while True:
         sweep = f"sweep.learning_rate={rates}"
         opfa("finetune", task, run, sweep, *held_out(task), *SHORTER.get(task, ()), *changes)
-        best = json.loads(Path(run, "results.json").read_text())["learning_rate"]
+        best = seal.read_json(Path(run, "results.json"))["learning_rate"]
         beyond = {min(rates): best / 3, max(rates): best * 3}.get(best)
         is_edge = beyond is not None and EDGES[0] <= beyond <= EDGES[1]
         if task != CONTROLLED or not is_edge:
@@ -279,7 +280,7 @@ def once(output: Path, run: Path, *words: str) -> None:
 
 def _steps(sweep: Path) -> int:
     """How many steps each run of a sweep, or of several seeds, took."""
-    steps = {json.loads(path.read_text())["step"] for path in sweep.rglob("done.json")}
+    steps = {seal.read_json(path)["step"] for path in sweep.rglob("done.json")}
     assert len(steps) == 1, f"{sweep}: runs of {sorted(steps)} steps"
     return steps.pop()
 

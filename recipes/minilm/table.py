@@ -2,7 +2,6 @@
 themselves.
 """
 
-import json
 import textwrap
 import tomllib
 from collections import Counter
@@ -18,7 +17,7 @@ from answers import FILE, differences, right_of
 from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_error
 from split import VALIDATION
 
-from opfa import provenance
+from opfa import finished, metrics, provenance, seal
 from opfa.files import write_json, write_text
 from opfa.inspection import inspect
 from opfa.records import read_records
@@ -98,7 +97,7 @@ def write_table(output: Path) -> None:
         examples = {task: about["examples"] for task, about in tasks.items()}
         accuracy_picture(rows, examples, results / "accuracy.png")
     students = {
-        run: [row for _, row in read_records(run / METRICS)]
+        run: metrics.read(run)
         for run in (output / f"runs/sparse-{percent}" for percent in (85, 90))
         if (run / "done.json").exists()
     }
@@ -150,8 +149,8 @@ def _said(file: Path) -> str:
     text = file.read_text()
     if file.name != METRICS:
         return text
-    lines = text.splitlines(keepends=True)
-    return "".join(line for line in lines if json.loads(line).get("eval"))
+    pairs = zip(text.splitlines(keepends=True), metrics.read(file.parent), strict=False)
+    return "".join(line for line, row in pairs if row.get("eval"))
 
 
 def task_rows(output: Path, task: str) -> list[Row]:
@@ -161,7 +160,7 @@ def task_rows(output: Path, task: str) -> list[Row]:
     for method, percent in METHODS:
         run = f"runs/{task}/{method}-{percent}"
         files = sorted((output / run).glob("seed-*/results.json"))
-        found = [json.loads(file.read_text()) for file in files]
+        found = [seal.read_json(file) for file in files]
         if not found:
             continue
         values = [results["metrics"][TASKS[task]] for results in found]
@@ -192,7 +191,7 @@ def ablation_rows(output: Path) -> list[Row]:
         run = output / "runs/ablations" / name
         after = run.with_name(f"{name}-sst2")
         if (after / "finished").exists():
-            results = json.loads((after / "results.json").read_text())
+            results = seal.read_json(after / "results.json")
             rows.append(
                 {
                     "name": name,
@@ -213,7 +212,7 @@ def export_rows(output: Path) -> list[Row]:
     places = [(task, form) for task in TASKS for form in EXPORTS]
     reports = {place: output / "exports/{}/{}.json".format(*place) for place in places}
     rows = [
-        {"task": task, "form": form, **json.loads(report.read_text())}
+        {"task": task, "form": form, **seal.read_json(report)}
         for (task, form), report in reports.items()
         if report.exists()
     ]
@@ -234,7 +233,7 @@ def rate_rows(output: Path) -> list[Row]:
         for method, form in product(dict(METHODS), ("", "-no-dropout")):
             path = output / f"runs/{task}/{method}{form}-rates/results.json"
             if path.exists():
-                found = json.loads(path.read_text())
+                found = seal.read_json(path)
                 scores = {row["learning_rate"]: row["score"] for row in found["rows"]}
                 chosen = found["learning_rate"]
                 facts = {"chosen": chosen, "scores": scores, "examples": num_held(task)}
@@ -246,8 +245,8 @@ def rate_rows(output: Path) -> list[Row]:
 
 def dropout_of(output: Path, run: Path) -> float:
     """What a fine-tuning was told, or what the configuration says that it began with."""
-    recipe = tomllib.loads((run / "recipe.toml").read_text())
-    config = json.loads((output / recipe["model"]["init"] / "config.json").read_text())
+    recipe = seal.read_toml(run / "recipe.toml")
+    config = seal.read_json(output / recipe["model"]["init"] / "config.json")
     return recipe["training"].get("dropout", config["hidden_dropout_prob"])
 
 
@@ -365,7 +364,7 @@ def trace_table(output: Path) -> str:
     for file in sorted((output / "runs").rglob("done.json")):
         step, *_ = provenance.steps(file.parent)
         rate = step.recipe["training"]["learning_rate"]
-        model = json.loads(file.read_text())["model_sha256"]
+        model = finished.read(file.parent)["model_sha256"]
         place = f"`{file.parent.relative_to(output)}`"
         line = [place, str(step.recipe["seed"]), f"{rate:.2g}", f"{step.steps:,}"]
         start = str(step.environment.get("start_sha256") or "not recorded")
