@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import finetune_recipe, pretrain_recipe
@@ -18,7 +19,7 @@ from opfa.downstream.sweep import sweep
 from opfa.upstream import pretrain as pretraining
 
 FEW = {"training": {"epochs": 0.3}}  # 3 steps
-MOMENTS = {  # what is interrupted, of a run
+MOMENTS: dict[str, tuple[Any, str]] = {  # what is interrupted, of a run
     "writing the model": (finetuning, "write_finished"),
     "drawing": (finetuning.report, "finetuning_pictures"),
     "marking it done": (finetuning.Run, "finish"),
