@@ -77,10 +77,11 @@ def indices(task: Task, examples: Examples, classes: tuple[str, ...], whose: str
     for place, row in zip(examples.places, rows, strict=True):
         unseen = [label for label in row if label not in index]
         if unseen:
-            known = ", ".join(map(repr, classes))
+            known = shown(list(classes))[1:-1]
             whose = "task.classes" if task.classes else whose
             raise DataError(
-                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known} ({whose})"
+                f"{examples.source}, {place}: class {shown(unseen[0])} is not one of {known} "
+                f"({whose})"
             )
     numbers = [[index[label] for label in row] for row in rows]
     return numbers if tags else [number for (number,) in numbers]

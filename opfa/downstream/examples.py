@@ -26,9 +26,7 @@ from opfa.errors import DataError, opening, shown
 from opfa.lines import check_plain
 from opfa.records import read_records
 
-MOST_BYTES = (
-    4 << 30
-)  # of texts in one split; all of it is in memory, with several times that of tokens
+MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
 LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
 Row = Mapping[str, Any]  # Any: whatever the data hold
 Names = tuple[str, ...]
