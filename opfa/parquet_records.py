@@ -91,6 +91,8 @@ def _size(array: Any) -> int:  # Any: pyarrow's stubs know no common class of al
         return call_function("sum", [lengths.take(array.indices)]).as_py() or 0
     if pyarrow.types.is_struct(array.type):
         return sum(map(_size, array.flatten()))
+    if isinstance(array, pyarrow.MapArray):
+        return _size(array.keys) + _size(array.items)
     if isinstance(array, LISTS):
         return _size(array.flatten())
     return array.nbytes

@@ -64,13 +64,13 @@ def read_records(
 
     Raises `DataError` for a file that can't be read; `bad` decides about a single record.
     """
+    check_plain(file)
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
         raise DataError(
             f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
         )
-    check_plain(file)
     is_empty = True
     for number, found in _opened(file, READERS[kind], columns):
         if isinstance(found, DataError):

@@ -13,7 +13,7 @@ from opfa.downstream.examples import Examples
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError, ModelError, shown
 
-IN_ENTITY = re.compile(r"[BIESMLUW](-.*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
+IN_ENTITY = re.compile(r"[BIESMLUW]([-_].*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
 OUTSIDE = "O"  # the tag of a word in no entity
 
 
