@@ -51,9 +51,8 @@ class Decoder(json.JSONDecoder):
 def read_json(file: Path, columns: Columns) -> Iterator[Found]:
     """The records of a .json file: JSON Lines, or an array of objects."""
     with open_text(file) as text:
-        start = text.read(PIECE)
-        while start and not start.strip():
-            start = text.read(PIECE)
+        pieces = (text.read(PIECE) for _ in range(LARGEST // PIECE + 1))
+        start = next((piece for piece in pieces if piece.strip()), "")
     is_array = start.lstrip().startswith("[")
     return _array(file, columns) if is_array else read_json_lines(file, columns)
 
@@ -63,7 +62,7 @@ def read_json_lines(file: Path, columns: Columns) -> Iterator[Found]:
     decoder = Decoder()
     hint = f"; {ONE_A_LINE}"  # what is wrong with the first line may be wrong with all
     for number, text, mistake in read_lines(file):
-        if not text.strip():
+        if not (mistake or text.strip()):
             continue
         where = f"{file}, line {number}"
         if mistake:
