@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from opfa.errors import DataError, first_line
+from opfa.errors import DataError, first_line, shown
 from opfa.lines import LARGEST, TOO_LONG, misplaced, open_text, read_lines
 
 Record = dict[str, Any]  # Any: whatever the file holds
@@ -51,9 +51,8 @@ class Decoder(json.JSONDecoder):
 def read_json(file: Path, columns: Columns) -> Iterator[Found]:
     """The records of a .json file: JSON Lines, or an array of objects."""
     with open_text(file) as text:
-        start = text.read(PIECE)
-        while start and not start.strip():
-            start = text.read(PIECE)
+        pieces = (text.read(PIECE) for _ in range(LARGEST // PIECE + 1))
+        start = next((piece for piece in pieces if piece.strip()), "")
     is_array = start.lstrip().startswith("[")
     return _array(file, columns) if is_array else read_json_lines(file, columns)
 
@@ -63,7 +62,7 @@ def read_json_lines(file: Path, columns: Columns) -> Iterator[Found]:
     decoder = Decoder()
     hint = f"; {ONE_A_LINE}"  # what is wrong with the first line may be wrong with all
     for number, text, mistake in read_lines(file):
-        if not text.strip():
+        if not (mistake or text.strip()):
             continue
         where = f"{file}, line {number}"
         if mistake:
@@ -100,7 +99,7 @@ def _record(
         return DataError(f"{where}: malformed JSON: {first_line(error)}")
     if isinstance(value, Twice):
         twice = value.names.intersection(wanted) or twice
-    return DataError(f"{where}: {min(twice)!r} stands twice") if twice else value
+    return DataError(f"{where}: {shown(min(twice))} stands twice") if twice else value
 
 
 def _twice(value: object) -> frozenset[str]:
@@ -115,8 +114,8 @@ def _twice(value: object) -> frozenset[str]:
 class _Pieces:
     """The text of an array, of which only what isn't used yet is held."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.text, self.place = stream, "", 0
+    def __init__(self, file: Path, stream: TextIO) -> None:
+        self.file, self.stream, self.text, self.place = file, stream, "", 0
         self.decoder = Decoder()
         self.line, self.before = 1, 0  # where `place` is: its line, and characters before it there
 
@@ -145,72 +144,68 @@ class _Pieces:
                 return ""
 
     def value(self) -> tuple[object, str]:
-        """The value that begins here, and its text, which is skipped; raises `DataError` with what
-        is wrong.
-        """
+        """The value that begins here, and its text, which is skipped."""
         while True:
+            value, problem, num_read, size = None, None, 0, 0
             try:
                 value, stop = self.decoder.raw_decode(self.text, self.place)
-                problem = None
             except json.JSONDecodeError as error:
-                value, stop, problem = None, len(self.text), self._malformed(error)
+                problem, num_read = f"malformed JSON: {error.msg}", error.pos - self.place
+                stop = len(self.text)
                 if error.pos < stop - CUT and not error.msg.startswith("Unterminated string"):
-                    raise DataError(problem) from None
+                    break
             except (ValueError, RecursionError) as error:
-                raise DataError(f"malformed JSON: {first_line(error)}") from None
+                raise self.error(f"malformed JSON: {first_line(error)}") from None
             size = stop - self.place
             if size > LARGEST:
-                raise DataError(TOO_LONG)
+                raise self.error(TOO_LONG)
             if stop < len(self.text) or not self.more():  # a number may go on in the next piece
                 break
         if problem:
-            raise DataError(problem)
+            raise self.error(problem, num_read)
         text = self.text[self.place : self.place + size]
         self.skip(self.place + size)
         return value, text
 
-    def _malformed(self, error: json.JSONDecodeError) -> str:
-        line = self.line + self.text.count("\n", self.place, error.pos)
-        return f"malformed JSON: {error.msg} (in line {line})"
+    def error(self, problem: str, num_read: int = 0) -> DataError:
+        """What is wrong after so many characters more, unless one of them isn't text at all."""
+        seen = self.text[self.place : self.place + num_read + 1]
+        line = self.line + seen.count("\n", 0, num_read)
+        strange = _misplaced(self.file, self.line, self.before, seen)
+        return strange or DataError(f"{self.file}, line {line}: {problem}")
 
 
 def _array(file: Path, columns: Columns) -> Iterator[Found]:
     """The objects of an array. Where it is malformed, nothing after that can be read."""
     with open_text(file) as stream:
-        pieces = _Pieces(stream)
+        pieces = _Pieces(file, stream)
         pieces.next()
         pieces.skip(pieces.place + 1)  # the bracket
         is_first = True
         while (begin := pieces.next()) != "]":
             if not is_first and begin == ",":
                 pieces.skip(pieces.place + 1)
-                begin = pieces.next()
+                pieces.next()
             elif not is_first:
                 what = repr(begin) if begin else "the end of the file"
-                raise DataError(
-                    f"{file}, line {pieces.line}: malformed JSON: {what} instead of ','"
-                )
+                raise pieces.error(f"malformed JSON: {what} instead of ','")
             is_first = False
             line, before = pieces.line, pieces.before
-            try:
-                value, text = pieces.value()
-            except DataError as error:
-                raise DataError(f"{file}, line {line}: {error}") from None
-            mistake = misplaced(text) and _misplaced(file, line, before, text)
+            value, text = pieces.value()
+            strange = _misplaced(file, line, before, text)
             where = f"{file}, line {line}"
-            yield line, mistake or _record(where, value, text, columns, pieces.decoder)
+            yield line, strange or _record(where, value, text, columns, pieces.decoder)
         pieces.skip(pieces.place + 1)
         if rest := pieces.next():
-            raise DataError(
-                f"{file}, line {pieces.line}: malformed JSON: {rest!r} after the end of the array"
-            )
+            raise pieces.error(f"malformed JSON: {rest!r} after the end of the array")
 
 
-def _misplaced(file: Path, line: int, before: int, text: str) -> DataError:
-    """What has no place in an object of an array; `before` characters are in front of it in its
+def _misplaced(file: Path, line: int, before: int, text: str) -> DataError | None:
+    """What has no place in the text of an array; `before` characters are in front of it in its
     first line.
     """
-    parts = enumerate(text.split("\n"))
-    mistakes = ((index, misplaced(part, 0 if index else before)) for index, part in parts)
-    index, mistake = next(found for found in mistakes if found[1])
-    return DataError(f"{file}, line {line + index}: {mistake}")
+    if misplaced(text):
+        for index, part in enumerate(text.split("\n")):
+            if mistake := misplaced(part, 0 if index else before):
+                return DataError(f"{file}, line {line + index}: {mistake}")
+    return None

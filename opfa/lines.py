@@ -72,12 +72,10 @@ def read_lines(file: Path) -> Iterator[Line]:
         number = 0
         while text := lines.readline(LARGEST + 1):
             number += 1
-            mistake = misplaced(text)
-            if len(text) > LARGEST:
-                mistake, rest = TOO_LONG, text
-                while rest and not rest.endswith(("\n", "\r")):
-                    rest = lines.readline(LARGEST)
-            yield Line(number, text, mistake)
+            is_long = len(text) > LARGEST
+            yield Line(number, text, TOO_LONG if is_long else misplaced(text))
+            while is_long and text and not text.endswith(("\n", "\r")):
+                text = lines.readline(LARGEST)
 
 
 def misplaced(text: str, before: int = 0) -> str | None:

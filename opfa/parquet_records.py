@@ -12,7 +12,7 @@ import pyarrow
 from pyarrow.compute import call_function
 from pyarrow.parquet import ParquetFile
 
-from opfa.errors import DataError, opening
+from opfa.errors import DataError, opening, shown
 from opfa.json_records import Columns, Found, Record
 from opfa.lines import LARGEST
 
@@ -30,7 +30,7 @@ def read_parquet(file: Path, columns: Columns) -> Iterator[Found]:
         schema = table.schema_arrow
         wanted = list(dict.fromkeys(schema.names if columns is None else columns))
         if twice := [name for name in wanted if schema.names.count(name) > 1]:
-            raise DataError(f"{file}: column {twice[0]!r} stands twice")
+            raise DataError(f"{file}: column {shown(twice[0])} stands twice")
         wanted = [name for name in wanted if name in schema.names]
         texts = _texts(table, wanted)
     number = 0
@@ -91,6 +91,8 @@ def _size(array: Any) -> int:  # Any: pyarrow's stubs know no common class of al
         return call_function("sum", [lengths.take(array.indices)]).as_py() or 0
     if pyarrow.types.is_struct(array.type):
         return sum(map(_size, array.flatten()))
+    if isinstance(array, pyarrow.MapArray):
+        return _size(array.keys) + _size(array.items)
     if isinstance(array, LISTS):
         return _size(array.flatten())
     return array.nbytes

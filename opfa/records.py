@@ -8,7 +8,6 @@ text. No record may be larger than `LARGEST`, so that memory is bounded whatever
 
 import csv
 import glob
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -65,13 +64,13 @@ def read_records(
 
     Raises `DataError` for a file that can't be read; `bad` decides about a single record.
     """
+    check_plain(file)
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
         raise DataError(
             f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
         )
-    check_plain(file)
     is_empty = True
     for number, found in _opened(file, READERS[kind], columns):
         if isinstance(found, DataError):
@@ -139,7 +138,7 @@ def _separated(file: Path, columns: Columns, dialect: type[csv.Dialect]) -> Iter
             header = values
             wanted = header if columns is None else columns
             if twice := [name for name in wanted if header.count(name) > 1]:
-                raise lines.error(f"column {twice[0]!r} stands twice")
+                raise lines.error(f"column {shown(twice[0])} stands twice")
         elif lines.mistake:
             yield lines.last, lines.mistake
         elif len(values) != len(header):
@@ -150,26 +149,26 @@ def _separated(file: Path, columns: Columns, dialect: type[csv.Dialect]) -> Iter
 
 
 def _paragraphs(file: Path, is_end: Callable[[str], bool]) -> Iterator[list[Line] | DataError]:
-    """The lines between those that end a record, or what is wrong with one of them."""
+    """The lines between those that end a record, or what is wrong with the first bad one."""
     lines: list[Line] = []
-    first = num_characters = 0
-    mistake: DataError | None = None
-    for line in itertools.chain(read_lines(file), [Line(0, "", None)]):
+    num_characters = 0
+    is_bad = False
+    for line in read_lines(file):
         if is_end(line.text):
-            if first:
-                yield mistake or lines
-            lines, first, num_characters, mistake = [], 0, 0, None
-            continue
-        first = first or line.number
-        num_characters += len(line.text)
-        if mistake is None and line.mistake:
-            mistake = DataError(f"{file}, line {line.number}: {line.mistake}")
-        if mistake is None and num_characters > LARGEST:
-            mistake = DataError(f"{file}, line {first}: {UP_TO_EMPTY} {TOO_LONG}")
-        if mistake is None:
+            if lines:
+                yield lines
+            lines, num_characters, is_bad = [], 0, False
+        elif not is_bad:
             lines.append(line)
-        else:
-            lines = []
+            num_characters += len(line.text)
+            number, mistake = line.number, line.mistake
+            if not mistake and num_characters > LARGEST:
+                number, mistake = lines[0].number, f"{UP_TO_EMPTY} {TOO_LONG}"
+            if mistake:
+                lines, is_bad = [], True
+                yield DataError(f"{file}, line {number}: {mistake}")
+    if lines:
+        yield lines
 
 
 def _text(file: Path, _: Columns) -> Iterator[Found]:
@@ -187,7 +186,7 @@ def _conll(file: Path, _: Columns) -> Iterator[Found]:
     """
 
     def is_end(text: str) -> bool:
-        return text.strip(BLANKS).split(maxsplit=1)[:1] in ([], ["-DOCSTART-"])
+        return not text.strip() or text.split(None, 1)[0] == "-DOCSTART-"
 
     columns: re.Pattern[str] | None = None
     for lines in _paragraphs(file, is_end):

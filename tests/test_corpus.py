@@ -479,3 +479,20 @@ def test_a_disk_that_is_full_while_documents_are_read_says_so(
 def test_prepared_directories_hold_no_cache(prepared: Path) -> None:
     names = sorted(path.name for path in prepared.iterdir())
     assert names == ["corpus.json", "tokenizer", "train", "validation"]
+
+
+def test_long_documents_are_tokenized_few_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(write(tmp_path / "a.jsonl", *texts(30)), tmp_path / "whole")
+    sizes = []
+    tokenize = corpus_module._tokenize
+
+    def spy(batch: dict[str, list[str]], *args: Any, **options: Any) -> Any:
+        sizes.append(len(batch["text"]))
+        return tokenize(batch, *args, **options)
+
+    monkeypatch.setattr(corpus_module, "_tokenize", spy)
+    monkeypatch.setattr(corpus_module, "CHARACTERS", 12 * len(SENTENCES))
+    assert prepare(write(tmp_path / "a.jsonl", *texts(30)), tmp_path / "parts") == whole
+    assert sizes == [10, 10, 10]

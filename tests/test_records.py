@@ -73,7 +73,7 @@ def test_a_csv_line_with_another_number_of_values_is_named(tmp_path: Path, row: 
 
 
 def test_an_unfinished_quotation_in_a_csv_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a.csv: can't be read: unexpected end of data"):
+    with pytest.raises(DataError, match="a.csv, line 2: can't be read: unexpected end of data"):
         read(tmp_path / "a.csv", 'a,b\n1,"x\n')
 
 
@@ -141,9 +141,6 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", b'{"a": "caf\xe9"}'),
-        ("a.csv", b"a\ncaf\xe9\n"),
-        ("a.txt", b"caf\xe9"),
         ("a.jsonl.gz", b"no gzip"),
         ("a.jsonl.zst", b"no zstandard"),
         ("a.parquet", b"no parquet"),
@@ -166,12 +163,6 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(DataError, match=r"^nowhere.jsonl: no such file"):
         next(read_records(Path("nowhere.jsonl")))
-
-
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(DataError, match="a.jsonl: no such file"):
-        next(read_records(tmp_path / "a.jsonl"))
 
 
 def test_patterns_name_files_in_order(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from transformers import (
     BertTokenizer,
 )
 
+from opfa.downstream import beginnings, tasks
 from opfa.downstream import examples as reading
-from opfa.downstream import tasks
+from opfa.downstream.classes import of_model
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError, ModelError
 
@@ -145,7 +146,11 @@ def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
         ("a.jsonl", '{"sentence": "x", "label": 0.5}', r"nor an integer \(got 0.5\)"),
         ("a.csv", "sentence,label\ngood,\n", "line 2: 'label' is empty"),
         ("a.csv", "sentence,label\ngood\n", "line 2: not as many values as there are columns"),
-        ("a.csv", 'sentence,label\n"good,1\n', "a.csv: can't be read: unexpected end of data"),
+        (
+            "a.csv",
+            'sentence,label\n"good,1\n',
+            "a.csv, line 2: can't be read: unexpected end of data",
+        ),
         ("a.doc", "good\n", "known are .jsonl"),
         ("a.jsonl.gz", "not gzip", "a.jsonl.gz: can't be read: Not a gzipped file"),
         ("a.jsonl.zst", "not zstandard", "a.jsonl.zst: can't be read: "),
@@ -162,12 +167,6 @@ def test_a_bad_file_is_one_message(tmp_path: Path, name: str, content: str, mess
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
         read(task_of(), "nowhere.jsonl")
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"sentence": "caf\xe9", "label": 1}\n')
-    with pytest.raises(DataError, match="a.jsonl: can't be read: 'utf-8' codec"):
-        read(task_of(), str(tmp_path / "a.jsonl"))
 
 
 def test_an_unreachable_hub_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,3 +537,160 @@ def test_the_loss_is_fp32_also_from_bf16_logits() -> None:
     outputs = {"logits": torch.zeros(2, 4, dtype=torch.bfloat16)}
     loss = tasks.task_loss(task_of(), outputs, {"labels": torch.tensor([0, 3])})
     assert loss.item() == pytest.approx(math.log(4), abs=1e-6)
+
+
+# classes
+
+
+@pytest.mark.parametrize("classes", [("US", "us"), ("us", "US", "Us")])
+def test_classes_that_differ_in_case_alone_keep_their_places(classes: tuple[str, ...]) -> None:
+    config = tiny(id2label=dict(enumerate(classes)))
+    assert of_model(config, tuple(reversed(classes))) == classes
+    assert of_model(config, ()) == classes
+
+
+def test_names_are_compared_without_case_only_where_they_are_not_the_same() -> None:
+    config = tiny(id2label={0: "US", 1: "us", 2: "Mexico"})
+    assert of_model(config, ("mexico", "us", "US")) == ("US", "us", "mexico")
+    with pytest.raises(ModelError, match="the model's classes are US, us, Mexico; the task's are"):
+        of_model(config, ("Us", "uS", "Mexico"))
+
+
+def test_blanks_at_the_ends_of_a_class_do_not_make_another_one(tmp_path: Path) -> None:
+    task = classification(tmp_path, "pos", "pos ", "\tneg", "neg\xa0")
+    assert read(task, task.train).labels == ["pos", "pos", "neg", "neg"]
+    assert of_model(tiny(id2label={0: "pos ", 1: "neg"}), ("neg", "pos")) == ("pos", "neg")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("a", "b", "a"), "classes: 'a' stands twice"),
+        (("a", "a "), "classes: 'a ' is empty, or has blanks at its ends"),
+        (("a", ""), "classes: '' is empty"),
+    ],
+)
+def test_a_class_of_a_recipe_stands_once_and_without_blanks(classes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_of(classes=classes)
+
+
+def test_a_class_that_a_data_set_or_a_model_names_twice_is_refused(tmp_path: Path) -> None:
+    names = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "a "])}
+    )
+    rows = {"sentence": ["bad"], "label": [0]}
+    datasets.Dataset.from_dict(rows, features=names).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match="class 'a' stands twice among its classes' names"):
+        read(task_of(), str(tmp_path / "a.parquet"))
+    with pytest.raises(ModelError, match="the model's class 'a' stands twice"):
+        of_model(tiny(id2label={0: "a", 1: "a"}), ())
+
+
+def tagging(tmp_path: Path, *tags: Any, **values: Any) -> Task:
+    rows = [{"words": ["good"] * len(tags), "tags": list(tags)}] * 2
+    path = write(tmp_path / "tags.jsonl", *rows)
+    options = {"metrics": ("entity_f1",)} | values
+    kind = "token-classification"
+    return task_of(kind=kind, train=path, validation=path, text="words", label="tags", **options)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([0, 1, 2], r"and there is '\d'; say their names in order, such as task.classes"),
+        (["O", "1"], "and there is '1'; say their names"),
+        (["O", "PER"], r"and there is 'PER'; other tags are measured by task.metrics = \["),
+        (["PER-B", "O"], "and there is 'PER-B'"),
+    ],
+)
+def test_entity_metrics_need_tags_that_tell_entities(
+    tmp_path: Path, tokenizer: BertTokenizer, tags: list[Any], message: str
+) -> None:
+    task = tagging(tmp_path, *tags)
+    with pytest.raises(DataError, match=f"tags.jsonl: entity_f1 needs .* {message}"):
+        tasks.load(task, tokenizer, tiny())
+    tasks.load(tagging(tmp_path, *tags, metrics=("accuracy",)), tokenizer, tiny())
+
+
+@pytest.mark.parametrize("tags", [["O", "B-PER", "I-PER"], ["S-A", "O"], ["U", "O"], ["I_A", "O"]])
+def test_tags_of_entities_may_be_written_in_several_ways(
+    tmp_path: Path, tokenizer: BertTokenizer, tags: list[str]
+) -> None:
+    tasks.load(tagging(tmp_path, *tags), tokenizer, tiny())
+
+
+def test_numbered_tags_with_stated_names_have_entities(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    task = tagging(tmp_path, 0, 1, 2, classes=("O", "B-PER", "I-PER"))
+    assert tasks.load(task, tokenizer, tiny()).train.examples.labels[0] == ["O", "B-PER", "I-PER"]
+
+
+# long texts
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, tokenizer: BertTokenizer) -> list[int]:
+    """The number of characters that the tokenizer sees at once, at every call."""
+    seen: list[int] = []
+    encode = type(tokenizer)._encode_plus
+
+    def counted(self: Any, text: Any, text_pair: Any = None, **options: Any) -> Any:
+        seen.append(len(str(text)) + len(str(text_pair)))
+        return encode(self, text=text, text_pair=text_pair, **options)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", counted)
+    return seen
+
+
+@pytest.mark.parametrize("text", ["good bad film " * 10_000, "good " + "x" * 90 + " bad " * 20_000])
+def test_a_long_text_is_cut_before_the_tokenizer_sees_it(
+    tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    whole = [tokenizer(*pair, truncation=True, max_length=16) for pair in ([text], ["bad", text])]
+    rows = [{"sentence": text, "other": "bad", "label": label} for label in "ab"]
+    path = write(tmp_path / "a.jsonl", *rows)
+    seen = spied(monkeypatch, tokenizer)
+    one = tasks.load(task_of(train=path, validation=path), tokenizer, tiny())
+    options = {"text": "other", "text_pair": "sentence"}
+    two = tasks.load(task_of(train=path, validation=path, **options), tokenizer, tiny())
+    for loaded, encoded in zip((one, two), whole, strict=True):
+        assert loaded.train.features["input_ids"][0] == encoded["input_ids"]
+    assert seen
+    assert max(seen) < 100_000
+
+
+@pytest.mark.parametrize("blank", [" ", "\u200b", "x" * 70_000 + " "])
+def test_a_beginning_grows_until_it_has_tokens_enough(tokenizer: BertTokenizer, blank: str) -> None:
+    text = blank * (140_000 // len(blank)) + "good film " * 1_000
+    cut = beginnings.of_text(tokenizer, text, 16)
+    options = {"truncation": True, "max_length": 16}
+    assert tokenizer(cut, **options)["input_ids"] == tokenizer(text, **options)["input_ids"]
+    assert text.startswith(cut)
+
+
+def test_many_words_are_cut_before_the_tokenizer_sees_them(
+    tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = ["B-A", "O"] * 5_000
+    task = tagging(tmp_path, *tags)
+    seen = spied(monkeypatch, tokenizer)
+    loaded = tasks.load(task, tokenizer, tiny())
+    assert loaded.train.features["labels"][0] == [-100, *[0, 1] * 7, -100]
+    assert loaded.train.examples.labels[0] == tags
+    assert max(seen) < 10_000
+
+
+def test_a_split_that_takes_too_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MOST_BYTES", 1_000)
+    task = classification(tmp_path, *["a"] * 20)
+    with pytest.raises(DataError, match=r"line \d+: the examples up to here take more than 1,000"):
+        read(task, task.train)
+
+
+def test_a_context_of_too_many_characters_is_refused(tmp_path: Path) -> None:
+    task = answering(tmp_path, question(context="rome beat paris " * 70_000))
+    with pytest.raises(DataError, match="'context' has 1,120,000 characters; windows are made of"):
+        read(task, task.train)

@@ -13,7 +13,7 @@ from opfa.downstream.examples import Examples
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError, ModelError, shown
 
-IN_ENTITY = re.compile(r"[BIESMLUW](-.*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
+IN_ENTITY = re.compile(r"[BIESMLUW]([-_].*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
 OUTSIDE = "O"  # the tag of a word in no entity
 
 
@@ -77,10 +77,11 @@ def indices(task: Task, examples: Examples, classes: tuple[str, ...], whose: str
     for place, row in zip(examples.places, rows, strict=True):
         unseen = [label for label in row if label not in index]
         if unseen:
-            known = ", ".join(map(repr, classes))
+            known = shown(list(classes))[1:-1]
             whose = "task.classes" if task.classes else whose
             raise DataError(
-                f"{examples.source}, {place}: class {unseen[0]!r} is not one of {known} ({whose})"
+                f"{examples.source}, {place}: class {shown(unseen[0])} is not one of {known} "
+                f"({whose})"
             )
     numbers = [[index[label] for label in row] for row in rows]
     return numbers if tags else [number for (number,) in numbers]

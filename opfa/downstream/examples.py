@@ -26,9 +26,7 @@ from opfa.errors import DataError, opening, shown
 from opfa.lines import check_plain
 from opfa.records import read_records
 
-MOST_BYTES = (
-    4 << 30
-)  # of texts in one split; all of it is in memory, with several times that of tokens
+MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
 LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
 Row = Mapping[str, Any]  # Any: whatever the data hold
 Names = tuple[str, ...]
@@ -89,7 +87,7 @@ def read(task: Task, split: str, check: Check) -> Examples:
             continue
         except ValueError as error:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
-        num_bytes += _num_bytes(checked[-1])
+        num_bytes += _num_bytes((places[-1], checked[-1]))
         if num_bytes > MOST_BYTES:
             raise DataError(
                 f"{source}, {places[-1]}: the examples up to here take more than {MOST_BYTES:,} "
@@ -119,10 +117,10 @@ def _id(row: Row) -> str:
 
 
 def _num_bytes(value: object) -> int:
-    """What the texts in an example take."""
-    if isinstance(value, list | tuple):
-        return sum(map(_num_bytes, value))
-    return sys.getsizeof(value) if isinstance(value, str) else 0
+    """What an example takes in memory."""
+    inner = value.values() if isinstance(value, dict) else value
+    parts = inner if isinstance(value, dict | list | tuple) else ()
+    return sys.getsizeof(value) + sum(map(_num_bytes, parts))
 
 
 def _columns(task: Task) -> list[str]:
@@ -136,7 +134,9 @@ def _file_rows(task: Task, file: Path) -> tuple[Names, Iterator[tuple[str, Row]]
     if file.suffix == ".parquet":
         check_plain(file)
         with opening(file, DataError):
-            names = _names_in(read_schema(file), task.label)
+            schema = read_schema(file)
+        with opening(file, DataError, "the names of its classes can't be read"):
+            names = _names_in(schema, task.label)
     return names, read_records(file, columns=_columns(task))
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from opfa.downstream.beginnings import Beginnings
+from opfa.downstream import beginnings
 from opfa.downstream.examples import Examples, Row
 from opfa.downstream.recipe import Task
 from opfa.errors import DataError
@@ -67,13 +67,10 @@ def _encoded(
     pairs: list[str] | None,
 ) -> BatchEncoding:
     """Texts or pairs, cut at `sequence_tokens`; long ones even before the tokenizer sees them."""
-    cut = Beginnings(tokenizer=tokenizer, tokens=task.sequence_tokens)
-    if pairs is None:
-        texts = [cut.of_text(text) for text in texts]
-    else:
-        both = [cut.of_pair(*pair) for pair in zip(texts, pairs, strict=True)]
-        texts, pairs = [text for text, _ in both], [pair for _, pair in both]
-    return tokenizer(texts, pairs, truncation=True, max_length=task.sequence_tokens)
+    tokens = task.sequence_tokens
+    texts = [beginnings.of_text(tokenizer, text, tokens) for text in texts]
+    pairs = pairs and [beginnings.of_text(tokenizer, text, tokens) for text in pairs]
+    return tokenizer(texts, pairs, truncation=True, max_length=tokens)
 
 
 def tagged_words(
@@ -86,10 +83,10 @@ def tagged_words(
     """Words with their tags, cut at `sequence_tokens`. `words` are the indices of those that have
     a token.
     """
-    options = {"truncation": True, "max_length": task.sequence_tokens}
-    cut = Beginnings(tokenizer=tokenizer, tokens=task.sequence_tokens)
-    rows = [_with_blanks(cut.of_words(words)) for words in examples.texts[part]]
-    encoded = tokenizer(rows, is_split_into_words=True, **options)
+    tokens = task.sequence_tokens
+    kept = [beginnings.of_words(tokenizer, words, tokens) for words in examples.texts[part]]
+    rows = [_with_blanks(words) for words in kept]
+    encoded = tokenizer(rows, is_split_into_words=True, truncation=True, max_length=tokens)
     columns: Columns = {**encoded, "labels": [], "words": []}
     for index, tags in enumerate(labels):
         words = encoded.word_ids(index)

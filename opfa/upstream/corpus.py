@@ -30,6 +30,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
+from pyarrow.compute import call_function
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -47,6 +48,7 @@ FORMAT = "opfa-corpus/2"
 # Of before: the same files, but sentences and pairs were cut otherwise (CHANGELOG).
 OLD_FORMAT = "opfa-corpus/1"
 SUMMARY = "corpus.json"
+CHARACTERS = 32 << 20  # that are tokenized at once, if documents are long; takes about 2 GB
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NO_TEXT = "empty, invisible or not a text"
@@ -87,6 +89,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     tokenized = documents.map(
         _tokenize,
         batched=True,
+        batch_size=_num_at_once(documents),
         remove_columns=documents.column_names,
         fn_kwargs={"tokenizer": tokenizer, "by_sentence": corpus.objective == "mlm+nsp"},
         features=Features({"segments": List(List(Value("int32")))}),
@@ -142,6 +145,7 @@ def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
             _all_texts,
             features=Features({"text": Value("string")}),
             cache_dir=str(cache),
+            writer_batch_size=100,  # each document may be long
             gen_kwargs={
                 "files": [str(file) for file in files],
                 "column": corpus.text_column,
@@ -222,10 +226,11 @@ def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]
     their numbers.
     """
     vocabulary: dict[str, int] = {}
+    size = _num_at_once(documents)
     for num_tokens in (1, wanted.vocabulary):
         trainer = BertWordPieceTokenizer(lowercase=wanted.lowercase, strip_accents=wanted.lowercase)
         trainer.train_from_iterator(
-            (documents[i : i + 1000]["text"] for i in range(0, len(documents), 1000)),
+            (documents[i : i + size]["text"] for i in range(0, len(documents), size)),
             vocab_size=num_tokens,
             min_frequency=wanted.min_frequency,
             show_progress=False,
@@ -233,6 +238,16 @@ def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]
         )
         vocabulary = trainer.get_vocab()
     return vocabulary
+
+
+def _num_at_once(documents: Dataset) -> int:
+    """How many neighbouring documents the tokenizer gets: fewer where they are long."""
+    lengths = call_function("binary_length", [documents.data.column("text")])
+    sizes = np.nan_to_num(lengths.to_numpy())
+    for num in (1000, 100, 10):
+        if np.add.reduceat(sizes, np.arange(0, len(sizes), num)).max(initial=0) <= CHARACTERS:
+            return num
+    return 1
 
 
 def _tokenize(
