@@ -80,12 +80,12 @@ def test_no_token_is_masked_in_training_or_evaluation(prepared: Path, teacher: P
     trained = [
         b for step in training_steps(data, mask, order, steps=range(3), workers=0) for b in step
     ]
-    pad, mask_id = data.tokenizer.pad_token_id, data.tokenizer.mask_token_id
-    assert isinstance(pad, int) and isinstance(mask_id, int)
+    special = data.tokenizer.mask_token_id, data.tokenizer.pad_token_id
+    mask_id, pad_id = (torch.tensor(token) for token in special)
     for batch in [*trained, *validation_batches(data, mask, batch=8, num_examples=99)]:
         assert len(batch.predicted) == len(batch.labels) == 0
-        assert not batch.inputs["input_ids"].eq(mask_id).any()
-        num_real = int(batch.inputs["input_ids"].ne(pad).sum())
+        assert not (batch.inputs["input_ids"] == mask_id).any()
+        num_real = int(batch.inputs["input_ids"].ne(pad_id).sum())
         assert batch.counts()[:2] == (0, num_real)
     first = [data.train[i]["input_ids"].to_pylist()[0] for _, i in order.step(0)[0]]
     for ids, row in zip(first, trained[0].inputs["input_ids"].tolist(), strict=True):
