@@ -48,20 +48,25 @@ HEAD_CLASSES: dict[str, Any] = {  # Any: Auto classes share no base
     "masked-lm": AutoModelForMaskedLM,  # its projection is the embedding, with a padding row
     "classification": AutoModelForSequenceClassification,
 }
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": TOKENS,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
     "num_attention_heads": HEADS,
 }
-LAYERS = {"hidden_size": HIDDEN, "intermediate_size": WIDE}
-SPECIAL = {"cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
-NARROW = {"dim": HIDDEN, "hidden_dim": WIDE, "n_heads": HEADS, "pad_token_id": 0}
+LAYERS: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": WIDE}
+SPECIAL: dict[str, Any] = {
+    "cls_token_id": 1,
+    "bos_token_id": 1,
+    "sep_token_id": 2,
+    "eos_token_id": 2,
+}
+NARROW: dict[str, Any] = {"dim": HIDDEN, "hidden_dim": WIDE, "n_heads": HEADS, "pad_token_id": 0}
 
 
 def config_of(family: str, num_layers: int) -> Any:
     if family == "distilbert":
-        sizes = {"vocab_size": TOKENS, "max_position_embeddings": 32}
+        sizes: dict[str, Any] = {"vocab_size": TOKENS, "max_position_embeddings": 32}
         return DistilBertConfig(**NARROW, **sizes, n_layers=num_layers)
     if family == "modernbert":
         return ModernBertConfig(**SHAPE, **LAYERS, **SPECIAL, num_hidden_layers=num_layers)
@@ -156,7 +161,8 @@ def test_every_zero_is_held_by_a_lock_by_8_bits_and_by_every_form_of_a_release(
     form: Any,
     written: Any,
 ) -> None:
-    model = sparse_model(family, head, emptiness, seed).to(dtype)
+    model = sparse_model(family, head, emptiness, seed)
+    nn.Module.to(model, dtype)
     zeros = zeros_of(model.state_dict().items())
     num_zeros = sum(int(mask.sum()) for mask in zeros.values())
     locked = opfa.lock(model)
@@ -237,7 +243,8 @@ def test_a_zero_matrix_is_locked_counted_and_held_in_fine_tuning_and_calibration
 ) -> None:
     """Its layers' other matrices may be dense, and the file in 16 bits."""
     directory = tmp_path / "foreign"
-    model = sparse_model("bert", "masked-lm", ["nothing"], seed=1).to(torch.bfloat16)
+    model = sparse_model("bert", "masked-lm", ["nothing"], seed=1)
+    nn.Module.to(model, torch.bfloat16)
     zeros = foreign(directory, "bert", "masked-lm", ["nothing"])
     empties = ["layer.0.attention.self.query", "layer.1.intermediate.dense"]
     for name in (f"bert.encoder.{path}.weight" for path in empties):

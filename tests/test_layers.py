@@ -452,7 +452,8 @@ EMPTY = "bert.encoder.layer.0.output.dense.weight"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_matrix_of_zeros_alone_is_locked_in_an_encoder(dtype: torch.dtype) -> None:
-    model = BertForSequenceClassification(TINY).to(dtype)
+    model = BertForSequenceClassification(TINY)
+    nn.Module.to(model, dtype)
     nn.init.constant_(model.get_parameter(EMPTY), -0.0)
     locked = lock(model)  # the only zeros of the model
     assert locked["total"] == {"zeros": 256, "size": 256, "sparsity": 1.0}
