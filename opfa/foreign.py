@@ -134,6 +134,9 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{path}: {key} = {shown}: at most {most} is allowed")
         if key in KERNEL_KEYS and isinstance(value, str) and "/" in value:
             raise code_refused(path, [f"{key} = {value!r}"])
+    names = config.get("architectures")
+    if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
+        raise ModelError(f"{path}: architectures: not a list of names")
     if "transformers_weights" in config:
         raise ModelError(f"{path}: transformers_weights: names another file; remove it")
 

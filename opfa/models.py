@@ -248,14 +248,14 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
 
 def encoder_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """A bare encoder that has shapes and no memory."""
-    with loading("model", config.model_type), without_memory():
+    with loading("model", config.name_or_path or config.model_type), without_memory():
         return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
     """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
     cls = _pretraining_class(config, objective)
-    with loading("model", config.model_type), without_memory():
+    with loading("model", config.name_or_path or config.model_type), without_memory():
         return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import RunError
+from opfa.errors import RunError, opening
 from opfa.recipe import Recipe
 from opfa.records import read_records
 from opfa.upstream.recipe import PretrainRecipe
@@ -104,10 +104,8 @@ def shortened(value: Any) -> Any:  # Any: what JSON can hold
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a finished run or model; raises `RunError` where there is none."""
-    try:
+    with opening(path, RunError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
 
 
 def own_rows(run: Path) -> list[Row]:

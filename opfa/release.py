@@ -30,7 +30,7 @@ from opfa.card import PICTURE, Release, model_card
 from opfa.checkpoint import model_digest, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError, RunError, opening
 from opfa.files import new_directory, write_json, write_text
 from opfa.inspection import check_stated, inspect, stated_report
 from opfa.provenance import Row
@@ -143,7 +143,8 @@ def unpack(directory: Path, output: Path) -> None:
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")
     stated = stated_report(directory)
     config = provenance.read_json(directory / "config.json")
-    tensors = dict(compact.tensors(packed))
+    with opening(packed):
+        tensors = dict(compact.tensors(packed))
     with new_directory(output) as aside:
         _copy(directory, aside)
         save_file(tensors, aside / PLAIN, {"format": "pt"})
