@@ -183,7 +183,7 @@ def weight_map(content: bytes, where: object) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{where}: not an index: has no weight_map")
     for name, file in found.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
             raise ModelError(f"{where}: {name}: {str(file)[:80]!r} is no file beside it")
     return found
 
@@ -215,6 +215,7 @@ def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
     others = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.tiktoken", "tekken.json")
     if any(path.is_file() for pattern in others for path in directory.glob(pattern)):
         return []
+    if (directory / "vocab.json").is_file() and not (directory / "merges.txt").is_file():
+        return ["merges.txt"]
     needed = [names[key] for key in ("vocab_file", "merges_file") if key in names]
-    missing = [file for file in needed if not (directory / file).is_file()]
-    return [*missing, "tokenizer.json"] if missing or not needed else []
+    return [file for file in needed if not (directory / file).is_file()]

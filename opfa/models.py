@@ -150,16 +150,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     directory = _directory("tokenizer", name)
     with loading("tokenizer", name):
+        if needed := tokenizer_files(directory, {}):
+            raise _no_tokenizer(needed)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         needed = tokenizer_files(directory, tokenizer.vocab_files_names)
-        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-        if needed or not words:
-            raise ModelError(
-                f"no tokenizer files ({', '.join(needed) or 'an empty vocabulary'}); say which "
-                "tokenizer it has: model.tokenizer=NAME"
-            )
+        if needed or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise _no_tokenizer(needed or ["an empty vocabulary"])
         tokenizer("What fails", "fails here")
     return tokenizer
+
+
+def _no_tokenizer(needed: list[str]) -> ModelError:
+    return ModelError(
+        f"no tokenizer files ({', '.join(needed)}, or tokenizer.json); say which tokenizer it has: "
+        "model.tokenizer=NAME"
+    )
 
 
 def wordpiece_tokenizer(

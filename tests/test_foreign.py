@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub
 import pytest
 import torch
 from conftest import TINY_BERT, finetune_recipe
 from safetensors.torch import load_file, save_file
+from servers import release
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from opfa import quant
+from opfa.download import download
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Task
@@ -429,3 +432,57 @@ def test_roberta_with_a_tokenizer_of_bert_trains_on_pairs(tmp_path: Path, is_pai
     finetune(recipe, tmp_path / "run")
     found = evaluate_model(str(tmp_path / "run/model"), recipe)
     assert set(found["metrics"]) == {"accuracy"}
+
+
+# The Hub.
+
+
+def test_a_shard_that_the_hub_does_not_list_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded(model)
+    (model / "model-00002-of-00002.safetensors").unlink()
+    with hub.serving(model, tmp_path / "cache", monkeypatch):
+        for step in (inspect, load_weights_of):
+            with pytest.raises(ModelError, match="00002-of-00002.safetensors is missing"):
+                step(hub.NAME)
+
+
+def load_weights_of(name: str) -> None:
+    load_model(TASK, name, ("a", "b"))
+
+
+def test_a_shard_that_the_cache_lacks_is_named_without_a_hub(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded(model)
+    with hub.serving(model, tmp_path / "cache", monkeypatch):
+        load_weights_of(hub.NAME)
+        shard = next((tmp_path / "cache").rglob("model-00002-of-00002.safetensors"))
+    shard.unlink()
+    with pytest.raises(ModelError, match="the cache lacks model-00002-of-00002.safetensors"):
+        inspect(hub.NAME)
+
+
+def test_a_model_of_the_hub_that_asks_for_code_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (model / "config.json").write_text(json.dumps(values))
+    (model / "evil.py").write_text("raise SystemExit")
+    with hub.serving(model, tmp_path / "cache", monkeypatch) as served:
+        for load in (load_config, load_tokenizer, load_weights_of):
+            with pytest.raises(ModelError, match="remote code is never run"):
+                load(hub.NAME)
+        assert "evil.py" not in served.paths and "model.safetensors" not in served.paths
+
+
+def test_a_download_without_a_shard_is_not_complete(model: Path, tmp_path: Path) -> None:
+    sharded(model)
+    (model / "model-00002-of-00002.safetensors").unlink()
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    for name, content in release(files).items():
+        (model / name).write_bytes(content)
+    with pytest.raises(ModelError, match="00002-of-00002.safetensors is missing"):
+        download(str(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
