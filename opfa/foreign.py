@@ -134,6 +134,9 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{path}: {key} = {shown}: at most {most} is allowed")
         if key in KERNEL_KEYS and isinstance(value, str) and "/" in value:
             raise code_refused(path, [f"{key} = {value!r}"])
+    names = config.get("architectures")
+    if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
+        raise ModelError(f"{path}: architectures: not a list of names")
     if "transformers_weights" in config:
         raise ModelError(f"{path}: transformers_weights: names another file; remove it")
 
@@ -180,7 +183,7 @@ def weight_map(content: bytes, where: object) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{where}: not an index: has no weight_map")
     for name, file in found.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
             raise ModelError(f"{where}: {name}: {str(file)[:80]!r} is no file beside it")
     return found
 
@@ -212,6 +215,7 @@ def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
     others = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.tiktoken", "tekken.json")
     if any(path.is_file() for pattern in others for path in directory.glob(pattern)):
         return []
+    if (directory / "vocab.json").is_file() and not (directory / "merges.txt").is_file():
+        return ["merges.txt"]
     needed = [names[key] for key in ("vocab_file", "merges_file") if key in names]
-    missing = [file for file in needed if not (directory / file).is_file()]
-    return [*missing, "tokenizer.json"] if missing or not needed else []
+    return [file for file in needed if not (directory / file).is_file()]

@@ -189,7 +189,7 @@ def _limit(mask: Tensor, value_bytes: int) -> float:
 def _num_heads(config: Any) -> int | None:  # Any: what JSON can hold
     values = config if isinstance(config, dict) else {}
     found = values.get("num_attention_heads", values.get("n_heads"))  # DistilBERT's word for it
-    return found if isinstance(found, int) and found > 0 else None
+    return found if type(found) is int and found > 0 else None
 
 
 def _layers(result: dict[str, Any], found: _Found) -> list[dict[str, Any]]:

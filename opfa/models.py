@@ -151,16 +151,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     directory = _directory("tokenizer", name)
     with loading("tokenizer", name):
+        if needed := tokenizer_files(directory, {}):
+            raise _no_tokenizer(needed)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         needed = tokenizer_files(directory, tokenizer.vocab_files_names)
-        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-        if needed or not words:
-            raise ModelError(
-                f"no tokenizer files ({', '.join(needed) or 'an empty vocabulary'}); say which "
-                "tokenizer it has: model.tokenizer=NAME"
-            )
+        if needed or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise _no_tokenizer(needed or ["an empty vocabulary"])
         tokenizer("What fails", "fails here")
     return tokenizer
+
+
+def _no_tokenizer(needed: list[str]) -> ModelError:
+    return ModelError(
+        f"no tokenizer files ({', '.join(needed)}, or tokenizer.json); say which tokenizer it has: "
+        "model.tokenizer=NAME"
+    )
 
 
 def wordpiece_tokenizer(
@@ -250,14 +255,14 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
 
 def encoder_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """A bare encoder that has shapes and no memory."""
-    with loading("model", config.model_type), without_memory():
+    with loading("model", config.name_or_path or config.model_type), without_memory():
         return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
     """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
     cls = _pretraining_class(config, objective)
-    with loading("model", config.model_type), without_memory():
+    with loading("model", config.name_or_path or config.model_type), without_memory():
         return cls.from_config(config) if cls is AutoModelForMaskedLM else cls(config)
 
 

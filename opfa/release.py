@@ -30,7 +30,7 @@ from opfa.card import PICTURE, Release, model_card
 from opfa.checkpoint import model_digest, verify
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError, RunError, opening
 from opfa.files import check_new, new_directory, write_json, write_text
 from opfa.inspection import check_stated, inspect, stated_report
 from opfa.provenance import Row
@@ -147,9 +147,11 @@ def unpack(directory: Path, output: Path) -> None:
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")
     stated = stated_report(directory)
     config = seal.read_json(directory / "config.json", ModelError)
+    with opening(packed):
+        tensors = dict(compact.tensors(packed))
     with new_directory(output) as aside:
         _copy(directory, aside)
-        save_file(dict(compact.tensors(packed)), aside / PLAIN, {"format": "pt"})
+        save_file(tensors, aside / PLAIN, {"format": "pt"})
         values = {k: v for k, v in config.items() if k != compact.ENTRY}
         write_text(aside / "config.json", json.dumps(values, indent=2) + "\n")
         if stated is not None:

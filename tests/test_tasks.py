@@ -647,7 +647,8 @@ def spied(monkeypatch: pytest.MonkeyPatch, tokenizer: BertTokenizer) -> list[int
 def test_a_long_text_is_cut_before_the_tokenizer_sees_it(
     tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    whole = [tokenizer(*pair, truncation=True, max_length=16) for pair in ([text], ["bad", text])]
+    pairs: list[tuple[str, str | None]] = [(text, None), ("bad", text)]
+    whole = [tokenizer(*pair, truncation=True, max_length=16) for pair in pairs]
     rows = [{"sentence": text, "other": "bad", "label": label} for label in "ab"]
     path = write(tmp_path / "a.jsonl", *rows)
     seen = spied(monkeypatch, tokenizer)
