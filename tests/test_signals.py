@@ -67,7 +67,8 @@ def test_several_runs_told_to_stop_at_the_end_of_one_stop_before_the_next(
 ) -> None:  # fmt: skip
     (tmp_path / "r.toml").write_text(finetune_recipe(sparse, examples, **FEW).to_toml())
     output = tmp_path / "out"
-    interrupting(monkeypatch, *MOMENTS[moment], lambda: tell(by, output))
+    where, name = MOMENTS[moment]
+    interrupting(monkeypatch, where, name, lambda: tell(by, output))
     words = ["finetune", str(tmp_path / "r.toml"), "--output", str(output), "--seeds", "2"]
     assert cli.run(words) == 75
     assert "out: stopped before seed-43; continue with" in capsys.readouterr().err

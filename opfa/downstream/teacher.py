@@ -141,7 +141,7 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
