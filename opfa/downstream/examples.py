@@ -118,9 +118,10 @@ def _id(row: Row) -> str:
 
 def _num_bytes(value: object) -> int:
     """What an example takes in memory."""
-    inner = value.values() if isinstance(value, dict) else value
-    parts = inner if isinstance(value, dict | list | tuple) else ()
-    return sys.getsizeof(value) + sum(map(_num_bytes, parts))
+    size = sys.getsizeof(value)
+    if isinstance(value, dict):
+        return size + sum(map(_num_bytes, value.values()))
+    return size + (sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0)
 
 
 def _columns(task: Task) -> list[str]:
