@@ -30,7 +30,7 @@ START = [5e-5, 1.5e-4, 4.5e-4]
 SHORTER = {
     "sequence_tokens = 128": "sequence_tokens = 24",
     "validation = 0.01": "validation = 0.1",
-    r"steps = [\d_]+00": "steps = 6",
+    r"steps = [\d_]+00.*": "steps = 6",
     r"warmup_steps = \d+": "warmup_steps = 1",
     r"end = \d.*": "end = 3",
     r"hold_until = .*": "hold_until = 4",
