@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
@@ -137,7 +138,7 @@ class _Found:
 
 def _read(source: Source, stated: set[str], where: object) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
-    found, beside = _Found(), {}
+    found, beside, live = _Found(), {}, {}
     num_heads = _num_heads(source.read_json("config.json"))
 
     def is_linear(name: str, shape: Sequence[int]) -> bool:
@@ -162,11 +163,12 @@ def _read(source: Source, stated: set[str], where: object) -> _Found:
         found.limit_bytes += num_bytes
         if is_linear(name, tensor.shape):
             found.dense[name] = tensor.numel()
+            live[name] = torch.ones(1, 1, dtype=torch.bool).expand(tensor.shape)  # of no size
         elif mask is not None:
             beside[name] = mask
     if not found.dense_bytes:
         raise ModelError(f"{where}: its files hold no weights")
-    check_masks(beside, found.masks, where)
+    check_masks(beside, {**live, **found.masks}, where)
     return found
 
 

@@ -79,12 +79,17 @@ def is_mask(name: str, shape: Sequence[int]) -> bool:
 
 def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
     """Raise `ModelError` where one of these masks, by the names that they have in the checkpoint,
-    has a zero and its weight has not. `found` are the nonzeros of weights; others have no zeros.
+    has a zero and the weight beside it has not; `found` are the nonzeros of weights. A mask of rows
+    or columns is [out, 1] or [1, in]; one of another shape masks something else.
     """
     for name, mask in masks.items():
         weight = f"{name.rpartition('.')[0]}.weight"
-        live = found.get(weight, torch.ones_like(mask))
-        if live.shape == mask.shape and bool((live & ~mask).any()):
+        live = found.get(weight)
+        if live is None or any(
+            m not in (1, n) for m, n in zip(mask.shape, live.shape, strict=True)
+        ):
+            continue
+        if bool((live & ~mask).any()):
             raise ModelError(
                 f"{where}: {name}: a mask that is not applied: {weight} has live weights where it "
                 "is zero; multiply the two, and save the model again"

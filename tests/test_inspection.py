@@ -679,6 +679,7 @@ PRUNE = r"stored apart from its mask or in parts; call torch.nn.utils.prune.remo
         (("weight", "mask"), f"{re.escape(QUERY)} has live weights where it is zero; multiply"),
         (("weight", "weight_mask"), "mask that is not applied"),
         (("weight", "sparse_pruning_mask"), "mask that is not applied"),
+        (("weight", "row_mask"), "mask that is not applied"),
     ],
 )
 @pytest.mark.parametrize("act", ["inspect", "compare"])
@@ -692,10 +693,10 @@ def test_masks_that_are_not_applied_are_refused(
 ) -> None:
     path = QUERY.removesuffix(".weight")
     del state[QUERY]
+    values = {"bias_orig": torch.ones(16), "row_mask": torch.arange(16)[:, None]}
     for part in parts:
-        is_bias = part.startswith("bias")
-        value = torch.ones(16) if is_bias else torch.ones(16, 16)
-        state[f"{path}.{part}"] = pruned((16, 16), 0) if part.endswith("mask") else value
+        value = pruned((16, 16), 0) if part.endswith("mask") else torch.ones(16, 16)
+        state[f"{path}.{part}"] = values.get(part, value)
     other = write({n: t for n, t in state.items()}, tmp_path / "other")
     with pytest.raises(ModelError, match=message):
         inspect(other) if act == "inspect" else compare(str(model), str(other))
@@ -704,7 +705,9 @@ def test_masks_that_are_not_applied_are_refused(
 def test_a_mask_that_is_applied_is_no_obstacle(
     state: dict[str, Tensor], model: Path, tmp_path: Path
 ) -> None:
-    """NVIDIA's ASP leaves it in the file."""
+    """NVIDIA's ASP leaves it in the file; one of attention masks no weight."""
+    state["bert.encoder.attn_mask"] = torch.zeros(16, 16)
+    state[f"{QUERY.removesuffix('query.weight')}causal_mask"] = torch.zeros(24, 24)
     state[QUERY.removesuffix("weight") + "__weight_mma_mask"] = state[QUERY] != 0
     other = write(state, tmp_path / "other")
     assert inspect(other)["fingerprint"] == inspect(model)["fingerprint"]
