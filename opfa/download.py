@@ -35,10 +35,9 @@ from opfa import manifest
 from opfa.aside import held, is_plain, remove
 from opfa.errors import ModelError, RunError, opening
 from opfa.files import check_new, writing
-from opfa.foreign import INDEXES, asks_for_code, check_content, code_refused
+from opfa.foreign import INDEXES, asks_for_code, check_content, code_refused, weight_files
 from opfa.manifest import MANIFEST
 from opfa.origin import Source, source_of
-from opfa.sources import weight_files
 from opfa.transfer import Advance, shown
 
 MAX_CONFIG_BYTES = 1 << 24

@@ -5,6 +5,7 @@ of weights, or ask for more memory than there is. All of that is found from its 
 first bytes of its large ones. Nothing is executed here, and no question is asked.
 """
 
+import fnmatch
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,6 +22,9 @@ COUNTS = re.compile(r"layer|label|block|head|group|expert|depth|stage", re.IGNOR
 MOST = 100_000  # layers, labels, heads: transformers makes lists of so many
 INT64 = 1 << 63
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+INDEXED = {"model.safetensors": INDEXES[0], "pytorch_model.bin": INDEXES[1]}  # in this order
+SHARDS = ("model-*-of-*.safetensors", *WEIGHT_FILES)  # without an index
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[a-z]+)")
 MOST_CONFIG = 1 << 24  # bytes
 CONFIGS = (  # what can name code
@@ -219,3 +223,25 @@ def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
         return ["merges.txt"]
     needed = [names[key] for key in ("vocab_file", "merges_file") if key in names]
     return [file for file in needed if not (directory / file).is_file()]
+
+
+def weight_files(
+    names: Iterable[str], where: object, read: Callable[[str], bytes]
+) -> tuple[list[str], dict[str, str]]:
+    """Which of these files are the weights: those that transformers would load, if there are; and
+    which tensors are in which of them, where an index, which `read` reads, says so.
+    """
+    names = sorted(set(names) - {"quantization.safetensors"})
+    for whole, index in INDEXED.items():
+        if whole in names:
+            return [whole], {}
+        if index in names:
+            tensors = weight_map(read(index), f"{where}/{index}")
+            files = sorted(set(tensors.values()))
+            check_shards(files, names, f"{where}/{index}")
+            return files, tensors
+    for pattern in SHARDS:
+        if found := fnmatch.filter(names, pattern):
+            check_shards([each for name in found for each in siblings(name)], names, where)
+            return found, {}
+    raise ModelError(f"{where}: has no weights ({' or '.join(WEIGHT_FILES)})")

@@ -27,19 +27,14 @@ from opfa import compact
 from opfa.anatomy import MASK, problem_of_storage
 from opfa.errors import ModelError, first_line, opening
 from opfa.foreign import (
-    INDEXES,
     TOKENIZER_FILES,
+    WEIGHT_FILES,
     check_content,
-    check_shards,
     check_weights,
-    siblings,
-    weight_map,
+    weight_files,
 )
 from opfa.hub import RemoteFiles, cached_directory, missing_in_cache
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-INDEXED = {"model.safetensors": INDEXES[0], "pytorch_model.bin": INDEXES[1]}  # in this order
-SHARDS = ("model-*-of-*.safetensors", *WEIGHT_FILES)  # without an index
 MATRIX_DIMS = 2
 Wanted = Callable[[str, Sequence[int]], bool]
 Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
@@ -159,28 +154,6 @@ def _downloaded(name: str, patterns: list[str]) -> Path:
         raise ModelError(
             f"{name}: no such directory, and not to be had from the Hub: {reason}"
         ) from error
-
-
-def weight_files(
-    names: Iterable[str], where: object, read: Callable[[str], bytes]
-) -> tuple[list[str], dict[str, str]]:
-    """Which of these files are the weights: those that transformers would load, if there are; and
-    which tensors are in which of them, where an index, which `read` reads, says so.
-    """
-    names = sorted(set(names) - {"quantization.safetensors"})
-    for whole, index in INDEXED.items():
-        if whole in names:
-            return [whole], {}
-        if index in names:
-            tensors = weight_map(read(index), f"{where}/{index}")
-            files = sorted(set(tensors.values()))
-            check_shards(files, names, f"{where}/{index}")
-            return files, tensors
-    for pattern in SHARDS:
-        if found := fnmatch.filter(names, pattern):
-            check_shards([each for name in found for each in siblings(name)], names, where)
-            return found, {}
-    raise ModelError(f"{where}: has no weights ({' or '.join(WEIGHT_FILES)})")
 
 
 def _checked(
