@@ -44,8 +44,9 @@ from opfa.models import (
 )
 from opfa.plan import operations, shape_of
 from opfa.upstream.batches import Prepared, training_steps
-from opfa.upstream.corpus import FORMAT, tokenizer_digest
+from opfa.upstream.corpus import FORMAT, SUMMARY, measure, tokenizer_digest
 from opfa.upstream.objective import Counts
+from opfa.upstream.prepared import SPLITS
 from opfa.upstream.pretrain import DTYPES, Trainer, order_of
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE
@@ -185,15 +186,16 @@ def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
         },
         features=EXAMPLE,
     )
-    for split in ("train", "validation"):
+    for split in SPLITS:
         examples.save_to_disk(directory / "prepared" / split)
     tokenizer.save_pretrained(directory / "prepared/tokenizer")
     summary = {
         "format": FORMAT,
         "corpus": recipe.corpus.model_dump(mode="json"),
+        "splits": dict.fromkeys(SPLITS, measure(examples)),
         "tokenizer_sha256": tokenizer_digest(tokenizer),
     }
-    (directory / "prepared/corpus.json").write_text(json.dumps(summary))
+    (directory / "prepared" / SUMMARY).write_text(json.dumps(summary))
     path = str(directory / "model")
     values = recipe.model_dump(mode="json", exclude_none=True)
     values |= {"data": str(directory / "prepared"), "model": {"init": path}}
