@@ -46,7 +46,7 @@ def start_distributed(timeout_seconds: float) -> torch.device:
     device to use.
     """
     accelerated = choose_accelerator() == "cuda"
-    if launch.place().world_size == 1 and not dist.is_initialized():
+    if not (launch.has_rendezvous() or dist.is_initialized()):
         os.environ.update(_alone())  # RANK may be there for another purpose
     os.environ.setdefault("LOCAL_RANK", "0")
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -33,6 +33,12 @@ def place() -> Place:
     return Place(rank, size, _number("LOCAL_RANK", "0"))
 
 
+def has_rendezvous() -> bool:
+    """Whether a launcher says where the processes meet, be it one process alone."""
+    is_told = all(os.environ.get(name) for name in VARIABLES if name != "LOCAL_RANK")
+    return place().world_size > 1 or (is_told and os.environ["RANK"].strip() == "0")
+
+
 def check_rendezvous() -> None:
     """Refuse a launch whose processes can't find each other."""
     missing = [name for name in VARIABLES if not os.environ.get(name) and name != "LOCAL_RANK"]

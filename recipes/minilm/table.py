@@ -346,7 +346,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         changes = " ".join(f"`{change}`" for change in row["changes"])
-        has_head = "model.init=model" not in row["changes"]
+        has_head = row["mlm_loss"] is not None and "model.init=model" not in row["changes"]
         loss = f"{row['mlm_loss']:.3f}" if has_head else ""
         accuracy = f"{row['held_out_accuracy']:.4f}"
         cost = f"{row['operations'] / 1e12:.1f}"
