@@ -221,6 +221,33 @@ def test_answers_outside_their_contexts_are_counted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("context", "answer", "start"),
+    [
+        ("in paris it was", " paris", 2),
+        ("in paris it was", "paris ", 3),
+        ("in \u00a0paris\t it", "\u00a0paris\t ", 3),
+    ],
+)
+def test_blanks_at_the_ends_of_an_answer_do_not_move_its_span(
+    tmp_path: Path, tokenizer: BertTokenizer, context: str, answer: str, start: int
+) -> None:
+    answers = {"text": [answer], "answer_start": [start]}
+    train = tasks.load(
+        answering(tmp_path, question(context=context, answers=answers)), tokenizer, tiny()
+    ).train
+    ids = train.features["input_ids"][0]
+    first, last = (train.features[f"{end}_positions"][0] for end in ("start", "end"))
+    assert tokenizer.decode(ids[first : last + 1]).replace(" ", "").replace("##", "") == "paris"
+    assert train.examples.labels == [{"text": ["paris"], "answer_start": [context.index("paris")]}]
+
+
+def test_an_answer_of_blanks_alone_is_refused(tmp_path: Path) -> None:
+    task = answering(tmp_path, question(answers={"text": ["  "], "answer_start": [2]}))
+    with pytest.raises(DataError, match="line 1: 'answers' must hold texts and positions"):
+        read(task, task.train)
+
+
 def test_a_question_needs_a_context(tmp_path: Path) -> None:
     task = answering(tmp_path, question(context=""))
     with pytest.raises(DataError, match="line 1: 'context' is empty"):
