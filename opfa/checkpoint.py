@@ -165,12 +165,11 @@ def fill_finished(
     don't hold the zeros of the masks.
     """
     write_more(directory)  # before the layers are plain again
-    held = list(masks_of(model))
+    held = masks_of(model)  # not what fuse made of them: the files are verified against this
     if masked_layers(model):
         fuse(model)
-    found = masks.nonzero_masks({name: model.get_parameter(name) for name in held})
-    others = {n: m for n, m in zero_masks(model).items() if is_matrix(n, m.shape)}
-    report = masks.report({**found, **others})
+    others = {n: m for n, m in zero_masks(model).items() if n not in held and is_matrix(n, m.shape)}
+    report = masks.report({**held, **others})
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{name}: holds a non-finite value; this model is not saved")

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForPreTraining, BertTokenizer
 
 from opfa import checkpoint
 from opfa.errors import ModelError, RunError
-from opfa.sparsity.layers import mask_layers
+from opfa.sparsity.layers import fuse, mask_layers
 from opfa.sparsity.pattern import Pattern
 
 
@@ -144,6 +144,24 @@ def test_a_finished_model_is_verified_from_its_files(finished: Path) -> None:
     save_file(tensors, finished / "model.safetensors")
     with pytest.raises(ModelError, match="not where its sparsity.json says"):
         checkpoint.verify(finished, report)
+
+
+def test_a_masked_weight_that_fuse_leaves_is_found_and_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = sparse_model(), BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1})
+    name, mask = next(iter(checkpoint.masks_of(model).items()))
+
+    def fuse_all_but_one(model: BertForPreTraining) -> dict:
+        report = fuse(model)
+        with torch.no_grad():
+            model.get_parameter(name)[tuple((~mask).nonzero()[0])] = 1e-30
+        return report
+
+    monkeypatch.setattr(checkpoint, "fuse", fuse_all_but_one)
+    with pytest.raises(ModelError, match=rf"{name} has .*'zeros': 191.*, not .*'zeros': 192"):
+        checkpoint.write_finished(model, tokenizer, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_with_a_value_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
