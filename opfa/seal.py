@@ -86,9 +86,11 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
-def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file with its seal, whole or not at all."""
-    write_json(path, sealed(redacted(values)))
+def write_sealed(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file with its seal, whole or not at all; returns what it says."""
+    result = sealed(redacted(values))
+    write_json(path, result)
+    return result
 
 
 def read_json(path: Path, kind: type[OpfaError] = RunError) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from conftest import break_off, finetune_recipe
 from safetensors.torch import load_file
 
+from opfa import seal
 from opfa.checkpoint import model_digest
 from opfa.cli import run as command
 from opfa.distributed import Stopped
@@ -250,6 +251,15 @@ def test_a_sweep_compares_means_over_seeds(sparse: Path, examples: Path, tmp_pat
     assert (tmp_path / "out/table.md").read_text().endswith(f"/seed-{seed}\n")
     assert (tmp_path / "out/report/sweep.png").exists()
     assert not list((tmp_path / "out").rglob("checkpoints"))
+
+
+def test_a_comparison_is_sealed_as_it_is_written_without_secrets(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
+    secret = "hf_" + "abcdefgh" * 4
+    result = sweep(finetune_recipe(sparse, examples, name=f"with {secret}"), tmp_path / "out")
+    assert seal.read_json(tmp_path / "out/results.json") == result
+    assert result["task"] == "with hf_***"
 
 
 def test_a_run_of_a_sweep_is_the_run_of_its_recipe(

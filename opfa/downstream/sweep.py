@@ -20,7 +20,7 @@ from opfa.distributed import Stopped, Supervisor
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
-from opfa.files import write_json, write_text
+from opfa.files import write_text
 from opfa.run import check_output
 from opfa.tables import figure
 
@@ -51,7 +51,8 @@ def sweep(
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
     steady = [row for row in ended if not row["num_diverged"]]
     best = max(steady or ended, key=lambda row: row["score"])
-    result = seal.sealed(
+    result = seal.write_sealed(
+        output / "results.json",
         {
             "task": recipe.name,
             "metrics": best["mean"],
@@ -62,9 +63,8 @@ def sweep(
             "quantized": best["runs"][0]["quantized"],
             "recipe_sha256": recipe.sha256(),
             "rows": rows,
-        }
+        },
     )
-    write_json(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
     if len(ended) > 1:
