@@ -13,7 +13,6 @@ advises: slower ones tell what else the machine did. Masks are at the target fro
 a recipe it is BERT-base with 8 x 128 random tokens.
 """
 
-import json
 import logging
 import statistics
 import tempfile
@@ -44,7 +43,7 @@ from opfa.models import (
 )
 from opfa.plan import operations, shape_of
 from opfa.upstream.batches import Prepared, training_steps
-from opfa.upstream.corpus import FORMAT, SUMMARY, measure, tokenizer_digest
+from opfa.upstream.corpus import measure, write_summary
 from opfa.upstream.objective import Counts
 from opfa.upstream.prepared import SPLITS
 from opfa.upstream.pretrain import DTYPES, Trainer, order_of
@@ -189,13 +188,8 @@ def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
     for split in SPLITS:
         examples.save_to_disk(directory / "prepared" / split)
     tokenizer.save_pretrained(directory / "prepared/tokenizer")
-    summary = {
-        "format": FORMAT,
-        "corpus": recipe.corpus.model_dump(mode="json"),
-        "splits": dict.fromkeys(SPLITS, measure(examples)),
-        "tokenizer_sha256": tokenizer_digest(tokenizer),
-    }
-    (directory / "prepared" / SUMMARY).write_text(json.dumps(summary))
+    splits: dict[str, Any] = dict.fromkeys(SPLITS, measure(examples))
+    write_summary(directory / "prepared", recipe.corpus, splits, tokenizer)
     path = str(directory / "model")
     values = recipe.model_dump(mode="json", exclude_none=True)
     values |= {"data": str(directory / "prepared"), "model": {"init": path}}

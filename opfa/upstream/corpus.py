@@ -100,12 +100,7 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         "train": tokenized.select(np.flatnonzero(~held_out)),
         "validation": tokenized.select(np.flatnonzero(held_out)),
     }
-    summary: dict[str, Any] = {
-        "format": FORMAT,
-        "corpus": corpus.model_dump(mode="json"),
-        "skipped_records": num_skipped,
-        "splits": {},
-    }
+    splits = {}
     for name, part in parts.items():
         if len(part) < 2:
             raise DataError(
@@ -116,12 +111,31 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         if len(examples) == 0:
             raise DataError(f"the {name} documents are too short: not one example came out")
         examples.save_to_disk(work / name)
-        summary["splits"][name] = {"documents": len(part), **measure(examples)}
-        log.info("%s: %s", name, summary["splits"][name])
-    summary["tokenizer_sha256"] = tokenizer_digest(tokenizer)
+        splits[name] = {"documents": len(part), **measure(examples)}
+        log.info("%s: %s", name, splits[name])
     shutil.rmtree(work / "cache", ignore_errors=True)
-    seal.write_sealed(work / SUMMARY, {**summary, seal.FILES: seal.files_of(work)})
-    return summary  # the files also depend on how many processes wrote them
+    return write_summary(work, corpus, splits, tokenizer, num_skipped)
+
+
+def write_summary(
+    directory: Path,
+    corpus: Corpus,
+    splits: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    num_skipped: int = 0,
+) -> dict[str, Any]:
+    """Write corpus.json beside the examples of all splits, as the last of the files; returns it
+    without its list of files, which depends on how many processes wrote them.
+    """
+    summary = {
+        "format": FORMAT,
+        "corpus": corpus.model_dump(mode="json"),
+        "skipped_records": num_skipped,
+        "splits": splits,
+        "tokenizer_sha256": tokenizer_digest(tokenizer),
+    }
+    seal.write_sealed(directory / SUMMARY, {**summary, seal.FILES: seal.files_of(directory)})
+    return summary
 
 
 def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
