@@ -33,14 +33,20 @@ from rich.progress import (
 
 from opfa import manifest
 from opfa.aside import held, is_plain, remove
-from opfa.errors import ModelError, RunError, opening
+from opfa.errors import ModelError, RunError, opening, redacted
 from opfa.files import check_new, writing
-from opfa.foreign import INDEXES, asks_for_code, check_content, code_refused, weight_files
+from opfa.foreign import (
+    INDEXES,
+    MOST_CONFIG,
+    asks_for_code,
+    check_content,
+    code_refused,
+    weight_files,
+)
 from opfa.manifest import MANIFEST
 from opfa.origin import Source, source_of
-from opfa.transfer import Advance, shown
+from opfa.transfer import Advance
 
-MAX_CONFIG_BYTES = 1 << 24
 KEPT = "what has come is kept, and the same command goes on with it"
 WAITING = "another process downloads to here; waiting for it"
 log = logging.getLogger(__name__)
@@ -91,18 +97,18 @@ def _fill(source: Source, directory: Path, name: str) -> None:
     if needed - here > free:
         raise RunError(f"{directory}: {needed - here:,} bytes are needed, {free:,} are free here")
     for file in _configurations(source):
-        if source.files[file].size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{shown(name)}: {file} has more than {MAX_CONFIG_BYTES:,} bytes")
+        if source.files[file].size > MOST_CONFIG:
+            raise ModelError(f"{redacted(name)}: {file} has more than {MOST_CONFIG:,} bytes")
     small = [file for file in source.files if file.endswith(".json")]
     large = [file for file in source.files if file not in small]
     with _progress(name, needed) as advance:
         _bring_all(source, small, directory, name, advance)
         for file in _configurations(source):
-            _check_plain(directory / file, f"{shown(name)}: {file}")
+            _check_plain(directory / file, f"{redacted(name)}: {file}")
         _check_whole(source, directory, name)
         _bring_all(source, large, directory, name, advance)
     for file in large:
-        check_content(directory / file, f"{shown(name)}: {file}")
+        check_content(directory / file, f"{redacted(name)}: {file}")
     if source.manifest is not None:
         (directory / MANIFEST).write_bytes(source.manifest)
 
@@ -112,8 +118,8 @@ def _bring_all(
 ) -> None:
     for number, file in enumerate(files, 1):
         if problem := _bring(source, file, directory / file, advance):
-            raise ModelError(f"{shown(name)}: {file} {problem}; it is not what was released")
-        log.info("%s: %s (%d of %d)", shown(name), file, number, len(files))
+            raise ModelError(f"{redacted(name)}: {file} {problem}; it is not what was released")
+        log.info("%s: %s (%d of %d)", redacted(name), file, number, len(files))
 
 
 def _bring(source: Source, file: str, path: Path, advance: Advance) -> str | None:
@@ -153,7 +159,7 @@ def _check_whole(source: Source, directory: Path, name: str) -> None:
     """Refuse a model whose own index, or the numbers of its files, say that some are missing."""
     files = [file for file in source.files if Path(file).suffix in (".safetensors", ".bin")]
     if files or any(index in source.files for index in INDEXES):
-        weight_files(source.files, shown(name), lambda file: (directory / file).read_bytes())
+        weight_files(source.files, redacted(name), lambda file: (directory / file).read_bytes())
 
 
 def _check_same(output: Path, source: Source) -> None:
@@ -178,5 +184,5 @@ def _progress(name: str, total: int) -> Iterator[Advance]:
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
-        task = progress.add_task(shown(name), total=total)
+        task = progress.add_task(redacted(name), total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from opfa.errors import RunError
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what no launch can do without
+VARIABLES = (*MEETING, "LOCAL_RANK")
 LONGEST = 10  # digits of a number of processes
 ALONE = "to run one process alone, unset WORLD_SIZE"
 
@@ -35,13 +36,13 @@ def place() -> Place:
 
 def has_rendezvous() -> bool:
     """Whether a launcher says where the processes meet, be it one process alone."""
-    is_told = all(os.environ.get(name) for name in VARIABLES if name != "LOCAL_RANK")
+    is_told = all(os.environ.get(name) for name in MEETING)
     return place().world_size > 1 or (is_told and os.environ["RANK"].strip() == "0")
 
 
 def check_rendezvous() -> None:
     """Refuse a launch whose processes can't find each other."""
-    missing = [name for name in VARIABLES if not os.environ.get(name) and name != "LOCAL_RANK"]
+    missing = [name for name in MEETING if not os.environ.get(name)]
     if place().world_size > 1 and missing:
         raise RunError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: and {missing[0]} is not set, so this was no "

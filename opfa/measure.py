@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
+from opfa import launch
 from opfa.clock import wait_for_gpu
 from opfa.distributed import end_process
 from opfa.errors import RunError
-
-ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def timed(step: Callable[[], object]) -> float:
@@ -63,7 +62,7 @@ def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> di
 
 def _send(connection: Connection, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
     atexit.register(end_process, 0)  # after everything else that is done at an exit
-    for key in ALONE:  # another group's, which this process has no part in
+    for key in launch.VARIABLES:  # another group's, which this process has no part in
         os.environ.pop(key, None)
     is_done = False
     try:

@@ -14,11 +14,11 @@ from typing import Protocol
 import httpx2
 
 from opfa import manifest
-from opfa.errors import ModelError, RunError
+from opfa.errors import ModelError, RunError, redacted
 from opfa.hub_origin import HubModel
 from opfa.index import released
 from opfa.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from opfa.transfer import Advance, fetch, fetch_small, is_loopback, shown
+from opfa.transfer import Advance, fetch, fetch_small, is_loopback
 
 
 class Expected(Protocol):
@@ -75,7 +75,7 @@ class Website:
         """Get its manifest."""
         self._url = _checked_url(url)
         self.manifest = fetch_small(f"{self._url}/{MANIFEST}", MAX_MANIFEST_BYTES)
-        self.files = manifest.parse(self.manifest, where=f"{shown(self._url)}/{MANIFEST}").files
+        self.files = manifest.parse(self.manifest, where=f"{redacted(self._url)}/{MANIFEST}").files
 
     def bring(self, file: str, path: Path, advance: Advance, *, is_again: bool) -> None:
         """Get a file, or what is missing of it."""
@@ -89,7 +89,7 @@ def source_of(name: str, revision: str | None, endpoint: str | None) -> Source:
     place = name if known is None else known.source
     is_url = "://" in place
     if (is_directory or is_url) and (revision or endpoint):
-        raise RunError(f"{shown(name)}: --revision and --endpoint are for names of the Hub")
+        raise RunError(f"{redacted(name)}: --revision and --endpoint are for names of the Hub")
     if endpoint is not None and not endpoint.startswith(("https://", "http://")):
         raise RunError(f"--endpoint {endpoint}: not the URL of a Hub; it begins with https://")
     if is_directory:
@@ -113,10 +113,10 @@ def _checked_url(url: str) -> str:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ModelError(f"{shown(url)}: not a URL: {error}") from error
+        raise ModelError(f"{redacted(url)}: not a URL: {error}") from error
     is_near = parsed.scheme == "http" and is_loopback(parsed.host)
     if not parsed.host or not (parsed.scheme == "https" or is_near):
-        raise ModelError(f"{shown(url)}: only https:// is taken")
+        raise ModelError(f"{redacted(url)}: only https:// is taken")
     if parsed.query or parsed.fragment:
-        raise ModelError(f"{shown(url)}: give the address of a directory, without '?' and '#'")
+        raise ModelError(f"{redacted(url)}: give the address of a directory, without '?' and '#'")
     return url.rstrip("/")

@@ -82,7 +82,7 @@ class Patience:
 
 def fetch(url: str, path: Path, size: int, advance: Advance) -> None:
     """Bring a file of this many bytes to a path, after the bytes that are there already."""
-    patience = Patience(shown(url))
+    patience = Patience(redacted(url))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         advance(file.tell())
@@ -99,7 +99,7 @@ def fetch(url: str, path: Path, size: int, advance: Advance) -> None:
 
 def fetch_small(url: str, limit: int) -> bytes:
     """A whole answer of at most so many bytes."""
-    patience = Patience(shown(url))
+    patience = Patience(redacted(url))
     while True:
         content = b""
         try:
@@ -107,14 +107,14 @@ def fetch_small(url: str, limit: int) -> bytes:
                 for block in response.iter_raw():
                     content += block
                     if len(content) > limit:
-                        raise ModelError(f"{shown(url)}: sends more than {limit:,} bytes")
+                        raise ModelError(f"{redacted(url)}: sends more than {limit:,} bytes")
             return content
         except (httpx2.TransportError, PassingError) as error:
             patience.wait(error)
 
 
 def _receive(response: httpx2.Response, file: IO[bytes], size: int, advance: Advance) -> None:
-    where = shown(str(response.url))
+    where = redacted(str(response.url))
     asked = file.tell()
     start, total = _extent(response)
     if start is None or start not in (0, asked):  # this server's ranges are of no use, or it has
@@ -173,14 +173,18 @@ def _answer(url: str, start: int = 0) -> Iterator[httpx2.Response]:
                 )
                 response = stack.enter_context(asked)
             except OfflineModeIsEnabled:
-                raise RunError(f"{shown(url)}: HF_HUB_OFFLINE is set, nothing is asked") from None
+                raise RunError(
+                    f"{redacted(url)}: HF_HUB_OFFLINE is set, nothing is asked"
+                ) from None
             except (ValueError, ImportError, httpx2.InvalidURL) as error:
-                raise RunError(f"{shown(url)}: can't be asked with this proxy: {error}") from error
+                raise RunError(
+                    f"{redacted(url)}: can't be asked with this proxy: {error}"
+                ) from error
             if not response.has_redirect_location:
                 break
             target = _next(target, response.headers["Location"])
         else:
-            raise RunError(f"{shown(url)}: more than {MAX_REDIRECTS} redirects")
+            raise RunError(f"{redacted(url)}: more than {MAX_REDIRECTS} redirects")
         _check_status(response, start)
         yield response
 
@@ -189,18 +193,20 @@ def _next(target: httpx2.URL, location: str) -> httpx2.URL:
     try:
         following = target.join(location)
     except httpx2.InvalidURL as error:
-        raise RunError(f"{shown(str(target))}: redirects to no valid address: {error}") from error
+        raise RunError(
+            f"{redacted(str(target))}: redirects to no valid address: {error}"
+        ) from error
     is_near = is_loopback(following.host) and is_loopback(target.host)
     if following.scheme != "https" and not (following.scheme == "http" and is_near):
         raise RunError(
-            f"{shown(str(target))}: redirects to {shown(str(following))}, which is not https"
+            f"{redacted(str(target))}: redirects to {redacted(str(following))}, which is not https"
         )
     return following
 
 
 def _check_status(response: httpx2.Response, start: int) -> None:
     status = response.status_code
-    where = shown(str(response.url))
+    where = redacted(str(response.url))
     if status in PASSING:
         raise PassingError(f"HTTP {status}", _pause(response.headers.get("Retry-After", "")))
     if status not in (200, 206) and not (status == 416 and start):
@@ -227,8 +233,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def shown(url: str) -> str:
-    """A URL without the password that it may hold."""
-    return redacted(url)
