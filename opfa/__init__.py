@@ -11,11 +11,11 @@ Importing opfa also makes `transformers.AutoModel*.from_pretrained` read compact
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opfa.registration import register_when_needed
+from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from opfa.inspection import inspect
     from opfa.sparsity.layers import fuse, lock
+    from opfa.weights.inspection import inspect
 
 __version__ = version("opfa")
 __all__ = ["fuse", "inspect", "lock"]
@@ -30,7 +30,7 @@ def __getattr__(
 
         return getattr(layers, name)
     if name == "inspect":
-        from opfa.inspection import inspect
+        from opfa.weights.inspection import inspect
 
         return inspect
     raise AttributeError(f"module 'opfa' has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m opfa`, which is what launchers start on every rank."""
 
-from opfa.cli import main
+from opfa.commands.app import main
 
 main()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.seal import FILES
+from opfa.storage.seal import FILES
 from opfa.upstream.batches import Batch
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import PretrainRecipe

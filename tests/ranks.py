@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opfa.distributed import end_process
 from opfa.errors import OpfaError
 from opfa.sparsity.layers import MaskedLinear
 from opfa.sparsity.masks import fingerprint
+from opfa.training.distributed import end_process
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Objective, Targets
 from opfa.upstream.pretrain import Trainer, pretrain

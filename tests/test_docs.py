@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opfa import cli
+from opfa.commands import app as cli
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.upstream.recipe import PretrainRecipe
 

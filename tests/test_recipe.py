@@ -13,8 +13,8 @@ from hypothesis import strategies as some
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
+from opfa.training.zero import DeepSpeedFile
 from opfa.upstream.recipe import PretrainRecipe
-from opfa.zero import DeepSpeedFile
 
 PRETRAIN = """
 name = "tiny"

@@ -21,9 +21,9 @@ from transformers.integrations.deepspeed import (
 )
 
 import opfa
-from opfa.distributed import barrier, end_process
 from opfa.errors import ModelError
-from opfa.guard import SparsityGuard
+from opfa.integrations.guard import SparsityGuard
+from opfa.training.distributed import barrier, end_process
 
 EXAMPLE = Path(__file__).parent.parent / "recipes/loops/trainer_deepspeed.py"
 DATA: Any = [{"input_ids": [2, 7 + i % 5, 3], "labels": i % 2} for i in range(64)]

@@ -11,19 +11,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from opfa import quant, seal
-from opfa.checkpoint import fill_finished, model_digest
-from opfa.downstream import tasks
+from opfa.compression import quant
+from opfa.data.order import generator
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.student import hold_zeros, prepare_8_bits
-from opfa.engine import choose_accelerator
 from opfa.errors import ModelError
-from opfa.files import check_new, new_directory
-from opfa.inspection import directory_of, inspect
-from opfa.models import load_config, load_tokenizer
-from opfa.order import generator
+from opfa.models.encoders import load_config, load_tokenizer
 from opfa.sparsity.layers import SPARSE_FROM
+from opfa.storage import seal
+from opfa.storage.files import check_new, new_directory
+from opfa.tasks import kinds as tasks
+from opfa.training.checkpoint import fill_finished, model_digest
+from opfa.training.engine import choose_accelerator
+from opfa.weights.inspection import directory_of, inspect
 
 log = logging.getLogger(__name__)
 

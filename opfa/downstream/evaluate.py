@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
 
-from opfa import quant, seal
-from opfa.downstream import tasks
-from opfa.downstream.features import Split, num_tokens
-from opfa.downstream.recipe import FinetuneRecipe, Task
-from opfa.downstream.tasks import KINDS, inputs_of, logits_of
-from opfa.engine import choose_accelerator
-from opfa.files import write_text
-from opfa.finished import changed_model
-from opfa.inspection import check_stated, directory_of
-from opfa.models import load_config, load_tokenizer
+from opfa.compression import quant
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.models.encoders import load_config, load_tokenizer
+from opfa.storage import seal
+from opfa.storage.files import write_text
+from opfa.tasks import kinds as tasks
+from opfa.tasks.features import Split, num_tokens
+from opfa.tasks.kinds import KINDS, inputs_of, logits_of
+from opfa.tasks.recipe import Task
+from opfa.training.engine import choose_accelerator
+from opfa.training.finished import changed_model
+from opfa.weights.inspection import check_stated, directory_of
 
 log = logging.getLogger(__name__)
 

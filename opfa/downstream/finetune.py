@@ -17,8 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opfa import began, finished, launch, quant, report, seal
-from opfa.checkpoint import (
+from opfa.compression import quant
+from opfa.compression.pruner import Pruner
+from opfa.data.order import Order, Place
+from opfa.downstream.evaluate import evaluate, evaluate_splits
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.selection import Best
+from opfa.downstream.student import hold_zeros, prepare_8_bits
+from opfa.downstream.teacher import Teacher
+from opfa.errors import DivergedError, RecipeError, RunError
+from opfa.models.encoders import decay_groups, load_config, load_tokenizer
+from opfa.report import pictures as report
+from opfa.sparsity import masks as mask_files
+from opfa.sparsity.layers import masks_of, set_masks
+from opfa.storage import seal
+from opfa.storage.files import write_json
+from opfa.tasks import kinds as tasks
+from opfa.tasks.features import Split
+from opfa.training import began, finished, launch
+from opfa.training.checkpoint import (
     facts_of,
     model_digest,
     newest_point,
@@ -28,23 +45,9 @@ from opfa.checkpoint import (
     seed_step,
     write_finished,
 )
-from opfa.distributed import Stopped, Supervisor
-from opfa.downstream import tasks
-from opfa.downstream.evaluate import evaluate, evaluate_splits
-from opfa.downstream.features import Split
-from opfa.downstream.recipe import FinetuneRecipe
-from opfa.downstream.selection import Best
-from opfa.downstream.student import hold_zeros, prepare_8_bits
-from opfa.downstream.teacher import Teacher
-from opfa.engine import choose_accelerator
-from opfa.errors import DivergedError, RecipeError, RunError
-from opfa.files import write_json
-from opfa.models import decay_groups, load_config, load_tokenizer
-from opfa.order import Order, Place
-from opfa.pruner import Pruner
-from opfa.run import Run, check_output
-from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import masks_of, set_masks
+from opfa.training.distributed import Stopped, Supervisor
+from opfa.training.engine import choose_accelerator
+from opfa.training.run import Run, check_output
 
 UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
 TEACHER = "teacher.safetensors"  # its logits, while the run lasts

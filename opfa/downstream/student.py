@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from opfa import quant
-from opfa.anatomy import layer_of, part_of
+from opfa.compression import quant
 from opfa.downstream.recipe import Quantization
 from opfa.errors import ModelError
-from opfa.inspection import directory_of, inspect, stated_report
+from opfa.sparsity.anatomy import layer_of, part_of
 from opfa.sparsity.layers import lock, mask_layers, masked_layers
+from opfa.weights.inspection import directory_of, inspect, stated_report
 
 log = logging.getLogger(__name__)
 

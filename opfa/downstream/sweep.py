@@ -15,14 +15,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from opfa import finished, launch, report, seal
-from opfa.distributed import Stopped, Supervisor
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
-from opfa.files import write_text
-from opfa.run import check_output
-from opfa.tables import figure
+from opfa.report import pictures as report
+from opfa.report.tables import figure
+from opfa.storage import seal
+from opfa.storage.files import write_text
+from opfa.training import finished, launch
+from opfa.training.distributed import Stopped, Supervisor
+from opfa.training.run import check_output
 
 Result = dict[str, Any]  # a run's results.json
 log = logging.getLogger(__name__)

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opfa.distill import hidden_loss, soft_loss
+from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.downstream.evaluate import predict
-from opfa.downstream.features import Batch, Split
-from opfa.downstream.recipe import Distillation, Task
-from opfa.downstream.tasks import in_context, inputs_of, is_target, load_model, logits_of
+from opfa.downstream.recipe import Distillation
 from opfa.errors import ModelError, RunError, opening
-from opfa.files import new_file
-from opfa.fit import fit_tokenizer
-from opfa.models import load_tokenizer
-from opfa.seal import SEAL
+from opfa.models.encoders import load_tokenizer
+from opfa.models.fit import fit_tokenizer
+from opfa.storage.files import new_file
+from opfa.storage.seal import SEAL
+from opfa.tasks.features import Batch, Split
+from opfa.tasks.kinds import in_context, inputs_of, is_target, load_model, logits_of
+from opfa.tasks.recipe import Task
 
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"

@@ -1,0 +1,1 @@
+"""What a zero is, and how it is held."""

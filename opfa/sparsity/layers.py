@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opfa.anatomy import is_matrix, is_pruned, layer_of
 from opfa.errors import ModelError
 from opfa.sparsity import masks as mask_functions
+from opfa.sparsity.anatomy import is_matrix, is_pruned, layer_of
 from opfa.sparsity.masks import Masks
 
 SPARSE_FROM = 0.01  # a model with fewer zeros than this has none to speak of: rounding leaves a few

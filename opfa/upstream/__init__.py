@@ -1,0 +1,1 @@
+"""Pre-training: corpora, teachers, sparse students."""

@@ -1,4 +1,4 @@
-"""Prepared examples to masked batches, in the order of `opfa.order`.
+"""Prepared examples to masked batches, in the order of `opfa.data.order`.
 
 Masking and order are functions of (seed, epoch, example), so ranks, micro-batches, workers and a
 resume change neither. Shape letters: B sequences, T tokens.
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from opfa.data.order import MicroBatches, Order, Place
 from opfa.errors import DataError
-from opfa.order import MicroBatches, Order, Place
 from opfa.upstream.masking import Masker
 from opfa.upstream.prepared import Prepared as Prepared
 from opfa.upstream.recipe import Masking

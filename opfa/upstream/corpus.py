@@ -34,12 +34,12 @@ from pyarrow.compute import call_function
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from opfa import seal
+from opfa.data.order import HELD_OUT, generator
+from opfa.data.records import Bad, expand, read_records, stop
 from opfa.errors import DataError, opening, shown
-from opfa.files import check_new, new_directory
-from opfa.models import load_tokenizer, quiet_transformers, wordpiece_tokenizer
-from opfa.order import HELD_OUT, generator
-from opfa.records import Bad, expand, read_records, stop
+from opfa.models.encoders import load_tokenizer, quiet_transformers, wordpiece_tokenizer
+from opfa.storage import seal
+from opfa.storage.files import check_new, new_directory
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
 from opfa.upstream.sentences import sentences_of

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from opfa.clock import Clock
-from opfa.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
+from opfa.compression.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
 from opfa.errors import ModelError
-from opfa.models import Features, pretraining_features, projection
+from opfa.models.encoders import Features, pretraining_features, projection
+from opfa.training.clock import Clock
 from opfa.upstream.batches import Batch
 from opfa.upstream.recipe import Distillation
 

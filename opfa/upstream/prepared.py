@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from opfa import distributed, launch, seal
 from opfa.errors import DataError, RecipeError, opening, redacted
-from opfa.models import load_tokenizer
+from opfa.models.encoders import load_tokenizer
+from opfa.storage import seal
+from opfa.training import distributed, launch
 from opfa.upstream.corpus import FORMAT, OLD_FORMAT, SUMMARY, measure, tokenizer_digest
 from opfa.upstream.recipe import Corpus
 

@@ -19,8 +19,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opfa import began, distributed, finished, launch, report
-from opfa.checkpoint import (
+from opfa.compression.pattern import Pattern
+from opfa.compression.pruner import Pruner
+from opfa.data.order import Order
+from opfa.errors import ModelError, RecipeError, RunError
+from opfa.models.encoders import (
+    compile_models,
+    decay_groups,
+    load_pretraining_model,
+    new_pretraining_model,
+)
+from opfa.models.fit import check_fit
+from opfa.report import pictures as report
+from opfa.sparsity import masks as mask_files
+from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
+from opfa.training import began, distributed, finished, launch
+from opfa.training.checkpoint import (
     facts_of,
     model_digest,
     newest_point,
@@ -28,23 +42,10 @@ from opfa.checkpoint import (
     seed_step,
     write_finished,
 )
-from opfa.clock import Clock
-from opfa.distributed import Stopped, Supervisor
-from opfa.engine import Engine, start_distributed
-from opfa.errors import ModelError, RecipeError, RunError
-from opfa.fit import check_fit
-from opfa.models import (
-    compile_models,
-    decay_groups,
-    load_pretraining_model,
-    new_pretraining_model,
-)
-from opfa.order import Order
-from opfa.pruner import Pruner
-from opfa.run import Run, check_output
-from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
-from opfa.sparsity.pattern import Pattern
+from opfa.training.clock import Clock
+from opfa.training.distributed import Stopped, Supervisor
+from opfa.training.engine import Engine, start_distributed
+from opfa.training.run import Run, check_output
 from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
 from opfa.upstream.prepared import Prepared, open_together

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from opfa import distributed
 from opfa.errors import RunError
+from opfa.training import distributed
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Targets
 

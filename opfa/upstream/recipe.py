@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from opfa.compression.pattern import Pattern
+from opfa.compression.schedules import Gradual, LearningRate
 from opfa.recipe import Batch, Name, Recipe, Section, Seed, Steps
-from opfa.schedules import Gradual, LearningRate
-from opfa.sparsity.pattern import Pattern
-from opfa.zero import DeepSpeedFile
+from opfa.training.zero import DeepSpeedFile
 
 LAYERS = ("num_hidden_layers", "n_layers")  # as a transformers configuration says it
 MOST_LAYERS = 1_000  # each is made, also where a model is only planned

@@ -10,7 +10,7 @@ A document is a list of segments (sentences, or one segment for all), a segment 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from opfa.order import PAIRS, generator
+from opfa.data.order import PAIRS, generator
 from opfa.upstream.recipe import Corpus
 
 EXAMPLE = Features(

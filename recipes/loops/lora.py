@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import opfa
-from opfa.lora import masked_lora
+from opfa.integrations.lora import masked_lora
 
 name, file, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import opfa
-from opfa.guard import SparsityGuard
+from opfa.integrations.guard import SparsityGuard
 
 logging.basicConfig(format="%(message)s")
 logging.getLogger("opfa").setLevel(logging.INFO)  # the guard says at the end what it held

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from opfa import seal
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
+from opfa.storage import seal
 
 FILE = "answers.jsonl"
 PAIRS = [

@@ -6,9 +6,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from opfa import seal
-from opfa.plan import operations, shape_of
-from opfa.report import BLUE, GREEN, GREY, LOSSES, ORANGE
+from opfa.report.pictures import BLUE, GREEN, GREY, LOSSES, ORANGE
+from opfa.storage import seal
+from opfa.upstream.plan import operations, shape_of
 from opfa.upstream.recipe import PretrainRecipe
 
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}

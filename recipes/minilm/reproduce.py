@@ -28,8 +28,8 @@ from answers import write_answers
 from split import VALIDATION, write_split
 from table import TASKS, write_table
 
-from opfa import seal
 from opfa.errors import STOPPED, RunError
+from opfa.storage import seal
 
 OPFA = [sys.executable, "-m", "opfa"]
 PERCENT = (90, 85)

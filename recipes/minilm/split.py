@@ -13,8 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from opfa.files import new_directory
-from opfa.records import read_records
+from opfa.data.records import read_records
+from opfa.storage.files import new_directory
 
 HELD_PERCENT = 20  # of the groups
 VALIDATION = {"mnli": "validation_matched"}  # the split's name, where it is another

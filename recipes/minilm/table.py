@@ -17,13 +17,15 @@ from answers import FILE, differences, right_of
 from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_error
 from split import VALIDATION
 
-from opfa import finished, metrics, provenance, seal
-from opfa.files import write_json, write_text
-from opfa.inspection import inspect
-from opfa.records import read_records
-from opfa.report import inspection_picture, loss_picture
-from opfa.tables import figure, markdown_table
+from opfa.data.records import read_records
+from opfa.release import provenance
+from opfa.report.pictures import inspection_picture, loss_picture
+from opfa.report.tables import figure, markdown_table
+from opfa.storage import seal
+from opfa.storage.files import write_json, write_text
+from opfa.training import finished, metrics
 from opfa.upstream.recipe import PretrainRecipe
+from opfa.weights.inspection import inspect
 
 METHODS = [
     *(("dense", 0), ("dense-fp32", 0), ("dense-8bit", 0)),

@@ -1,0 +1,325 @@
+"""Benchmark of upstream training: a recipe's step by part, and against the same step written
+plainly.
+
+    ours        the recipe as it is
+    no teacher  without [distillation]
+    dense       without [distillation] and [pruning], if there is [pruning]
+    plain       transformers and autocast as one would write them: fp32 weights cast at every step,
+                all logits kept, a hook that multiplies weights by their masks, fused AdamW
+
+Each runs alone, in a process of its own, one after the other and then all again; each measures the
+machine's rate in matrix products too. Ratios are of the fastest steps for their tokens, as `timeit`
+advises: slower ones tell what else the machine did. Masks are at the target from the start. Without
+a recipe it is BERT-base with 8 x 128 random tokens.
+"""
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opfa.bench.measure import in_a_process, peak_bytes, timed
+from opfa.bench.plain import Plain
+from opfa.compression.distill import Scales, VocabularyLoss
+from opfa.errors import RecipeError
+from opfa.models.encoders import (
+    new_config,
+    new_pretraining_model,
+    wordpiece_tokenizer,
+    write_model,
+)
+from opfa.training.clock import Clock
+from opfa.training.distributed import Supervisor
+from opfa.training.engine import choose_accelerator, start_distributed
+from opfa.training.machine import environment
+from opfa.upstream.batches import Prepared, training_steps
+from opfa.upstream.corpus import measure, write_summary
+from opfa.upstream.objective import Counts
+from opfa.upstream.plan import operations, shape_of
+from opfa.upstream.prepared import SPLITS
+from opfa.upstream.pretrain import DTYPES, Trainer, order_of
+from opfa.upstream.recipe import PretrainRecipe
+from opfa.upstream.segments import EXAMPLE
+
+WARMUP = 3  # steps of each process before those that count
+STEPS = {"cpu": 5, "cuda": 50}  # that count
+ENDLESS = 10**6
+SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is timed
+LOSS_SHAPE = (4096, 768, 30_522)  # tokens, hidden, vocabulary: 8 x 512 tokens of BERT-base
+LOADER_SECONDS = 1.0
+STANDARD: dict[str, Any] = {
+    "name": "bench",
+    "corpus": {"documents": ["random"], "objective": "mlm", "tokenizer": "random"},
+    "model": {"config": {"model_type": "bert", "vocab_size": 30_522}},
+    "training": {"steps": ENDLESS, "batch": 8, "learning_rate": 1e-5},
+    "pruning": {
+        "schedule": {"end": 50_000, "hold_until": 80_000, "every": 1_000, "target": 0.9},
+    },
+    "distillation": {"teacher": "random"},
+}
+Results = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Results:
+    """Seconds by part, tokens a second, share of the machine's rate, peak memory; and ratios.
+
+    `overrides` are of the standard recipe, if `recipe` is none.
+    """
+    if recipe is not None and recipe.model.init is None:
+        raise RecipeError(
+            "model.config: opfa bench train needs a model that both loops can start from; give "
+            "model.init=DIRECTORY, and model.config= to take it away"
+        )
+    choose_accelerator()  # before transformers makes DeepSpeed guess
+    with tempfile.TemporaryDirectory() as directory:
+        if recipe is None:
+            recipe = _standard(Path(directory), overrides)
+        names = ["ours"]
+        if recipe.distillation is not None and recipe.pruning is not None:
+            names.append("no teacher")
+        if recipe.pruning is not None:
+            names.append("dense")
+        names.append("plain")
+        found: dict[str, list[Results]] = {name: [] for name in names}
+        for index in range(rounds):
+            for name in names:
+                found[name].append(in_a_process(_measured, name, recipe))
+                seconds = " ".join(f"{s:.3g}" for s in found[name][-1]["seconds"])
+                log.info("round %d of %d, %s: %s s", index + 1, rounds, name, seconds)
+        work = operations(shape_of(recipe), recipe.training.batch)
+    return _summary(recipe, found, work)
+
+
+def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: float) -> Results:
+    """What the runs of all variants say; `work` are a step's operations were no token padding."""
+    ours = found["ours"][-1]
+    real_tokens = statistics.mean(ours["tokens"])
+    seconds = {
+        name: [
+            s * real_tokens / tokens  # of a step of as many as the mean
+            for run in runs
+            for s, tokens in zip(run["seconds"], run["tokens"], strict=True)
+        ]
+        for name, runs in found.items()
+    }
+    fastest = {name: min(values) for name, values in seconds.items()}
+    rate = max(r for runs in found.values() for run in runs for r in run["rates"])
+    peaks = {name: max(run["peak_bytes"] for run in runs) for name, runs in found.items()}
+    work *= real_tokens / (recipe.training.batch * recipe.corpus.sequence_tokens)
+    every = recipe.pruning.schedule.every if recipe.pruning else 0
+    return {
+        "machine": environment()["machine"],
+        "threads": torch.get_num_threads(),
+        "model": recipe.model.model_dump(exclude_none=True),
+        "batch": recipe.training.batch,
+        "sequence_tokens": recipe.corpus.sequence_tokens,
+        "real_tokens": real_tokens,
+        "precision": recipe.training.precision,
+        "steps": len(seconds["ours"]),
+        "variants": {
+            name: {
+                "seconds": fastest[name],
+                "median": statistics.median(seconds[name]),
+                "slowest": max(seconds[name]),
+                "peak_bytes": peaks[name],
+                "library_bytes": found[name][-1]["library_bytes"],
+            }
+            for name in found
+        },
+        "seconds_by_part": ours["parts"],
+        "tokens_per_second": real_tokens / fastest["ours"],
+        "flops_per_step": work,
+        "matrix_flops_per_second": rate,
+        "share_of_matrix_rate": work / fastest["ours"] / rate,
+        "mask_update_share": ours["mask_update"] / (every * fastest["ours"]) if every else None,
+        "loader_tokens_per_second": ours["loader"],
+        "loss_bytes": in_a_process(_loss_bytes, recipe.training.precision)["bytes"],
+        "ratios": _ratios(fastest, peaks),
+    }
+
+
+def _ratios(fastest: Mapping[str, float], peaks: Mapping[str, int]) -> dict[str, float]:
+    sparse = "no teacher" if "no teacher" in fastest else "ours"
+    ratios = {
+        "ours / plain, time": fastest["ours"] / fastest["plain"],
+        "ours / plain, peak memory": peaks["ours"] / peaks["plain"],
+    }
+    if sparse != "ours":
+        ratios["ours / no teacher, time"] = fastest["ours"] / fastest[sparse]
+    if "dense" in fastest:
+        ratios[f"{sparse} / dense, time"] = fastest[sparse] / fastest["dense"]
+    return ratios
+
+
+def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
+    """BERT-base with random weights, as student and teacher, and random examples."""
+    file = directory / "recipe.toml"
+    file.write_text(PretrainRecipe.check(STANDARD).to_toml())
+    recipe = PretrainRecipe.read(file, overrides)
+    assert recipe.model.config is not None
+    torch.manual_seed(recipe.seed)
+    size, tokens = new_config(recipe.model.config).vocab_size, recipe.corpus.sequence_tokens
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    vocabulary = {token: index for index, token in enumerate(special)}
+    vocabulary |= {f"word{index}": index for index in range(len(vocabulary), size)}
+    tokenizer = wordpiece_tokenizer(vocabulary, lowercase=True, tokens=tokens)
+    model = new_pretraining_model(recipe.model.config, recipe.corpus.objective, tokenizer)
+    write_model(model, tokenizer, directory / "model")
+    disable_progress_bars()
+    choose = np.random.default_rng(recipe.seed)
+    examples = Dataset.from_dict(
+        {
+            "input_ids": list(choose.integers(len(special), size, (4096, tokens), dtype=np.int32)),
+            "second_segment": [tokens] * 4096,
+            "next_sentence_label": [-100] * 4096,
+        },
+        features=EXAMPLE,
+    )
+    for split in SPLITS:
+        examples.save_to_disk(directory / "prepared" / split)
+    tokenizer.save_pretrained(directory / "prepared/tokenizer")
+    splits: dict[str, Any] = dict.fromkeys(SPLITS, measure(examples))
+    write_summary(directory / "prepared", recipe.corpus, splits, tokenizer)
+    path = str(directory / "model")
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    values |= {"data": str(directory / "prepared"), "model": {"init": path}}
+    if recipe.distillation is not None:
+        values["distillation"]["teacher"] = path
+    return PretrainRecipe.check(values)
+
+
+def _matrix_rates(device: str, dtype: torch.dtype) -> list[float]:
+    """Floating-point operations a second in products of two large square matrices."""
+    side = SIDE[device]
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    functional.linear(a, b)
+    return [2 * side**3 / timed(lambda: functional.linear(a, b)) for _ in range(3)]
+
+
+def _measured(name: str, recipe: PretrainRecipe) -> Results:
+    """Seconds and real tokens of steps of a variant, peak memory, and what ours finds out about
+    itself.
+    """
+    library_bytes = peak_bytes()
+    variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
+    for _ in range(WARMUP):
+        variant.step()
+    num_steps = STEPS[choose_accelerator()]
+    tokens: list[int] = []
+    seconds = [timed(lambda: tokens.append(variant.step())) for _ in range(num_steps)]
+    found = {"seconds": seconds, "tokens": tokens}
+    found |= {"peak_bytes": peak_bytes(), "library_bytes": library_bytes}
+    if isinstance(variant, Ours) and name == "ours":
+        found |= variant.facts(num_steps)
+    return {
+        **found,
+        "rates": _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision]),
+    }
+
+
+def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
+    """The recipe of a variant, with masks at the target from the start."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    values["training"] |= {"steps": ENDLESS, "rewind_learning_rate": False}
+    if name != "ours":
+        values.pop("distillation", None)
+        if recipe.masking.probability == 0:  # without a teacher something has to be masked
+            values.pop("masking")
+    if name == "dense":
+        values.pop("pruning", None)
+    if "pruning" in values:
+        values["pruning"]["schedule"] = {
+            "end": 0,
+            "target": values["pruning"]["schedule"]["target"],
+        }
+    return PretrainRecipe.check(values)
+
+
+class Ours:
+    """A recipe's trainer, step by step."""
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        """Load what the recipe names; this process alone is the run."""
+        device = start_distributed(recipe.launch.timeout_seconds)
+        prepared = Prepared.open(Path(recipe.data), recipe.corpus)
+        order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
+        self._clock = Clock()
+        watch = Supervisor(float("inf"))
+        self.trainer = Trainer(recipe, prepared, order, device, watch, self._clock)
+        self.trainer.engine.module.train()
+        self._has_masks = recipe.pruning is not None
+        if self._has_masks:
+            self.trainer.prune(0)
+        self._batches = self.trainer.batches(0)
+
+    def step(self) -> int:
+        """One optimizer step; its real tokens."""
+        batches = next(self._batches)
+        sums = (sum(column) for column in zip(*(b.counts() for b in batches), strict=True))
+        counts = Counts(*(max(1.0, float(count)) for count in sums))
+        losses = self.trainer.accumulate(batches, counts)
+        self.trainer.optimize(0, self.trainer.recipe.training.learning_rate, losses)
+        return int(counts.real)
+
+    def facts(self, num_steps: int) -> Results:
+        """Seconds by part of a step, of a mask update, and the loader's speed alone."""
+        self._clock.is_on = True
+        for _ in range(num_steps):
+            self.step()
+        parts = {name: seconds / num_steps for name, seconds in self._clock.seconds.items()}
+        updates = []
+        for _ in range(3 if self._has_masks else 0):
+            updates.append(timed(lambda: self.trainer.prune(0)))
+        return {
+            "parts": parts,
+            "mask_update": statistics.median(updates) if updates else None,
+            "loader": self._loader_rate(),
+        }
+
+    def _loader_rate(self) -> float:
+        """Real tokens a second, loaded in this process."""
+        trainer = self.trainer
+        steps = training_steps(
+            trainer.prepared, trainer.mask, trainer.order, steps=range(ENDLESS), workers=0
+        )
+        start, tokens = time.perf_counter(), 0
+        while time.perf_counter() - start < LOADER_SECONDS:
+            tokens += sum(batch.counts()[1] for batch in next(steps))
+        return tokens / (time.perf_counter() - start)
+
+
+def _loss_bytes(precision: str) -> Results:
+    """Memory that the loss under a teacher takes at its peak, beside models and features."""
+    tokens, hidden, size = LOSS_SHAPE
+    device, dtype = choose_accelerator(), DTYPES[precision]
+    numbers = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        empty = torch.empty(shape, device=device, dtype=dtype)
+        return empty.normal_(generator=numbers)
+
+    layers = [nn.Linear(hidden, 1, device=device, dtype=dtype) for _ in range(2)]
+    for layer in layers:
+        layer.weight, layer.bias = nn.Parameter(random(size, hidden)), nn.Parameter(random(size))
+    features = [random(tokens, hidden) for _ in range(2)]
+    labels = torch.arange(tokens // 7, device=device)
+    weight, bias = layers[0].weight, layers[0].bias
+    loss = VocabularyLoss(layers[0])
+    for num_tokens in (8, tokens):  # what libraries allocate once comes first
+        before = peak_bytes()
+        student = features[0][:num_tokens].detach().requires_grad_()
+        teacher = features[1][:num_tokens], layers[1]
+        scales = Scales(hard=1e-3, soft=1e-3, temperature=2.0)
+        loss(student, labels[: num_tokens // 7], scales, teacher).total.backward()
+        weight.grad = bias.grad = None
+    return {"bytes": peak_bytes() - before}

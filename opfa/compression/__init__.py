@@ -1,0 +1,1 @@
+"""How a model gets small: schedules, pruning, distillation, 8 bits."""

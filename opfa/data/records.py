@@ -1,0 +1,216 @@
+"""Records from local files, read strictly: a bad one is named by file and line, and none is skipped
+unless the caller says so.
+
+JSON Lines, arrays of objects, CSV, TSV, Parquet, plain text (documents parted by empty lines) and
+CoNLL's tagged words (one a line, sentences parted by empty lines); .gz and .zst where the format is
+text. No record may be larger than `LARGEST`, so that memory is bounded whatever a file holds.
+"""
+
+import csv
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Self
+
+from opfa.data.json_records import Columns, Found, Record, read_json, read_json_lines
+from opfa.data.lines import COMPRESSED, LARGEST, TOO_LONG, Line, check_plain, read_lines
+from opfa.data.parquet_records import read_parquet
+from opfa.errors import DataError, first_line, opening, shown
+
+Bad = Callable[[DataError], None]  # what to do about a bad record; returning skips it
+Reader = Callable[[Path, Columns], Iterator[Found]]
+UP_TO_EMPTY = "what begins here and ends at the next empty line"
+BLANKS = " \t\r\n\f\v"  # those between CoNLL's columns; a no-break space is a part of a word
+TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
+ANY_BLANKS = re.compile(f"[{BLANKS}]+")
+
+
+def stop(error: DataError) -> None:
+    """Skip nothing."""
+    raise error
+
+
+class Csv(csv.excel):
+    """Comma-separated values; an unfinished quotation is a mistake."""
+
+    strict = True
+
+
+class Tsv(csv.excel_tab):
+    """Tab-separated values as GLUE's: a quotation mark is a character like any other."""
+
+    quoting = csv.QUOTE_NONE
+
+
+def expand(patterns: Iterable[str]) -> list[Path]:
+    """The files that paths or glob patterns name, sorted within a pattern; each must name at least
+    one.
+    """
+    files = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise DataError(f"{pattern}: no such file")
+        files += [Path(match) for match in matches]
+    return files
+
+
+def read_records(
+    file: Path, bad: Bad = stop, columns: Columns = None
+) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with where it stands ("line 7"). With `columns`, the others don't
+    matter: a record still names them all, but their values may be None.
+
+    Raises `DataError` for a file that can't be read; `bad` decides about a single record.
+    """
+    check_plain(file)
+    suffixes = [s for s in file.suffixes if s not in COMPRESSED]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in READERS:
+        raise DataError(
+            f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
+        )
+    is_empty = True
+    for number, found in _opened(file, READERS[kind], columns):
+        if isinstance(found, DataError):
+            bad(found)
+        else:
+            is_empty = False
+            yield f"line {number}", found
+    if is_empty:
+        raise DataError(f"{file}: is empty")
+
+
+def _opened(file: Path, reader: Reader, columns: Columns) -> Iterator[Found]:
+    with opening(file, DataError):
+        yield from reader(file, columns)
+
+
+class _CsvLines:
+    """The lines of the file for `csv`, which asks for as many as a record has."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lines = file, read_lines(file)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new record begins in the next line."""
+        self.first = self.last = self.num_characters = 0
+        self.mistake: DataError | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.first, self.last = self.first or line.number, line.number
+        self.num_characters += len(line.text)
+        if self.num_characters > LARGEST:  # where the next one begins isn't known any more
+            raise self.error(f"the record that begins here {TOO_LONG}")
+        if line.mistake and self.mistake is None:
+            self.mistake = DataError(f"{self.file}, line {line.number}: {line.mistake}")
+        return line.text
+
+    def error(self, problem: object) -> DataError:
+        """What is wrong with the record."""
+        return DataError(f"{self.file}, line {self.first}: {problem}")
+
+
+def _separated(file: Path, columns: Columns, dialect: type[csv.Dialect]) -> Iterator[Found]:
+    lines = _CsvLines(file)
+    csv.field_size_limit(LARGEST)  # of the whole process, where nobody wants it smaller
+    reader = csv.reader(lines, dialect)
+    header: list[str] = []
+    while True:
+        lines.begin()
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise lines.error(f"can't be read: {first_line(error)}") from error
+        if values is None:
+            return
+        if lines.mistake and not header:
+            raise lines.mistake
+        if not values:
+            continue
+        if not header:
+            header = values
+            wanted = header if columns is None else columns
+            if twice := [name for name in wanted if header.count(name) > 1]:
+                raise lines.error(f"column {shown(twice[0])} stands twice")
+        elif lines.mistake:
+            yield lines.last, lines.mistake
+        elif len(values) != len(header):
+            problem = "not as many values as there are columns"
+            yield lines.last, DataError(f"{file}, line {lines.last}: {problem}")
+        else:
+            yield lines.last, dict(zip(header, values, strict=True))
+
+
+def _paragraphs(file: Path, is_end: Callable[[str], bool]) -> Iterator[list[Line] | DataError]:
+    """The lines between those that end a record, or what is wrong with the first bad one."""
+    lines: list[Line] = []
+    num_characters = 0
+    is_bad = False
+    for line in read_lines(file):
+        if is_end(line.text):
+            if lines:
+                yield lines
+            lines, num_characters, is_bad = [], 0, False
+        elif not is_bad:
+            lines.append(line)
+            num_characters += len(line.text)
+            number, mistake = line.number, line.mistake
+            if not mistake and num_characters > LARGEST:
+                number, mistake = lines[0].number, f"{UP_TO_EMPTY} {TOO_LONG}"
+            if mistake:
+                lines, is_bad = [], True
+                yield DataError(f"{file}, line {number}: {mistake}")
+    if lines:
+        yield lines
+
+
+def _text(file: Path, _: Columns) -> Iterator[Found]:
+    for lines in _paragraphs(file, lambda text: not text.strip()):
+        if isinstance(lines, DataError):
+            yield 0, lines
+        else:
+            text = "\n".join(line.text.rstrip("\r\n") for line in lines)
+            yield lines[0].number, {"text": text}
+
+
+def _conll(file: Path, _: Columns) -> Iterator[Found]:
+    """Sentences as `tokens` (the first column) and `tags` (the last). Columns are parted by tabs if
+    the first line has one, else by blanks.
+    """
+
+    def is_end(text: str) -> bool:
+        return not text.strip() or text.split(None, 1)[0] == "-DOCSTART-"
+
+    columns: re.Pattern[str] | None = None
+    for lines in _paragraphs(file, is_end):
+        if isinstance(lines, DataError):
+            yield 0, lines
+            continue
+        columns = columns or (TABS if "\t" in lines[0].text.strip(BLANKS) else ANY_BLANKS)
+        words = [columns.split(line.text.strip(BLANKS)) for line in lines]
+        alone = [line for line, fields in zip(lines, words, strict=True) if len(fields) == 1]
+        if alone:
+            word = shown(alone[0].text.strip(BLANKS))
+            problem = f"a word without a tag: {word}"
+            yield 0, DataError(f"{file}, line {alone[0].number}: {problem}")
+        else:
+            columns_of = {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
+            yield lines[0].number, columns_of
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": lambda file, columns: _separated(file, columns, Csv),
+    ".tsv": lambda file, columns: _separated(file, columns, Tsv),
+    ".parquet": read_parquet,
+    ".txt": _text,
+    ".conll": _conll,
+}

@@ -1,0 +1,1 @@
+"""The Hub, web servers and directories that models come from."""

@@ -1,0 +1,183 @@
+"""The release manifest: which files a released model has, how long each is, and its SHA-256.
+
+`release.json` in a released directory is the one list that every way of getting a model is held
+to. It names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out
+of the directory, or that two file systems could take for the same. `facts` is free JSON for
+whatever describes the model. `SHA256SUMS` was rejected: it says no sizes, and a download has to
+know before the first byte when to stop.
+
+Names that begin with a dot (`.git`, `.gitattributes`, `.cache`) are what tools leave in a
+directory; they are no part of a release, and `check` does not look at them.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from opfa.errors import ModelError
+from opfa.recipe import Section
+from opfa.storage.files import write_text
+from opfa.storage.seal import digest
+
+MANIFEST = "release.json"
+FORMAT = "opfa-release/1"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILES = 1000
+MAX_NAME = 255
+SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".toml", ".png", ".model", ".jinja")
+ALSO = ("LICENSE",)
+PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+SHOWN = 3  # problems of a manifest in one message; a hostile one may have thousands
+
+
+class File(Section):
+    """What a file must be."""
+
+    size: int = Field(ge=0, le=1 << 50)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def problem(self, path: Path) -> str | None:
+        """How a file on disk differs from what it must be; None where it does not."""
+        problem = problem_of_size(path, self.size)
+        if problem is None and digest(path) != self.sha256:
+            return f"has another SHA-256 than {self.sha256[:12]}..."
+        return problem
+
+
+class Manifest(Section):
+    """What `release.json` says."""
+
+    format: Literal["opfa-release/1"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+    files: dict[str, File] = Field(min_length=1, max_length=MAX_FILES)
+    facts: dict[str, Any] = {}  # Any: what JSON can hold
+
+    @field_validator("files")
+    @classmethod
+    def _are_plain(cls, files: dict[str, File]) -> dict[str, File]:
+        problems = [problem for name in files if (problem := problem_of_name(name))]
+        taken: dict[str, str] = {}
+        for name in files:
+            other = taken.setdefault(name.lower(), name)
+            if other != name:
+                problems.append(f"{name!r} and {other!r} are the same name on some file systems")
+        for name in files:
+            parents = (str(parent) for parent in list(Path(name.lower()).parents)[:-1])
+            if inside := next((taken[parent] for parent in parents if parent in taken), None):
+                problems.append(f"{name!r} is inside {inside!r}, which is a file")
+        if problems:
+            raise ValueError(_some(problems))
+        return files
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.size for file in self.files.values())
+
+
+def problem_of_size(path: Path, size: int) -> str | None:
+    """Why a file on disk can't be one of this size; None where it can."""
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    return None if found == size else f"has {found:,} bytes, not {size:,}"
+
+
+def problem_of_name(name: str) -> str | None:
+    """Why a file of this name is not taken; None where it is."""
+    parts = name.split("/")
+    shown = repr(name[:80])
+    if len(name) > MAX_NAME:
+        return f"{shown}... is longer than {MAX_NAME} characters"
+    if not all(PART.fullmatch(part) for part in parts):
+        return f"{shown} is not a plain relative name of letters, digits, '.', '_' and '-'"
+    if not (name.endswith(SUFFIXES) or parts[-1] in ALSO):
+        return f"{shown} is no kind of file that is taken ({' '.join((*SUFFIXES, *ALSO))})"
+    if name.lower() == MANIFEST:
+        return f"{shown} can't list itself"
+    return None
+
+
+def write(directory: Path, name: str, facts: dict[str, Any]) -> Manifest:
+    """Write a directory's `release.json`; refuses whatever `parse` would refuse."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        if relative == MANIFEST or path.is_dir():
+            continue
+        if path.is_symlink() or not path.is_file():
+            raise ModelError(f"{path}: not a plain file, so it can't be released")
+        if problem := problem_of_name(relative):
+            raise ModelError(f"{directory}: can't be released: {problem}")
+        files[relative] = File(size=path.stat().st_size, sha256=digest(path))
+    try:
+        manifest = Manifest(format=FORMAT, name=name, files=files, facts=facts)
+    except ValidationError as error:
+        raise ModelError(f"{directory}: can't be released: {_explain(error)}") from None
+    text = manifest.model_dump_json(indent=2) + "\n"
+    parse(text, where=str(directory / MANIFEST))
+    write_text(directory / MANIFEST, text)
+    return manifest
+
+
+def parse(text: str | bytes, where: str = MANIFEST) -> Manifest:
+    """Read a manifest from anywhere; raises `ModelError` unless all of it is as it must be."""
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ModelError(f"{where}: more than {MAX_MANIFEST_BYTES:,} bytes; no manifest is so long")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise ModelError(f"{where}: not a release manifest: {_explain(error)}") from None
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of a released directory."""
+    return parse(read_bytes(directory), where=str(directory / MANIFEST))
+
+
+def read_bytes(directory: Path) -> bytes:
+    """The manifest of a released directory as it stands there, so that its digest can be taken."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ModelError(f"{directory}: has no {MANIFEST}, so it is not a released model")
+    with path.open("rb") as file:
+        return file.read(MAX_MANIFEST_BYTES + 1)
+
+
+def check(directory: Path) -> Manifest:
+    """Compare every file of a released directory with its manifest; returns the manifest.
+
+    Raises `ModelError` which names the files that differ, are missing, or are not in the manifest.
+    """
+    manifest = read(directory)
+    found = {name: file.problem(directory / name) for name, file in manifest.files.items()}
+    problems = [f"{name} {problem}" for name, problem in found.items() if problem]
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        known = relative.as_posix() in manifest.files or str(relative) == MANIFEST
+        if not (path.is_dir() or is_hidden or known):
+            problems.append(f"{relative} is not in {MANIFEST}")
+    if problems:
+        raise ModelError(f"{directory}: not what its {MANIFEST} says: {_some(problems)}")
+    return manifest
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for detail in error.errors(include_url=False):
+        key = ".".join(str(part)[:80] for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        value = detail["input"]
+        shown = f" (got {value!r:.60})" if isinstance(value, str | int | float | None) else ""
+        if detail["type"] in ("value_error", "json_invalid"):
+            shown = ""
+        problems.append(f"{key}: {message}{shown}" if key else message)
+    return _some(problems)
+
+
+def _some(problems: list[str]) -> str:
+    more = len(problems) - SHOWN
+    return "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

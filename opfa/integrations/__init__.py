@@ -1,0 +1,1 @@
+"""opfa inside other people's loops and loaders."""

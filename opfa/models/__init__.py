@@ -1,0 +1,1 @@
+"""The door to transformers: encoders loaded, checked and saved."""

@@ -1,0 +1,1 @@
+"""A finished run for others: rounded, verified, with a card."""

@@ -1,0 +1,199 @@
+"""Where a model comes from: the runs on the way to it, and the results of runs, read from their
+directories.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.errors import RunError, opening, redacted
+from opfa.recipe import Recipe
+from opfa.storage import seal
+from opfa.training import finished, metrics
+from opfa.upstream.recipe import PretrainRecipe
+
+Facts = Mapping[str, Any]  # what JSON files of runs hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One run on the way to a model: its recipe and what its run directory says, without the
+    directories of whoever ran it.
+    """
+
+    recipe: Facts  # resolved, as in recipe.toml
+    toml: str
+    sha256: str  # of the recipe as it was run
+    environment: Facts
+    steps: int
+    start: str  # where its model came from, as it was run; empty if from scratch
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of task; None for pre-training."""
+        return self.recipe.get("task", {}).get("kind")
+
+    @property
+    def splits(self) -> Mapping[str, Facts]:
+        """Digests of its training and validation data, upstream with their sizes."""
+        data = self.environment["data"]
+        return data["splits"] if self.kind is None else {k: {"sha256": v} for k, v in data.items()}
+
+    @property
+    def data(self) -> str:
+        """Digest of what its metrics were measured on."""
+        return self.splits["validation"]["sha256"]
+
+    def check(self) -> None:
+        """Look at all that a card says of the environment: a KeyError where it isn't there."""
+        facts, machine = self.environment, self.environment["machine"]
+        _ = self.data, facts["world_size"], dict(facts["versions"])
+        _ = machine["processors"], list(machine["accelerators"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the results: a model's metrics, means where there are several seeds."""
+
+    label: str
+    metrics: Mapping[str, float]
+    deviations: Mapping[str, float | None] = field(default_factory=dict)
+    num_seeds: int = 1
+    sparsity: float
+    data: str  # digest of what they were measured on
+
+
+def steps(run: Path) -> Iterator[Step]:
+    """This run, and those that its model was made from, as far as they are here; raises `RunError`
+    where its files are not those that it wrote, or one that it began with was made anew since.
+    """
+    path = run / "recipe.toml"
+    if not path.is_file():
+        raise RunError(f"{run}: not a run, it has no recipe.toml")
+    done = finished.read(run)
+    values = seal.read_toml(path)
+    kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
+    recipe = kind.check(values, str(path))
+    public = kind.check(shortened(values), str(path))
+    start = values["model"].get("init", "")
+    environment = seal.read_json(run / "environment.json")
+    step = Step(
+        recipe=redacted(public.model_dump(mode="json", exclude_none=True)),
+        toml=public.to_toml(),
+        sha256=recipe.sha256(),
+        environment=redacted(shortened(environment)),
+        steps=done["step"],
+        start=start,
+    )
+    with opening(run / "environment.json", RunError, "is damaged"):
+        step.check()
+    yield step
+    before = Path(start).parent
+    if start and Path(start).name == "model" and (before / "done.json").is_file():
+        _check_start(run, environment, start, finished.read(before))
+        yield from steps(before)
+
+
+def _check_start(run: Path, environment: Facts, start: str, before: dict[str, Any]) -> None:
+    known, wrote = environment.get("start_sha256"), finished.model_files(before)
+    began = environment.get(seal.FILES, {}).get("model.init", {})
+    if known and known != before["model_sha256"]:
+        raise RunError(f"{run}: began with another model than {start} is now")
+    if began and wrote and (found := seal.differences(wrote, began)):
+        raise RunError(
+            f"{run}: began with another model than {start} was when it was made: {found}"
+        )
+
+
+def shortened(value: Any) -> Any:  # Any: what JSON can hold
+    """The same without the directories of whoever ran it: the last two parts of absolute paths."""
+    if isinstance(value, Mapping):
+        return {key: shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    is_path = isinstance(value, str) and value.startswith(("/", "~"))
+    return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
+
+
+def own_rows(run: Path) -> list[Row]:
+    """The results of a run, and the mean over the seeds of its recipe where there are several."""
+    rows = [row_of("this model", run)]
+    run = run.absolute()  # the parent of a single relative name is "."
+    for sweep in (run.parent, run.parent.parent):  # SWEEP/seed-42, SWEEP/learning_rate-.../seed-42
+        for row in _rates(sweep):
+            runs = [sweep / one["run"] for one in row["runs"]]
+            if len(runs) > 1 and run in runs:
+                rows.append(_mean("its recipe", row, sweep))
+    return rows
+
+
+def row_of(label: str, run: Path) -> Row:
+    """The results of a run, or of the best learning rate of several; of a pre-training its loss on
+    held-out text, in tokens or, if it learnt nothing else, in hidden states.
+    """
+    if rates := [row for row in _rates(run) if row["score"] is not None]:
+        return _mean(label, max(rates, key=lambda row: row["score"]), run)
+    step = next(steps(run))
+    path = run / ("results.json" if step.kind else finished.FILE)
+    found = seal.read_json(path)
+    with opening(path, RunError, "is damaged"):
+        if step.kind:
+            values = dict(found["metrics"])
+        else:
+            metric = PretrainRecipe.check(step.recipe).metric
+            values = {metric: last_evaluation(run)[metric]}
+        return Row(label=label, metrics=values, sparsity=found["sparsity"], data=step.data)
+
+
+def last_evaluation(run: Path) -> Facts:
+    """What a pre-training logged of its last evaluation; raises `RunError` if there was none."""
+    if not (evaluations := [row for row in metrics.read(run) if row.get("eval")]):
+        raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
+    return evaluations[-1]
+
+
+def _rates(sweep: Path) -> list[dict[str, Any]]:
+    """The rows of several runs' results.json, one for each learning rate; none where it is of one
+    run.
+    """
+    path = sweep / "results.json"
+    return seal.read_json(path).get("rows", []) if path.is_file() else []
+
+
+def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:
+    runs = row["runs"]
+    return Row(
+        label=label,
+        metrics=row["mean"],
+        deviations=row["std"],
+        num_seeds=len(runs),
+        sparsity=runs[0]["sparsity"],
+        data=next(steps(sweep / runs[0]["run"])).data,
+    )
+
+
+def check_comparable(rows: Sequence[Row]) -> None:
+    """Refuse rows that were measured on other data than the first."""
+    for row in rows[1:]:
+        if row.data != rows[0].data:
+            raise RunError(
+                f"--compare {row.label}: was measured on other data than this model, so the two "
+                "don't belong into one table"
+            )
+
+
+def base_model(path: Sequence[Step]) -> str | None:
+    """The Hub's model that all began with; None where it was a local one, or from scratch."""
+    start = path[-1].start
+    try:
+        validate_repo_id(start)
+    except HFValidationError:
+        return None
+    is_local = not start or start.endswith("/model") or Path(start).exists()
+    has_digest = path[-1].environment.get("start_sha256")  # only what lay in a directory has one
+    return None if is_local or has_digest else start

@@ -1,0 +1,239 @@
+"""Pictures: of a run the sparsity schedule against the loss, sparsity per layer, learning rate; of
+a checkpoint the sparsity of each matrix; of two, whose masks changed.
+
+Colours are Okabe and Ito's, which readers with colour-blindness can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; needs no display
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from opfa.sparsity.anatomy import layer_labels, short_kinds
+from opfa.storage.files import new_directory, new_file
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+ALL = "whole layer"
+LOSSES = {"mlm_loss": "Masked-token loss", "hidden_loss": "Hidden states' squared distance"}
+Row = Mapping[str, Any]
+
+
+def pretraining_pictures(
+    rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
+) -> None:
+    """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
+    with new_directory(directory, is_new=False) as aside:
+        loss_picture(rows, metric, aside / "loss.png")
+        learning_rate_picture([row for row in rows if not row.get("eval")], aside)
+        sparsity_picture(sparsity, aside)
+
+
+def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draw one of `LOSSES` of a pre-training against step: of each batch logged, their mean over a
+    twentieth of the run, and on held-out text; and the sparsity, if it is pruned.
+    """
+    training = [row for row in rows if not row.get("eval")]
+    evaluations = [row for row in rows if row.get("eval")]
+    figure, axes = _axes("Step", LOSSES[metric])
+    steps, losses = _series(training, metric)
+    axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
+    width = len(losses) // 20
+    if width > 1:
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        middles = steps[width // 2 :][: len(means)]
+        axes.plot(middles, means, color=BLUE, label=f"mean of {width}")
+    axes.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
+    if any(row.get("sparsity") for row in training):
+        right = axes.twinx()
+        right.plot(
+            *_series(training, "sparsity"), color=ORANGE, drawstyle="steps-post", label="sparsity"
+        )
+        right.set_ylim(0, 1)
+        right.set_ylabel("Sparsity", color=ORANGE)
+        right.spines["top"].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
+    training = [row for row in rows if not row.get("eval")]
+    evaluations = [row for row in rows if row.get("eval")]
+    figure, axes = _axes("Step", "Training loss")
+    axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
+    if evaluations:
+        right = axes.twinx()
+        metric = next(key for key in evaluations[0] if key not in ("step", "eval", "final"))
+        before = [row for row in evaluations if not row.get("final")]
+        final = [row for row in evaluations if row.get("final")]
+        right.plot(*_series(before, metric), "o-", color=GREEN, markersize=4)
+        right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
+        right.set_ylabel(f"Held-out {metric} (star: finished)", color=GREEN)
+        right.spines["top"].set_visible(False)
+    with new_directory(directory, is_new=False) as aside:
+        _save(figure, aside / "loss.png")
+        learning_rate_picture(training, aside)
+        sparsity_picture(sparsity, aside)
+
+
+def learning_rate_picture(rows: Sequence[Row], directory: Path) -> None:
+    """Draw the learning rate against step."""
+    figure, axes = _axes("Step", "Learning rate")
+    axes.plot(*_series(rows, "learning_rate"), color=BLUE)
+    axes.set_ylim(bottom=0)
+    _save(figure, directory / "learning_rate.png")
+
+
+def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw one bar per pruned tensor; nothing for a dense model."""
+    tensors = sparsity["tensors"]
+    if not tensors:
+        return
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.16 * len(tensors)), layout="constrained")
+    values = [tensor["sparsity"] for tensor in tensors.values()]
+    axes.barh([name.removesuffix(".weight") for name in tensors], values, color=BLUE, height=0.75)
+    axes.axvline(sparsity["total"]["sparsity"], color=ORANGE, linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"Sparsity (line: all together, {sparsity['total']['sparsity']:.4f})")
+    axes.tick_params(axis="y", labelsize=6)
+    _tidy(axes)
+    _save(figure, directory / "sparsity.png")
+
+
+def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draw a metric against the learning rate, with its deviation over seeds."""
+    figure, axes = _axes("Learning rate", metric)
+    rates, means = [row["learning_rate"] for row in rows], [row["mean"][metric] for row in rows]
+    deviations = [row["std"][metric] or 0.0 for row in rows]
+    axes.errorbar(rates, means, deviations, fmt="o-", color=BLUE, capsize=3)
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
+    _save(figure, path)
+
+
+def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw one bar per model: its accuracy, and its encoder's loss before fine-tuning."""
+    figure, (left, right) = plt.subplots(
+        ncols=2, figsize=(9, 0.9 + 0.42 * len(rows)), sharey=True, layout="constrained"
+    )
+    names = [row["model"] for row in rows]
+    colours = [ORANGE if "prune-once" in name else GREY for name in names]
+    bars = left.barh(names, [row["accuracy"] for row in rows], color=colours)
+    left.bar_label(bars, fmt="%.3f", padding=3)
+    left.invert_yaxis()
+    left.set_xlim(0, 1)
+    left.set_xlabel("Accuracy on held-out chapters")
+    losses = [row.get("mlm_loss") for row in rows]
+    bars = right.barh(names, [loss or 0.0 for loss in losses], color=colours)
+    right.bar_label(bars, [f"{loss:.2f}" if loss else "" for loss in losses], padding=3)
+    right.margins(x=0.15)
+    right.set_xlabel("MLM loss before fine-tuning (lower is better)")
+    for axes in (left, right):
+        _tidy(axes)
+    _save(figure, path)
+
+
+def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None:
+    """Draw the sparsity of each kind of matrix in each layer, in percent."""
+    rows = [{**row["kinds"], ALL: row["sparsity"]} for row in result["layers"]]
+    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
+    _heat_map(axes, rows, result["layers"], limit=1.0)
+    encoder, whole, sizes = result["encoder"], result["whole"], result["sizes"]
+    at_least = ""
+    if sizes["limit"] is not None:
+        limit = f"{sizes['limit'] / 1e6:,.1f} MB"
+        at_least = f"; the zeros' places and the other values at least {limit}"
+    _captions(
+        figure,
+        f"{name}\nsparsity of each matrix, %",
+        f"{encoder['sparsity']:.2%} of the {encoder['size'] / 1e6:,.1f} M weights in the layers' "
+        f"matrices are zero, {whole['sparsity']:.2%} of all {whole['size'] / 1e6:,.1f} M.\n"
+        f"As dense tensors {sizes['dense'] / 1e6:,.1f} MB, in files {sizes['file'] / 1e6:,.1f} MB"
+        f"{at_least}.",
+    )
+    _save(figure, path)
+
+
+def comparison_picture(result: Mapping[str, Any], path: Path) -> None:
+    """Draw for two checkpoints, before and after, how much of each matrix has another mask."""
+    rows = [row["kinds"] for row in result["layers"]]
+    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
+    shares = [share for row in rows for share in row.values()]
+    _heat_map(axes, rows, result["layers"], limit=max(shares) or 1.0)
+    title = f"from {result['a']} to {result['b']}\nweights whose mask changed, %"
+    _captions(figure, title, result["summary"].replace("; ", ";\n"))
+    _save(figure, path)
+
+
+def _captions(figure: Figure, title: str, below: str) -> None:
+    """Two lines above a picture and two below."""
+    longest = max(len(line) for line in (title + "\n" + below).splitlines())
+    width = figure.get_figwidth()
+    size = min(11.0, 120 * width / longest)  # points; a letter is about 0.6 as wide as high
+    figure.suptitle(title, fontsize=size, linespacing=1.4)
+    figure.supxlabel(below, fontsize=min(9.0, size), linespacing=1.4)
+
+
+def _cells(rows: Sequence[Row]) -> tuple[float, float]:
+    """Inches for a picture of so many cells."""
+    return max(6.5, 1.2 + 0.95 * len(rows[0])), 2.0 + 0.27 * len(rows)
+
+
+def _heat_map(axes: Axes, rows: Sequence[Row], layers: Sequence[Row], limit: float) -> None:
+    """One cell for each layer and kind of matrix; those that a layer lacks stay empty."""
+    names = short_kinds(kind for row in rows for kind in row if kind != ALL)
+    kinds = {**names, **({ALL: ALL} if ALL in rows[0] else {})}
+    values = np.array([[row.get(kind, np.nan) for kind in kinds] for row in rows])
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value > 0.55 * limit else "black"  # readable on its cell
+            text = f"{100 * value:.2f}"
+            shown = axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
+            shown.set_in_layout(False)  # it lies in its cell; measuring all of them takes seconds
+    axes.set_xticks(range(len(kinds)), list(kinds.values()))
+    labels = layer_labels([(row["stack"], row["layer"]) for row in layers])
+    axes.set_yticks(range(len(rows)), [f"layer {label}" for label in labels])
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.set_xticks(np.arange(len(kinds) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    if ALL in kinds:
+        axes.axvline(len(kinds) - 1.5, color="white", linewidth=8)
+    axes.spines[:].set_visible(False)
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in rows if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color=GREY, alpha=0.2)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        with new_file(path) as work:
+            figure.savefig(work, dpi=120, format="png")
+    finally:
+        plt.close(figure)

@@ -1,0 +1,1 @@
+"""Answering without training: ONNX export and its check."""

@@ -1,0 +1,131 @@
+"""Export: a fine-tuned model -> FILE.onnx, with its configuration and tokenizer beside it.
+
+A file gets its name only when its zeros are those of the model, and, where data are given, when
+ONNX Runtime answers as torch does.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from opfa.compression import quant
+from opfa.errors import ModelError, RunError
+from opfa.models.encoders import load_finetuned_model, load_tokenizer
+from opfa.runtimes.onnx_graph import (
+    OPSET,
+    input_names,
+    nonzeros,
+    quantize,
+    rounded_to_zero,
+    trace,
+    write,
+)
+from opfa.runtimes.parity import parity, problems
+from opfa.sparsity import masks
+from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
+from opfa.tasks import kinds as tasks
+from opfa.tasks.recipe import Task
+from opfa.weights.inspection import check_stated, directory_of
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    name: str,
+    output: Path,
+    *,
+    is_int8: bool | None = None,
+    task: Task | None = None,
+    report: Path | None = None,
+) -> dict[str, Any]:
+    """Write FILE.onnx and return what is in it; 8 bits where the model has them, unless told.
+
+    With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
+    leaves only the report, when the two don't agree.
+    """
+    check_new(output, "file")
+    if report is not None:
+        check_file(report)
+        if report.absolute() == output.absolute():
+            raise RunError(f"--report {report}: is the output too; give another file")
+    ranges = directory_of(name) / quant.FILE
+    is_int8 = ranges.is_file() if is_int8 is None else is_int8
+    if is_int8 and not ranges.is_file():
+        raise ModelError(
+            f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
+            "[quantization], or use `opfa calibrate`"
+        )
+    with work_directory(output) as aside:
+        check_new(output, "file")  # again: another process may have just made it
+        stated = check_stated(name)
+        tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
+        model.config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if (aside / output.name).exists():
+            raise RunError(f"{output}: is the name of one of the model's files; give FILE.onnx")
+        _check_others(aside, output)
+        split = None
+        if task is not None:
+            tasks.check_head(task, model.config)
+            split = tasks.load_validation(task, tokenizer, model.config)
+        log.info("%s: tracing", name)
+        graph = trace(model, input_names(model, tokenizer.model_input_names))
+        if is_int8:
+            quant.load(model, ranges)
+            quantize(graph, model)
+        write(graph, aside / output.name)
+        result, wrong = _zeros(stated, model, aside / output.name)
+        result = {"precision": "int8" if is_int8 else "fp32", "opset": OPSET, **result}
+        if task is not None and split is not None:
+            log.info("%s: comparing %d examples", name, len(split.examples.texts))
+            result["parity"] = parity(model, aside / output.name, task, split, is_int8=is_int8)
+            wrong += problems(result["parity"], task, is_int8=is_int8)
+        if report is not None:
+            write_json(report, {**result, "problems": wrong})
+        if wrong:
+            raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
+        _move(aside, output)
+    return result
+
+
+def _zeros(
+    stated: dict[str, Any], model: PreTrainedModel, path: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Zeros and bytes of a file and of the model's own files, and what is wrong with the zeros.
+
+    8 bits round some live weights to zero. They are counted, and are live in the fingerprint.
+    """
+    rounded = rounded_to_zero(model)
+    found = nonzeros(path, list(stated["tensors"]))
+    counted = masks.report(found)["total"]["zeros"]
+    live = {n: mask | rounded[n] if n in rounded else mask for n, mask in found.items()}
+    num_rounded = sum(int(rounded[n].sum()) for n in found if n in rounded)
+    fingerprints = {"model": stated["fingerprint"], "onnx": masks.fingerprint(live)}
+    zeros = {"model": stated["total"]["zeros"], "onnx": counted, "rounded": num_rounded}
+    wrong = []
+    if counted != zeros["model"] + num_rounded or len(set(fingerprints.values())) > 1:
+        wrong.append(f"it has {counted} zeros, or elsewhere; the model has {zeros['model']}")
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    sizes = {"model": stated["bytes"], "onnx": size}
+    return {"bytes": sizes, "zeros": zeros, "fingerprint": fingerprints}, wrong
+
+
+def _check_others(aside: Path, output: Path) -> None:
+    """Refuse to replace what is different beside the output."""
+    for path in aside.iterdir():
+        other = output.with_name(path.name)
+        if path.name != output.name and os.path.lexists(other):
+            check_file(other)
+            if other.read_bytes() != path.read_bytes():
+                raise RunError(f"{other}: is there and is different; give a directory of its own")
+
+
+def _move(aside: Path, output: Path) -> None:
+    """Let the files appear, `output` last."""
+    _check_others(aside, output)
+    sync_all(aside)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
+        os.replace(path, output.with_name(path.name))

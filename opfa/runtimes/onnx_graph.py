@@ -1,0 +1,208 @@
+"""A fine-tuned model as an ONNX graph, in fp32 or with 8-bit weights and activations.
+
+    x -> QuantizeLinear -> DequantizeLinear ----------------------> MatMul
+    weight, int8 [out, in] -> Transpose -> DequantizeLinear ------^
+
+Initializers are named as in the state dict and keep its layout, so the zeros of a matrix can be
+counted in the file. A runtime folds the transposition of a constant when it loads the file, and
+ONNX Runtime then fuses the rest to integer products (`MatMulIntegerToFloat`). Rejected: torch's own
+8-bit export, which knows no masked layers, and the exporter's default optimization, which folds
+the transpositions and with them the names away.
+"""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opfa.compression.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
+from opfa.errors import ModelError, RunError
+from opfa.models.encoders import head_of
+from opfa.sparsity.masks import Masks
+
+try:
+    import onnx
+    from onnx import helper, numpy_helper
+    from onnxscript import optimizer
+except ImportError as error:
+    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
+
+OPSET = 20  # the first with Gelu
+EXTERNAL_FROM = 2_000_000_000  # bytes of weights that one protobuf file can't hold any more
+
+
+def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto:
+    """The graph of a plain model; every axis of its inputs may have any size."""
+    head = head_of(model.config)
+    axes = ("batch", "choices", "tokens") if head == "MultipleChoice" else ("batch", "tokens")
+    extents = (2, 3, 5)[: len(axes)]  # 0 and 1 would be taken for constants
+    example = {name: torch.zeros(extents, dtype=torch.long) for name in input_names}
+    weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    outputs = ("start_logits", "end_logits") if head == "QuestionAnswering" else ("logits",)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            kwargs=example,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            output_names=outputs,
+            dynamic_shapes={name: dict(enumerate(axes)) for name in example},
+            verbose=False,
+        )
+        assert program is not None, "the exporter was asked for a program"
+        initializers = program.model.graph.initializers.values()
+        matrices = [(item, item.const_value) for item in initializers if item.name in weights]
+        for item, _ in matrices:  # equal small ones, such as zeros, would become one
+            item.const_value = None
+        optimizer.optimize_ir(
+            program.model, should_fold=lambda node: False if node.op_type == "Transpose" else None
+        )
+        for item, values in matrices:
+            item.const_value = values
+    graph = program.model_proto
+    for item in (*graph.graph.node, *graph.graph.value_info):
+        item.ClearField("metadata_props")  # paths of this machine
+    return graph
+
+
+def input_names(model: PreTrainedModel, tokenizer_names: Sequence[str]) -> list[str]:
+    """What the tokenizer gives and the model knows."""
+    known = inspect.signature(model.forward).parameters
+    return [name for name in tokenizer_names if name in known]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, which concern its authors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def quantize(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Give the graph of a model the 8 bits that its quantized layers compute with."""
+    rewriting = _Rewriting(proto.graph, model)
+    nodes = [new for node in proto.graph.node for new in rewriting.of(node)]
+    missed = {*rewriting.layers, *rewriting.embeddings} - rewriting.done
+    if missed:
+        raise ModelError(f"{min(missed)}: torch exports this layer in an unknown form")
+    rewritten = onnx.GraphProto(node=nodes)  # copies, before the old ones go
+    del proto.graph.node[:]
+    proto.graph.node.extend(rewritten.node)
+
+
+class _Rewriting:
+    """One pass over the nodes of a graph: which weights are in 8 bits, and under which names."""
+
+    def __init__(self, graph: onnx.GraphProto, model: nn.Module) -> None:
+        self.graph = graph
+        self.layers = {f"{name}.weight": m for name, m in quant_layers(model).items()}
+        self.embeddings = {f"{name}.weight": m for name, m in quant_embeddings(model).items()}
+        self.done: set[str] = set()
+        self.transposed: dict[str, str] = {}  # name of a transposed weight -> of the weight
+        for initializer in graph.initializer:
+            layer = self.layers.get(initializer.name) or self.embeddings.get(initializer.name)
+            if layer is not None:
+                weight, scale = int8_weight(layer)
+                self._add(f"{initializer.name}_scale", scale.cpu().numpy())
+                array = numpy_helper.from_array(weight.cpu().numpy(), initializer.name)
+                initializer.CopyFrom(array)
+
+    def of(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """What stands for this node in 8 bits."""
+        if node.op_type == "Gather" and node.input[0] in self.embeddings:
+            return self._after(node, node.input[0])
+        if node.op_type == "Transpose" and node.input[0] in self.layers:
+            self.transposed[node.output[0]] = node.input[0]
+            return self._after(node, node.input[0], axis=1)
+        if node.op_type == "MatMul" and node.input[1] in self.transposed:
+            return [*self._input(node, self.transposed[node.input[1]]), node]
+        if node.op_type == "Gemm" and node.input[1] in self.layers:
+            weight = node.input[1]
+            node.input[1] = f"{weight}_values"
+            # Said here, since ONNX Runtime's session.x64quantprecision asks for it before a Gemm.
+            _, scale = int8_weight(self.layers[weight])
+            zero_point = self._add(f"{weight}_zero_point", np.zeros(scale.shape, np.int8))
+            return [
+                *self._input(node, weight),
+                self._dequantize(weight, node.input[1], weight, 0, zero_point),
+                node,
+            ]
+        return [node]
+
+    def _add(self, name: str, values: np.ndarray) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+    def _after(self, node: onnx.NodeProto, weight: str, axis: int = 0) -> list[onnx.NodeProto]:
+        """Move integers with this node, then make them numbers."""
+        values = node.output[0]
+        node.output[0] = f"{values}_int8"
+        if weight in self.embeddings:
+            self.done.add(weight)
+        return [node, self._dequantize(node.output[0], values, weight, axis)]
+
+    def _dequantize(
+        self, integers: str, values: str, weight: str, axis: int, *zero_point: str
+    ) -> onnx.NodeProto:
+        inputs = [integers, f"{weight}_scale", *zero_point]
+        return helper.make_node("DequantizeLinear", inputs, [values], name=values, axis=axis)
+
+    def _input(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
+        """Round the layer's input; zero points are uint8."""
+        if weight in self.done:
+            raise ModelError(f"{weight}: is shared by layers; not exported in 8 bits")
+        layer, name = self.layers[weight], weight.removesuffix(".weight")
+        scale, zero_point = activation_scale(layer.low, layer.high)
+        parameters = [
+            self._add(f"{name}.input_scale", scale.cpu().numpy()),
+            self._add(f"{name}.input_zero_point", zero_point.cpu().numpy().astype(np.uint8)),
+        ]
+        integers, values = f"{name}.input_int8", f"{name}.input_values"
+        both = [
+            helper.make_node("QuantizeLinear", [node.input[0], *parameters], [integers]),
+            helper.make_node("DequantizeLinear", [integers, *parameters], [values]),
+        ]
+        node.input[0] = values
+        self.done.add(weight)
+        return both
+
+
+def write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write one file, or for the largest models two."""
+    num_bytes = sum(len(initializer.raw_data) for initializer in proto.graph.initializer)
+    is_external = num_bytes > EXTERNAL_FROM
+    location = f"{path.name}.data" if is_external else None
+    onnx.save(proto, path, save_as_external_data=is_external, location=location)
+
+
+def nonzeros(path: Path, names: Sequence[str]) -> Masks:
+    """Where the named initializers of a file are not zero."""
+    wanted = set(names)
+    return {
+        initializer.name: torch.from_numpy(numpy_helper.to_array(initializer) != 0)
+        for initializer in onnx.load(path).graph.initializer
+        if initializer.name in wanted
+    }
+
+
+def rounded_to_zero(model: nn.Module) -> dict[str, Tensor]:
+    """Live weights that 8 bits round to zero, by the name of their tensor."""
+    layers = quant_layers(model).items()
+    return {f"{n}.weight": (m.weight != 0) & (int8_weight(m)[0] == 0) for n, m in layers}

@@ -1,0 +1,113 @@
+"""What files must be: SHA-256 of what a run or `opfa prepare` wrote, and readers that check it.
+
+    done.json          lists the files that a finished run is judged by, its model's among them
+    corpus.json        lists the files of prepared examples
+    "sealed"           in these and in other JSON files: SHA-256 of the rest of the file
+
+Whoever reads such a file again reads it here: damage is one message with file and reason. Files of
+older versions have neither lists nor seals; they are read as they are.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from opfa.errors import OpfaError, RunError, opening, redacted
+from opfa.storage.files import write_json
+
+Files = Mapping[str, str]  # SHA-256 by name
+SEAL = "sealed"
+FILES = "files_sha256"
+SHOWN = 3  # differences in one message
+TEMPLATES = "additional_chat_templates"  # the one directory that transformers looks into
+# What some class of transformers reads, whether it is usual for encoders or not.
+DECIDES = re.compile(
+    r"\.(json|jinja|safetensors|model|spm|vocab|codes|bpe|tiktoken)$"
+    r"|^(pytorch|adapter)_model.*\.bin$"
+    r"|(vocab|merges|dict|bpe|token)[^/]*\.txt$"
+)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def names_of(directory: Path) -> list[str]:
+    """Every file of a directory, but hidden ones, which tools leave."""
+    paths = (path for path in sorted(directory.rglob("*")) if not path.is_dir())
+    names = (path.relative_to(directory) for path in paths)
+    return [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)]
+
+
+def files_of(directory: Path) -> dict[str, str]:
+    """Those files with their SHA-256."""
+    return {name: digest(directory / name) for name in names_of(directory)}
+
+
+def model_files(directory: Path, also: Collection[str] = ()) -> dict[str, str]:
+    """The files that decide what a model in this directory answers: weights, configuration,
+    tokenizer, templates, ranges of 8 bits; and those of them in `also` that are there.
+    """
+    paths = sorted([*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")])
+    names = {path.relative_to(directory).as_posix(): path for path in paths if path.is_file()}
+    return {
+        name: digest(path)
+        for name, path in names.items()
+        if name in also or (DECIDES.search(name) and not name.startswith("."))
+    }
+
+
+def one_digest(files: Files) -> str:
+    """SHA-256 over the names and digests of files."""
+    lines = (f"{name} {files[name]}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def differences(before: Files, now: Files) -> str:
+    """How files differ from what they were, in words; empty where they don't."""
+    found = [f"{name} is missing" for name in before if name not in now]
+    found += [
+        f"{name} has changed" for name in before if now.get(name, before[name]) != before[name]
+    ]
+    found += [f"{name} is new" for name in now if name not in before]
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return "; ".join(found[:SHOWN]) + more
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, and a seal that notices when one of them is changed."""
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    return {**rest, SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file with its seal, whole or not at all; returns what it says."""
+    result = sealed(redacted(values))
+    write_json(path, result)
+    return result
+
+
+def read_json(path: Path, kind: type[OpfaError] = RunError) -> dict[str, Any]:
+    """A JSON object of a run, model or corpus; raises an error of this kind where it can't be read
+    or doesn't fit its seal.
+    """
+    with opening(path, kind):
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    if not isinstance(values, dict):
+        raise kind(f"{path}: can't be read: not a JSON object")
+    # a list of files is never written without a seal
+    if (SEAL in values or FILES in values) and sealed(values) != values:
+        raise kind(f"{path}: is damaged, or was edited: its seal doesn't fit what it says")
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A recipe that a run wrote; raises `RunError` where it can't be read."""
+    with opening(path, RunError):
+        return tomllib.loads(path.read_bytes().decode("utf-8"))

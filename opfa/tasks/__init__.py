@@ -1,0 +1,1 @@
+"""Tasks as data: kinds, examples, features, metrics."""

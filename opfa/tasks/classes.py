@@ -1,0 +1,103 @@
+"""Classes by name: which there are, in which order a model has them, and which number each has.
+
+Names are compared as they are, and only then without regard to case.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from opfa.errors import DataError, ModelError, shown
+from opfa.tasks.examples import Examples
+from opfa.tasks.recipe import Task
+
+IN_ENTITY = re.compile(r"[BIESMLUW]([-_].*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
+OUTSIDE = "O"  # the tag of a word in no entity
+
+
+def of_training(task: Task, train: Examples) -> tuple[str, ...]:
+    """Those of the task, or of the training examples."""
+    if task.classes or train.names:
+        return task.classes or train.names
+    tags = task.kind == "token-classification"
+    names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
+    are_numbers = all(name.isdecimal() and len(name) < 20 for name in names)
+    if "f1" in task.metrics and len(names) == 2 and not are_numbers:
+        raise DataError(
+            f"{train.source}: f1 of two classes is that of the second; say which one that is, "
+            f"task.classes = {sorted(names)} or the other way round"
+        )
+    return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
+
+
+def of_model(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
+    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1.
+
+    Names are compared as they are; what is left then, without regard to case and to blanks at the
+    ends, if that tells them apart.
+    """
+    by_index: dict[Any, Any] = config.id2label or {}  # Any: transformers says int or str
+    trained = tuple(str(by_index[index]) for index in sorted(by_index))
+    if twice := [name for name in trained if trained.count(name) > 1]:
+        raise ModelError(f"the model's class {shown(twice[0])} stands twice")
+    if not stated:
+        stripped = tuple(name.strip() for name in trained)
+        return stripped if len(set(stripped)) == len(stripped) else trained
+    same = set(trained) & set(stated)
+    if not same and len(trained) == len(stated) and all(n.startswith("LABEL_") for n in trained):
+        return stated
+    theirs, ours = (_folded(names, same) for names in (trained, stated))
+    if len(trained) != len(stated) or theirs.keys() != ours.keys():
+        what, wanted = ", ".join(trained), ", ".join(stated)
+        raise ModelError(f"the model's classes are {what}; the task's are {wanted}")
+    by_name = {theirs[fold]: name for fold, name in ours.items()}
+    return tuple(by_name.get(name, name) for name in trained)
+
+
+def _folded(names: tuple[str, ...], same: Collection[str]) -> dict[str, str]:
+    """What names say without regard to case and blanks, and the names; without those in `same`."""
+    rest = [name for name in names if name not in same]
+    folded = {name.strip().casefold(): name for name in rest}
+    return folded if len(folded) == len(rest) else dict(zip(rest, rest, strict=True))
+
+
+def indices(task: Task, examples: Examples, classes: tuple[str, ...], whose: str) -> list[Any]:
+    """Labels as the loss wants them: classes by index, tags by lists of them."""
+    if len(classes) < 2:
+        raise DataError(f"{examples.source}: two classes are needed, and there is only {classes}")
+    _check_tags(task, examples, classes)
+    names = task.classes or examples.names or classes
+    index = {name: classes.index(name) for name in names if name in classes}
+    if not any(name.isdecimal() for name in names):
+        index |= {str(i): index[name] for i, name in enumerate(names) if name in index}
+    tags = task.kind == "token-classification"
+    rows = examples.labels if tags else [[label] for label in examples.labels]
+    for place, row in zip(examples.places, rows, strict=True):
+        unseen = [label for label in row if label not in index]
+        if unseen:
+            known = shown(list(classes))[1:-1]
+            whose = "task.classes" if task.classes else whose
+            raise DataError(
+                f"{examples.source}, {place}: class {shown(unseen[0])} is not one of {known} "
+                f"({whose})"
+            )
+    numbers = [[index[label] for label in row] for row in rows]
+    return numbers if tags else [number for (number,) in numbers]
+
+
+def _check_tags(task: Task, examples: Examples, classes: tuple[str, ...]) -> None:
+    """Raise `DataError` where whole entities are to be scored and the tags don't tell them."""
+    metrics = [name for name in task.metrics if name.startswith("entity")]
+    inside = [name for name in classes if name != OUTSIDE]
+    numbers = [name for name in inside if name.isdecimal()]
+    if not metrics or (not numbers and any(map(IN_ENTITY.fullmatch, inside))):
+        return
+    advice = "other tags are measured by task.metrics = ['accuracy']"
+    if numbers:
+        advice = "say their names in order, such as task.classes = ['O', 'B-PER', 'I-PER']"
+    raise DataError(
+        f"{examples.source}: {metrics[0]} needs tags such as O, B-PER and I-PER, and there is "
+        f"{shown((numbers or inside)[0])}; {advice}"
+    )

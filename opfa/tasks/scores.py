@@ -1,0 +1,91 @@
+"""Scores of classes, numbers and tags, from scikit-learn, scipy and seqeval.
+
+All are 0..1, correlations -1..1, as the GLUE tasks and CoNLL define them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from seqeval.metrics import accuracy_score as tag_accuracy
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score as entity_precision
+from seqeval.metrics import recall_score as entity_recall
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from opfa.tasks.classes import OUTSIDE
+from opfa.tasks.features import NO_LABEL, Split
+from opfa.tasks.recipe import Task
+
+NO_WARNING: dict[str, Any] = {"zero_division": 0}  # Any: seqeval annotates it as str only
+TAG_SCORES: dict[str, Any] = {
+    "entity_f1": partial(entity_f1, **NO_WARNING),
+    "entity_precision": partial(entity_precision, **NO_WARNING),
+    "entity_recall": partial(entity_recall, **NO_WARNING),
+    "accuracy": tag_accuracy,
+}
+
+
+def likeliest(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[str] | list[int]:
+    """Each example's class, or the index of its choice."""
+    indices = logits[0].argmax(-1).tolist()
+    return [split.classes[index] for index in indices] if split.classes else indices
+
+
+def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """Metrics of the likeliest class, or choice."""
+    targets, indices = np.asarray(split.features["labels"]), logits[0].argmax(-1).numpy()
+    scores = {"accuracy": accuracy_score, "matthews": matthews_corrcoef, "f1": _f1(task, split)}
+    return {name: float(scores[name](targets, indices)) for name in task.metrics}
+
+
+def _f1(task: Task, split: Split) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """Of two classes that of the second one of the task, or of the data set; the model may have
+    them the other way round. Else the macro mean.
+    """
+    stated, classes = task.classes or split.examples.names, split.classes
+    kept = {"labels": range(len(classes)), "zero_division": 0}
+    if len(classes) != 2:
+        return partial(f1_score, average="macro", **kept)
+    second = classes.index(stated[1]) if set(stated) == set(classes) else 1
+    return partial(f1_score, average="binary", pos_label=second, **kept)
+
+
+def numbers(_: Task, logits: tuple[Tensor, ...], __: Split) -> list[float]:
+    """Each example's number."""
+    return logits[0].squeeze(-1).tolist()
+
+
+def of_numbers(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """Correlations of the predicted numbers; one with a constant is undefined and counts as 0."""
+    values, targets = logits[0].squeeze(-1).numpy(), np.asarray(split.features["labels"])
+    return {name: _correlation(name, values, targets) for name in task.metrics}
+
+
+def _correlation(name: str, values: np.ndarray, targets: np.ndarray) -> float:
+    if np.ptp(values) == 0.0 or np.ptp(targets) == 0.0:
+        return 0.0
+    measure = {"pearson": pearsonr, "spearman": spearmanr}[name]
+    return float(measure(values, targets)[0])
+
+
+def tags(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[list[str]]:
+    """A tag for each word; one that was cut off, or has no token, is outside."""
+    columns = split.features["words"], split.features["labels"], split.examples.labels
+    predicted = []
+    for best, words, labels, golds in zip(logits[0].argmax(-1).numpy(), *columns, strict=True):
+        row = [OUTSIDE] * len(golds)
+        places = [place for place, label in enumerate(labels) if label != NO_LABEL]
+        for word, place in zip(words, places, strict=True):
+            row[word] = split.classes[best[place]]
+        predicted.append(row)
+    return predicted
+
+
+def of_tags(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    """CoNLL's scores of whole entities, and the accuracy of single tags. Every word counts."""
+    predicted, golds = tags(task, logits, split), split.examples.labels
+    return {name: float(TAG_SCORES[name](golds, predicted)) for name in task.metrics}

@@ -1,0 +1,216 @@
+"""Resume points and finished models: each is written aside, verified, and only then given its name.
+
+A resume point is a directory `checkpoints/step-NNNNNNNN` with a MANIFEST.json that lists the size
+and SHA-256 of every file. The newest one is found by reading: one that is damaged or half-written
+is passed over with a warning. Masks are stored packed; randomness needs no state, because every
+step seeds its own from (seed, step, rank).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opfa.errors import ModelError, RunError
+from opfa.models.encoders import write_model
+from opfa.sparsity import masks
+from opfa.sparsity.anatomy import is_matrix
+from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
+from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
+from opfa.storage.seal import digest, read_json
+from opfa.storage.temporary import remove
+from opfa.weights.compact import tensors
+
+MANIFEST = "MANIFEST.json"
+KEPT = "nothing half-written is kept, and earlier resume points are as they were"
+log = logging.getLogger(__name__)
+
+
+def save_point(
+    root: Path,
+    step: int,
+    write: Callable[[Path], None],
+    facts: dict[str, Any],
+    *,
+    keep: int,
+    is_writer: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+) -> None:
+    """Save a resume point, and remove old ones but the newest `keep` and those that these name in
+    their facts as the "best".
+
+    Collective: every rank's `write` puts its files in one shared directory.
+    """
+    work, final = root / ".incomplete", root / point_name(step)
+    if is_writer:
+        with writing(root, KEPT):
+            new_directory_at(work)
+    barrier()
+    try:
+        with writing(root, KEPT):
+            write(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    barrier()
+    if is_writer:
+        files = {
+            str(p.relative_to(work)): digest(p) for p in sorted(work.rglob("*")) if p.is_file()
+        }
+        with writing(root, KEPT):
+            (work / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
+            sync_all(work)
+            remove(final)
+            os.replace(work, final)  # the commit point
+            sync(root)
+        points = sorted(root.glob("step-*"))
+        # newer ones are damaged, and those without a manifest were being removed
+        kept = [p for p in points if p <= final and (p / MANIFEST).exists()][-keep:]
+        best = {root / point_name(b) for p in kept if (b := _best_of(p)) is not None}
+        for other in set(points) - set(kept) - best:
+            shutil.rmtree(other, ignore_errors=True)
+    barrier()
+
+
+def point_name(step: int) -> str:
+    """The name of a resume point's directory."""
+    return f"step-{step:08d}"
+
+
+def newest_point(root: Path) -> Path | None:
+    """The newest complete and undamaged resume point; None where none was ever saved.
+
+    Raises `RunError` when there are some and all are damaged: starting anew in silence would throw
+    a run away.
+    """
+    points = sorted(root.glob("step-*"), reverse=True)
+    for point in points:
+        problem = problem_of(point)
+        if problem is None:
+            return point
+        log.warning("%s: passed over, %s", point, problem)
+    if points:
+        raise RunError(
+            f"{root}: every resume point here is damaged; restore one, or remove them all to start "
+            "anew"
+        )
+    return None
+
+
+def facts_of(point: Path) -> dict[str, Any]:
+    """What was saved beside the state: the step, and whatever else the trainer noted."""
+    return read_json(point / MANIFEST)
+
+
+def _best_of(point: Path) -> int | None:
+    """The step that a resume point names as the best so far; None if it is damaged."""
+    try:
+        return facts_of(point).get("best")
+    except RunError:
+        return None
+
+
+def _sealed(facts: dict[str, Any]) -> str:
+    """A manifest that notices when any byte of itself is changed."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps({**facts, "manifest": digest})
+
+
+def problem_of(point: Path) -> str | None:
+    """What is wrong with a resume point; None where its files are what its manifest says."""
+    try:
+        text = (point / MANIFEST).read_text()
+        facts = json.loads(text)
+        if _sealed({k: v for k, v in facts.items() if k != "manifest"}) != text:
+            return f"{MANIFEST} is damaged"
+        for name, expected in facts["files"].items():
+            if digest(point / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete ({error.__class__.__name__}: {error})"
+    return None
+
+
+def write_finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    write_more: Callable[[Path], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write a run's finished model, in the place of one that a stopped process left, as
+    `fill_finished` does; nothing is left where that fails.
+    """
+    with new_directory(directory, is_new=False) as aside:
+        return fill_finished(model, tokenizer, aside, write_more)
+
+
+def fill_finished(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    write_more: Callable[[Path], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Fuse a model and save it in plain transformers form with `sparsity.json`, verified from the
+    files, in an empty directory.
+
+    Returns the sparsity report: of what was masked, and of zeros that are elsewhere though nothing
+    held them, so that it says what inspecting the files says. Raises `ModelError` when the files
+    don't hold the zeros of the masks.
+    """
+    write_more(directory)  # before the layers are plain again
+    held = masks_of(model)  # not what fuse made of them: the files are verified against this
+    if masked_layers(model):
+        fuse(model)
+    others = {n: m for n, m in zero_masks(model).items() if n not in held and is_matrix(n, m.shape)}
+    report = masks.report({**held, **others})
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"{name}: holds a non-finite value; this model is not saved")
+    write_model(model, tokenizer, directory)
+    write_json(directory / "sparsity.json", report)
+    verify(directory, report)
+    return report
+
+
+def verify(directory: Path, report: dict[str, Any]) -> None:
+    """Check that the tensors in a directory have exactly the zeros of a sparsity report."""
+    found: masks.Masks = {}
+    for path in directory.glob("*.safetensors"):
+        for name, tensor in tensors(path):
+            if name in report["tensors"]:
+                found[name] = tensor != 0
+    again = masks.report({name: found[name] for name in report["tensors"] if name in found})
+    for name, expected in report["tensors"].items():
+        if again["tensors"].get(name) != expected:
+            raise ModelError(
+                f"{directory}: {name} has {again['tensors'].get(name)}, not {expected}"
+            )
+    if again["fingerprint"] != report["fingerprint"]:
+        raise ModelError(f"{directory}: the zeros are not where its sparsity.json says")
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 over the names and contents of a model's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
+    return hashlib.sha256("".join(f"{p.name} {digest(p)}\n" for p in files).encode()).hexdigest()
+
+
+def start_digest(init: str | None) -> str | None:
+    """`model_digest` of what a run begins with; None where no safetensors lie in a directory."""
+    directory = Path(init or "")
+    return model_digest(directory) if init and any(directory.glob("*.safetensors")) else None
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch for one step, so that dropout is a function of (seed, step, rank) and a resume
+    needs no state.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))

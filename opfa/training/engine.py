@@ -1,0 +1,332 @@
+"""The DeepSpeed engine, and the only file that names it. Runs on one process too.
+
+What was measured of DeepSpeed 0.19 and is arranged here: on CPU its shared-memory op would need a
+compiler, so it is switched off; `round_robin_gradients` breaks the map from parameters to fp32
+masters, so it stays off; gradients are accumulated in fp32; its process groups keep torch's timeout
+of 30 minutes whatever is asked, so a watchdog looks after every process. Elsewhere parameters are
+only read, through `Engine.read` and `Engine.whole`. So that stages and world sizes round alike in
+16 bits, gradients are reduced in fp32, and stage 3 gathers a whole encoder layer at a time: hooks
+inside a layer would change the order in which autograd adds up its gradients.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from opfa.errors import RunError
+from opfa.sparsity.masks import ALONE, Ranks
+from opfa.training import launch
+from opfa.training.distributed import gather_texts
+from opfa.training.state import Run, Runs, save_runs
+from opfa.training.zero import DeepSpeedFile
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+ALWAYS = {  # and stage 3 would replace torch's linear function for good, by one that rounds twice
+    "round_robin_gradients": False,
+    "memory_efficient_linear": False,
+}
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss
+
+
+def start_distributed(timeout_seconds: float) -> torch.device:
+    """Join the process group that a launcher announced, or make one of this process alone; the
+    device to use.
+    """
+    accelerated = choose_accelerator() == "cuda"
+    if not (launch.has_rendezvous() or dist.is_initialized()):
+        os.environ.update(_alone())  # RANK may be there for another purpose
+    os.environ.setdefault("LOCAL_RANK", "0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    # Imported here, since DeepSpeed reads DS_ACCELERATOR while it is imported.
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not accelerated:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            "nccl" if accelerated else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=2 * timeout_seconds),  # the supervisor speaks first
+        )
+    if not accelerated:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_accelerator() -> str:
+    """Where to compute, "cuda" or "cpu"; DeepSpeed is told too.
+
+    transformers imports it while it saves a model, and it would warn that it had to guess.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+class Engine:
+    """A model, its optimizer and its shards. Every rank makes the same calls in the same order.
+
+    It is the `pruner.Weights` of an upstream run. A parameter's run is the part of its flattened
+    fp32 master, or of an optimizer moment, that this rank holds: all of it at ZeRO stage 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        epsilon: float,
+        max_grad_norm: float,
+        micro_batch: int,
+        accumulation: int,
+        precision: str,
+        file: DeepSpeedFile,
+    ) -> None:
+        """Wrap a model whose modules will not be swapped any more. Collective."""
+        import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+        from deepspeed.utils import set_z3_leaf_modules
+
+        accelerator: Any = deepspeed.get_accelerator()
+        if precision == "fp16" and not accelerator.is_fp16_supported():
+            raise RunError("training.precision = 'fp16': not on this machine; use bf16 or fp32")
+        config: dict[str, Any] = {
+            **file.values(),
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": max_grad_norm,
+            "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a pass
+            "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
+            "fp16": {"enabled": precision == "fp16"},
+            "zero_force_ds_cpu_optimizer": False,  # torch's is as fast there, and needs no compiler
+        }
+        config["zero_optimization"] |= ALWAYS
+        if precision != "fp32":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config.setdefault("communication_data_type", "fp32")
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
+        self.module = model  # its parameters may become 16-bit or shards
+        if file.stage == 3:
+            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+            set_z3_leaf_modules(model, [type(module) for modules in lists for module in modules])
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports at stage 1
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine: Any = engine  # Any: DeepSpeed is not typed
+        self._stage = file.stage
+        self._is_fp16 = precision == "fp16"
+        if isinstance(engine.optimizer, BF16_Optimizer) and dist.get_world_size() == 1:
+            engine.enable_backward_allreduce = False  # it would only copy all gradients twice
+        self._parameters = dict(model.named_parameters())
+        self.ranks = ALONE  # at stage 0 every rank holds everything
+        if self._stage > 0:
+            self.ranks = Ranks(dist.get_rank(), dist.get_world_size(), self._total)
+
+    def __call__(self, *inputs: Any) -> Any:  # Any: whatever the model takes and gives
+        """One forward pass."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of this rank's share of the global batch's loss.
+
+        DeepSpeed divides by accumulation steps and ranks; our shares are already divided by the
+        global counts. A loss that is not finite makes all gradients so, which `step` finds.
+        """
+        scale = self._engine.gradient_accumulation_steps() * dist.get_world_size()
+        self._engine.backward(loss * (scale + 0 * loss.detach()))
+        if not is_last:
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> Tensor | None:
+        """One optimizer step after the last backward pass; the gradient norm before clipping, which
+        is still on its way on a GPU.
+
+        None when gradients overflowed fp16: the step is skipped and the loss scale halved. In other
+        precisions raises `RunError`, on every rank, and the weights are as they were.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            # DeepSpeed clips there too, but neither tells the norm nor minds what it is.
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            is_finite = math.isfinite(norm)
+            if is_finite:
+                self._engine.step()
+        else:
+            self._engine.step()  # skipped when gradients are not finite
+            is_finite = not self._engine.optimizer.overflow
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        if is_finite:
+            return norm
+        if self._is_fp16:
+            return None
+        raise RunError("the gradient is not finite; nothing was changed by this step")
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether parameters are whole between passes, and not only inside."""
+        return self._stage < 3
+
+    # runs of masters and moments
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's run of a parameter's fp32 master, [n]; never 16-bit values."""
+        return self._run(parameter)[0].detach()
+
+    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
+        """The whole tensor from every rank's run of it, bit for bit. Collective."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if self._stage == 0:
+            return run.view(shape)
+        bits = {4: torch.int32, 1: torch.uint8}[run.element_size()]  # integers sum exactly
+        whole = torch.zeros(shape.numel(), dtype=bits, device=self._engine.device)
+        start = self._run(parameter)[1]
+        whole[start : start + run.numel()] = run.view(bits)
+        dist.all_reduce(whole)
+        return whole.view(run.dtype).view(shape)
+
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This rank's run, [n], of a tensor in the parameter's shape."""
+        run, start = self._run(parameter)
+        return whole.view(-1)[start : start + run.numel()].to(run.device)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The full fp32 value of a parameter. Collective."""
+        return self.join(parameter, self.read(parameter))
+
+    def compare(self, text: str) -> list[str]:
+        """This text of every rank. Collective."""
+        return gather_texts(text)
+
+    def _total(self, counts: np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(counts).to(self._engine.device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def _run(self, parameter: Tensor, moment: str | None = None) -> tuple[Tensor, int]:
+        """This rank's run of a master or moment, and where in the flattened parameter it starts."""
+        place = self._place(parameter)
+        if place is None:
+            return torch.empty(0, device=self._engine.device), 0
+        flat, offset, size, start = place
+        tensor = flat if moment is None else self._engine.basic_optimizer.state[flat][moment]
+        return tensor.view(-1).narrow(0, offset, size), start
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """The tensor that the optimizer steps, this parameter's offset and size in it, and its
+        start in the parameter; None if this rank holds nothing of it.
+        """
+        if self._stage == 0:
+            return parameter, 0, parameter.numel(), 0
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = dist.get_rank() * parameter.ds_tensor.ds_numel
+            size = min(size, parameter.ds_numel - start)  # the last run is padded
+            return (
+                (optimizer.fp32_partitioned_groups_flat[group], offset, size, start)
+                if size > 0
+                else None
+            )
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        if masters is None:  # stage 1 in bf16 is a class of its own
+            masters = optimizer.fp32_groups_flat_partition
+        address = mapping.hp_fragment_address
+        flat = masters[mapping.param_group_index]
+        return flat, address.start, address.numel, mapping.lp_fragment_address.start
+
+    # resume points
+
+    @property
+    def num_files(self) -> int:
+        """How many ranks write something in `save`."""
+        return self.ranks.size
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's runs under `directory`."""
+        if self._stage == 0 and dist.get_rank() > 0:
+            return
+        self._make_moments()
+        scaler = self._engine.optimizer.loss_scaler if self._is_fp16 else None
+        scale = {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
+        facts = {"adam_step": self._adam_step(), "scale": scale}
+        save_runs(directory / f"state-{dist.get_rank():05d}.safetensors", self._runs(), facts)
+
+    def _runs(self) -> Iterator[Run]:
+        for name, parameter in self._parameters.items():
+            for moment in (None, *MOMENTS):
+                values, start = self._run(parameter, moment)
+                if values.numel():
+                    yield Run(f"{moment or 'master'}/{name}", start, values.detach())
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Read what any number of ranks wrote with `save`, at any stage."""
+        saved = Runs(directory, "state-*.safetensors")
+        self._make_moments()
+        for name, parameter in self._parameters.items():
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            for moment in (None, *MOMENTS):
+                run, start = self._run(parameter, moment)
+                value = saved.whole(f"{moment or 'master'}/{name}", size)
+                run.copy_(value[start : start + run.numel()])
+                if moment is None:
+                    self._set_working_copy(parameter, value, start, run.numel())
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(saved.facts["adam_step"])
+        for key, value in saved.facts["scale"].items():
+            setattr(self._engine.optimizer.loss_scaler, key, value)
+
+    def _set_working_copy(self, parameter: Any, value: Tensor, start: int, size: int) -> None:
+        """The values that the forward pass uses follow their masters."""
+        if self._stage == 3:
+            parameter.ds_tensor.data[:size].copy_(value[start : start + size])
+        if parameter.numel() == value.numel():  # at stage 3 only small ones are kept whole
+            parameter.data.copy_(value.view(parameter.shape))
+
+    def _make_moments(self) -> None:
+        """What AdamW makes at its first step."""
+        states = self._engine.basic_optimizer.state
+        for parameter in self._parameters.values():
+            place = self._place(parameter)
+            if place is not None and MOMENTS[0] not in states[place[0]]:
+                flat = place[0].detach()
+                step = torch.zeros((), dtype=torch.float32, device=flat.device)
+                zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+                states[place[0]] = {"step": step, **zeros}
+
+    def _adam_step(self) -> float:
+        states = list(self._engine.basic_optimizer.state.values())
+        return float(states[0]["step"]) if states else 0.0

@@ -1,0 +1,80 @@
+"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
+
+A kill may cut the last line, and nothing else. A resume point notes how long the file was and its
+SHA-256, so that a resume takes exactly those rows along, or refuses.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from opfa.errors import RunError
+from opfa.storage.files import new_file
+
+FILE = "metrics.jsonl"
+Row = dict[str, Any]  # step and eval, then numbers
+
+
+def read(run: Path) -> list[Row]:
+    """All rows of a run; none before its first. Raises `RunError` where a line other than the last,
+    or a line that was finished, is damaged.
+    """
+    path = run / FILE
+    lines = _bytes(path).splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break  # cut by a kill
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path}, line {number}: is damaged: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise RunError(f"{path}, line {number}: is damaged: not a row with a step")
+        rows.append(row)
+    return rows
+
+
+def append(run: Path, row: Row) -> None:
+    """Add one row."""
+    with (run / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def state(run: Path) -> dict[str, Any]:
+    """What a resume point notes: the length and the SHA-256 of all rows so far, which are on the
+    disk from now on.
+    """
+    path = run / FILE
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    found = _bytes(path)
+    return {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
+
+
+def forget_after(run: Path, step: int, known: dict[str, Any] | None) -> None:
+    """Drop the rows of steps that are going to be run again, and of a final evaluation. `known` is
+    the `state` that the resume point noted; points of older versions have none.
+    """
+    path = run / FILE
+    if step == 0:
+        kept = b""
+    elif known is None:
+        rows = [row for row in read(run) if row["step"] <= step and not row.get("final")]
+        kept = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    else:
+        kept = _bytes(path)[: known["bytes"]]
+        if hashlib.sha256(kept).hexdigest() != known["sha256"]:
+            raise RunError(
+                f"{path}: its rows up to step {step} are not those that the run wrote (damaged, "
+                "cut or edited); restore the file, or start anew in another directory"
+            )
+    with new_file(path) as work:
+        work.write_bytes(kept)
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

@@ -1,0 +1,304 @@
+"""The run directory: what ran, on what, and how it went.
+
+    recipe.toml        resolved and complete
+    environment.json   versions, machine, world size, digests of data, tokenizer and first model
+    metrics.jsonl      one object per logged step; evaluation rows carry "eval": true
+    checkpoints/       resume points
+    model/ report/     what came out
+    done.json          written last: the run is complete, and these are its files
+    stop               made by whoever wants a run to save and end; it becomes `stopped`
+    .lock              held while a process trains here
+
+A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+from uuid import uuid4
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opfa.errors import RunError, opening, redacted
+from opfa.recipe import Recipe
+from opfa.storage import seal
+from opfa.storage.files import check_directory, write_text, writing
+from opfa.storage.temporary import lock
+from opfa.training import finished, launch, machine, metrics
+from opfa.training.metrics import Row
+
+STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
+HEX = re.compile(r"[0-9a-f]{32}")
+NO_NUMBERS = ("step", "eval", "final")
+# Zero where a recipe has no such term, and then not on the console.
+OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
+CONTINUED = "the run continues from its newest resume point with --resume"
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """An open run.
+
+    Use it as a context manager, so that bars and files are closed whatever happens.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        recipe: Recipe,
+        *,
+        steps: int,
+        is_writer: bool = True,
+        within: Path | None = None,
+    ) -> None:
+        """Make a run directory, or reopen one that `check_output` let pass. Of several runs,
+        `within` is the directory of all; a `stop` there counts too.
+        """
+        self.directory = directory
+        self._stops = [path / "stop" for path in (directory, within) if path is not None]
+        self.recipe = recipe
+        self.is_writer = is_writer
+        self._steps = steps
+        self._wandb: Any = None  # wandb's Run, if any
+        self._progress: Progress | None = None
+        if is_writer:
+            with writing(directory):
+                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(directory)
+                (directory / "stopped").unlink(missing_ok=True)
+            if not self.is_done:
+                write_text(directory / "recipe.toml", recipe.to_toml())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this run finished before."""
+        return (self.directory / "done.json").exists()
+
+    def __enter__(self) -> Self:
+        """Start the progress bar, on a terminal."""
+        if self.is_writer and Console(stderr=True).is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(
+                *columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True)
+            )
+            self._task = self._progress.add_task(self.directory.name, total=self._steps, state="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Close what is open."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self.is_writer:
+            self._lock.close()
+
+    def describe(self, facts: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
+        """Write `environment.json`: these facts, and everything about the software and the machine;
+        and add this launch, and `more` of it, to its list, which a resume continues.
+        """
+        if not self.is_writer:
+            return
+        path = self.directory / "environment.json"
+        before = seal.read_json(path) if path.exists() else {}
+        now = machine.environment()
+        if self.recipe.model_dump()["training"]["precision"] == "bf16" and not machine.has_bf16():
+            log.warning("training.precision = 'bf16': this CPU multiplies fp32 faster")
+        this = {"time": now["time"], "git_commit": now["git_commit"], **(more or {})}
+        this |= self._arithmetic()
+        launches = [*before.get("launches", []), this]
+        seal.write_sealed(path, {**(before or {**now, **facts}), "launches": launches})
+
+    def start_wandb(self, mode: str, project: str, name: str) -> None:
+        """Also send rows to wandb, offline or online: to one run of its own for each directory,
+        which a resume continues, in a group of all that have this recipe's name.
+        """
+        if mode == "disabled" or not self.is_writer:
+            return
+        import wandb  # only here: it is slow to import, and most runs don't use it
+
+        try:
+            self._wandb = wandb.init(
+                project=redacted(project),
+                group=redacted(name),
+                name=str(self.directory),
+                id=_wandb_id(self.directory / "wandb/id"),
+                resume="allow",
+                mode="offline" if mode == "offline" else "online",
+                dir=str(self.directory),
+                config=redacted(self.recipe.model_dump(mode="json")),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise RunError(f"logging.wandb = {mode!r}: {error}") from error
+
+    def state(self) -> dict[str, Any]:
+        """What a resume point notes of this run: its rows so far, and how it computes."""
+        return {"metrics": metrics.state(self.directory), "arithmetic": self._arithmetic()}
+
+    def go_back(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
+        """Drop what comes after a resume point, of which these are the facts; without one
+        everything. Says what of the machine is another one now.
+        """
+        if not self.is_writer:
+            return
+        facts = facts or {}
+        metrics.forget_after(self.directory, step, facts.get("metrics"))
+        if changed := machine.changes(facts.get("arithmetic", {}), self._arithmetic()):
+            what = "so its last bits may not be those of an unbroken run"
+            log.warning("%s: %s; %s", self.directory, changed, what)
+
+    def _arithmetic(self) -> dict[str, Any]:
+        return {**machine.arithmetic(), "processes": launch.place().world_size}
+
+    def rows(self) -> list[Row]:
+        """All rows so far."""
+        return metrics.read(self.directory)
+
+    def log(self, row: Row) -> None:
+        """Write one row everywhere."""
+        if not self.is_writer:
+            return
+        with writing(self.directory / metrics.FILE, CONTINUED):
+            metrics.append(self.directory, row)
+        if self._wandb is not None:
+            step = row["step"]
+            prefix = "eval/" if row.get("eval") else ""
+            self._wandb.log(
+                {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}, step=step
+            )
+        hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
+        shown = {k: v for k, v in row.items() if k not in hidden}
+        text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
+        kind = "evaluation" if row.get("eval") else "step"
+        if self._progress is not None and not row.get("eval"):
+            self._progress.update(self._task, state=f"loss {_short(row['loss'])}")
+        else:
+            log.info("%s: %s %d/%d  %s", self.directory.name, kind, row["step"], self._steps, text)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether someone made RUN/stop, which asks a run to save and end."""
+        return any(path.exists() for path in self._stops)
+
+    def stopped(self) -> None:
+        """Answer RUN/stop by renaming it, so that scripts know not to start again."""
+        for path in self._stops:
+            if self.is_writer and path.exists():
+                os.replace(path, path.with_name("stopped"))
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Mark the run as complete, and list the files that it is judged by."""
+        if self.is_writer:
+            finished.write(self.directory, facts)
+
+
+def _wandb_id(path: Path) -> str:
+    """A directory's own name for wandb: 32 digits, and 8 more that check them."""
+    if not path.exists():
+        new = uuid4().hex
+        write_text(path, f"{new}{_check_digits(new)}")
+    with opening(path, RunError):
+        text = path.read_text(encoding="utf-8")
+    name, check = text[:32], text[32:]
+    if not HEX.fullmatch(name) or check not in ("", _check_digits(name)):
+        raise RunError(f"{path}: is damaged; without it, rows go to a new run of wandb")
+    return text
+
+
+def _check_digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _short(value: Any) -> str:  # Any: a number or a text
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def check_output(
+    directory: Path, recipe: Recipe, resume: bool, *, has_several: bool = False
+) -> None:
+    """Refuse a directory that holds something else, and a resume of nothing, of another recipe, or
+    of several runs as one.
+
+    Only the first process of a launch looks, since it alone makes the directory.
+    """
+    if launch.place().rank > 0:
+        return
+    check_directory(directory)
+    for name in ("checkpoints", "model", "report", "wandb"):
+        check_directory(directory / name)
+    if not resume:
+        if directory.exists() and _has_more_than_a_start(directory):
+            raise RunError(
+                f"{directory}: holds another run or other files; give a new directory, or --resume"
+            )
+        return
+    path = directory / "recipe.toml"
+    if not path.exists():
+        raise RunError(f"{directory}: there is no run to resume here")
+    after = tomllib.loads(recipe.to_toml())  # as that file is: without secrets
+    before = seal.read_toml(path)
+    for values in (before, after):
+        for section in ("launch", "logging"):  # an old launch's files may be gone
+            values.pop(section, None)
+    changed = _changes(tomllib.loads(type(recipe).check(before, str(path)).to_toml()), after)
+    free = ("logging", "launch", "sweep.learning_rate")  # don't change what a run gives
+    changed = [change for change in changed if not change.startswith(free)]
+    if changed:
+        raise RunError(f"{directory}: --resume with another recipe: " + "; ".join(changed))
+    if not has_several and any(directory.glob("seed-*/recipe.toml")):
+        what = "it holds several runs, one for each seed; say --seeds again"
+        raise RunError(f"{directory}: --resume without --seeds: {what}")
+    if has_several and (directory / "environment.json").exists():
+        what = "it holds a single run; leave --seeds out, or give a new directory"
+        raise RunError(f"{directory}: --resume with --seeds: {what}")
+
+
+def _has_more_than_a_start(directory: Path) -> bool:
+    """Whether there is more than what a run leaves that was killed while it made its directory."""
+    names = {path.name for path in directory.iterdir()}
+    points = directory / "checkpoints"
+    return bool(names - STARTS) or (points.exists() and any(points.iterdir()))
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return changes
+
+
+def _locked(directory: Path) -> IO[str]:
+    """Hold RUN/.lock until this process ends; raises `RunError` while another one does."""
+    path = directory / ".lock"
+    try:
+        file = lock(path)
+    except BlockingIOError:
+        who = path.read_text(encoding="utf-8", errors="replace")
+        raise RunError(f"{directory}: is being trained already, by {who}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

@@ -1,0 +1,281 @@
+"""Where the tensors of a checkpoint come from: files, directories, runs, ONNX files, the Hub.
+
+Every source is one iterator of (name, tensor). A tensor that the caller doesn't want may come
+without its values, on torch's "meta" device: it has a name, a shape and a type, and costs nothing.
+No model class, no code of the checkpoint and no unsafe pickle is used. A new kind of file is one
+more row of `READERS`. Rejected: loading models with transformers, which downloads all of them and
+fills what a file lacks with random numbers.
+"""
+
+import contextlib
+import fnmatch
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from opfa.errors import ModelError, first_line, opening
+from opfa.hub.tensors import RemoteFiles, cached_directory, missing_in_cache
+from opfa.sparsity.anatomy import MASK, problem_of_storage
+from opfa.storage.foreign import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    check_content,
+    check_weights,
+    weight_files,
+)
+from opfa.weights import compact
+
+MATRIX_DIMS = 2
+Wanted = Callable[[str, Sequence[int]], bool]
+Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint that is not read yet."""
+
+    tensors: Callable[[Wanted], Iterator[tuple[str, Tensor]]]
+    read_json: Callable[[str], Any]  # a file beside the weights; None where there is none
+    file_bytes: int
+    downloaded_bytes: Callable[[], int] = lambda: 0
+
+
+def open_source(name: str) -> Source:
+    """The source that a path or Hub name means; raises `ModelError` where there is none.
+
+    Its tensors too, where the weights among them are stored apart from their masks.
+    """
+    source = _source(name)
+
+    def tensors(wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+        for tensor_name, tensor in source.tensors(wanted):
+            problem = problem_of_storage(tensor_name) if tensor.ndim <= MATRIX_DIMS else None
+            if problem:
+                raise ModelError(f"{name}: {problem}")
+            yield tensor_name, tensor
+
+    return replace(source, tensors=tensors)
+
+
+def is_mask(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a mask that another tool left beside a matrix."""
+    return len(shape) == MATRIX_DIMS and bool(MASK.search(name))
+
+
+def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
+    """Raise `ModelError` where one of these masks, by the names that they have in the checkpoint,
+    has a zero and the weight beside it has not; `found` are the nonzeros of weights. A mask of rows
+    or columns is [out, 1] or [1, in]; one of another shape masks something else.
+    """
+    for name, mask in masks.items():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        live = found.get(weight)
+        if live is None or any(
+            m not in (1, n) for m, n in zip(mask.shape, live.shape, strict=True)
+        ):
+            continue
+        if bool((live & ~mask).any()):
+            raise ModelError(
+                f"{where}: {name}: a mask that is not applied: {weight} has live weights where it "
+                "is zero; multiply the two, and save the model again"
+            )
+
+
+def _source(name: str) -> Source:
+    path = Path(name)
+    if path.is_file():
+        return _files([path], beside=None)
+    if path.is_dir():
+        return _directory(path)
+    _refuse_paths(name, "no such directory or file")
+    cached = cached_directory(name)
+    if cached is not None:
+        return _directory(cached)
+    remote = _remote(name)
+    files, tensors = weight_files(remote.sizes, name, remote.read)
+    if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
+        source = _directory(directory_of(name))
+        return Source(
+            tensors=source.tensors,
+            read_json=source.read_json,
+            file_bytes=source.file_bytes,
+            downloaded_bytes=lambda: source.file_bytes,
+        )
+    return Source(
+        tensors=lambda wanted: _checked(files, tensors, lambda f: remote.tensors(f, wanted), name),
+        read_json=remote.read_json,
+        file_bytes=sum(remote.sizes[file] for file in files),
+        downloaded_bytes=lambda: remote.num_bytes,
+    )
+
+
+def _remote(name: str) -> RemoteFiles:
+    try:
+        return RemoteFiles(name)
+    except ModelError as error:
+        if missing := missing_in_cache(name):
+            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
+        raise
+
+
+def directory_of(name: str) -> Path:
+    """The directory of a checkpoint; one of the Hub is downloaded."""
+    found = _downloaded(name, ["*.safetensors", "*.json"])
+    if not Path(name).is_dir() and not list(found.glob("*.safetensors")):
+        found = _downloaded(name, ["pytorch_model*.bin", "*.json"])
+    return found
+
+
+def small_files_of(name: str) -> Path:
+    """The directory of a model's configurations and tokenizer; of the Hub only these are
+    downloaded.
+    """
+    return _downloaded(name, list(TOKENIZER_FILES))
+
+
+def _downloaded(name: str, patterns: list[str]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    _refuse_paths(name, "no such directory")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error)
+        raise ModelError(
+            f"{name}: no such directory, and not to be had from the Hub: {reason}"
+        ) from error
+
+
+def _checked(
+    files: Iterable[str],
+    tensors: Mapping[str, str],
+    read: Callable[[str], Iterator[tuple[str, Tensor]]],
+    where: object,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of files; raises `ModelError` at the end of one that lacks what an index says."""
+    for file in files:
+        missing = {name for name, place in tensors.items() if place == file}
+        for name, tensor in read(file):
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise ModelError(f"{where}/{file}: {min(missing)} is missing, which the index has")
+
+
+def _refuse_paths(name: str, reason: str) -> None:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: {reason}")
+
+
+def _directory(directory: Path) -> Source:
+    """A directory of weights, or of a run with its model in it."""
+    with opening(directory):
+        names = [path.name for path in directory.iterdir()]
+    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in WEIGHT_FILES)
+    if is_run and (directory / "model").is_dir():
+        return _directory(directory / "model")
+    files, tensors = weight_files(names, directory, lambda name: _read(directory / name))
+    return _files([directory / name for name in files], beside=directory, tensors=tensors)
+
+
+def _read(path: Path) -> bytes:
+    check_content(path)
+    with opening(path):
+        return path.read_bytes()
+
+
+def _files(
+    files: list[Path], beside: Path | None, tensors: Mapping[str, str] | None = None
+) -> Source:
+    """Files together. One alone may be a part of a model: a sparsity.json is not about it."""
+    for file in files:
+        if file.suffix not in READERS:
+            raise ModelError(f"{file}: not weights; {', '.join(READERS)} can be read")
+        check_weights(file)
+
+    def read_json(name: str) -> Any:  # Any: what JSON can hold
+        if beside is None and name != "config.json":
+            return None
+        path = files[0].with_name(name)
+        if not os.path.lexists(path):
+            return None
+        content = _read(path)
+        with opening(path, ModelError, "not valid JSON"):
+            return json.loads(content)
+
+    by_name = {file.name: file for file in files}
+
+    def read(name: str, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+        return READERS[by_name[name].suffix](by_name[name], wanted)
+
+    where = files[0].parent
+    return Source(
+        tensors=lambda wanted: _checked(by_name, tensors or {}, lambda n: read(n, wanted), where),
+        read_json=read_json,
+        file_bytes=sum(part.stat().st_size for file in files for part in _parts(file)),
+    )
+
+
+def _parts(file: Path) -> list[Path]:
+    """A file, and beside the largest ONNX files the one with their weights."""
+    data = file.with_name(f"{file.name}.data")
+    return [file, data] if file.suffix == ".onnx" and data.is_file() else [file]
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn every way in which a file can't be read into one `ModelError`."""
+    with opening(file):
+        try:
+            yield
+        except pickle.UnpicklingError as error:  # torch's text says how to run what is in it
+            raise ModelError(
+                f"{file}: can't be read: no pickle, or one of more than tensors"
+            ) from error
+
+
+def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    del wanted  # pages of the mapped file are read when they are used
+    with _readable(file):
+        yield from compact.tensors(file)
+
+
+def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    del wanted
+    with _readable(file):
+        is_mapped = zipfile.is_zipfile(file)  # files from before 2020 are not
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+    if not isinstance(state, dict):
+        raise ModelError(f"{file}: holds a {type(state).__name__}, not a state dict")
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield str(name), _plain(value, f"{file}: {name}")
+
+
+def _plain(tensor: Tensor, what: str) -> Tensor:
+    """Refuse what a pickle can say and no model has: a few values that stand for 10^12."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ModelError(f"{what}: not a plain tensor ({tensor.layout}, {tensor.dtype})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ModelError(f"{what}: has more elements than values in the file")
+    return tensor
+
+
+def _onnx(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    del wanted
+    from opfa.weights.onnx import read_onnx  # an optional extra
+
+    return read_onnx(file)
+
+
+READERS: dict[str, Reader] = {".safetensors": _safetensors, ".bin": _pickle, ".onnx": _onnx}

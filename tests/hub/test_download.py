@@ -1,0 +1,479 @@
+"""Downloads from a web server that misbehaves, from directories, through proxies: whole or not at
+all, and resumed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from conftest import outside
+from huggingface_hub import close_session, constants
+from servers import Server, release, serving
+
+from opfa.commands import app as cli
+from opfa.errors import ModelError, OpfaError, RunError
+from opfa.hub import index, manifest, transfer
+from opfa.hub.download import download
+
+WEIGHTS = random.Random(0).randbytes(300_000)
+FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS}
+PATH = "/m/model.safetensors"
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (*PROXIES, *map(str.upper, PROXIES)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    content = {f"/m/{name}": content for name, content in release(FILES).items()}
+    with serving(content) as running:
+        yield running
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def command(server: Server, output: Path) -> list[str]:
+    return [sys.executable, "-m", "opfa", "download", f"{server.url}/m", "--output", str(output)]
+
+
+def patient(**settings: str) -> dict[str, str]:
+    """The environment for a program of its own, without proxies."""
+    kept = {k: v for k, v in outside().items() if k.lower() not in PROXIES}
+    return {**kept, "HF_HUB_DOWNLOAD_TIMEOUT": "20", **settings}
+
+
+def test_a_release_arrives_as_it_is(server: Server, tmp_path: Path) -> None:
+    facts = download(f"{server.url}/m/", tmp_path / "deep/out")
+    assert files_in(tmp_path / "deep/out") == release(FILES)
+    assert (facts["files"], facts["bytes"]) == (2, sum(map(len, FILES.values())))
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/out"]
+    manifest.check(tmp_path / "deep/out")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        servers.cut(100_000), servers.reset(100_000), servers.stall(100_000), servers.cut(0),
+        servers.status(429, Retry_After="0"), servers.status(503), servers.status(502),
+        servers.status(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"), servers.without_length,
+        servers.instead(WEIGHTS[:1000]), servers.instead(WEIGHTS[::-1]), servers.elsewhere,
+    ],
+)  # fmt: skip
+def test_one_misbehaviour_costs_nothing(server: Server, tmp_path: Path, odd: servers.Odd) -> None:
+    server.script[PATH] = [odd]
+    download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / "out") == release(FILES)
+
+
+@pytest.mark.parametrize("odd", [servers.cut, servers.reset, servers.stall])
+def test_what_came_is_not_asked_for_again(server: Server, tmp_path: Path, odd: Any) -> None:
+    server.script[PATH] = [odd(100_000), odd(50_000)]
+    download(f"{server.url}/m", tmp_path / "out")
+    first, second, third = server.ranges(PATH)
+    assert first is None
+    assert third == "bytes=150000-" if odd is not servers.reset else second != third
+
+
+def test_all_misbehaviours_after_another_end_complete(server: Server, tmp_path: Path) -> None:
+    server.script["/m/release.json"] = [servers.status(503), servers.cut(20), servers.stall(5)]
+    server.script["/m/config.json"] = [servers.cut(3), servers.status(429), servers.cut(2)]
+    server.script[PATH] = [
+        servers.status(503), servers.cut(100_000), servers.whole, servers.reset(10),
+        servers.stall(9),
+    ]  # fmt: skip
+    download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / "out") == release(FILES)
+
+
+def test_a_server_without_ranges_is_asked_from_the_beginning(
+    server: Server, tmp_path: Path
+) -> None:
+    server.script[PATH] = [servers.cut(100_000), servers.whole]
+    download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / "out") == release(FILES)
+
+
+def test_a_part_that_was_not_asked_for_is_not_written(server: Server, tmp_path: Path) -> None:
+    server.script[PATH] = [servers.cut(100_000), servers.elsewhere]
+    download(f"{server.url}/m", tmp_path / "out")
+    assert server.ranges(PATH) == [None, "bytes=100000-", None]
+
+
+def test_a_long_file_may_break_off_more_often_than_it_may_fail(
+    server: Server, tmp_path: Path
+) -> None:
+    content = random.Random(1).randbytes(20 << 20)
+    server.content |= {f"/l/{k}": v for k, v in release({"model.safetensors": content}).items()}
+    server.script["/l/model.safetensors"] = [servers.cut(2 << 20)] * 9
+    download(f"{server.url}/l", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == content
+
+
+def test_a_server_that_always_hangs_up_is_given_up_and_the_same_command_goes_on(
+    server: Server, tmp_path: Path
+) -> None:
+    server.always[PATH] = servers.cut(1000)
+    with pytest.raises(RunError, match=r"given up after 6 attempts; the same command goes on"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    server.always.clear()
+    download(f"{server.url}/m", tmp_path / "out")
+    assert server.ranges(PATH)[-1] == "bytes=6000-"
+    assert len(server.ranges("/m/config.json")) == 1
+    assert files_in(tmp_path / "out") == release(FILES)
+
+
+def test_a_server_without_ranges_that_always_hangs_up_is_given_up(
+    server: Server, tmp_path: Path
+) -> None:
+    def always(handler: servers.Handler, content: bytes) -> None:
+        handler.start(200, len(content))
+        handler.wfile.write(content[: 3 << 20])
+        handler.close_connection = True
+
+    content = bytes(4 << 20)
+    server.content |= {f"/l/{k}": v for k, v in release({"model.safetensors": content}).items()}
+    server.always["/l/model.safetensors"] = always
+    with pytest.raises(RunError, match="given up"):
+        download(f"{server.url}/l", tmp_path / "out")
+
+
+def test_a_long_pause_is_told_instead_of_waited_for(server: Server, tmp_path: Path) -> None:
+    server.always[PATH] = servers.status(429, Retry_After="3600")
+    with pytest.raises(RunError, match=r"HTTP 429, and the server asks to come back in 3600 s"):
+        download(f"{server.url}/m", tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_was_ended_in_the_middle_leaves_what_came(
+    server: Server, tmp_path: Path, ending: signal.Signals
+) -> None:
+    server.script[PATH] = [servers.stall(100_000)]
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(server, output), env=patient(), stderr=subprocess.PIPE, text=True
+    )
+    partial = tmp_path / ".out.incomplete/files/model.safetensors"
+    while not partial.exists() or partial.stat().st_size < 50_000:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(ending)
+    said = process.communicate()[1]
+    assert not output.exists()
+    if ending == signal.SIGINT:
+        assert process.returncode == 130
+        assert "a download with the same command" in said
+    num_bytes = partial.stat().st_size
+    download(f"{server.url}/m", output)
+    assert server.ranges(PATH)[-1] == f"bytes={num_bytes}-"
+    assert files_in(output) == release(FILES)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_of_two_processes_the_second_waits_and_finds_it_complete(
+    server: Server, tmp_path: Path
+) -> None:
+    server.script[PATH] = [servers.stall(100_000)]
+    processes = [
+        subprocess.Popen(
+            command(server, tmp_path / "out"), env=patient(), stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    while len(server.ranges("/m/release.json")) < 2 or not server.ranges(PATH):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    server.let_go.set()
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("another process downloads to here; waiting" in text for text in said) == 1
+    assert sum("is complete already" in text for text in said) == 1
+    assert server.ranges(PATH)[0] is None and len(server.ranges(PATH)) == 2
+    assert files_in(tmp_path / "out") == release(FILES)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_an_output_that_is_complete_already_is_left_as_it_is(
+    server: Server, tmp_path: Path
+) -> None:
+    first = download(f"{server.url}/m", tmp_path / "out")
+    assert download(f"{server.url}/m", tmp_path / "out") == first
+    assert len(server.ranges(PATH)) == 1
+
+
+@pytest.mark.parametrize(
+    "existing",
+    [{}, {"notes.txt": b"mine"}, {**release(FILES), "extra.json": b"{}"},
+     {**release(FILES), "config.json": b"{'model_type': 'bert'}"}, FILES],
+)  # fmt: skip
+def test_another_directory_is_never_touched(
+    server: Server, tmp_path: Path, existing: dict[str, bytes]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name, content in existing.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(RunError, match="exists already, and is not this release"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / "out") == existing
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_what_another_release_left_half_is_not_mixed_in(server: Server, tmp_path: Path) -> None:
+    aside = tmp_path / ".out.incomplete/files"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(WEIGHTS[::-1][:1000])
+    (aside / "old.json").write_bytes(b"old")
+    (aside / "config.json").symlink_to(tmp_path / "victim")
+    download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / "out") == release(FILES)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_an_answer_that_is_too_long_by_its_own_account_is_not_begun(
+    server: Server, tmp_path: Path
+) -> None:
+    server.always[PATH] = servers.instead(WEIGHTS + b"x")
+    with pytest.raises(ModelError, match="has 300,001 bytes, but the manifest says 300,000"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert files_in(tmp_path / ".out.incomplete/files")["model.safetensors"] == b""
+
+
+def test_an_endless_answer_is_cut_off(server: Server, tmp_path: Path) -> None:
+    server.always[PATH] = servers.endless
+    with pytest.raises(ModelError, match="sends more than the 300,000 bytes of the manifest"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    held = sum(len(content) for content in files_in(tmp_path).values())
+    assert held <= sum(map(len, FILES.values()))
+
+
+def test_an_endless_manifest_is_cut_off(server: Server, tmp_path: Path) -> None:
+    server.always["/m/release.json"] = servers.endless
+    with pytest.raises(ModelError, match="sends more than 1,048,576 bytes"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_too_large_for_the_disk_is_not_begun(server: Server, tmp_path: Path) -> None:
+    huge = json.loads(server.content["/m/release.json"])
+    huge["files"]["model.safetensors"]["size"] = 1 << 49
+    server.content["/m/release.json"] = json.dumps(huge).encode()
+    with pytest.raises(RunError, match=r"562,949,953,\d+,?\d* bytes are needed"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert not server.ranges("/m/config.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_redirect_is_followed_with_the_range(server: Server, tmp_path: Path) -> None:
+    server.content["/store"] = WEIGHTS
+    server.always[PATH] = servers.status(302, Location="/store")
+    server.script["/store"] = [servers.cut(100_000)]
+    download(f"{server.url}/m", tmp_path / "out")
+    assert server.ranges("/store") == [None, "bytes=100000-"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("http://example.com/x", "redirects to http://example.com/x, which is not https"),
+        ("file:///etc/passwd", "redirects to file:.*, which is not https"),
+        ("ftp://127.0.0.1/x", "which is not https"),
+        (PATH, "more than 5 redirects"),
+    ],
+)
+def test_a_redirect_to_somewhere_unsafe_is_refused(
+    server: Server, tmp_path: Path, target: str, message: str
+) -> None:
+    server.always[PATH] = servers.status(302, Location=target)
+    with pytest.raises(RunError, match=message):
+        download(f"{server.url}/m", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("http://example.com/m", "only https:// is taken"),
+        ("file:///tmp", "only https:// is taken"),
+        ("https://", "only https:// is taken"),
+        ("https://[::1/x", "not a URL"),
+        ("https://example.com/m?x=1", "without '[?]' and '#'"),
+        ("./nowhere", "no such directory"),
+        ("a/b/c", "no such directory"),
+        ("not a name", "not to be had from the Hub"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        download(name, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_in_a_url_is_not_shown(server: Server, tmp_path: Path) -> None:
+    server.content.clear()
+    url = server.url.replace("//", "//me:secret@")
+    with pytest.raises(RunError, match="HTTP 404") as error:
+        download(f"{url}/m", tmp_path / "out")
+    assert "secret" not in str(error.value)
+
+
+def test_revision_and_endpoint_are_for_the_hub(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--revision and --endpoint are for names of the Hub"):
+        download(f"{server.url}/m", tmp_path / "out", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"auto_map": {"AutoModel": "modeling.Model"}}', "asks for code of its own .auto_map"),
+        (b'{"custom_pipelines": {}}', "remote code is never run"),
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_refused(
+    server: Server, tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    files = release({"model.safetensors": b"x", file: content})
+    server.content |= {f"/c/{name}": content for name, content in files.items()}
+    with pytest.raises(ModelError, match=message):
+        download(f"{server.url}/c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def written(directory: Path, files: dict[str, bytes]) -> Path:
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def test_a_local_release_is_copied(tmp_path: Path) -> None:
+    source = written(tmp_path / "source", release(FILES))
+    download(str(source), tmp_path / "out")
+    assert files_in(tmp_path / "out") == release(FILES)
+    assert not os.path.samefile(source / "config.json", tmp_path / "out/config.json")
+
+
+def test_a_damaged_local_release_is_refused(tmp_path: Path) -> None:
+    files = {**release(FILES), "model.safetensors": WEIGHTS[::-1], "more.py": b"import os"}
+    source = written(tmp_path / "source", files)
+    with pytest.raises(ModelError, match=r"safetensors has another SHA-256.*more.py is not in"):
+        download(str(source), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_url_goes_through_a_proxy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    download("http://127.0.0.1:9/m", tmp_path / "out")  # nobody listens there
+    assert files_in(tmp_path / "out") == release(FILES)
+
+
+def test_https_goes_through_a_proxy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setenv("HTTPS_PROXY", server.url)
+    monkeypatch.setattr(
+        servers.Handler, "do_CONNECT", lambda self: asked.append(self.path), raising=False
+    )
+    with pytest.raises(OpfaError):
+        download("https://models.invalid/m", tmp_path / "out")
+    assert asked[0] == "models.invalid:443"
+
+
+def test_a_proxy_that_is_none_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "gopher://127.0.0.1:9")
+    with pytest.raises(RunError, match="can't be asked with this proxy"):
+        download("http://127.0.0.1:9/m", tmp_path / "out")
+
+
+def test_offline_a_url_is_not_asked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match="HF_HUB_OFFLINE is set"):
+        download(f"{server.url}/m", tmp_path / "out")
+    assert not server.asked
+
+
+def test_an_output_in_a_place_that_is_a_file_is_one_message(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="can't be made: .*file is a file"):
+        download(f"{server.url}/m", tmp_path / "file/out")
+
+
+def indexed(server: Server, place: Path, digest: str | None) -> None:
+    row = dict.fromkeys(("sparsity", "bytes", "results", "licence"))
+    row |= {"name": "known", "source": f"{server.url}/m", "manifest_sha256": digest}
+    place.write_text(json.dumps([{**row, "task": "t", "base_model": "b"}]))
+
+
+def test_a_known_name_is_got_from_its_source_with_this_manifest_only(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "INDEX", tmp_path / "index.json")
+    (tmp_path / "manifest").write_bytes(server.content["/m/release.json"])
+    indexed(server, tmp_path / "index.json", manifest.digest(tmp_path / "manifest"))
+    assert download("known", tmp_path / "out")["files"] == 2
+    indexed(server, tmp_path / "index.json", "0" * 64)
+    with pytest.raises(ModelError, match=r"is not the one that opfa knows"):
+        download("known", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_index_is_valid_and_its_names_are_distinct() -> None:
+    models = index.released()
+    assert len({model.name for model in models}) == len(models) > 0
+    measured = [model for model in models if model.manifest_sha256 is None and model.results]
+    assert not measured  # whoever has no manifest was not measured by this project
+
+
+def test_the_index_is_in_the_package() -> None:
+    import tomllib
+
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "model_cards/*.json" in settings["tool"]["setuptools"]["package-data"]["opfa"]
+    assert index.INDEX.is_relative_to(Path(index.__file__).parents[1])
+
+
+def test_the_commands_print_figures_and_json(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["download", f"{server.url}/m", "--output", str(tmp_path / "out")]) == 0
+    assert "complete; 2 files, 300,022 bytes" in capsys.readouterr().out
+    arguments = ["download", f"{server.url}/m", "--output", str(tmp_path / "out"), "--json"]
+    assert cli.run(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 300_022
+    assert cli.run(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in listed] == [model.name for model in index.released()]
+    assert cli.run(["list"]) == 0
+    assert "pruneofa" in capsys.readouterr().out.replace("\n", "")
+    assert cli.run(["download", "./nowhere", "--output", str(tmp_path / "x")]) == 2
+    assert "no such directory" in capsys.readouterr().err

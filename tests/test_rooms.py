@@ -1,0 +1,72 @@
+"""The house: rooms whose imports only go down, and one door to each outside library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "opfa"
+FLOORS = [  # rooms of one floor don't know each other; a file at the top is a room of its own
+    {"errors"},
+    {"recipe"},
+    {"storage"},
+    {"data", "hub", "sparsity"},
+    {"weights", "compression", "report"},
+    {"models", "integrations"},
+    {"training", "tasks"},
+    {"upstream", "downstream"},
+    {"release", "runtimes", "quickstart"},
+    {"bench"},
+    {"commands"},
+    {"__main__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_that_name(library: str) -> set[str]:
+    return {
+        room_of(path)
+        for path in FILES
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room_of(path) for path in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    room = room_of(path)
+    known = {name.split(".")[1] for name in imports(path) if name.startswith("opfa.")} & set(FLOOR)
+    assert not {other for other in known - {room} if FLOOR[other] >= FLOOR[room]}
+
+
+def test_the_top_has_at_most_six_files() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+def test_tests_mirror_the_rooms() -> None:
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders <= set(FLOOR)
+
+
+def test_only_the_engine_names_deepspeed() -> None:
+    users = {path.name for path in FILES if any(i.startswith("deepspeed") for i in imports(path))}
+    assert users == {"engine.py"}

@@ -1,0 +1,168 @@
+"""The formulas of `opfa plan`, against counts made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opfa.commands import app as cli
+from opfa.errors import RecipeError
+from opfa.upstream.plan import (
+    Shape,
+    mask_update_bytes,
+    memory_bytes,
+    operations,
+    plan,
+    shape_of,
+    wire_bytes,
+)
+from opfa.upstream.recipe import PretrainRecipe
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/upstream/bert-base-90.toml"
+BERT = ["model.init=", 'model.config={model_type="bert"}']
+TOY = Shape(
+    parameters=1_000,
+    pruned=600,
+    pruned_tensors=2,
+    teacher=1_000,
+    layers=2,
+    hidden=10,
+    intermediate=40,
+    vocabulary=30,
+    tokens=8,
+    predicted=0.5,
+    precision="bf16",
+)
+
+
+def bert(*overrides: str) -> PretrainRecipe:
+    return PretrainRecipe.read(RECIPE, [*BERT, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("stage", "state"),
+    [(1, 2_000 + 4_000 + 3_000), (2, 2_000 + 1_000 + 3_000), (3, 500 + 1_000 + 3_000)],
+)
+def test_memory_by_stage(stage: int, state: int) -> None:
+    memory = memory_bytes(TOY, stage=stage, gpus=4, micro_batch=3)
+    assert memory["weights"] + memory["gradients"] + memory["optimizer"] == state
+    assert memory["masks"] == 3 * 600
+    assert memory["teacher"] == 2_000
+    loss = (2 * 2 + 5 * 4) * 24 * 30 + (4 + 2) * 30 * 10  # logits, gradient of the projection
+    assert memory["activations"] == 24 * 2 * (180 + 160) + loss
+
+
+def test_offloading_takes_the_optimizer_away() -> None:
+    assert memory_bytes(TOY, stage=2, gpus=4, micro_batch=3, is_offloaded=True)["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(0, 2 * 3_000), (1, 3_000 + 1_500), (2, 6_000 + 1_500), (3, 2 * (3_000 + 3_000))],
+)
+def test_bytes_on_the_wire_by_stage(stage: int, expected: int) -> None:
+    assert wire_bytes(TOY, stage=stage, gpus=4, accumulation=2) == expected
+    assert wire_bytes(TOY, stage=stage, gpus=1, accumulation=2) == 0
+
+
+def test_a_mask_update_sums_histograms_and_masks() -> None:
+    assert mask_update_bytes(TOY, stage=2, gpus=2) == 2 * 786_432 + 600
+    assert mask_update_bytes(TOY, stage=0, gpus=2) == 0
+
+
+def test_operations_of_a_step() -> None:
+    products = 1_000 - 300 + 150 + 2 * 2 * 10 * 8
+    assert operations(TOY, batch=5) == 5 * 8 * (6 + 2) * products
+
+
+def test_bert_base_has_the_size_of_its_model_card() -> None:
+    result = plan(bert(), gpus=8, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+    assert result["model"]["parameters"] == pytest.approx(110e6, rel=0.01)
+    assert result["model"]["pruned"] == 12 * (4 * 768**2 + 2 * 768 * 3072)
+    assert result["model"]["teacher"] == result["model"]["parameters"]
+    for row in result["configurations"]:
+        assert row["micro_batch"] * row["accumulation"] * 8 == 256
+        assert row["total_memory_gb"] <= 72
+    assert result["recommended"] == "zero1"
+
+
+def test_less_memory_means_smaller_passes_and_then_another_stage() -> None:
+    def rows(memory_gb: float) -> dict[str, Any]:
+        result = plan(bert(), gpus=8, memory_gb=memory_gb, bandwidth_gbps=400, teraflops=150)
+        return {row["configuration"]: row["micro_batch"] for row in result["configurations"]}
+
+    assert rows(6)["zero2"] < rows(80)["zero2"]
+    assert rows(1.8)["zero1"] is None and rows(1.8)["zero2"] is not None
+    assert set(rows(0.5).values()) == {None}
+
+
+def test_the_table_of_launch_is_what_the_formulas_give() -> None:
+    text = (ROOT / "launch/README.md").read_text()
+    table = text.partition("<!-- scale -->")[2].partition("<!-- /scale -->")[0]
+    shown = [line for line in table.splitlines() if line.startswith("| BERT")]
+    large = (
+        'model.config={model_type="bert",hidden_size=1024,num_hidden_layers=24,'
+        "num_attention_heads=16,intermediate_size=4096}"
+    )
+    made = []
+    for name, config in (("base", BERT[1]), ("large", large)):
+        for gpus in (1, 8, 64, 512):
+            batch = ["training.batch=4096"] if gpus == 512 else []
+            recipe = PretrainRecipe.read(
+                ROOT / f"recipes/upstream/bert-{name}-90.toml", ["model.init=", config, *batch]
+            )
+            result = plan(recipe, gpus=gpus, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+            rows = {row["configuration"]: row for row in result["configurations"]}
+
+            def cells(key: str, style: str, *more: str, rows: dict[str, Any] = rows) -> str:
+                names = ("zero1", "zero2", "zero3", *more)
+                return " / ".join(format(rows[name][key], style) for name in names)
+
+            first = rows["zero1"]
+            made.append(
+                f"| BERT-{name} | {gpus} | {result['batch']} "
+                f"| {first['micro_batch']} x {first['accumulation']} "
+                f"| {cells('total_memory_gb', '.1f', 'zero2-offload')} "
+                f"| {cells('wire_gb_per_step', '.2f')} "
+                f"| {first['mask_updates_share_of_wire']:.2%} | {cells('efficiency', '.0%')} |"
+            )
+    assert shown == made
+
+
+def test_more_gpus_than_the_batch_can_feed_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"--gpus 512: must divide training\.batch = 256"):
+        plan(bert(), gpus=512, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+
+
+def test_the_command_recommends_overrides_that_pretrain_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = ["--gpus", "64", "--memory-gb", "80", "--bandwidth-gbps", "100"]
+    assert cli.run(["plan", str(RECIPE), *size, *BERT]) == 0
+    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("use: "))
+    chosen = PretrainRecipe.read(RECIPE, line.removeprefix("use: ").split())
+    assert chosen.launch.micro_batch == 4
+    assert cli.run(["plan", str(RECIPE), *size, "--json", *BERT]) == 0
+    assert json.loads(capsys.readouterr().out)["gpus"] == 64
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--memory-gb=inf", "--bandwidth-gbps=nan", "--teraflops=inf", "--teraflops=1e308"]
+)
+def test_what_no_machine_has_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gpus=1", "--memory-gb=80", "--bandwidth-gbps=400"]
+    assert cli.run(["plan", str(RECIPE), *machine, wrong, *BERT]) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_rule_that_takes_for_ever_is_refused_in_seconds() -> None:
+    slow = r"^(.*?.*?.*?.*?.*?.*?.*?.*?.*?.*?.*?)*?(?<!e)$"
+    with pytest.raises(RecipeError, match=r"pruning\.include = .* takes more than 0\.2 s"):
+        shape_of(bert(f"pruning.pattern.include=['{slow}']"))
+
+
+def test_a_model_of_a_million_layers_is_refused_before_it_is_made() -> None:
+    with pytest.raises(RecipeError, match="num_hidden_layers = 1000000: must be at most 1,000"):
+        bert("model.config.num_hidden_layers=1000000")
