@@ -8,6 +8,7 @@ each family keeps them; a new family is one more row.
 
 import contextlib
 import copy
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,7 +124,17 @@ def loading(what: str, name: str) -> Iterator[None]:
         except Exception as error:
             if "trust_remote_code" in str(error):  # its advice can't be followed here
                 raise code_refused(f"{what} {name!r}", ["auto_map"]) from error
+            if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
+                raise ModelError(
+                    f"{what} {name!r}: can't be loaded: {_no_sentencepiece()}"
+                ) from error
             raise
+
+
+def _no_sentencepiece() -> str:
+    if importlib.util.find_spec("sentencepiece") is None:
+        return "its tokenizer is of sentencepiece, which is missing: pip install sentencepiece"
+    return "its sentencepiece model is damaged, or is none"
 
 
 def _directory(what: str, name: str, *, with_weights: bool = False) -> Path:

@@ -227,9 +227,12 @@ def _files(
 
 
 def _parts(file: Path) -> list[Path]:
-    """A file, and beside the largest ONNX files the one with their weights."""
-    data = file.with_name(f"{file.name}.data")
-    return [file, data] if file.suffix == ".onnx" and data.is_file() else [file]
+    """A file, and those in which an ONNX file says that its weights are."""
+    if file.suffix != ".onnx":
+        return [file]
+    from opfa.onnx_weights import data_files  # an optional extra
+
+    return [file, *data_files(file)]
 
 
 @contextlib.contextmanager
