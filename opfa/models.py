@@ -39,7 +39,14 @@ from transformers.utils import logging as transformers_logging
 from opfa.anatomy import problem_of_storage
 from opfa.compact import METHOD
 from opfa.errors import ModelError, RunError, first_line, opening
-from opfa.foreign import CONFIG, check_directory, check_plain, code_refused, tokenizer_files
+from opfa.foreign import (
+    CONFIG,
+    check_directory,
+    check_model,
+    check_plain,
+    code_refused,
+    tokenizer_files,
+)
 from opfa.skeleton import SPECIAL, try_out, without_memory
 from opfa.sources import directory_of, open_source, small_files_of
 
@@ -191,6 +198,7 @@ def load_config(name: str) -> PretrainedConfig:
     """The configuration of a directory or Hub name."""
     directory = _directory("model", name)
     with loading("model", name):
+        check_model(directory)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 

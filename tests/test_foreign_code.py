@@ -67,6 +67,8 @@ def evil(whole: Path, tmp_path: Path, marker: Path) -> Path:
     )
     for name in ("evil.py", "model.py", "setup.py", "__init__.py"):
         (directory / name).write_text(CODE.format(marker=str(marker)))
+    (directory / "custom_generate").mkdir()
+    shutil.copy(directory / "evil.py", directory / "custom_generate/generate.py")
     return directory
 
 
@@ -84,6 +86,8 @@ COMMANDS = {
     " pruning.schedule.target=0.5",
     "pretrain, its teacher": "pretrain {upstream} --output {out} distillation.teacher={evil}",
     "prepare": "prepare {hub} --output {out} corpus.tokenizer={evil}",
+    "prepare, its documents": "prepare {upstream} --output {out} corpus.documents= "
+    "corpus.hub={evil}",
     "evaluate": "evaluate {evil} --recipe {task}",
     "calibrate": "calibrate {evil} --recipe {task} --output {out}",
     "export": "export {evil} --output {out}",
