@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from opfa.downstream.recipe import FinetuneRecipe
@@ -31,6 +32,8 @@ TINY_BERT = {
     "max_position_embeddings": 32,
 }
 
+
+settings.register_profile("many")  # random models where there are a few by default
 
 # Started in the background, a shell tells its children to ignore Ctrl-C, and they theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)

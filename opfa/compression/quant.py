@@ -242,6 +242,10 @@ def _load(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
         raise ModelError(f"{path}: the model has no layer {min(missing)}")
     linear = {name for name in names if f"{name}.input_low" in values}
     mask_layers(model, linear)  # its zeros are in its weights
+    for name in sorted(linear):
+        low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
+        if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
+            raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
     layers = prepare(model, momentum=0.0, embeddings=names > linear)
     for name, layer in layers.items():
         layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from opfa.data.lines import LARGEST, TOO_LONG, misplaced, open_text, read_lines
+from opfa.data.lines import BLANK, LARGEST, TOO_LONG, misplaced, open_text, read_lines
 from opfa.errors import DataError, first_line, shown
 
 Record = dict[str, Any]  # Any: whatever the file holds
@@ -134,10 +134,14 @@ class _Pieces:
 
     def next(self) -> str:
         """The next character that is no blank, which is not skipped; "" at the end of the file."""
+        begin, num_blank = self.line, 0
         while True:
             found = BLANKS.match(self.text, self.place)
             assert found is not None, "it matches nothing too"
+            num_blank += found.end() - self.place
             self.skip(found.end())
+            if num_blank > LARGEST:
+                raise DataError(f"{self.file}, line {begin}: {BLANK}")
             if self.place < len(self.text):
                 return self.text[self.place]
             if not self.more():

@@ -20,6 +20,7 @@ from opfa.errors import DataError
 # about 2 GB of memory, and a compressed file of a few kilobytes may hold it.
 LARGEST = 16 << 20
 TOO_LONG = f"is longer than {LARGEST:,} characters, which is the most that one record may have"
+BLANK = f"more than {LARGEST:,} blank characters in a row, which no data have"
 KINDS = {
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a pipe",
@@ -67,12 +68,18 @@ def open_text(file: Path) -> TextIO:
 
 
 def read_lines(file: Path) -> Iterator[Line]:
-    """All lines of a file, numbered from 1; they end as Unix, Windows or the old Mac ends them."""
+    """All lines of a file, numbered from 1; they end as Unix, Windows or the old Mac ends them.
+
+    Raises `DataError` where blanks go on and on: a few kilobytes may hold hours of empty lines.
+    """
     with open_text(file) as lines:
-        number = 0
+        number = num_blank = 0
         while text := lines.readline(LARGEST + 1):
             number += 1
             is_long = len(text) > LARGEST
+            num_blank = num_blank + len(text) if text.isspace() else 0
+            if num_blank > LARGEST and not is_long:
+                raise DataError(f"{file}, line {number}: {BLANK}")
             yield Line(number, text, TOO_LONG if is_long else misplaced(text))
             while is_long and text and not text.endswith(("\n", "\r")):
                 text = lines.readline(LARGEST)

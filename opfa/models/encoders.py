@@ -8,6 +8,7 @@ each family keeps them; a new family is one more row.
 
 import contextlib
 import copy
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,11 +37,18 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging as transformers_logging
 
 from opfa.errors import ModelError, RunError, first_line, opening
-from opfa.models.skeleton import SPECIAL, try_out, without_memory
+from opfa.models.encoders.skeleton import SPECIAL, try_out, without_memory
+from opfa.release.rounding.compact import METHOD
+from opfa.release.rounding.sources import directory_of, open_source, small_files_of
 from opfa.sparsity.anatomy import problem_of_storage
-from opfa.storage.foreign import CONFIG, check_directory, check_plain, code_refused, tokenizer_files
-from opfa.weights.compact import METHOD
-from opfa.weights.sources import directory_of, open_source, small_files_of
+from opfa.storage.foreign import (
+    CONFIG,
+    check_directory,
+    check_model,
+    check_plain,
+    code_refused,
+    tokenizer_files,
+)
 
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 
@@ -123,7 +131,17 @@ def loading(what: str, name: str) -> Iterator[None]:
         except Exception as error:
             if "trust_remote_code" in str(error):  # its advice can't be followed here
                 raise code_refused(f"{what} {name!r}", ["auto_map"]) from error
+            if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
+                raise ModelError(
+                    f"{what} {name!r}: can't be loaded: {_no_sentencepiece()}"
+                ) from error
             raise
+
+
+def _no_sentencepiece() -> str:
+    if importlib.util.find_spec("sentencepiece") is None:
+        return "its tokenizer is of sentencepiece, which is missing: pip install sentencepiece"
+    return "its sentencepiece model is damaged, or is none"
 
 
 def _directory(what: str, name: str, *, with_weights: bool = False) -> Path:
@@ -180,6 +198,7 @@ def load_config(name: str) -> PretrainedConfig:
     """The configuration of a directory or Hub name."""
     directory = _directory("model", name)
     with loading("model", name):
+        check_model(directory)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opfa.compression.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
-from opfa.errors import ModelError, RunError
-from opfa.models.encoders import head_of
+from opfa.errors import ModelError, RunError, opening
+from opfa.models.encoders.encoders import head_of
 from opfa.sparsity.masks import Masks
 
 try:
@@ -47,16 +47,17 @@ def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     outputs = ("start_logits", "end_logits") if head == "QuestionAnswering" else ("logits",)
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model,
-            kwargs=example,
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            output_names=outputs,
-            dynamic_shapes={name: dict(enumerate(axes)) for name in example},
-            verbose=False,
-        )
+        with opening(type(model).__name__, ModelError, "torch can't export this class"):
+            program = torch.onnx.export(
+                model,
+                kwargs=example,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                output_names=outputs,
+                dynamic_shapes={name: dict(enumerate(axes)) for name in example},
+                verbose=False,
+            )
         assert program is not None, "the exporter was asked for a program"
         initializers = program.model.graph.initializers.values()
         matrices = [(item, item.const_value) for item in initializers if item.name in weights]

@@ -158,10 +158,8 @@ def _leaves(values: Any, key: str = "") -> Iterable[tuple[str, Any]]:  # Any: wh
             yield key, value
 
 
-def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None:
-    """Refuse what is no whole model with plain weights: an adapter, and values quantized by others.
-    `method` is our own.
-    """
+def check_model(directory: Path) -> None:
+    """Refuse an adapter, and a directory without a model's configuration."""
     if (directory / ADAPTER).exists():
         raise ModelError(
             f"{directory}: holds an adapter ({ADAPTER}); merge it into its model first, with "
@@ -169,6 +167,13 @@ def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None
         )
     if not (directory / CONFIG).exists():
         raise ModelError(f"{directory}: has no {CONFIG}")
+
+
+def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None:
+    """Refuse what is no whole model with plain weights: an adapter, and values quantized by others.
+    `method` is our own.
+    """
+    check_model(directory)
     quantized = config.get(QUANTIZED)
     if quantized is not None:
         found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized

@@ -6,6 +6,7 @@ module it was (/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is wha
 point. Rejected: onnx_graph.py, which needs torch's exporter and transformers to be there.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opfa.errors import ModelError, RunError, opening
+from opfa.errors import ModelError, RunError, opening, shown
+from opfa.storage.foreign import check_shards, check_weights
 
 try:  # an optional extra
     import onnx
@@ -36,8 +38,7 @@ class _Use(NamedTuple):
 
 def read_onnx(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The initializers of a file, matrices as [output, input]."""
-    with opening(file, ModelError, "can't be read as ONNX"):
-        graph = onnx.load(file, load_external_data=False).graph
+    graph = _graph(file)
     if not graph.initializer:
         raise ModelError(f"{file}: has no weights, or is no ONNX file")
     items = {item.name: item for item in graph.initializer}
@@ -52,6 +53,26 @@ def read_onnx(file: Path) -> Iterator[tuple[str, Tensor]]:
             values = _centred(values, _values(items[use.zero_point], file), use.axis)
         values = values.T if use.is_transposed else values
         yield use.name, _tensor(values, file, name)
+
+
+def data_files(file: Path) -> list[Path]:
+    """The files beside it in which its weights are; raises `ModelError` where one can't be."""
+    entries = [entry for item in _graph(file).initializer for entry in item.external_data]
+    places = sorted({entry.value for entry in entries if entry.key == "location"})
+    for place in places:
+        if not place or Path(place).is_absolute() or ".." in Path(place).parts:
+            raise ModelError(f"{file}: its weights: {shown(place)} is no file beside it")
+    paths = [file.parent / place for place in places]
+    there = [place for place, path in zip(places, paths, strict=True) if os.path.lexists(path)]
+    check_shards(places, there, file)
+    for path in paths:
+        check_weights(path)
+    return paths
+
+
+def _graph(file: Path) -> onnx.GraphProto:
+    with opening(file, ModelError, "can't be read as ONNX"):
+        return onnx.load(file, load_external_data=False).graph
 
 
 def _tensor(values: np.ndarray, file: Path, name: str) -> Tensor:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from opfa.errors import ModelError, first_line, opening
-from opfa.hub.tensors import RemoteFiles, cached_directory, missing_in_cache
+from opfa.hub.tensors.tensors import RemoteFiles, cached_directory, missing_in_cache
 from opfa.sparsity.anatomy import MASK, problem_of_storage
 from opfa.storage.foreign import (
     TOKENIZER_FILES,
@@ -227,9 +227,12 @@ def _files(
 
 
 def _parts(file: Path) -> list[Path]:
-    """A file, and beside the largest ONNX files the one with their weights."""
-    data = file.with_name(f"{file.name}.data")
-    return [file, data] if file.suffix == ".onnx" and data.is_file() else [file]
+    """A file, and those in which an ONNX file says that its weights are."""
+    if file.suffix != ".onnx":
+        return [file]
+    from opfa.weights.onnx import data_files  # an optional extra
+
+    return [file, *data_files(file)]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opfa.compression import quant
@@ -295,6 +296,16 @@ def test_saved_ranges_give_a_plain_model_the_same_outputs(tmp_path: Path) -> Non
     assert not torch.equal(model(batch(3)), expected)
     quant.load(model, tmp_path / quant.FILE)
     assert torch.equal(model.eval()(batch(3)), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1.0])
+def test_a_range_that_no_training_gives_is_refused(tmp_path: Path, value: float) -> None:
+    model, _ = trained(tmp_path)
+    fuse(model)
+    values = load_file(tmp_path / quant.FILE)
+    save_file(values | {"2.input_low": torch.tensor(value)}, tmp_path / quant.FILE)
+    with pytest.raises(ModelError, match="2: its inputs have no range with zero in it"):
+        quant.load(model, tmp_path / quant.FILE)
 
 
 def test_fuse_leaves_plain_layers_without_traces(tmp_path: Path) -> None:

@@ -100,6 +100,32 @@ def test_an_endless_line_is_refused_before_its_end(tmp_path: Path, name: str) ->
     assert time.process_time() - begin < 3.0
 
 
+BLANK = lines.BLANK  # before it is made small
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("name", "start", "blank", "place"),
+    [
+        ("a.json", "[", " ", "line 1"),
+        ("a.json", '[{"a": 1}', "\t", "line 1"),
+        ("a.json", '[{"a": 1},', "\n", "line 1"),
+        ("a.json", '[{"a": 1}]', "\r\n", "line 1"),
+        ("a.jsonl", '{"a": 1}\n', " \n", "line 52"),
+        ("a.csv", "a,b\n1,2\n", "\n", "line 103"),
+        ("a.txt", "one\n", "\n", "line 102"),
+        ("a.conll", "one O\n", "\n", "line 102"),
+    ],
+)
+def test_blanks_without_end_are_refused(
+    tmp_path: Path, name: str, start: str, blank: str, place: str
+) -> None:
+    """Packed, hours of them are a few kilobytes."""
+    end = {".json": '{"a": 2}]', ".jsonl": '{"a": 2}'}.get(Path(name).suffix, "")
+    content = zstandard.compress((start + blank * 150 + end).encode())
+    assert refused(tmp_path / f"{name}.zst", content) == f"{name}.zst, {place}: {BLANK}"
+
+
 def test_a_csv_field_of_135_000_characters_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", f"a,b\n1,{'x' * 135_000}\n") == [{"a": "1", "b": "x" * 135_000}]
 

@@ -19,6 +19,8 @@ from onnxruntime import (
     GraphOptimizationLevel,  # pyright: ignore[reportAttributeAccessIssue] - made at run time
     InferenceSession,
 )
+from opfa.models.encoders.encoders import HEADS, load_finetuned_model
+from opfa.release.rounding.inspection import inspect
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -29,7 +31,6 @@ from opfa.compression.pattern import Pattern
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
-from opfa.models.encoders import HEADS, load_finetuned_model
 from opfa.runtimes import export, onnx_graph, parity
 from opfa.runtimes.onnx_graph import nonzeros
 from opfa.runtimes.parity import OnnxModel, session_options
@@ -37,7 +38,6 @@ from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
 from opfa.tasks.kinds import load_validation
 from opfa.tasks.recipe import Task
-from opfa.weights.inspection import inspect
 
 SIZES = {
     "vocab_size": 50,
@@ -378,6 +378,59 @@ def test_weights_that_one_file_can_not_hold_go_into_a_second(
     inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
     logits = [OnnxModel(path)(**inputs)["logits"] for path in (exported[0], tmp_path / "a.onnx")]
     assert torch.equal(*logits)
+
+
+def external(directory: Path, place: str = "data") -> Path:
+    """An ONNX file with its one matrix in another file, said to be at this place."""
+    values = numpy_helper.from_array(np.eye(8, dtype=np.float32), "layer.0.query.weight")
+    graph = onnx.helper.make_graph([], "graph", [], [], [values])
+    file = directory / "model.onnx"
+    model = onnx.helper.make_model(graph)
+    onnx.save(model, file, save_as_external_data=True, location="data", size_threshold=0)
+    proto = onnx.load(file, load_external_data=False)
+    for entry in proto.graph.initializer[0].external_data:
+        entry.value = place if entry.key == "location" else entry.value
+    file.write_bytes(proto.SerializeToString())
+    return file
+
+
+def test_weights_in_another_file_are_read_and_their_bytes_counted(tmp_path: Path) -> None:
+    found = inspect(external(tmp_path))
+    assert found["total"]["zeros"] == 56
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir()) > 256
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [
+        ("../data", None, "'../data' is no file beside it"),
+        ("/etc/passwd", None, "'/etc/passwd' is no file beside it"),
+        ("", None, "'' is no file beside it"),
+        ("moved", None, "model.onnx: moved is missing; the weights are not complete"),
+        ("data", b"version https://git-lfs.github.com/spec/v1\n", "data: is a git-lfs pointer"),
+        ("data", b"", "data: is empty"),
+        ("data", bytes(200), r"can't be read: External data length \(256\) exceeds"),
+    ],
+)
+def test_weights_that_are_not_in_the_other_file_are_one_message(
+    tmp_path: Path, place: str, content: bytes | None, message: str
+) -> None:
+    file = external(tmp_path, place)
+    if content is not None:
+        (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        inspect(file)
+
+
+def test_a_class_that_torch_can_not_export_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:  # as of XLNet, for which that takes seconds
+        raise torch.onnx.errors.OnnxExporterError("Failed to decompose the graph.\n\nTraceback")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    model = tiny("bert", "SequenceClassification")
+    model.config.architectures = [type(model).__name__]
+    with pytest.raises(ModelError, match=r"BertForSequence.*: torch can't export .* the graph.$"):
+        onnx_graph.trace(model, ["input_ids"])
 
 
 # other tasks

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import OBJECTS, SUBJECTS, VERBS, finetune_recipe
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from opfa.models.encoders.encoders import quiet_transformers, wordpiece_tokenizer
+from opfa.release.release.release import release, unpack
+from opfa.release.release.rounding import write_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -34,9 +37,6 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
-from opfa.models.encoders import quiet_transformers, wordpiece_tokenizer
-from opfa.release.release import release, unpack
-from opfa.release.rounding import write_weights
 from opfa.runtimes.export import export
 
 WORDS = sorted({word for line in (*SUBJECTS, *VERBS, *OBJECTS) for word in line.split()})
@@ -191,9 +191,17 @@ def test_every_zero_is_held_by_a_lock_by_8_bits_and_by_every_form_of_a_release(
         assert (again["fingerprint"], again["total"]) == (locked["fingerprint"], locked["total"])
 
 
-def foreign(directory: Path, family: str, head: str, emptiness: list[str]) -> dict[str, Tensor]:
+def foreign(
+    directory: Path,
+    family: str,
+    head: str,
+    emptiness: list[str],
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
     """Write a sparse model as others do, without sparsity.json, and tell where its zeros are."""
-    model = sparse_model(family, head, emptiness, seed=1)
+    model = sparse_model(family, head, emptiness, seed)
+    nn.Module.to(model, dtype)
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     with quiet_transformers():
         model.save_pretrained(directory)
@@ -206,36 +214,71 @@ def named_alike(zeros: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name.removeprefix(prefix): mask for name, mask in zeros.items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "head", "emptiness", "prefix"),
-    [
-        ("bert", "masked-lm", ["matrix", "anywhere", "nothing", "rows"], "bert."),
-        ("distilbert", "bare", ["columns", "matrix"], "distilbert."),
-        ("modernbert", "classification", ["matrix"], "model."),
-    ],
+IS_LONG = settings.get_current_profile_name() == "many"
+IN_8_BITS = {"seed": 1, "dtype": torch.float32, "bits": 8, "form": "compact-int8"}
+
+
+# Three models; with 200 random ones, which take about MINUTES minutes:
+# python -m pytest tests/test_every_zero.py -k from_fine_tuning --hypothesis-profile=many
+@settings(
+    max_examples=200,
+    phases=[Phase.explicit, Phase.generate] if IS_LONG else [Phase.explicit],
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
+@given(
+    **FOREIGN,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bits=st.sampled_from([None, 8]),
+    form=st.sampled_from(["dense", "compact", "compact-int8"]),
+)
+@example(
+    family="bert",
+    head="masked-lm",
+    emptiness=["matrix", "anywhere", "nothing", "rows"],
+    **IN_8_BITS,
+)
+@example(family="distilbert", head="bare", emptiness=["columns", "matrix"], **IN_8_BITS)
+@example(family="modernbert", head="classification", emptiness=["matrix"], **IN_8_BITS)
 def test_every_zero_is_held_from_fine_tuning_in_8_bits_to_release_and_export(
-    family: str, head: str, emptiness: list[str], prefix: str, examples: Path, tmp_path: Path
+    examples: Path,
+    family: str,
+    head: str,
+    emptiness: list[str],
+    seed: int,
+    dtype: torch.dtype,
+    bits: int | None,
+    form: Any,
 ) -> None:
-    zeros = named_alike(foreign(tmp_path / "foreign", family, head, emptiness), prefix)
-    options = {"training": {"epochs": 0.3, "batch": 8, "learning_rate": 0.1, "dropout": 0.0}}
-    recipe = finetune_recipe(tmp_path / "foreign", examples, **options, quantization={"bits": 8})
-    results = finetune(recipe, tmp_path / "run")
-    model = load_file(tmp_path / "run/model/model.safetensors")
-    assert_same_zeros(model.items(), zeros)
-    assert results["quantized"]
-    num_zeros = sum(int(mask.sum()) for mask in zeros.values())
-    stated = opfa.inspect(tmp_path / "run/model")
-    assert (stated["stated"], stated["total"]["zeros"]) == ("matches", num_zeros)
-    release(tmp_path / "run", tmp_path / "small", form="compact-int8")
-    unpack(tmp_path / "small", tmp_path / "plain")
-    for directory in ("small", "plain"):
-        found = opfa.inspect(tmp_path / directory)
-        assert (found["stated"], found["fingerprint"]) == ("matches", stated["fingerprint"])
-    if family == "bert":  # others take the same way, each about 5 seconds; two matrices are equal
-        exported = export(str(tmp_path / "run/model"), tmp_path / "model.onnx")
-        assert exported["fingerprint"]["onnx"] == stated["fingerprint"]
-        assert exported["precision"] == "int8"
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place)
+        zeros = foreign(path / "foreign", family, head, emptiness, seed, dtype)
+        zeros = named_alike(zeros, "model." if family == "modernbert" else f"{family}.")
+        options = {"training": {"epochs": 0.3, "batch": 8, "learning_rate": 0.1, "dropout": 0.0}}
+        quantization = {"quantization": {"bits": bits}} if bits else {}
+        recipe = finetune_recipe(path / "foreign", examples, **options, **quantization)
+        results = finetune(recipe, path / "run")
+        model = load_file(path / "run/model/model.safetensors")
+        assert_same_zeros(model.items(), zeros)
+        assert results["quantized"] == bool(bits)
+        num_zeros = sum(int(mask.sum()) for mask in zeros.values())
+        stated = opfa.inspect(path / "run/model")
+        assert (stated["stated"], stated["total"]["zeros"]) == ("matches", num_zeros)
+        form = form if bits else form.removesuffix("-int8")
+        release(path / "run", path / "small", form=form)
+        released = ["small"]
+        if form != "dense":
+            unpack(path / "small", path / "plain")
+            released.append("plain")
+        for directory in released:
+            found = opfa.inspect(path / directory)
+            assert (found["stated"], found["fingerprint"]) == ("matches", stated["fingerprint"])
+        if family == "bert" or IS_LONG:  # about 5 seconds each; two of these matrices are equal
+            exported = export(str(path / "run/model"), path / "model.onnx")
+            assert exported["fingerprint"]["onnx"] == stated["fingerprint"]
+            assert exported["precision"] == ("int8" if bits else "fp32")
 
 
 def test_a_zero_matrix_is_locked_counted_and_held_in_fine_tuning_and_calibration(

@@ -12,6 +12,18 @@ import hub
 import pytest
 import torch
 from conftest import TINY_BERT, finetune_recipe
+from opfa.hub.tensors.download import download
+from opfa.models.encoders.encoders import (
+    encoder_skeleton,
+    load_config,
+    load_tokenizer,
+    new_config,
+    wordpiece_tokenizer,
+    write_model,
+)
+from opfa.models.encoders.fit import fit_tokenizer
+from opfa.models.encoders.skeleton import num_positions
+from opfa.release.rounding.inspection import inspect
 from safetensors.torch import load_file, save_file
 from servers import release
 from tokenizers.processors import TemplateProcessing
@@ -22,22 +34,10 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.student import hold_zeros
 from opfa.errors import ModelError, OpfaError
-from opfa.hub.download import download
-from opfa.models.encoders import (
-    encoder_skeleton,
-    load_config,
-    load_tokenizer,
-    new_config,
-    wordpiece_tokenizer,
-    write_model,
-)
-from opfa.models.fit import fit_tokenizer
-from opfa.models.skeleton import num_positions
 from opfa.sparsity.layers import zero_masks
 from opfa.sparsity.masks import report
 from opfa.tasks.kinds import check_head, load_model
 from opfa.tasks.recipe import Task
-from opfa.weights.inspection import inspect
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,'", "cat"]
 VOCABULARY = {word: index for index, word in enumerate(WORDS)}
@@ -290,8 +290,14 @@ def test_an_index_names_files_beside_it_alone(model: Path, place: Any) -> None:
             step(model)
 
 
-def test_an_adapter_is_refused_by_name(model: Path) -> None:
-    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_an_adapter_is_refused_by_name(model: Path, is_alone: bool) -> None:
+    mapping = {"base_model_class": "Model", "parent_library": "evil"}
+    values = {"base_model_name_or_path": "x", "auto_mapping": mapping}
+    (model / "adapter_config.json").write_text(json.dumps(values))
+    if is_alone:
+        (model / "config.json").unlink()
+        (model / "model.safetensors").rename(model / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="holds an adapter .*; merge it into its model first"):
         use(model)
 
@@ -328,6 +334,27 @@ def test_a_model_without_a_tokenizer_is_refused(model: Path, files: dict[str, st
     for name, text in files.items():
         (model / name).write_text(text)
     with pytest.raises(ModelError, match=r"no tokenizer files .*model.tokenizer=NAME"):
+        load_tokenizer(str(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("XLMRobertaTokenizer", "sentencepiece.bpe.model"),
+        ("AlbertTokenizer", "spiece.model"),
+        ("DebertaV2Tokenizer", "spm.model"),
+        ("T5Tokenizer", "spiece.model"),
+    ],
+)
+def test_a_sentencepiece_model_that_can_not_be_read_is_told_so(
+    model: Path, kind: str, file: str
+) -> None:
+    """And not that tiktoken is missing, with which transformers tries it next."""
+    without_tokenizer(model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (model / file).write_bytes(b"\x0a\x08damaged")
+    message = r"sentencepiece(, which is missing: pip install| model is damaged)"
+    with pytest.raises(ModelError, match=message):
         load_tokenizer(str(model))
 
 

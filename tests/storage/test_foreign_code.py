@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe, outside, pretrain_recipe
+from opfa.models.encoders.encoders import load_config, load_finetuned_model, load_tokenizer
 from safetensors.torch import load_file
 from test_foreign import tiny
 
 from opfa.commands import app as cli
 from opfa.errors import ModelError
-from opfa.models.encoders import load_config, load_finetuned_model, load_tokenizer
 from opfa.storage.files import write_text
 
 CODE = """from pathlib import Path
@@ -67,6 +67,8 @@ def evil(whole: Path, tmp_path: Path, marker: Path) -> Path:
     )
     for name in ("evil.py", "model.py", "setup.py", "__init__.py"):
         (directory / name).write_text(CODE.format(marker=str(marker)))
+    (directory / "custom_generate").mkdir()
+    shutil.copy(directory / "evil.py", directory / "custom_generate/generate.py")
     return directory
 
 
@@ -84,6 +86,8 @@ COMMANDS = {
     " pruning.schedule.target=0.5",
     "pretrain, its teacher": "pretrain {upstream} --output {out} distillation.teacher={evil}",
     "prepare": "prepare {hub} --output {out} corpus.tokenizer={evil}",
+    "prepare, its documents": "prepare {upstream} --output {out} corpus.documents= "
+    "corpus.hub={evil}",
     "evaluate": "evaluate {evil} --recipe {task}",
     "calibrate": "calibrate {evil} --recipe {task} --output {out}",
     "export": "export {evil} --output {out}",

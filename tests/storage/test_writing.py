@@ -140,6 +140,21 @@ def test_a_disk_that_fills_up_is_one_message(
     check(command, small_disk / "new/out.png", capsys, reason)
 
 
+def test_a_disk_that_wandbs_files_fill_is_one_message(
+    place: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 24_000))
+    output = small_disk / "out"
+    assert cli.run([*words_of("finetune", output), "logging.wandb=offline"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"opfa: {output}/") and "no space left on device" in last
+    assert {path.name for path in output.iterdir()} <= {*OF_A_RUN, "wandb"}
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("command", ["prepare", "finetune", "release", "predictions", "plot"])
 def test_what_a_disk_refuses_when_it_is_synced_is_one_message(
