@@ -24,10 +24,10 @@ from torch import Tensor
 from opfa.bench.measure import in_a_process, memory
 from opfa.compression.pattern import Pattern
 from opfa.compression.quant import to_int8
+from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.encoders import HEADS, new_config
 from opfa.release.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
 from opfa.sparsity.anatomy import EMBEDDING
-from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.storage.files import write_json
 from opfa.weights.compact import CONFIG, FILE
 from opfa.weights.packing import PARTS, TYPES

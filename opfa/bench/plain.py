@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opfa.compression.distill import hidden_loss, soft_loss
+from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.encoders import decay_groups, load_pretraining_model
-from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps
 from opfa.upstream.pretrain import DTYPES, order_of

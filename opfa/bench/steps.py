@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from opfa.compression.pattern import Pattern
+from opfa.compression.selection import Scope, magnitude_mask, num_zeros, select
 from opfa.downstream.finetune import Trainer
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.models.encoders import new_config, wordpiece_tokenizer, write_model
-from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.tasks.kinds import KINDS
 
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]  # one BERT-base layer
@@ -44,21 +43,21 @@ def bench_masks() -> dict[str, Any]:
     return {"weights": size, "sparsity": SPARSITY, "threads": threads, "scopes": scopes}
 
 
-def _bench_scope(scope: Any) -> dict[str, Any]:  # Any: one of Pattern's scopes
+def _bench_scope(scope: Scope) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     weights = {
         f"layer.{layer}.{index}.weight": torch.randn(shape, generator=random).mul_(0.02)
         for layer in range(NUM_LAYERS)
         for index, shape in enumerate(SHAPES)
     }
-    pattern = Pattern(scope=scope)
     magnitude_mask(torch.randn(64, 64), 9)  # what libraries allocate once
     before = _peak_bytes()
     seconds, masks = [], {}
     for _ in range(REPEATS):
         masks.clear()  # the last round's are gone
         start = time.perf_counter()
-        masks = pattern.masks(weights, SPARSITY)
+        scores = {name: weight.abs() for name, weight in weights.items()}
+        masks = select(scores, SPARSITY, scope)
         seconds.append(time.perf_counter() - start)
     extra = _peak_bytes() - before
     zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}

@@ -8,22 +8,23 @@ prunes the pooler upstream. Its classification holds those zeros.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import regex  # as `re`, but with a limit on time
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
+from opfa.compression.grains import AnyGrain, Weight
+from opfa.compression.scores import AnyScore, Magnitude
 from opfa.errors import RecipeError, brief, first_line
 from opfa.recipe import Section
 
 if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting for torch
-    from torch import Tensor, nn
-
-    from opfa.sparsity.masks import Ranks
+    from torch import nn
 
 # The path of a linear layer that belongs to a numbered encoder layer, in every family known:
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
+
 
 LONGEST_RULE = 500  # characters
 LONGEST_SECONDS = 0.2  # to look for a rule in one name; a nested repetition may take for ever
@@ -33,15 +34,25 @@ class Pattern(Section):
     """Which weights are pruned.
 
     `include` and `exclude` are regular expressions searched for in the names of linear layers.
-    `scope` says whether every tensor reaches the target ("layer") or all of them together
-    ("global"). A pruned weight keeps the value it had, and a later update takes it back if live
-    ones have become smaller; not if `monotone`.
+    `score` says what each weight is worth, and `grain` which weights are pruned together. `scope`
+    says whether every tensor reaches the target ("layer") or all of them together ("global"). A
+    pruned weight keeps the value it had, and a later update takes it back if live ones have come to
+    be worth less; not if `monotone`.
     """
 
     include: tuple[str, ...] = (ENCODER_LAYER,)
     exclude: tuple[str, ...] = ()
     scope: Literal["layer", "global"] = "layer"
     monotone: bool = False
+    # Their defaults are not written, so that recipes without them keep their digests.
+    score: AnyScore = Field(default=Magnitude(), exclude_if=lambda score: score == Magnitude())
+    grain: AnyGrain = Field(default=Weight(), exclude_if=lambda grain: grain == Weight())
+
+    @field_validator("score", "grain", mode="before", json_schema_input_type=str | dict[str, Any])
+    @classmethod
+    def _named(cls, value: Any) -> Any:  # Any: before it is checked
+        """`"magnitude"` is short for `{ kind = "magnitude" }`."""
+        return {"kind": value} if isinstance(value, str) else value
 
     @field_validator("include", "exclude")
     @classmethod
@@ -74,25 +85,6 @@ class Pattern(Section):
                 "no linear layer is left to prune"
             )
         return {name: layer for name, layer in linear.items() if name in names}
-
-    def masks(
-        self, weights: "Mapping[str, Tensor]", sparsity: float, ranks: "Ranks | None" = None
-    ) -> "dict[str, Tensor]":
-        """Exact masks for fp32 weights: `round(sparsity * size)` zeros per tensor, or over all of
-        them. With `ranks`, both are this one's runs. Collective then.
-        """
-        import numpy as np
-
-        from opfa.sparsity.masks import ALONE, global_magnitude_masks, num_zeros
-
-        ranks = ranks or ALONE
-        sizes = ranks.total(np.array([weight.numel() for weight in weights.values()]))
-        if self.scope == "global":
-            return global_magnitude_masks(weights, num_zeros(sparsity, int(sizes.sum())), ranks)
-        masks: dict[str, Tensor] = {}
-        for (name, weight), size in zip(weights.items(), sizes.tolist(), strict=True):
-            masks |= global_magnitude_masks({name: weight}, num_zeros(sparsity, size), ranks)
-        return masks
 
 
 def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:

@@ -1,21 +1,27 @@
-"""The pruner: when the schedule says so, turn fp32 weights into exact masks, the same on every
-rank.
+"""The pruner: score -> grain -> selection -> masks, when the schedule says so, and the same masks
+on every rank.
 """
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opfa.compression.grains import Grain
 from opfa.compression.pattern import Pattern
 from opfa.compression.schedules import Gradual
+from opfa.compression.scores import Part, Score, State
+from opfa.compression.selection import ALONE, Ranks, select
 from opfa.errors import RunError
-from opfa.sparsity.layers import mask_layers, masks_of, set_masks
-from opfa.sparsity.masks import ALONE, Ranks, fingerprint
+from opfa.sparsity.layers import MaskedLinear, mask_layers, masks_of, set_masks
+from opfa.sparsity.masks import Masks, fingerprint
 
-TINY = torch.finfo(torch.float32).tiny  # above every pruned weight, when those stay pruned
+FILE = "scores.safetensors"  # in a resume point: what a score has gathered
 
 
 class Weights(Protocol):
@@ -25,6 +31,12 @@ class Weights(Protocol):
 
     def read(self, parameter: Tensor) -> Tensor:
         """This rank's run of a parameter's flattened fp32 value, [n]; possibly empty."""
+        ...
+
+    def read_gradient(self, layer: MaskedLinear) -> Tensor:
+        """This rank's run, in fp32, of the gradient of the global batch by the weight that a layer
+        computes with, since the last call. The layer must keep it.
+        """
         ...
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
@@ -49,13 +61,17 @@ class OneProcess:
         """All of it."""
         return parameter.detach().view(-1)
 
+    def read_gradient(self, layer: MaskedLinear) -> Tensor:
+        """All of it."""
+        return layer.take_gradient().view(-1)
+
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
         """The run is the whole."""
         return run.view(parameter.shape)
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """All of it."""
-        return whole.view(-1)
+        return whole.to(parameter.device).view(-1)
 
     def compare(self, text: str) -> list[str]:
         """There is nobody to differ."""
@@ -63,41 +79,125 @@ class OneProcess:
 
 
 class Pruner:
-    """Holds the masks of a model over time. Make it before an engine wraps the model."""
+    """Holds the masks of a model over time. Make it before an engine wraps the model.
 
-    def __init__(self, model: nn.Module, schedule: Gradual, pattern: Pattern) -> None:
+    Every method that takes `weights` is collective; without them one process holds the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Gradual,
+        pattern: Pattern,
+        *,
+        score: Score | None = None,
+        grain: Grain | None = None,
+    ) -> None:
         """Mask the layers that the pattern names; all their weights are kept until the first
-        update.
+        update. `score` and `grain` replace the pattern's.
         """
-        self.schedule = schedule
-        self.pattern = pattern
+        self.schedule, self.pattern = schedule, pattern
         self.layers = mask_layers(model, pattern.layers(model))
-        self._model = model
+        self._model, self._layers = model, {f"{n}.weight": m for n, m in self.layers.items()}
+        self._score, self._grain = score or pattern.score, grain or pattern.grain
+        self._states: dict[str, State] = {}
+        self._keep_gradients(0, 1)
+
+    @torch.no_grad()
+    def after_backward(self, step: int, weights: Weights | None = None) -> None:
+        """Let the score observe the gradient of the optimizer's step that comes next, the `step`th.
+
+        A gradient that overflowed fp16 is left out, as the optimizer leaves out its step.
+        """
+        if not self._observes(step):
+            return
+        weights = weights or OneProcess()
+        gradients = {name: weights.read_gradient(m) for name, m in self._layers.items()}
+        num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
+        if not weights.ranks.total(np.array([num_bad])).any():
+            for name, gradient in gradients.items():
+                part = self._part(name, step, weights)
+                self._states[name] = self._score.observe(part, gradient)
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Weights | None = None) -> bool:
         """Update the masks if the schedule says so after `step` steps; whether it did.
 
-        Each rank scores the runs that it holds. Collective. Raises `RunError` on every rank when
-        the ranks come to different masks.
+        Raises `RunError` on every rank when a score is not finite, and when the ranks come to
+        different masks.
         """
+        self._keep_gradients(step + 1)
         if not self.schedule.is_update(step):
             return False
         weights = weights or OneProcess()
-        parameters = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
-        runs = {name: weights.read(parameter) for name, parameter in parameters.items()}
-        if self.pattern.monotone:
-            for name, mask in self.masks().items():
-                lives = weights.cut(parameters[name], mask)
-                runs[name] = runs[name].abs().clamp_min(TINY) * lives
         try:
-            kept = self.pattern.masks(runs, self.schedule.sparsity_at(step), weights.ranks)
+            masks = self._select(step, weights)
         except ValueError as error:  # on every rank
             raise RunError(f"step {step}: {error}") from error
-        masks = {name: weights.join(parameters[name], run) for name, run in kept.items()}
         _check_same(step, masks, weights)
         set_masks(self._model, masks)
         return True
+
+    def _select(self, step: int, weights: Weights) -> Masks:
+        """New masks, from the runs of scores, or from whole tensors where the grain needs them."""
+        layers, grain, has_whole = self._layers, self._grain, self._grain.needs_whole
+        scores, lives = {}, {}
+        for name, layer in layers.items():
+            part = self._part(name, step, weights)
+            score = self._score.of(part)
+            assert score.shape == part.weight.shape, f"{name}: one score for each weight"
+            scores[name] = weights.join(layer.weight, score) if has_whole else score
+            if self.pattern.monotone:
+                mask = layer.mask if has_whole else part.cut(layer.mask)
+                lives[name] = mask.float()
+        candidates = {n: live > 0 for n, live in grain.pool(lives).items()} if lives else None
+        ranks = ALONE if has_whole else weights.ranks
+        sparsity = self.schedule.sparsity_at(step)
+        kept = select(grain.pool(scores), sparsity, self.pattern.scope, ranks, candidates)
+        masks = grain.spread(kept, {name: layer.mask.shape for name, layer in layers.items()})
+        if has_whole:
+            return masks
+        return {name: weights.join(layers[name].weight, run) for name, run in masks.items()}
+
+    def _part(self, name: str, step: int, weights: Weights) -> Part:
+        layer = self._layers[name]
+        return Part(
+            step=step,
+            name=name,
+            weight=weights.read(layer.weight),
+            state=self._states.get(name, {}),
+            shape=layer.mask.shape,
+            cut=lambda whole: weights.cut(layer.weight, whole),
+        )
+
+    def _observes(self, step: int) -> bool:
+        return step <= self.schedule.last_update and self._score.observes(step)
+
+    def _keep_gradients(self, *steps: int) -> None:
+        """Let layers keep what the score will observe in these steps, and nothing else."""
+        for layer in self.layers.values():
+            layer.keep_gradient(any(map(self._observes, steps)))
+
+    def save(self, directory: Path, weights: Weights | None = None, is_writer: bool = True) -> None:
+        """Write what the score has gathered, if anything, into a resume point."""
+        weights, whole = weights or OneProcess(), {}
+        for name, state in self._states.items():
+            for key, run in state.items():
+                found = weights.join(self._layers[name].weight, run)
+                if is_writer:
+                    whole[f"{key}/{name}"] = found.cpu().contiguous()
+        if whole:
+            save_file(whole, directory / FILE)
+
+    def load(self, directory: Path, step: int, weights: Weights | None = None) -> None:
+        """Read what `save` wrote after `step` steps, on any number of ranks."""
+        weights, states = weights or OneProcess(), {}
+        found = load_file(directory / FILE) if (directory / FILE).exists() else {}
+        for path, whole in found.items():
+            key, _, name = path.partition("/")
+            states.setdefault(name, {})[key] = weights.cut(self._layers[name].weight, whole)
+        self._states = states
+        self._keep_gradients(step + 1)
 
     def restore(self, masks: Mapping[str, Tensor]) -> None:
         """Put back the masks of a resume point."""

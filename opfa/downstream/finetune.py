@@ -201,6 +201,8 @@ class Trainer:
         loss = self._backward(self.order.step(step))
         if not math.isfinite(loss):
             raise DivergedError(f"step {step + 1}: the loss is {loss}; {UNCHANGED}")
+        if self.pruner is not None:
+            self.pruner.after_backward(step + 1)
         grad_norm = nn.utils.clip_grad_norm_(
             self.student.parameters(), self.recipe.training.max_grad_norm
         )
@@ -293,6 +295,8 @@ class Trainer:
             with (directory / "state.pt").open("wb") as file:  # torch's own hides why it fails
                 torch.save(state, file)
             mask_files.save(masks_of(self.student), directory / "masks.safetensors")
+            if self.pruner is not None:
+                self.pruner.save(directory)
 
         keep = self.recipe.logging.keep_checkpoints
         facts = {"best": self.best.step, **run.state()}
@@ -308,6 +312,8 @@ class Trainer:
         facts = facts_of(point)
         step = facts["step"]
         self._restore(point)
+        if self.pruner is not None:
+            self.pruner.load(point, step)
         run.go_back(step, facts)
         if self.recipe.selection is not None:
             self.best.replay(run.rows())

@@ -20,7 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opfa.compression.pruner import Pruner
 from opfa.compression.quant import FILE as QUANTIZATION
+from opfa.compression.schedules import Gradual
 from opfa.data.order import generator
 from opfa.data.records import read_records
 from opfa.downstream.finetune import finetune
@@ -28,7 +30,6 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
 from opfa.models.encoders import load_pretraining_model
 from opfa.report import pictures as report
-from opfa.sparsity.layers import mask_layers, set_masks
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
 from opfa.training.distributed import Supervisor
 from opfa.upstream.batches import masker, validation_batches
@@ -124,9 +125,7 @@ def language_losses(recipe: PretrainRecipe, output: Path) -> dict[str, float]:
     for name, origin in (("dense", "teacher"), (ONE_SHOT, "teacher"), (PRUNE_ONCE, "student")):
         model = load_pretraining_model(str(output / origin / "model"), recipe.corpus.objective)
         if name == ONE_SHOT:
-            layers = mask_layers(model, pattern.layers(model))
-            weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
-            set_masks(model, pattern.masks(weights, sparsity))
+            Pruner(model, Gradual(end=0, target=sparsity), pattern).after_step(0)
         batches = validation_batches(
             prepared, mask, batch=64, num_examples=len(prepared.validation)
         )

@@ -58,13 +58,39 @@ class MaskedLinear(nn.Linear):
     mask: Tensor
     is_pruned = True  # not a layer that keeps all weights and is only to be quantized
     is_held = False  # inside of `hold_weights`
+    keeps_gradient = False  # of the effective weight, where masked weights have one too
     _known: Tensor | None = None
+    _gradient: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
         """The weight that the layer computes with: zero wherever the mask is False."""
         if self.is_held and self._known is None:
             self._known = _product(self.weight.detach(), self.mask)
-        return _Masked.apply(self.weight, self.mask, self._known)
+        weight = _Masked.apply(self.weight, self.mask, self._known)
+        if self.keeps_gradient and weight.requires_grad:
+            weight.register_hook(self._add_gradient)
+        return weight
+
+    def keep_gradient(self, keeps: bool) -> None:
+        """From now on keep the gradient of the effective weight, for `take_gradient`, or don't."""
+        self.keeps_gradient = keeps
+        if not keeps:
+            self._gradient = None
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(gradient, dtype=torch.float32)
+        self._gradient += gradient
+
+    def take_gradient(self) -> Tensor:
+        """The sum [out, in], in fp32, of this process's gradients of the effective weight since the
+        last call.
+        """
+        assert self.keeps_gradient, "the gradient before masking was not kept"
+        gradient, self._gradient = self._gradient, None
+        if gradient is None:  # the layer took no part
+            return torch.zeros_like(self.mask, dtype=torch.float32)
+        return gradient
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its masked weight."""
@@ -73,7 +99,8 @@ class MaskedLinear(nn.Linear):
     def unmask(self) -> None:
         """Become a plain `nn.Linear`, in place; the weight stays as it is."""
         del self.mask
-        self.__dict__.pop("is_pruned", None)
+        for name in ("is_pruned", "keeps_gradient", "_gradient"):
+            self.__dict__.pop(name, None)
         object.__setattr__(self, "__class__", nn.Linear)
 
 
@@ -135,11 +162,11 @@ def _pruned_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Copy masks into the masked layers; the names must fit exactly."""
-    layers = _pruned_layers(model)
-    if {f"{name}.weight" for name in layers} != set(masks):
-        raise ModelError("the masks and the masked layers of this model have different names")
-    for name, layer in layers.items():
+    """Copy masks into the masked layers; names and shapes must fit exactly."""
+    own = masks_of(model)
+    if {n: mask.shape for n, mask in own.items()} != {n: mask.shape for n, mask in masks.items()}:
+        raise ModelError("the masks and this model's masked layers have different names or shapes")
+    for name, layer in _pruned_layers(model).items():
         assert not layer.is_held, "masks change while effective weights are held"
         layer.mask.copy_(masks[f"{name}.weight"])
 

@@ -1,139 +1,17 @@
-"""Masks: which weights live. True = kept, always.
-
-Exact selection: the k smallest |w| are pruned, counted with integers. Non-negative IEEE floats
-order like their bits read as integers, so the k-th magnitude is found with two histograms of int32
-bits (15 high, then 16 low bits), without sorting. Ties at the threshold go by (tensor, position):
-the lower index is kept. Plain `|w| > t` thresholds miss the count as soon as values repeat, which
-is the rule for weights that came from bf16.
-"""
+"""Masks: which weights live, what is reported of them, and their files. True = kept, always."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "opfa-sparsity/1"
-CHUNK = 1 << 22  # elements per histogram pass; bounds the extra memory
 Masks = dict[str, Tensor]
-
-
-def num_zeros(sparsity: float, size: int) -> int:
-    """The exact number of zeros among `size` weights: round(sparsity * size), half to even as in
-    Python.
-    """
-    return round(sparsity * size)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Processes that share tensors out: each holds one run of every flattened tensor, the lower
-    rank the earlier run. `total` sums an integer array over them (collective).
-    """
-
-    rank: int = 0
-    size: int = 1
-    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
-
-
-ALONE = Ranks()
-
-
-def magnitude_mask(weight: Tensor, k: int) -> Tensor:
-    """Keep all but the `k` smallest magnitudes of one fp32 tensor. Ties go to the lower index."""
-    return global_magnitude_masks({"": weight}, k)[""]
-
-
-def global_magnitude_masks(weights: Mapping[str, Tensor], k: int, ranks: Ranks = ALONE) -> Masks:
-    """Keep all but the `k` smallest magnitudes of all tensors together.
-
-    Ties go to the earlier tensor, then to the lower index, so the count is exact even when bf16
-    weights repeat. With several `ranks`, `weights` are this one's runs and so are the masks; only
-    histograms travel (768 KiB). Collective then. Raises `ValueError` for other types than fp32 and,
-    on every rank, for non-finite weights.
-    """
-    flat = {name: _flat(name, weight) for name, weight in weights.items()}
-    size = _finite_size(flat, ranks)
-    if not 0 <= k <= size:
-        raise ValueError(f"k = {k}: must be between 0 and the number of weights, {size}")
-    if k == 0:
-        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    threshold, num_below, num_tied = _kth_smallest(list(flat.values()), k, ranks)
-    num_to_keep = num_tied - (k - num_below)
-    masks, tied = {}, []
-    for name, values in flat.items():
-        bits = _magnitude_bits(values)
-        masks[name] = bits > threshold
-        if num_to_keep:
-            tied.append((bits == threshold).nonzero().view(-1))
-    quotas = _quotas(tied, num_to_keep, ranks) if num_to_keep else []
-    for mask, places, quota in zip(masks.values(), tied, quotas, strict=bool(quotas)):
-        mask[places[:quota]] = True
-    return {name: mask.view(weights[name].shape) for name, mask in masks.items()}
-
-
-def _flat(name: str, weight: Tensor) -> Tensor:
-    if weight.dtype != torch.float32:
-        raise ValueError(f"{name or 'weight'}: scores must be fp32, not {weight.dtype}")
-    return weight.detach().contiguous().view(-1)
-
-
-def _finite_size(tensors: Mapping[str, Tensor], ranks: Ranks) -> int:
-    counts = [(v.numel(), not bool(v.isfinite().all())) for v in tensors.values()]
-    totals = ranks.total(np.array(counts, dtype=np.int64).reshape(-1, 2))
-    for name, is_bad in zip(tensors, totals[:, 1], strict=True):
-        if is_bad:
-            raise ValueError(f"{name or 'weight'}: holds a non-finite weight")
-    return int(totals[:, 0].sum())
-
-
-def _quotas(tied: list[Tensor], num_to_keep: int, ranks: Ranks) -> list[int]:
-    """How many of this rank's tied weights are kept, tensor by tensor."""
-    counts = np.zeros((len(tied), ranks.size), dtype=np.int64)
-    counts[:, ranks.rank] = [len(places) for places in tied]
-    counts = ranks.total(counts)
-    before = np.cumsum(counts).reshape(counts.shape) - counts  # by tensor, then by rank
-    kept = np.clip(num_to_keep - before, 0, counts)
-    return kept[:, ranks.rank].tolist()
-
-
-def _magnitude_bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32) & 0x7FFFFFFF
-
-
-def _kth_smallest(tensors: list[Tensor], k: int, ranks: Ranks) -> tuple[int, int, int]:
-    """The k-th smallest magnitude (counted from 1) as bits, how many are smaller, and how many are
-    equal. Bits are made chunk by chunk and not kept.
-    """
-    chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK)]
-    high_counts = np.zeros(1 << 15, dtype=np.int64)
-    for chunk in chunks:
-        high_counts += _histogram(_magnitude_bits(chunk) >> 16, 1 << 15)
-    high, num_below = _bin_of(ranks.total(high_counts), k)
-    low_counts = np.zeros(1 << 16, dtype=np.int64)
-    for chunk in chunks:
-        bits = _magnitude_bits(chunk)
-        low_counts += _histogram(bits[(bits >> 16) == high] & 0xFFFF, 1 << 16)
-    low_counts = ranks.total(low_counts)
-    low, num_below_in_bin = _bin_of(low_counts, k - num_below)
-    return high << 16 | low, num_below + num_below_in_bin, int(low_counts[low])
-
-
-def _histogram(values: Tensor, num_bins: int) -> np.ndarray:
-    if values.is_cuda:
-        return torch.bincount(values, minlength=num_bins).cpu().numpy()
-    return np.bincount(values.numpy(), minlength=num_bins)  # on CPU faster than torch's
-
-
-def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th smallest item, and how many items lie in the bins before it."""
-    cumulative = np.cumsum(counts)
-    index = int(np.searchsorted(cumulative, k))
-    return index, int(cumulative[index] - counts[index])
 
 
 def nonzero(weight: Tensor) -> Tensor:
@@ -204,13 +82,10 @@ def save(masks: Mapping[str, Tensor], path: Path) -> None:
 
 def load(path: Path) -> Masks:
     """Read masks that `save` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        shapes = file.metadata() or {}
     masks = {}
-    for name, packed in load_file(path).items():
-        shape = [int(extent) for extent in shapes[name].split(",")]
-        bits = np.unpackbits(packed.numpy(), count=int(np.prod(shape)))
-        masks[name] = torch.from_numpy(bits).bool().view(shape)
+    with safe_open(path, "pt") as file:
+        for name, shape in (file.metadata() or {}).items():
+            extents = [int(extent) for extent in shape.split(",")]
+            bits = np.unpackbits(file.get_tensor(name).numpy(), count=int(np.prod(extents)))
+            masks[name] = torch.from_numpy(bits).bool().view(extents)
     return masks

@@ -26,14 +26,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opfa.compression.selection import ALONE, Ranks
 from opfa.errors import RunError
-from opfa.sparsity.masks import ALONE, Ranks
+from opfa.sparsity.layers import MaskedLinear
 from opfa.training import launch
 from opfa.training.distributed import gather_texts
+from opfa.training.masters import MOMENTS, Masters
 from opfa.training.state import Run, Runs, save_runs
 from opfa.training.zero import DeepSpeedFile
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 ALWAYS = {  # and stage 3 would replace torch's linear function for good, by one that rounds twice
     "round_robin_gradients": False,
     "memory_efficient_linear": False,
@@ -145,6 +146,7 @@ class Engine:
         self._is_fp16 = precision == "fp16"
         if isinstance(engine.optimizer, BF16_Optimizer) and dist.get_world_size() == 1:
             engine.enable_backward_allreduce = False  # it would only copy all gradients twice
+        self._masters = Masters(engine, file.stage)
         self._parameters = dict(model.named_parameters())
         self.ranks = ALONE  # at stage 0 every rank holds everything
         if self._stage > 0:
@@ -200,7 +202,19 @@ class Engine:
 
     def read(self, parameter: Tensor) -> Tensor:
         """This rank's run of a parameter's fp32 master, [n]; never 16-bit values."""
-        return self._run(parameter)[0].detach()
+        return self._masters.run(parameter)[0].detach()
+
+    def read_gradient(self, layer: MaskedLinear) -> Tensor:
+        """This rank's run of the gradient of the global batch by the weight that a layer computes
+        with. Collective.
+
+        Every rank keeps its share of the whole tensor, at every stage alike, because DeepSpeed's
+        own gradients are masked.
+        """
+        whole = layer.take_gradient()
+        dist.all_reduce(whole)
+        scale = self._engine.optimizer.loss_scaler.cur_scale if self._is_fp16 else 1.0
+        return self.cut(layer.weight, whole.div_(dist.get_world_size() * scale))
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
         """The whole tensor from every rank's run of it, bit for bit. Collective."""
@@ -209,14 +223,14 @@ class Engine:
             return run.view(shape)
         bits = {4: torch.int32, 1: torch.uint8}[run.element_size()]  # integers sum exactly
         whole = torch.zeros(shape.numel(), dtype=bits, device=self._engine.device)
-        start = self._run(parameter)[1]
+        start = self._masters.run(parameter)[1]
         whole[start : start + run.numel()] = run.view(bits)
         dist.all_reduce(whole)
         return whole.view(run.dtype).view(shape)
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This rank's run, [n], of a tensor in the parameter's shape."""
-        run, start = self._run(parameter)
+        run, start = self._masters.run(parameter)
         return whole.view(-1)[start : start + run.numel()].to(run.device)
 
     def whole(self, parameter: Tensor) -> Tensor:
@@ -232,41 +246,6 @@ class Engine:
         dist.all_reduce(total)
         return total.cpu().numpy()
 
-    def _run(self, parameter: Tensor, moment: str | None = None) -> tuple[Tensor, int]:
-        """This rank's run of a master or moment, and where in the flattened parameter it starts."""
-        place = self._place(parameter)
-        if place is None:
-            return torch.empty(0, device=self._engine.device), 0
-        flat, offset, size, start = place
-        tensor = flat if moment is None else self._engine.basic_optimizer.state[flat][moment]
-        return tensor.view(-1).narrow(0, offset, size), start
-
-    def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """The tensor that the optimizer steps, this parameter's offset and size in it, and its
-        start in the parameter; None if this rank holds nothing of it.
-        """
-        if self._stage == 0:
-            return parameter, 0, parameter.numel(), 0
-        optimizer = self._engine.optimizer
-        if self._stage == 3:
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = dist.get_rank() * parameter.ds_tensor.ds_numel
-            size = min(size, parameter.ds_numel - start)  # the last run is padded
-            return (
-                (optimizer.fp32_partitioned_groups_flat[group], offset, size, start)
-                if size > 0
-                else None
-            )
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return None
-        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        if masters is None:  # stage 1 in bf16 is a class of its own
-            masters = optimizer.fp32_groups_flat_partition
-        address = mapping.hp_fragment_address
-        flat = masters[mapping.param_group_index]
-        return flat, address.start, address.numel, mapping.lp_fragment_address.start
-
     # resume points
 
     @property
@@ -278,16 +257,16 @@ class Engine:
         """Write this rank's runs under `directory`."""
         if self._stage == 0 and dist.get_rank() > 0:
             return
-        self._make_moments()
+        self._masters.make_moments(self._parameters.values())
         scaler = self._engine.optimizer.loss_scaler if self._is_fp16 else None
         scale = {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
-        facts = {"adam_step": self._adam_step(), "scale": scale}
+        facts = {"adam_step": self._masters.num_steps, "scale": scale}
         save_runs(directory / f"state-{dist.get_rank():05d}.safetensors", self._runs(), facts)
 
     def _runs(self) -> Iterator[Run]:
         for name, parameter in self._parameters.items():
             for moment in (None, *MOMENTS):
-                values, start = self._run(parameter, moment)
+                values, start = self._masters.run(parameter, moment)
                 if values.numel():
                     yield Run(f"{moment or 'master'}/{name}", start, values.detach())
 
@@ -295,17 +274,16 @@ class Engine:
     def load(self, directory: Path) -> None:
         """Read what any number of ranks wrote with `save`, at any stage."""
         saved = Runs(directory, "state-*.safetensors")
-        self._make_moments()
+        self._masters.make_moments(self._parameters.values())
         for name, parameter in self._parameters.items():
             size = getattr(parameter, "ds_numel", parameter.numel())
             for moment in (None, *MOMENTS):
-                run, start = self._run(parameter, moment)
+                run, start = self._masters.run(parameter, moment)
                 value = saved.whole(f"{moment or 'master'}/{name}", size)
                 run.copy_(value[start : start + run.numel()])
                 if moment is None:
                     self._set_working_copy(parameter, value, start, run.numel())
-        for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(saved.facts["adam_step"])
+        self._masters.num_steps = saved.facts["adam_step"]
         for key, value in saved.facts["scale"].items():
             setattr(self._engine.optimizer.loss_scaler, key, value)
 
@@ -315,18 +293,3 @@ class Engine:
             parameter.ds_tensor.data[:size].copy_(value[start : start + size])
         if parameter.numel() == value.numel():  # at stage 3 only small ones are kept whole
             parameter.data.copy_(value.view(parameter.shape))
-
-    def _make_moments(self) -> None:
-        """What AdamW makes at its first step."""
-        states = self._engine.basic_optimizer.state
-        for parameter in self._parameters.values():
-            place = self._place(parameter)
-            if place is not None and MOMENTS[0] not in states[place[0]]:
-                flat = place[0].detach()
-                step = torch.zeros((), dtype=torch.float32, device=flat.device)
-                zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-                states[place[0]] = {"step": step, **zeros}
-
-    def _adam_step(self) -> float:
-        states = list(self._engine.basic_optimizer.state.values())
-        return float(states[0]["step"]) if states else 0.0

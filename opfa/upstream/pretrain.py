@@ -176,6 +176,8 @@ class Trainer:
             seed_step(self.recipe.seed, step, self.order.rank)
             counts, is_stopping = self._counts(run, micro_batches)
             losses = self.accumulate(micro_batches, counts)
+            if self.pruner is not None:
+                self.pruner.after_backward(step + 1, self.engine)
             learning_rate = schedule.at(step)
             grad_norm = self.optimize(step, learning_rate, losses)
             meter.add(counts)
@@ -284,6 +286,8 @@ class Trainer:
 
         def write(directory: Path) -> None:
             self.engine.save(directory)
+            if self.pruner is not None:
+                self.pruner.save(directory, self.engine, is_writer=self.order.rank == 0)
             if self.pruner is not None and self.order.rank == 0:
                 mask_files.save(self.pruner.masks(), directory / "masks.safetensors")
             distributed.barrier()
@@ -319,6 +323,7 @@ class Trainer:
         self.engine.load(point)
         if self.pruner is not None:
             self.pruner.restore(mask_files.load(point / "masks.safetensors"))
+            self.pruner.load(point, facts["step"], self.engine)
         distributed.on_first_rank(lambda: run.go_back(facts["step"], facts))
         log.info("%s: resumed at step %d", run.directory, facts["step"])
         return facts["step"]

@@ -16,13 +16,13 @@ from transformers import AutoModelForSequenceClassification
 
 import opfa
 from opfa.compression import quant
+from opfa.compression.selection import num_zeros
 from opfa.downstream import evaluate as evaluation
 from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.errors import DivergedError, ModelError, RecipeError, RunError
 from opfa.models.encoders import load_config
-from opfa.sparsity.masks import num_zeros
 from opfa.training.checkpoint import model_digest
 from opfa.training.distributed import Stopped
 from opfa.upstream.pretrain import pretrain

@@ -11,19 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertTokenizer
 
 from opfa.compression.pattern import Pattern
+from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import Gradual
 from opfa.errors import ModelError, RunError
-from opfa.sparsity.layers import fuse, mask_layers
+from opfa.sparsity.layers import fuse
 from opfa.training import checkpoint
 
 
 def sparse_model() -> BertForPreTraining:
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig(vocab_size=8, **{**TINY_BERT, "model_type": "bert"}))
-    layers = Pattern().layers(model)
-    masked = mask_layers(model, layers)
-    masks = Pattern().masks({name: layer.weight.detach() for name, layer in masked.items()}, 0.75)
-    for name, layer in masked.items():
-        layer.mask.copy_(masks[name])
+    Pruner(model, Gradual(end=0, target=0.75), Pattern()).after_step(0)
     return model
 
 

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import AutoConfig, BertForPreTraining, BertModel
 
+from opfa.compression.selection import num_zeros
 from opfa.data.order import Order
 from opfa.errors import DataError, ModelError, RecipeError, RunError
 from opfa.models.encoders import (
@@ -26,7 +27,7 @@ from opfa.models.encoders import (
     new_pretraining_model,
     write_model,
 )
-from opfa.sparsity.masks import load, num_zeros
+from opfa.sparsity.masks import load
 from opfa.storage import seal
 from opfa.training import checkpoint
 from opfa.training.distributed import Stopped

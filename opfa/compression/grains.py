@@ -1,0 +1,54 @@
+"""Grains: which weights are pruned together. A grain pools scores into one for each unit, and
+spreads what is kept back to weights.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from opfa.recipe import Section
+
+if TYPE_CHECKING:  # recipes hold grains, and a recipe is read without waiting for torch
+    from torch import Size, Tensor
+
+    from opfa.sparsity.masks import Masks
+
+
+class Grain(Section):
+    """Base of all grains; a new one is a class with `pool` and `spread`.
+
+    Both see the whole tensors of all pruned weights, so a unit may span several of them: a neuron
+    is a row of one matrix and a column of the next. The target sparsity counts units.
+    """
+
+    needs_whole: ClassVar[bool] = True  # tensors; else each rank pools and spreads its own runs
+
+    def pool(self, scores: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """One fp32 score for each unit, in tensors of any name and shape.
+
+        Masks are pooled too, as zeros and ones: a unit with any kept weight must come out positive.
+        """
+        raise NotImplementedError
+
+    def spread(self, kept: "Mapping[str, Tensor]", shapes: "Mapping[str, Size]") -> "Masks":
+        """The masks, by name and shape of the pruned weights, from which units are kept."""
+        raise NotImplementedError
+
+
+class Weight(Grain):
+    """Every weight for itself."""
+
+    kind: Literal["weight"] = "weight"
+    needs_whole: ClassVar[bool] = False
+
+    def pool(self, scores: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """The scores themselves."""
+        return scores
+
+    def spread(self, kept: "Mapping[str, Tensor]", shapes: "Mapping[str, Size]") -> "Masks":
+        """The masks themselves."""
+        return dict(kept)
+
+
+AnyGrain = (
+    Weight  # all that a recipe may name; of several: Annotated[A | B, Field(discriminator="kind")]
+)

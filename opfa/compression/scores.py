@@ -1,0 +1,62 @@
+"""Scores: what each weight is worth. The pruner removes the lowest.
+
+A score is a frozen section of a recipe and has no state of its own. What it gathers over steps the
+pruner keeps in runs beside the weights, shards as they are sharded, and saves in resume points.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from opfa.recipe import Section
+
+if TYPE_CHECKING:  # recipes hold scores, and a recipe is read without waiting for torch
+    from torch import Size, Tensor
+
+State = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """This rank's run [n] of one pruned weight, as a score sees it after `step` steps."""
+
+    step: int
+    name: str
+    weight: "Tensor"  # [n], fp32, with the values that pruned weights had
+    state: State  # what `observe` returned last; empty before
+    shape: "Size"  # of the whole weight, [out, in]
+    cut: "Callable[[Tensor], Tensor]"  # from a tensor of that shape to this rank's run of it
+
+
+class Score(Section):
+    """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients."""
+
+    def observes(self, step: int) -> bool:
+        """Whether `observe` is called in the backward passes that lead to `step`; 0 is a
+        calibration before training.
+        """
+        return False
+
+    def observe(self, part: Part, gradient: "Tensor") -> State:
+        """The new state, fp32 runs [n], after the gradient [n] of the global batch by the weight
+        that the layer computes with: before masking, so pruned weights have one too.
+        """
+        raise NotImplementedError
+
+    def of(self, part: Part) -> "Tensor":
+        """The scores [n] of a run, in fp32."""
+        raise NotImplementedError
+
+
+class Magnitude(Score):
+    """|w|."""
+
+    kind: Literal["magnitude"] = "magnitude"
+
+    def of(self, part: Part) -> "Tensor":
+        """The absolute value of each weight."""
+        return part.weight.abs()
+
+
+# All that a recipe may name; of several, Annotated[A | B, Field(discriminator="kind")].
+AnyScore = Magnitude
