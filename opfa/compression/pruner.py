@@ -4,6 +4,7 @@ rank.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -98,6 +99,15 @@ class Pruner:
         _check_same(step, masks, weights)
         set_masks(self._model, masks)
         return True
+
+    def after_backward(self, step: int, weights: Weights | None = None) -> None:
+        """Let a score see the gradients of a step; magnitudes need none."""
+
+    def save(self, directory: Path, weights: Weights | None = None, is_writer: bool = True) -> None:
+        """Write what a score has gathered."""
+
+    def load(self, directory: Path, step: int, weights: Weights | None = None) -> None:
+        """Read it."""
 
     def restore(self, masks: Mapping[str, Tensor]) -> None:
         """Put back the masks of a resume point."""
