@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from hypothesis import settings
 from torch import Tensor
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.recipe import Recipe
 from opfa.storage.seal import FILES
+from opfa.training.loop import Concern, Progress
 from opfa.upstream.batches import Batch
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import PretrainRecipe
@@ -173,26 +175,28 @@ def finetune_recipe(init: Path, examples: Path, **sections: Any) -> FinetuneReci
     return FinetuneRecipe.check(values)
 
 
-def break_off(
-    monkeypatch: pytest.MonkeyPatch, last: int, recipe: FinetuneRecipe, output: Path
-) -> None:
-    """Begin a fine-tuning and break off after a step."""
-    from opfa.downstream import finetune as finetuning
+class AfterStep(Concern):
+    """Does something once, after this step and before it is logged and saved."""
+
+    def __init__(self, step: int, do: Callable[[], object]) -> None:
+        self.step, self.do = step, do
+
+    def after_step(self, at: Progress) -> None:
+        if at.step == self.step:
+            self.do()
+
+
+def break_off(last: int, train: Callable[..., object], recipe: Recipe, output: Path) -> None:
+    """Begin a run and break off after a step."""
 
     class StoppedError(Exception):
         pass
 
-    prune = finetuning.Trainer.prune
+    def stop() -> None:
+        raise StoppedError
 
-    def stopping(self: finetuning.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == last:
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetuning.Trainer, "prune", stopping)
-        with pytest.raises(StoppedError):
-            finetuning.finetune(recipe, output)
+    with pytest.raises(StoppedError):
+        train(recipe, output, concerns=[AfterStep(last, stop)])
 
 
 @pytest.fixture

@@ -20,15 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opfa.errors import OpfaError
-from opfa.sparsity.layers import MaskedLinear
+from opfa.sparsity.layers import MaskedLinear, masks_of
 from opfa.sparsity.masks import fingerprint
 from opfa.training.distributed import end_process
+from opfa.training.loop import Concern, Progress
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Objective, Targets
-from opfa.upstream.pretrain import Trainer, pretrain
+from opfa.upstream.pretrain import pretrain
 from opfa.upstream.recipe import PretrainRecipe
 
-EFFECTIVE_WEIGHT, PRUNE = MaskedLinear.effective_weight, Trainer.prune
+EFFECTIVE_WEIGHT = MaskedLinear.effective_weight
 FORWARD = Objective.forward
 LINEAR = torch.nn.functional.linear
 seen = {"layers": 0, "violations": 0}
@@ -58,23 +59,25 @@ def run(
         is_bad = dist.get_rank() == dist.get_world_size() - 1 and steps[0] + 1 == bad_step
         return losses._replace(total=losses.total * math.nan) if is_bad else losses
 
-    def watched_prune(trainer: Trainer, step: int) -> None:
-        PRUNE(trainer, step)
-        steps[0] = step
-        assert trainer.pruner is not None
-        row = {"step": step, "masks": fingerprint(trainer.pruner.masks()), **seen}
-        if trainer.order.rank == 0:
-            with output.with_name(f"{output.name}.watched.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    class Watching(Concern):
+        def begin(self, at: Progress) -> None:
+            if at.step == 0:
+                self.after_step(at)
+
+        def after_step(self, at: Progress) -> None:
+            steps[0] = at.step
+            row = {"step": at.step, "masks": fingerprint(masks_of(at.model)), **seen}
+            if at.run.is_writer:
+                with output.with_name(f"{output.name}.watched.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
     seen.update(layers=0, violations=0)
     steps = [0]
     with (
         patch.object(MaskedLinear, "effective_weight", watched_weight),
-        patch.object(Trainer, "prune", watched_prune),
         patch.object(Objective, "forward", slow_forward),
     ):
-        pretrain(recipe, output, resume)
+        pretrain(recipe, output, resume, concerns=[Watching()])
     assert torch.nn.functional.linear is LINEAR  # nothing of one run is left for the next
 
 

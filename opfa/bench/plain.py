@@ -17,8 +17,9 @@ from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.encoders import decay_groups, load_pretraining_model
 from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps
-from opfa.upstream.pretrain import DTYPES, order_of
+from opfa.upstream.pretrain import order_of
 from opfa.upstream.recipe import PretrainRecipe
+from opfa.upstream.student import DTYPES
 
 IGNORED = -100  # the label of a token that is not predicted, torch's default
 

@@ -23,6 +23,7 @@ from opfa.downstream.finetune import Trainer
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.models.encoders import new_config, wordpiece_tokenizer, write_model
 from opfa.tasks.kinds import KINDS
+from opfa.training.loop import accumulate
 
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]  # one BERT-base layer
 NUM_LAYERS = 12
@@ -127,15 +128,18 @@ def _seconds_of_a_step(directory: Path, teacher: str) -> tuple[float, float]:
             "distillation": {"teacher": str(directory / teacher), "cache": cache},
         }
         trainers.append(Trainer(FinetuneRecipe.check(values)))
-    (directory / f"{teacher}-logits").mkdir()
     seconds: tuple[list[float], list[float]] = ([], [])
     for trainer in trainers:
-        trainer.remember(directory / f"{teacher}-logits")
+        assert trainer.teacher is not None
+        path = directory / f"{teacher}-logits"
+        trainer.teacher.remember(trainer.data.train, path, trainer.precision)
         trainer.student.train()
-        trainer.step(0)  # what libraries allocate once
-    for step in range(1, 1 + REPEATS):
-        for trainer, found in zip(trainers, seconds, strict=True):
+    batches = [trainer.batches(0) for trainer in trainers]
+    for step in range(1 + REPEATS):
+        for trainer, steps, found in zip(trainers, batches, seconds, strict=True):
             start = time.perf_counter()
-            trainer.step(step)
+            trainer.optimize(step, trainer.schedule.at(step), accumulate(trainer, next(steps)))
             found.append(time.perf_counter() - start)
+    for found in seconds:
+        del found[0]  # libraries allocate once
     return statistics.median(seconds[0]), statistics.median(seconds[1])

@@ -40,15 +40,16 @@ from opfa.models.encoders import (
 from opfa.training.clock import Clock
 from opfa.training.distributed import Supervisor
 from opfa.training.engine import choose_accelerator, start_distributed
+from opfa.training.loop import accumulate
 from opfa.training.machine import environment
 from opfa.upstream.batches import Prepared, training_steps
 from opfa.upstream.corpus import measure, write_summary
-from opfa.upstream.objective import Counts
 from opfa.upstream.plan import operations, shape_of
 from opfa.upstream.prepared import SPLITS
-from opfa.upstream.pretrain import DTYPES, Trainer, order_of
+from opfa.upstream.pretrain import Trainer
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE
+from opfa.upstream.student import DTYPES
 
 WARMUP = 3  # steps of each process before those that count
 STEPS = {"cpu": 5, "cuda": 50}  # that count
@@ -252,24 +253,23 @@ class Ours:
         """Load what the recipe names; this process alone is the run."""
         device = start_distributed(recipe.launch.timeout_seconds)
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
-        order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
         self._clock = Clock()
         watch = Supervisor(float("inf"))
-        self.trainer = Trainer(recipe, prepared, order, device, watch, self._clock)
-        self.trainer.engine.module.train()
-        self._has_masks = recipe.pruning is not None
-        if self._has_masks:
-            self.trainer.prune(0)
+        self.trainer = Trainer(recipe, prepared, device, watch, self._clock)
+        self.trainer.student.train()
+        self._prune()
         self._batches = self.trainer.batches(0)
 
     def step(self) -> int:
         """One optimizer step; its real tokens."""
         batches = next(self._batches)
-        sums = (sum(column) for column in zip(*(b.counts() for b in batches), strict=True))
-        counts = Counts(*(max(1.0, float(count)) for count in sums))
-        losses = self.trainer.accumulate(batches, counts)
+        losses = accumulate(self.trainer, batches)
         self.trainer.optimize(0, self.trainer.recipe.training.learning_rate, losses)
-        return int(counts.real)
+        return sum(batch.counts()[1] for batch in batches)
+
+    def _prune(self) -> None:
+        if self.trainer.pruner is not None:
+            self.trainer.pruner.after_step(0, self.trainer.engine)
 
     def facts(self, num_steps: int) -> Results:
         """Seconds by part of a step, of a mask update, and the loader's speed alone."""
@@ -277,9 +277,7 @@ class Ours:
         for _ in range(num_steps):
             self.step()
         parts = {name: seconds / num_steps for name, seconds in self._clock.seconds.items()}
-        updates = []
-        for _ in range(3 if self._has_masks else 0):
-            updates.append(timed(lambda: self.trainer.prune(0)))
+        updates = [timed(self._prune) for _ in range(3 if self.trainer.pruner else 0)]
         return {
             "parts": parts,
             "mask_update": statistics.median(updates) if updates else None,

@@ -1,61 +1,66 @@
 """Fine-tuning with the zeros held (Prune Once for All, section 3.3), optionally under a teacher and
-to 8 bits.
+to 8 bits. The loop is `opfa.training.loop`.
 
-    batch, forward, loss, backward, step, prune, log, save
-
-A plain torch loop on one device. Held zeros are a fixed mask in the forward pass, so gradients,
-clipping and moments see only live weights; a baseline that prunes while it fine-tunes runs through
-the same loop with a schedule.
+It runs on one device. Held zeros are a fixed mask in the forward pass, so gradients, clipping and
+moments see only live weights; a baseline that prunes while it fine-tunes runs through the same loop
+with a schedule.
 """
 
 import contextlib
-import logging
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opfa.compression import quant
 from opfa.compression.pruner import Pruner
-from opfa.data.order import Order, Place
+from opfa.data.order import Order
 from opfa.downstream.evaluate import evaluate, evaluate_splits
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.downstream.selection import Best
-from opfa.downstream.student import hold_zeros, prepare_8_bits
-from opfa.downstream.teacher import Teacher
+from opfa.downstream.selection import Best, Choosing
+from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
+from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError
 from opfa.models.encoders import decay_groups, load_config, load_tokenizer
 from opfa.report import pictures as report
-from opfa.sparsity import masks as mask_files
-from opfa.sparsity.layers import masks_of, set_masks
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Split
-from opfa.training import began, finished, launch
-from opfa.training.checkpoint import (
-    facts_of,
-    model_digest,
-    newest_point,
-    point_name,
-    problem_of,
-    save_point,
-    seed_step,
-    write_finished,
-)
-from opfa.training.distributed import Stopped, Supervisor
+from opfa.training import began, launch, points
+from opfa.training.checkpoint import model_digest, point_name, problem_of, write_finished
+from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
-from opfa.training.run import Run, check_output
+from opfa.training.loop import Concern, Losses, Progress
+from opfa.training.metrics import Row
+from opfa.training.session import run_to_end
+from opfa.training.solo import UNCHANGED, SoloEngine
 
-UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
-TEACHER = "teacher.safetensors"  # its logits, while the run lasts
-log = logging.getLogger(__name__)
+
+class Examples(NamedTuple):
+    """A micro-batch, and the places of its features in the training split."""
+
+    tensors: tasks.Batch
+    indices: list[int]
+
+
+class Counts(NamedTuple):
+    """What a step's whole batch holds: targets of the task, and tokens."""
+
+    targets: int
+    tokens: int
 
 
 def finetune(
-    recipe: FinetuneRecipe, output: Path, resume: bool = False, *, within: Path | None = None
+    recipe: FinetuneRecipe,
+    output: Path,
+    resume: bool = False,
+    *,
+    within: Path | None = None,
+    concerns: Sequence[Concern] = (),
 ) -> dict[str, Any]:
     """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
 
@@ -64,121 +69,70 @@ def finetune(
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     launch.refuse_several("opfa finetune")
-    check_output(output, recipe, resume)
-    with Supervisor(math.inf) as supervisor:  # nothing to wait for: one process
-        trainer = Trainer(recipe, supervisor)
-        with Run(output, recipe, steps=trainer.schedule.steps, within=within) as run:
-            if run.is_done:
-                found = finished.results(output)
-                log.info("%s: is finished already", output)
-                return found
-            facts = trainer.facts()
-            began.check(output, facts)
-            run.describe(facts)
-            start = trainer.resume(run) if resume else 0
-            run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
-            trainer.train(run, start)
-            return trainer.finish(run)
+    run_to_end(
+        recipe,
+        output,
+        lambda _: Trainer(recipe),
+        resume=resume,
+        timeout_seconds=math.inf,  # nothing to wait for: one process
+        concerns=concerns,
+        within=within,
+    )
+    return seal.read_json(output / "results.json")
 
 
 class Trainer:
-    """The state of one fine-tuning run: student, teacher, optimizer, masks, position."""
+    """Student, teacher and engine of one fine-tuning run; `training.session` runs it."""
 
-    def __init__(self, recipe: FinetuneRecipe, supervisor: Supervisor | None = None) -> None:
+    rank = 0
+    launched: dict[str, Any] = {}
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
         """Load everything and check that it fits together, before any work is done."""
-        self.recipe = recipe
-        self.supervisor = supervisor or Supervisor(math.inf)
+        self.recipe, self.seed = recipe, recipe.seed
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
         self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
-        selection = recipe.selection
-        holdout = selection.holdout if selection else 0.0
+        holdout = recipe.selection.holdout if recipe.selection else 0.0
         self.data = tasks.load(task, self.tokenizer, load_config(init), holdout)
+        self.order = _order(recipe, self.data.train)
+        steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
+        _check_steps(recipe, steps)
+        self.schedule = recipe.learning_rate(steps)
         torch.manual_seed(recipe.seed)  # the new head
         classes, dropout = self.data.train.classes, training.dropout
         self.student = tasks.load_model(task, init, classes, dropout=dropout)
         if recipe.model.zeros == "held":
             hold_zeros(self.student, init)
-        self.pruner = self._pruner()
-        self.quantized = self._quantized()
+        self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
         self.teacher = self._load_teacher()
-        self.order = Order(
-            seed=recipe.seed,
-            num_examples=len(self.data.train.features),
-            lengths=self.data.train.lengths() if training.group_by_length else None,
-            batch=training.batch,
-            micro_batch=training.micro_batch or training.batch,
-            rank=0,
-            world_size=1,
-        )
-        steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
-        last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
-        if last_update > steps:
-            raise RecipeError(
-                f"pruning.schedule: the last mask update, {last_update}, must not come after the "
-                f"end of training (step {steps})"
-            )
-        if recipe.quantization is not None and steps < 2:
-            raise RecipeError("quantization: needs 2 steps or more; the first one only observes")
-        every_epoch = math.ceil(self.order.num_examples / training.batch)
-        self.evaluation_steps = (selection and selection.every_steps) or every_epoch
-        self.best = Best(
-            task.metrics[0],
-            first_step=max(last_update, self._first_quantized(steps) + 1),
-            patience=selection.patience if selection else None,
-        )
-        self.schedule = recipe.learning_rate(steps)
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.student, training.weight_decay), lr=0.0, fused=True
-        )
+        groups = decay_groups(self.student, training.weight_decay)
+        self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
 
-    def _pruner(self) -> Pruner | None:
-        pruning = self.recipe.pruning
-        return Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
-
-    def _quantized(self) -> dict[str, quant.QuantLinear]:
-        settings = self.recipe.quantization
-        return prepare_8_bits(self.student, settings) if settings else {}
+    def _make_concerns(self, steps: int) -> list[Concern]:
+        """Those that change the student; its layers are made for them."""
+        pruning, settings = self.recipe.pruning, self.recipe.quantization
+        found: list[Concern] = []
+        first_step = 0  # the first model that may be chosen
+        if pruning is not None:
+            found.append(Pruning(Pruner(self.student, pruning.schedule, pruning.pattern)))
+            first_step = pruning.schedule.last_update
+        if settings is not None:
+            prepare_8_bits(self.student, settings)
+            quantizing = Quantizing(settings, self.student, steps)
+            found.append(quantizing)
+            first_step = max(first_step, quantizing.first_step + 1)
+        selection, metric = self.recipe.selection, self.recipe.task.metrics[0]
+        patience = selection.patience if selection else None
+        self.best = Best(metric, first_step=first_step, patience=patience)
+        return found
 
     def _load_teacher(self) -> Teacher | None:
         settings, classes = self.recipe.distillation, self.data.train.classes
         if settings is None:
             return None
         return Teacher(settings, self.recipe.task, classes, self.student, tokenizer=self.tokenizer)
-
-    def train(self, run: Run, start: int) -> None:
-        """The steps from `start` to the end, or until patience is over."""
-        settings = self.recipe.logging
-        self.remember(run.directory)
-        self.supervisor.save_on_signals()
-        self.student.train()
-        self.done = start
-        if start == 0:
-            self.prune(0)
-        for step in range(start, self.schedule.steps):
-            if self.best.is_time_to_stop:
-                log.info("step %d: no better for %d evaluations", step, self.best.num_since)
-                break
-            loss, grad_norm = self.step(step)
-            done = self.done = step + 1
-            self.prune(done)
-            run.advance(done)
-            is_end = done == self.schedule.steps
-            if done % settings.every_steps == 0 or is_end:
-                rates = {"learning_rate": self.schedule.at(step), "grad_norm": grad_norm}
-                run.log({"step": done, "loss": loss, **rates})
-            is_best = self._compare(run, done)
-            is_stopping = not is_end and (self.supervisor.signal or run.is_told_to_stop)
-            is_due = done % settings.checkpoint_steps == 0 and not is_end
-            if is_best or is_due or is_stopping:
-                self.save(run, done)
-            if is_stopping:
-                run.stopped()
-                raise Stopped(
-                    f"{run.directory}: stopped at step {done}, which is saved; continue with the "
-                    "same command and --resume"
-                )
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
@@ -189,57 +143,43 @@ class Trainer:
         read["distillation.teacher"] = settings.teacher if settings else None
         return {"world_size": 1, "data": digests, **began.models(read)}
 
-    def remember(self, directory: Path) -> None:
-        """Let the teacher compute its logits of the training examples, or read them."""
+    def concerns(self) -> tuple[list[Concern], Concern]:
+        """The teacher's logits, pruning and 8 bits, as far as the recipe has them; evaluation."""
+        found = list(self._changing)
         if self.teacher is not None:
-            self.teacher.remember(self.data.train, directory / TEACHER, self._precision)
+            found.append(Remembering(self.teacher, self.data.train, self.precision))
+        every_epoch = math.ceil(self.order.num_examples / self.order.batch)
+        selection = self.recipe.selection
+        if selection is None:
+            return found, Evaluating(every_epoch, self.evaluate, at_end=False)
+        return found, Choosing(selection.every_steps or every_epoch, self.evaluate, self.best)
 
-    def step(self, step: int) -> tuple[float, float]:
-        """The step that follows `step` finished ones; its loss and gradient norm."""
-        self._start_quantizing(step)
-        seed_step(self.recipe.seed, step)
-        loss = self._backward(self.order.step(step))
-        if not math.isfinite(loss):
-            raise DivergedError(f"step {step + 1}: the loss is {loss}; {UNCHANGED}")
-        if self.pruner is not None:
-            self.pruner.after_backward(step + 1)
-        grad_norm = nn.utils.clip_grad_norm_(
-            self.student.parameters(), self.recipe.training.max_grad_norm
-        )
-        if not torch.isfinite(grad_norm):
-            raise DivergedError(f"step {step + 1}: the gradient norm is {grad_norm}; {UNCHANGED}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.at(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss, float(grad_norm)
+    # a step
 
-    def _compare(self, run: Run, step: int) -> bool:
-        """Evaluate when it is time; whether this is the model to keep."""
-        selection, is_end = self.recipe.selection, step == self.schedule.steps
-        if (step % self.evaluation_steps and not is_end) or (is_end and selection is None):
-            return False
-        row = {"step": step, "eval": True, **self.evaluate(self.data.selection)}
-        run.log(row)
-        return selection is not None and self.best.see(row)
-
-    def _backward(self, micro_batches: list[list[Place]]) -> float:
-        """Gradients of one step; each micro-batch counts by its targets, and by its tokens."""
+    def batches(self, start: int) -> Iterator[list[Examples]]:
+        """The micro-batches of every step from `start` on."""
         train = self.data.train
-        places = [[index for _, index in micro_batch] for micro_batch in micro_batches]
-        batches = [train.collate([train.features[i] for i in indices]) for indices in places]
-        targets = sum(tasks.num_targets(batch) for batch in batches)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        total = 0.0
-        for batch, indices in zip(batches, places, strict=True):
-            share = tasks.num_targets(batch) / max(1, targets)
-            tensors = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            with self._precision():
-                mean, hidden = self._losses(tensors, indices)
-                loss = mean * share + hidden / tokens
-            loss.backward()
-            total += loss.item()
-        return total
+        for step in range(start, self.schedule.steps):
+            found = [[index for _, index in places] for places in self.order.step(step)]
+            yield [Examples(train.collate([train.features[i] for i in p]), p) for p in found]
+
+    def counts(self, micro_batches: list[Examples]) -> Counts:
+        """Each micro-batch counts by its targets, and by its tokens."""
+        tensors = [batch.tensors for batch in micro_batches]
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in tensors)
+        return Counts(max(1, sum(map(tasks.num_targets, tensors))), tokens)
+
+    def holding(self, num_passes: int) -> contextlib.AbstractContextManager[None]:
+        """Nothing: layers may observe in every pass."""
+        return contextlib.nullcontext()
+
+    def losses(self, batch: Examples, counts: Counts) -> Losses:
+        """The forward passes of a micro-batch, and its share of the step's loss."""
+        share = tasks.num_targets(batch.tensors) / counts.targets
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        with self.precision():
+            mean, hidden = self._losses(tensors, batch.indices)
+            return (mean * share + hidden / counts.tokens,)
 
     def _losses(self, batch: tasks.Batch, indices: list[int]) -> tuple[Tensor, Tensor | float]:
         """Mean loss over targets, and summed loss over tokens."""
@@ -253,92 +193,50 @@ class Trainer:
         mean = settings.hard_weight * hard + settings.soft_weight * soft
         return mean, settings.hidden_weight * hidden
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Forward passes run in the recipe's precision."""
         is_bf16 = self.recipe.training.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
-    def _start_quantizing(self, step: int) -> None:
-        settings, steps = self.recipe.quantization, self.schedule.steps
-        if settings is None:
-            return
-        if step >= self._first_quantized(steps):
-            quant.start(self.student)
-        if step >= max(1, int(settings.freeze * steps)):
-            quant.freeze(self.student)
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients."""
+        loss.backward()
 
-    def _first_quantized(self, steps: int) -> int:
-        settings = self.recipe.quantization
-        return max(1, int(settings.start * steps)) if settings else 0
+    def optimize(self, step: int, learning_rate: float, losses: list[Losses]) -> Tensor:
+        """The optimizer's step; raises `DivergedError` when loss or gradient is not finite."""
+        loss = _sum(losses)
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {step + 1}: the loss is {loss}; {UNCHANGED}")
+        try:
+            return self.engine.step(learning_rate)
+        except DivergedError as error:
+            raise DivergedError(f"step {step + 1}: {error}") from None
 
-    def _write_ranges(self, directory: Path) -> None:
-        if self.quantized:
-            quant.save(self.student, directory / quant.FILE)
+    # what is written
 
-    def prune(self, step: int) -> None:
-        """Update the masks when the recipe has a schedule and it says so."""
-        if self.pruner is not None:
-            self.pruner.after_step(step)
+    def row(self, at: Progress) -> Row:
+        """Loss of the last step, and rates."""
+        assert at.grad_norm is not None, "gradients can't overflow in fp32 and bf16"
+        rates = {"learning_rate": at.learning_rate, "grad_norm": float(at.grad_norm)}
+        return {"loss": _sum(at.losses), **rates}
 
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """The task's metrics on a split, in fp32 as in what is written."""
+    def evaluate(self, split: Split | None = None) -> dict[str, float]:
+        """The task's metrics on a split, in fp32 as in what is written; by default on the split
+        that models are chosen by.
+        """
+        split = split or self.data.selection
         return evaluate(self.student, self.recipe.task, split, batch=64, device=self.device)
 
-    def save(self, run: Run, step: int) -> None:
-        """Save a resume point."""
-
-        def write(directory: Path) -> None:
-            state = {
-                "model": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ranges": quant.ranges(self.student),
-            }
-            with (directory / "state.pt").open("wb") as file:  # torch's own hides why it fails
-                torch.save(state, file)
-            mask_files.save(masks_of(self.student), directory / "masks.safetensors")
-            if self.pruner is not None:
-                self.pruner.save(directory)
-
-        keep = self.recipe.logging.keep_checkpoints
-        facts = {"best": self.best.step, **run.state()}
-        save_point(run.directory / "checkpoints", step, write, facts, keep=keep)
-
-    def resume(self, run: Run) -> int:
-        """Go back to the newest resume point; the step to continue from."""
-        point = newest_point(run.directory / "checkpoints")
-        if point is None:
-            log.warning("%s: no resume point; starting anew", run.directory)
-            run.go_back(0)
-            return 0
-        facts = facts_of(point)
-        step = facts["step"]
-        self._restore(point)
-        if self.pruner is not None:
-            self.pruner.load(point, step)
-        run.go_back(step, facts)
-        if self.recipe.selection is not None:
-            self.best.replay(run.rows())
-            if self.best.step != facts["best"]:
-                raise RunError(f"{run.directory}/metrics.jsonl: has lost evaluations; start anew")
-        log.info("%s: resumed at step %d", run.directory, step)
-        return step
-
-    def _restore(self, point: Path) -> None:
-        state = torch.load(point / "state.pt", map_location=self.device, weights_only=True)
-        self.student.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        quant.set_ranges(self.student, state["ranges"])
-        set_masks(self.student, mask_files.load(point / "masks.safetensors"))
-
-    def finish(self, run: Run) -> dict[str, Any]:
+    def finish(self, at: Progress) -> None:
         """Take the best model, evaluate, write the finished model, the results and the pictures."""
-        if self.best.step is not None:
-            point = run.directory / "checkpoints" / point_name(self.best.step)
+        run, best, done = at.run, self.best, at.step
+        if best.step is not None:
+            point = run.directory / "checkpoints" / point_name(best.step)
             if problem := problem_of(point):
                 raise RunError(f"{point}: is the best model and can't be used: {problem}")
-            self._restore(point)
-            self._start_quantizing(self.best.step)
+            points.restore(at, point)
         metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
-        run.log({"step": self.done, "eval": True, "final": True, **metrics})
+        run.log({"step": done, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
         results = {
@@ -346,15 +244,46 @@ class Trainer:
             "metrics": metrics,
             "seed": self.recipe.seed,
             "sparsity": result["total"]["sparsity"],
-            "quantized": bool(self.quantized),
+            "quantized": self.recipe.quantization is not None,
             "recipe_sha256": self.recipe.sha256(),
             "model_sha256": model_digest(directory),
             "model_files_sha256": seal.one_digest(seal.model_files(directory)),
         }
-        if self.best.step is not None:
-            results["selected"] = {"step": self.best.step, self.best.metric: self.best.value}
+        if best.step is not None:
+            results["selected"] = {"step": best.step, best.metric: best.value}
         write_json(run.directory / "results.json", results)
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": self.done, "model_sha256": results["model_sha256"]})
-        (run.directory / TEACHER).unlink(missing_ok=True)
-        return results
+        run.finish({"step": done, "model_sha256": results["model_sha256"]})
+        (run.directory / FILE).unlink(missing_ok=True)
+
+    def _write_ranges(self, directory: Path) -> None:
+        if self.recipe.quantization is not None:
+            quant.save(self.student, directory / quant.FILE)
+
+
+def _sum(losses: list[Losses]) -> float:
+    return sum(float(total) for (total,) in losses)
+
+
+def _order(recipe: FinetuneRecipe, train: Split) -> Order:
+    training = recipe.training
+    return Order(
+        seed=recipe.seed,
+        num_examples=len(train.features),
+        lengths=train.lengths() if training.group_by_length else None,
+        batch=training.batch,
+        micro_batch=training.micro_batch or training.batch,
+        rank=0,
+        world_size=1,
+    )
+
+
+def _check_steps(recipe: FinetuneRecipe, steps: int) -> None:
+    last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
+    if last_update > steps:
+        raise RecipeError(
+            f"pruning.schedule: the last mask update, {last_update}, must not come after the "
+            f"end of training (step {steps})"
+        )
+    if recipe.quantization is not None and steps < 2:
+        raise RecipeError("quantization: needs 2 steps or more; the first one only observes")

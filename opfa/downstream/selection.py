@@ -1,7 +1,17 @@
-"""Which evaluation was the best so far, and whether to stop: a function of the evaluation rows."""
+"""Which evaluation was the best so far, and whether to stop: a function of the evaluation rows; and
+the concern that evaluates and chooses.
+"""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from opfa.errors import RunError
+from opfa.training.concerns import Evaluating
+from opfa.training.loop import Progress
+from opfa.training.metrics import Row
+
+log = logging.getLogger(__name__)
 
 
 class Best:
@@ -36,3 +46,37 @@ class Best:
     def is_time_to_stop(self) -> bool:
         """Whether patience is over."""
         return self.patience is not None and self.num_since >= self.patience
+
+
+class Choosing(Evaluating):
+    """Evaluates, asks for a resume point of a new best model, and ends a run that has none for
+    long.
+    """
+
+    def __init__(
+        self, every_steps: int, evaluate: Callable[[], dict[str, float]], best: Best
+    ) -> None:
+        """`best` sees every evaluation."""
+        super().__init__(every_steps, evaluate)
+        self._best = best
+
+    def begin(self, at: Progress) -> None:
+        """See the evaluations of earlier launches again."""
+        if at.step:
+            self._best.replay(at.run.rows())
+        if self._best.step != at.best_step:
+            path = at.run.directory / "metrics.jsonl"
+            raise RunError(f"{path}: has lost evaluations; start anew")
+        self._end_when_patience_is_over(at)
+
+    def see(self, at: Progress, row: Row) -> None:
+        """Log an evaluation, and compare it."""
+        super().see(at, row)
+        if self._best.see(row):
+            at.best_step, at.wants_point = self._best.step, True
+        self._end_when_patience_is_over(at)
+
+    def _end_when_patience_is_over(self, at: Progress) -> None:
+        if self._best.is_time_to_stop and not at.is_end:
+            log.info("step %d: no better for %d evaluations", at.step, self._best.num_since)
+            at.is_over = True

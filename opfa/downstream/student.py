@@ -1,9 +1,13 @@
-"""The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits."""
+"""The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits; and
+the concern that starts 8 bits.
+"""
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,7 +16,10 @@ from opfa.downstream.recipe import Quantization
 from opfa.errors import ModelError
 from opfa.sparsity.anatomy import layer_of, part_of
 from opfa.sparsity.layers import lock, mask_layers, masked_layers
+from opfa.training.loop import Concern, Progress
 from opfa.weights.inspection import directory_of, inspect, stated_report
+
+RANGES = "ranges.safetensors"  # in a resume point
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +42,34 @@ def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.
         percentile=settings.percentile,
         embeddings=settings.embeddings,
     )
+
+
+class Quantizing(Concern):
+    """Computes in 8 bits from `first_step` on, and lets ranges move until `freeze_step`; steps
+    before only observe.
+    """
+
+    def __init__(self, settings: Quantization, model: nn.Module, steps: int) -> None:
+        """`steps` is the length of the run; `prepare_8_bits` has made its layers."""
+        self._model = model
+        self.first_step = max(1, int(settings.start * steps))
+        self.freeze_step = max(1, int(settings.freeze * steps))
+
+    def before_step(self, at: Progress) -> None:
+        """Start or freeze when it is time."""
+        if at.step >= self.first_step:
+            quant.start(self._model)
+        if at.step >= self.freeze_step:
+            quant.freeze(self._model)
+
+    def save(self, at: Progress, directory: Path) -> None:
+        """Write the ranges."""
+        save_file(quant.ranges(self._model), directory / RANGES)
+
+    def load(self, at: Progress, directory: Path) -> None:
+        """Read the ranges, and compute as then."""
+        quant.set_ranges(self._model, load_file(directory / RANGES))
+        self.before_step(at)
 
 
 def hold_zeros(model: PreTrainedModel, init: str) -> None:

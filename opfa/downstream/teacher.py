@@ -32,7 +32,9 @@ from opfa.storage.seal import SEAL
 from opfa.tasks.features import Batch, Split
 from opfa.tasks.kinds import in_context, inputs_of, is_target, load_model, logits_of
 from opfa.tasks.recipe import Task
+from opfa.training.loop import Concern, Progress
 
+FILE = "teacher.safetensors"  # its logits, while a run lasts
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
 log = logging.getLogger(__name__)
@@ -120,6 +122,23 @@ class Teacher:
         if self.task.kind in PER_TOKEN:
             logits = [tensor[:, : batch["input_ids"].shape[1]] for tensor in logits]
         return in_context(self.task, logits, batch), states
+
+
+class Remembering(Concern):
+    """Lets a teacher compute its logits of the training examples once, before the first step."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        split: Split,
+        precision: Callable[[], contextlib.AbstractContextManager],
+    ) -> None:
+        """`split` holds the training examples."""
+        self._teacher, self._split, self._precision = teacher, split, precision
+
+    def begin(self, at: Progress) -> None:
+        """Compute them, or read what an earlier launch left."""
+        self._teacher.remember(self._split, at.run.directory / FILE, self._precision)
 
 
 def _read(path: Path) -> tuple[Tensor, ...] | None:

@@ -37,9 +37,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging as transformers_logging
 
 from opfa.errors import ModelError, RunError, first_line, opening
-from opfa.models.encoders.skeleton import SPECIAL, try_out, without_memory
-from opfa.release.rounding.compact import METHOD
-from opfa.release.rounding.sources import directory_of, open_source, small_files_of
+from opfa.models.skeleton import SPECIAL, try_out, without_memory
 from opfa.sparsity.anatomy import problem_of_storage
 from opfa.storage.foreign import (
     CONFIG,
@@ -49,6 +47,8 @@ from opfa.storage.foreign import (
     code_refused,
     tokenizer_files,
 )
+from opfa.weights.compact import METHOD
+from opfa.weights.sources import directory_of, open_source, small_files_of
 
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from opfa.compression.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
 from opfa.errors import ModelError, RunError, opening
-from opfa.models.encoders.encoders import head_of
+from opfa.models.encoders import head_of
 from opfa.sparsity.masks import Masks
 
 try:

@@ -26,6 +26,7 @@ from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
 from opfa.storage.seal import digest, read_json
 from opfa.storage.temporary import remove
+from opfa.training.distributed import barrier, rank
 from opfa.weights.compact import tensors
 
 MANIFEST = "MANIFEST.json"
@@ -40,8 +41,6 @@ def save_point(
     facts: dict[str, Any],
     *,
     keep: int,
-    is_writer: bool = True,
-    barrier: Callable[[], None] = lambda: None,
 ) -> None:
     """Save a resume point, and remove old ones but the newest `keep` and those that these name in
     their facts as the "best".
@@ -49,6 +48,7 @@ def save_point(
     Collective: every rank's `write` puts its files in one shared directory.
     """
     work, final = root / ".incomplete", root / point_name(step)
+    is_writer = rank() == 0
     if is_writer:
         with writing(root, KEPT):
             new_directory_at(work)

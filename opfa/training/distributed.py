@@ -43,10 +43,20 @@ class Stopped(OpfaError):  # noqa: N818 - not an error
     status = STOPPED
 
 
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Add these numbers of the host over all ranks, without waiting for a GPU. Collective."""
     total = torch.tensor(values, dtype=torch.float64)
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(total, group=_host_group())
     return total.tolist()
 
@@ -66,8 +76,10 @@ def gather_texts(text: str) -> list[str]:
 
 def on_first_rank(find: Callable[[], T]) -> T:
     """What rank 0 finds. Collective; an `OpfaError` there is raised on every rank."""
+    if world_size() == 1:
+        return find()
     box: list[Any] = [None, None]  # Any: what was found, and the error
-    if dist.get_rank() == 0:
+    if rank() == 0:
         box = list(_tried(find))
     dist.broadcast_object_list(box, src=0)
     found, error = box
@@ -110,7 +122,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 def barrier() -> None:
     """Wait for every rank. Collective."""
-    dist.barrier()
+    if world_size() > 1:
+        dist.barrier()
 
 
 def end_process(status: int) -> NoReturn:

@@ -52,6 +52,10 @@ class Runs:
                 name, _, start = key.rpartition("@")
                 self._places.setdefault(name, []).append((int(start), index, key))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether some run of this tensor is here."""
+        return name in self._places
+
     def whole(self, name: str, size: int) -> Tensor:
         """The flattened tensor [size]; raises `RunError` when its runs don't make it up exactly."""
         parts, end = [], 0

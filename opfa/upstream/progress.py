@@ -5,7 +5,7 @@ Only here a run waits for its GPU: losses stay where they were computed until a 
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -44,14 +44,14 @@ def mean_losses(
 
 
 def global_losses(
-    losses: list[Losses], step: int, *, is_of_states_alone: bool = False
+    losses: Sequence[Sequence[torch.Tensor]], step: int, *, is_of_states_alone: bool = False
 ) -> dict[str, float]:
     """The global batch's losses from those of this rank's micro-batches, or of hidden states alone.
     Waits for a GPU.
 
     Collective; raises `RunError` on every rank when one is not finite.
     """
-    local = torch.stack([torch.stack(parts) for parts in losses]).double().sum(0).tolist()
+    local = torch.stack([torch.stack(tuple(parts)) for parts in losses]).double().sum(0).tolist()
     total, *parts = distributed.sum_over_ranks(local)
     if not math.isfinite(total):
         places = distributed.gather_texts(f"{local[0]}")

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from opfa.errors import ModelError, first_line, opening
-from opfa.hub.tensors.tensors import RemoteFiles, cached_directory, missing_in_cache
+from opfa.hub.tensors import RemoteFiles, cached_directory, missing_in_cache
 from opfa.sparsity.anatomy import MASK, problem_of_storage
 from opfa.storage.foreign import (
     TOKENIZER_FILES,

@@ -13,9 +13,9 @@ from conftest import finetune_recipe, pretrain_recipe
 
 from opfa.commands import app as cli
 from opfa.storage.files import write_text
+from opfa.training import points
 from opfa.training.checkpoint import newest_point
-from opfa.training.run import Run
-from opfa.upstream.pretrain import Trainer
+from opfa.training.loop import Progress
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "matplotlib", "wandb", "sklearn")
 
@@ -219,22 +219,22 @@ def test_a_disk_that_fills_up_during_a_save_costs_nothing_earlier(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save, filler = Trainer.save, small_disk / "filler"
+    save, filler = points.save, small_disk / "filler"
 
-    def filled(self: Trainer, run: Run, step: int) -> None:
-        if step == 6:
+    def filled(at: Progress, keep: int) -> None:
+        if at.step == 6:
             free = shutil.disk_usage(small_disk).free
             filler.write_bytes(bytes(free - 4096))
-        save(self, run, step)
+        save(at, keep)
 
-    monkeypatch.setattr(Trainer, "save", filled)
+    monkeypatch.setattr(points, "save", filled)
     said = refused(capsys, "pretrain", upstream, "--output", small_disk / "run")
     assert "no space left" in said
-    points = small_disk / "run/checkpoints"
-    assert [path.name for path in points.iterdir()] == ["step-00000003"]
-    assert newest_point(points) == points / "step-00000003"
+    root = small_disk / "run/checkpoints"
+    assert [path.name for path in root.iterdir()] == ["step-00000003"]
+    assert newest_point(root) == root / "step-00000003"
     filler.unlink()
-    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr(points, "save", save)
     assert cli.run(["pretrain", str(upstream), "--output", f"{small_disk}/run", "--resume"]) == 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import break_off, finetune_recipe, pretrain_recipe
+from conftest import AfterStep, break_off, finetune_recipe, pretrain_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -25,6 +25,8 @@ from opfa.errors import DivergedError, ModelError, RecipeError, RunError
 from opfa.models.encoders import load_config
 from opfa.training.checkpoint import model_digest
 from opfa.training.distributed import Stopped
+from opfa.training.loop import Concern, Progress
+from opfa.training.run import Run
 from opfa.upstream.pretrain import pretrain
 from opfa.weights.inspection import check_stated, inspect
 
@@ -145,9 +147,9 @@ def test_a_resumed_run_equals_an_unbroken_one(
     recipe = finetune_recipe(sparse, examples, **VARIANTS[variant])
     finetune(recipe, tmp_path / "unbroken")
 
-    break_off(monkeypatch, 6, recipe, tmp_path / "broken")
+    break_off(6, finetune, recipe, tmp_path / "broken")
     resumed: list[int] = []
-    monkeypatch.setattr(module.Run, "go_back", lambda self, step, _: resumed.append(step))
+    monkeypatch.setattr(Run, "go_back", lambda self, step, _: resumed.append(step))
     finetune(recipe, tmp_path / "broken", resume=True)
     assert resumed == [4]
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
@@ -211,7 +213,7 @@ def test_every_way_to_quantize_resumes_and_reloads_exactly(
 ) -> None:
     recipe = finetune_recipe(sparse, examples, quantization=QUANTIZED[variant])
     results = finetune(recipe, tmp_path / "unbroken")
-    break_off(monkeypatch, 9, recipe, tmp_path / "broken")
+    break_off(9, finetune, recipe, tmp_path / "broken")
     finetune(recipe, tmp_path / "broken", resume=True)
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
     again = evaluate_model(str(tmp_path / "unbroken/model"), recipe)
@@ -312,17 +314,9 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
 ) -> None:
     recipe = finetune_recipe(sparse, examples)
     finetune(recipe, tmp_path / "unbroken")
-    prune = module.Trainer.prune
-
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 3:
-            (tmp_path / "run/stop").touch()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(Stopped, match="stopped at step 3, which is saved"):
-            finetune(recipe, tmp_path / "run")
+    told = AfterStep(3, (tmp_path / "run/stop").touch)
+    with pytest.raises(Stopped, match="stopped at step 3, which is saved"):
+        finetune(recipe, tmp_path / "run", concerns=[told])
     assert (tmp_path / "run/stopped").exists()
     finetune(recipe, tmp_path / "run", resume=True)
     assert model_digest(tmp_path / "run/model") == model_digest(tmp_path / "unbroken/model")
@@ -331,33 +325,22 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
 def test_ctrl_c_saves_first(
     sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = module.Trainer.prune
-
-    def interrupted(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(module.Trainer, "prune", interrupted)
+    interrupted = AfterStep(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="stopped at step 2"):
-        finetune(finetune_recipe(sparse, examples), tmp_path / "run")
+        finetune(finetune_recipe(sparse, examples), tmp_path / "run", concerns=[interrupted])
     assert (tmp_path / "run/checkpoints/step-00000002").exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = module.Trainer._backward
+    class Breaking(Concern):
+        def after_backward(self, at: Progress) -> None:
+            gradient = next(p.grad for p in at.model.parameters() if p.grad is not None)
+            gradient.view(-1)[0] = torch.inf
 
-    def broken(self: module.Trainer, places: Any) -> float:
-        loss = backward(self, places)
-        gradient = next(p.grad for p in self.student.parameters() if p.grad is not None)
-        gradient.view(-1)[0] = torch.inf
-        return loss
-
-    monkeypatch.setattr(module.Trainer, "_backward", broken)
     with pytest.raises(DivergedError, match="step 1: the gradient norm is inf; nothing was"):
-        finetune(finetune_recipe(sparse, examples), tmp_path / "run")
+        finetune(finetune_recipe(sparse, examples), tmp_path / "run", concerns=[Breaking()])
 
 
 def test_an_output_that_cannot_be_made_is_refused(

@@ -11,12 +11,12 @@ import torch
 from conftest import break_off, finetune_recipe, pretrain_recipe
 from torch import Tensor
 
-from opfa.downstream import finetune as module
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
 from opfa.sparsity.layers import masks_of
 from opfa.training.checkpoint import model_digest
+from opfa.training.loop import Concern, Progress
 from opfa.upstream.pretrain import pretrain
 from opfa.weights.inspection import inspect
 
@@ -72,14 +72,15 @@ def test_a_first_step_a_ramp_and_a_hold_with_a_rate_that_rewinds(
     kind: str,
 ) -> None:
     masks: list[dict[str, Tensor]] = []
-    prune = module.Trainer.prune
 
-    def watched(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        masks.append({name: mask.clone() for name, mask in masks_of(self.student).items()})
+    class Watching(Concern):
+        def begin(self, at: Progress) -> None:
+            self.after_step(at)
 
-    monkeypatch.setattr(module.Trainer, "prune", watched)
-    finetune(gradual(dense, examples, teacher, kind), tmp_path / "run")
+        def after_step(self, at: Progress) -> None:
+            masks.append({name: mask.clone() for name, mask in masks_of(at.model).items()})
+
+    finetune(gradual(dense, examples, teacher, kind), tmp_path / "run", concerns=[Watching()])
 
     assert len(masks) == 11 and len(masks[0]) == 12
     for found, sparsity in zip(masks, SPARSITY, strict=True):
@@ -113,7 +114,7 @@ def test_a_resumed_gradual_run_equals_an_unbroken_one(
     logging = {"every_steps": 1, "checkpoint_steps": 3}  # between two updates
     recipe = gradual(dense, examples, teacher, kind, logging=logging)
     finetune(recipe, tmp_path / "unbroken")
-    break_off(monkeypatch, 5, recipe, tmp_path / "broken")
+    break_off(5, finetune, recipe, tmp_path / "broken")
     finetune(recipe, tmp_path / "broken", resume=True)
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "unbroken")
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")

@@ -1,12 +1,13 @@
 """Keeping the best model, stopping early, sweeping, several seeds."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import break_off, finetune_recipe
+from conftest import AfterStep, break_off, finetune_recipe
 from safetensors.torch import load_file
 
 from opfa.commands.app import run as command
@@ -132,7 +133,7 @@ def test_a_resume_keeps_the_same_best_model(
     recipe = selecting(sparse, examples, patience=patience)
     unbroken = finetune(recipe, tmp_path / "unbroken")
 
-    break_off(monkeypatch, stop_at, recipe, tmp_path / "broken")
+    break_off(stop_at, finetune, recipe, tmp_path / "broken")
     assert finetune(recipe, tmp_path / "broken", resume=True) == unbroken
     both = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("unbroken", "broken")]
     assert both[0] == both[1]
@@ -144,19 +145,15 @@ def test_a_damaged_best_model_is_not_finished(
     sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, 0.5, 0.8, 0.6, 0.7, 0.7)
-    path = tmp_path / "run/checkpoints/step-00000004/state.pt"
-    prune = module.Trainer.prune
+    path = tmp_path / "run/checkpoints/step-00000004/state-00000.safetensors"
 
-    def damaging(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 9:
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
+    def damage() -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
-    monkeypatch.setattr(module.Trainer, "prune", damaging)
     with pytest.raises(RunError, match="step-00000004: is the best model and can't be used"):
-        finetune(selecting(sparse, examples), tmp_path / "run")
+        finetune(selecting(sparse, examples), tmp_path / "run", concerns=[AfterStep(9, damage)])
 
 
 def test_a_run_that_was_killed_after_its_last_evaluation_logs_it_once(
@@ -376,15 +373,14 @@ def test_several_runs_that_are_told_to_stop_save_and_go_on_later(
     recipe = finetune_recipe(sparse, examples)
     unbroken = sweep(recipe, tmp_path / "unbroken", num_seeds=2)
     out = tmp_path / "out"
-    prune = module.Trainer.prune
 
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 3 and (out / "seed-43").exists():
+    def stop() -> None:
+        if (out / "seed-43").exists():
             (out / "stop").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
+        stopping = functools.partial(finetune, concerns=[AfterStep(3, stop)])
+        patch.setattr("opfa.downstream.sweep.finetune", stopping)
         with pytest.raises(Stopped, match="seed-43: stopped at step 3, which is saved"):
             sweep(recipe, out, num_seeds=2)
     assert (out / "stopped").exists() and not (out / "stop").exists()

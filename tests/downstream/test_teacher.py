@@ -19,10 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from opfa.downstream import finetune as module
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Distillation
-from opfa.downstream.teacher import Teacher
+from opfa.downstream.teacher import FILE, Teacher
 from opfa.errors import ModelError
 from opfa.tasks import kinds as tasks
 from opfa.tasks.recipe import Task
@@ -197,7 +196,7 @@ def test_a_cache_changes_nothing_but_the_work(sparse: Path, examples: Path, tmp_
         finetune(finetune_recipe(sparse, examples, distillation=settings), tmp_path / str(cache))
         lines = (tmp_path / str(cache) / "metrics.jsonl").read_text().splitlines()
         losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
-        assert not (tmp_path / str(cache) / module.TEACHER).exists()  # gone with the run's end
+        assert not (tmp_path / str(cache) / FILE).exists()  # gone with the run's end
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -208,7 +207,7 @@ def test_a_resume_under_a_teacher_is_bit_identical(
     recipe = finetune_recipe(sparse, examples, distillation={"teacher": str(teacher)})
     finetune(recipe, tmp_path / "unbroken")
 
-    break_off(monkeypatch, 6, recipe, tmp_path / "broken")
+    break_off(6, finetune, recipe, tmp_path / "broken")
     finetune(recipe, tmp_path / "broken", resume=True)
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
 

@@ -19,8 +19,6 @@ from onnxruntime import (
     GraphOptimizationLevel,  # pyright: ignore[reportAttributeAccessIssue] - made at run time
     InferenceSession,
 )
-from opfa.models.encoders.encoders import HEADS, load_finetuned_model
-from opfa.release.rounding.inspection import inspect
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -31,6 +29,7 @@ from opfa.compression.pattern import Pattern
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
+from opfa.models.encoders import HEADS, load_finetuned_model
 from opfa.runtimes import export, onnx_graph, parity
 from opfa.runtimes.onnx_graph import nonzeros
 from opfa.runtimes.parity import OnnxModel, session_options
@@ -38,6 +37,7 @@ from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
 from opfa.tasks.kinds import load_validation
 from opfa.tasks.recipe import Task
+from opfa.weights.inspection import inspect
 
 SIZES = {
     "vocab_size": 50,

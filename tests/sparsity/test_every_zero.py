@@ -11,9 +11,6 @@ import torch
 from conftest import OBJECTS, SUBJECTS, VERBS, finetune_recipe
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from opfa.models.encoders.encoders import quiet_transformers, wordpiece_tokenizer
-from opfa.release.release.release import release, unpack
-from opfa.release.release.rounding import write_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -37,6 +34,9 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
+from opfa.models.encoders import quiet_transformers, wordpiece_tokenizer
+from opfa.release.release import release, unpack
+from opfa.release.rounding import write_weights
 from opfa.runtimes.export import export
 
 WORDS = sorted({word for line in (*SUBJECTS, *VERBS, *OBJECTS) for word in line.split()})

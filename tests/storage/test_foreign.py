@@ -12,18 +12,6 @@ import hub
 import pytest
 import torch
 from conftest import TINY_BERT, finetune_recipe
-from opfa.hub.tensors.download import download
-from opfa.models.encoders.encoders import (
-    encoder_skeleton,
-    load_config,
-    load_tokenizer,
-    new_config,
-    wordpiece_tokenizer,
-    write_model,
-)
-from opfa.models.encoders.fit import fit_tokenizer
-from opfa.models.encoders.skeleton import num_positions
-from opfa.release.rounding.inspection import inspect
 from safetensors.torch import load_file, save_file
 from servers import release
 from tokenizers.processors import TemplateProcessing
@@ -34,10 +22,22 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.student import hold_zeros
 from opfa.errors import ModelError, OpfaError
+from opfa.hub.download import download
+from opfa.models.encoders import (
+    encoder_skeleton,
+    load_config,
+    load_tokenizer,
+    new_config,
+    wordpiece_tokenizer,
+    write_model,
+)
+from opfa.models.fit import fit_tokenizer
+from opfa.models.skeleton import num_positions
 from opfa.sparsity.layers import zero_masks
 from opfa.sparsity.masks import report
 from opfa.tasks.kinds import check_head, load_model
 from opfa.tasks.recipe import Task
+from opfa.weights.inspection import inspect
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,'", "cat"]
 VOCABULARY = {word: index for index, word in enumerate(WORDS)}

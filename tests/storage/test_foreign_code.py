@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe, outside, pretrain_recipe
-from opfa.models.encoders.encoders import load_config, load_finetuned_model, load_tokenizer
 from safetensors.torch import load_file
 from test_foreign import tiny
 
 from opfa.commands import app as cli
 from opfa.errors import ModelError
+from opfa.models.encoders import load_config, load_finetuned_model, load_tokenizer
 from opfa.storage.files import write_text
 
 CODE = """from pathlib import Path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import finetune_recipe, pretrain_recipe
 from test_survival import Launch
 
@@ -16,14 +17,17 @@ from opfa.commands import app as cli
 from opfa.downstream import finetune as finetuning
 from opfa.downstream.sweep import sweep
 from opfa.quickstart import quickstart
+from opfa.training import loop
 from opfa.training.distributed import Stopped, Supervisor
+from opfa.training.loop import Losses
+from opfa.training.run import Run
 from opfa.upstream import pretrain as pretraining
 
 FEW = {"training": {"epochs": 0.3}}  # 3 steps
 MOMENTS: dict[str, tuple[Any, str]] = {  # what is interrupted, of a run
     "writing the model": (finetuning, "write_finished"),
     "drawing": (finetuning.report, "finetuning_pictures"),
-    "marking it done": (finetuning.Run, "finish"),
+    "marking it done": (Run, "finish"),
 }
 
 
@@ -97,11 +101,11 @@ def test_a_signal_to_a_run_that_diverges_is_not_lost(
 ) -> None:
     recipe = finetune_recipe(sparse, examples, **FEW)
 
-    def diverges(self: finetuning.Trainer, places: object) -> float:
+    def diverges(*_: object) -> list[Losses]:
         tell("SIGTERM", tmp_path)
-        return float("nan")
+        return [(torch.tensor(torch.nan),)]
 
-    monkeypatch.setattr(finetuning.Trainer, "_backward", diverges)
+    monkeypatch.setattr(loop, "accumulate", diverges)
     with pytest.raises(Stopped, match="stopped before seed-43"):
         sweep(recipe, tmp_path / "out", num_seeds=2)
 

@@ -156,7 +156,7 @@ def test_a_resume_with_another_model_than_it_began_with_is_refused(
     model = {"init": str(tmp_path / "model"), "tokenizer": str(tmp_path / "model")}
     teacher = {"teacher": str(tmp_path / "teacher"), "hard_weight": 0.5, "soft_weight": 0.5}
     recipe = finetune_recipe(sparse, examples, model=model, distillation=teacher)
-    break_off(monkeypatch, 5, recipe, tmp_path / "run")
+    break_off(5, finetune, recipe, tmp_path / "run")
     directory = "teacher" if key == "distillation.teacher" else "model"
     edited(tmp_path / directory / "tokenizer_config.json")
     name = "model.init" if directory == "model" else key
@@ -172,7 +172,7 @@ def test_the_teachers_logits_are_computed_again_when_they_are_damaged(
     teacher = {"teacher": str(finished / "model"), "hard_weight": 0.5, "soft_weight": 0.5}
     recipe = finetune_recipe(sparse, examples, distillation=teacher)
     finetune(recipe, tmp_path / "unbroken")
-    break_off(monkeypatch, 5, recipe, tmp_path / "run")
+    break_off(5, finetune, recipe, tmp_path / "run")
     flipped(tmp_path / "run/teacher.safetensors")
     finetune(recipe, tmp_path / "run", resume=True)
     assert "teacher.safetensors: is damaged; computing them again" in caplog.text

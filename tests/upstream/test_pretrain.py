@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import dense_labels, pretrain_recipe
+from conftest import break_off, dense_labels, pretrain_recipe
 from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import AutoConfig, BertForPreTraining, BertModel
@@ -35,7 +35,9 @@ from opfa.training.engine import Engine
 from opfa.training.run import Run
 from opfa.upstream import pretrain as module
 from opfa.upstream.batches import Prepared, masker, training_steps
+from opfa.upstream.objective import Teacher
 from opfa.upstream.pretrain import pretrain
+from opfa.upstream.student import load_teacher
 from opfa.weights.inspection import inspect
 
 SCHEDULE = {"start": 1, "end": 4, "hold_until": 6, "every": 1, "target": 0.9}
@@ -223,20 +225,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     norms = [row["grad_norm"] for row in training_rows(tmp_path / "unbroken")]
     assert (None in norms) == (precision == "fp16")
 
-    class StoppedError(Exception):
-        pass
-
-    prune = module.Trainer.prune
-
-    def stopping(self: module.Trainer, step: int) -> None:
-        prune(self, step)
-        if step == 5:
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Trainer, "prune", stopping)
-        with pytest.raises(StoppedError):
-            pretrain(recipe, tmp_path / "broken")
+    break_off(5, pretrain, recipe, tmp_path / "broken")
     assert not (tmp_path / "broken/model").exists()
     pretrain(recipe, tmp_path / "broken", resume=True)
     assert training_rows(tmp_path / "broken") == training_rows(tmp_path / "unbroken")
@@ -548,15 +537,15 @@ def test_a_teacher_in_16_bits_keeps_its_buffers(mlm_corpus: Path, tmp_path: Path
     init = str(tmp_path / "teacher/model")
     seen = {}
 
-    class Watched(module.Trainer):
-        def train(self, run: Run, start: int) -> None:
-            assert self.teacher is not None
-            tensors = self.teacher.model.state_dict() | dict(self.teacher.model.named_buffers())
-            seen.update({name: tensor.dtype for name, tensor in tensors.items()})
-            super().train(run, start)
+    def watched(*loaded: Any) -> Teacher | None:
+        teacher = load_teacher(*loaded)
+        assert teacher is not None
+        tensors = teacher.model.state_dict() | dict(teacher.model.named_buffers())
+        seen.update({name: tensor.dtype for name, tensor in tensors.items()})
+        return teacher
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Trainer", Watched)
+        patch.setattr(module, "load_teacher", watched)
         recipe = pretrain_recipe(
             mlm_corpus, model={"init": init}, distillation={"teacher": init}, **options
         )
@@ -706,16 +695,16 @@ def test_a_run_goes_on_at_another_stage(
 def test_loader_processes_ignore_signals_to_the_group(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = module.Trainer._counts
+    counts = module.Trainer.counts
 
-    def signalled(self: module.Trainer, run: Any, batches: Any) -> Any:
+    def signalled(self: module.Trainer, batches: Any) -> Any:
         if not self.supervisor.signal:
             for child in psutil.Process().children(recursive=True):
                 child.terminate()
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, run, batches)
+        return counts(self, batches)
 
-    monkeypatch.setattr(module.Trainer, "_counts", signalled)
+    monkeypatch.setattr(module.Trainer, "counts", signalled)
     recipe = pretrain_recipe(prepared, launch={"workers": 2})
     with pytest.raises(Stopped, match="stopped at step 1, which is saved"):
         pretrain(recipe, tmp_path / "run")

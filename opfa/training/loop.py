@@ -1,0 +1,162 @@
+"""The training loop of upstream and downstream, and what a concern is.
+
+    batch, forward passes, loss, backward, step; then whatever the concerns do: prune, log, save
+
+A `Trainer` knows its data, its model and its loss. A `Concern` is anything else that happens while
+a model trains. The loop knows no concern by name: `pretrain(concerns=...)` and
+`finetune(concerns=...)` take more of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from opfa.compression.pruner import Weights
+from opfa.compression.schedules import LearningRate
+from opfa.training.checkpoint import seed_step
+from opfa.training.run import Run
+
+Losses = Sequence[Tensor]  # of one micro-batch: the total, then its parts
+
+
+class AnyEngine(Weights, Protocol):
+    """What holds weights and optimizer state: on one device, or in runs on several ranks."""
+
+    @property
+    def num_files(self) -> int:
+        """How many files `state-*` all ranks together write in `save`."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's runs of the state."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what any number of ranks wrote with `save`."""
+        ...
+
+
+class Concern:
+    """Something that happens while a model trains. Override the hooks that it needs.
+
+    Every rank calls every hook at the same time, so a hook may be collective. `end` is called in
+    the reverse order, and not at all when an error ends the run.
+    """
+
+    def begin(self, at: "Progress") -> None:
+        """Before the first step of this launch; `at.step` is above 0 after a resume."""
+
+    def before_step(self, at: "Progress") -> None:
+        """Before a step; `at.step` steps are finished."""
+
+    def after_backward(self, at: "Progress") -> None:
+        """Gradients are there and weights are not changed yet; `at.step` steps are finished."""
+
+    def after_step(self, at: "Progress") -> None:
+        """After a step; it is counted in `at.step`."""
+
+    def end(self, at: "Progress") -> None:
+        """After the last step of this launch."""
+
+    def save(self, at: "Progress", directory: Path) -> None:
+        """Write own files into a resume point."""
+
+    def load(self, at: "Progress", directory: Path) -> None:
+        """Read from a resume point what `save` wrote after `at.step` steps."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is: what concerns look at, and how they ask for something."""
+
+    run: Run
+    model: nn.Module  # its parameters may be 16-bit or shards: read them through `engine`
+    engine: AnyEngine
+    concerns: Sequence[Concern]
+    steps: int  # of the whole run
+    step: int = 0  # finished steps
+    losses: list[Losses] = field(default_factory=list)  # of this step's micro-batches, detached
+    learning_rate: float = 0.0
+    grad_norm: Tensor | None = None  # None: gradients overflowed fp16 and the step was skipped
+    best_step: int | None = None  # its resume point is kept
+    wants_point: bool = False  # a concern asks for a resume point after this step
+    is_over: bool = False  # a concern asks to end after this step
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the last step is finished."""
+        return self.step >= self.steps
+
+    def is_due(self, every_steps: int) -> bool:
+        """Whether it is time for something that happens every so many steps, and at the end."""
+        return self.step % every_steps == 0 or self.is_end
+
+
+class Trainer(Protocol):
+    """Data, model, loss and optimizer of one kind of training."""
+
+    seed: int
+    rank: int
+    schedule: LearningRate
+
+    def batches(self, start: int) -> Iterator[list[Any]]:  # Any: the trainer's own, here and below
+        """This rank's micro-batches of every step from `start` on."""
+        ...
+
+    def counts(self, micro_batches: list[Any]) -> Any:
+        """What the losses of this step are divided by. Collective."""
+        ...
+
+    def holding(self, num_passes: int) -> AbstractContextManager[None]:
+        """What may be computed once for so many passes with the same weights."""
+        ...
+
+    def losses(self, batch: Any, counts: Any) -> Losses:
+        """The forward passes of one micro-batch, and its share of the step's loss."""
+        ...
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients."""
+        ...
+
+    def optimize(self, step: int, learning_rate: float, losses: list[Losses]) -> Tensor | None:
+        """Change the weights; the gradient norm. Raises `RunError` when loss or gradient is not
+        finite.
+        """
+        ...
+
+
+def train(trainer: Trainer, at: Progress) -> None:
+    """The steps from `at.step` to the end, or until a concern ends them. Collective."""
+    for concern in at.concerns:
+        concern.begin(at)
+    batches = trainer.batches(at.step)
+    while not (at.is_over or at.is_end):
+        for concern in at.concerns:
+            concern.before_step(at)
+        seed_step(trainer.seed, at.step, trainer.rank)
+        at.losses = accumulate(trainer, next(batches))
+        for concern in at.concerns:
+            concern.after_backward(at)
+        at.learning_rate = trainer.schedule.at(at.step)
+        at.grad_norm = trainer.optimize(at.step, at.learning_rate, at.losses)
+        at.step += 1
+        for concern in at.concerns:
+            concern.after_step(at)
+    for concern in reversed(at.concerns):
+        concern.end(at)
+
+
+def accumulate(trainer: Trainer, micro_batches: list[Any]) -> list[Losses]:
+    """Forward and backward passes of one step; the losses stay where they were computed."""
+    counts, losses = trainer.counts(micro_batches), []
+    with trainer.holding(len(micro_batches)):
+        for index, batch in enumerate(micro_batches, 1):
+            found = trainer.losses(batch, counts)
+            trainer.backward(found[0], index == len(micro_batches))
+            losses.append(tuple(part.detach() for part in found))
+    return losses

@@ -1,0 +1,125 @@
+"""Everything around the loop, once for upstream and downstream: the run directory, the watchdog,
+resuming, and what is written before the first step and after the last.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from opfa.errors import RunError
+from opfa.training import began, distributed, finished, points
+from opfa.training.concerns import Logging, Saving, Stopping
+from opfa.training.distributed import Supervisor
+from opfa.training.loop import AnyEngine, Concern, Progress, Trainer, train
+from opfa.training.metrics import Row
+from opfa.training.run import Run, check_output
+
+log = logging.getLogger(__name__)
+
+
+class Course(Trainer, Protocol):
+    """A trainer with all that a run needs from beginning to end."""
+
+    @property
+    def engine(self) -> AnyEngine:
+        """What holds weights and optimizer state."""
+        ...
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained."""
+        ...
+
+    @property
+    def launched(self) -> Mapping[str, Any]:
+        """What environment.json says of this launch."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the run begins with."""
+        ...
+
+    def concerns(self) -> tuple[list[Concern], Concern]:
+        """Those that change the model, and the one that evaluates it."""
+        ...
+
+    def row(self, at: Progress) -> Row:
+        """What is logged of a step. Collective."""
+        ...
+
+    def finish(self, at: Progress) -> None:
+        """Write the finished model. Collective."""
+        ...
+
+
+def run_to_end(
+    recipe: Any,  # Any: either recipe; both have the same keys of [logging]
+    output: Path,
+    load: Callable[[Supervisor], Course],
+    *,
+    resume: bool,
+    timeout_seconds: float,
+    concerns: Sequence[Concern] = (),
+    within: Path | None = None,
+) -> None:
+    """Train what `load` loads, in the directory `output`, until it is done. Collective.
+
+    Returns at once when the run is done already. `within` is the directory of several runs that
+    this is one of.
+    """
+    check_output(output, recipe, resume)
+    with Supervisor(timeout_seconds) as supervisor:
+        trainer = load(supervisor)
+        steps, is_writer = trainer.schedule.steps, trainer.rank == 0
+        with Run(output, recipe, steps=steps, is_writer=is_writer, within=within) as run:
+            # Rank 0 decides: machines may look at the run directory at different times.
+            if distributed.on_first_rank(lambda: run.is_done):
+                distributed.on_first_rank(lambda: finished.check(output))
+                log.info("%s: is finished already", output)
+                return
+            at = _progress(recipe.logging, trainer, run, supervisor, concerns)
+            _begin(trainer, at, resume)
+            run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
+            at.model.train()  # a model that was loaded is in evaluation mode
+            train(trainer, at)
+            trainer.finish(at)
+
+
+def _progress(
+    settings: Any,  # Any: [logging] of either recipe
+    trainer: Course,
+    run: Run,
+    supervisor: Supervisor,
+    more: Sequence[Concern],
+) -> Progress:
+    """In this order every concern sees what those before it did to the model."""
+    changing, evaluating = trainer.concerns()
+    concerns = [
+        *changing,
+        *more,
+        Logging(settings.every_steps, trainer.row),
+        evaluating,
+        Stopping(supervisor),
+        Saving(settings.checkpoint_steps, settings.keep_checkpoints, supervisor),
+    ]
+    steps, model, engine = trainer.schedule.steps, trainer.student, trainer.engine
+    return Progress(run=run, model=model, engine=engine, concerns=concerns, steps=steps)
+
+
+def _begin(trainer: Course, at: Progress, resume: bool) -> None:
+    """Go back to the newest resume point, and write what this launch is."""
+    directory = at.run.directory
+    resumes = distributed.on_first_rank(lambda: resume)
+    if not distributed.eventually((directory / "recipe.toml").exists):
+        raise RunError(
+            f"{directory}: rank 0 made this directory, and rank {trainer.rank} can't see it; "
+            "RUN must be in a directory that all machines share"
+        )
+    facts = distributed.on_first_rank(trainer.facts)
+    if resumes:
+        distributed.on_first_rank(lambda: began.check(directory, facts))
+        points.resume(at)
+    at.run.describe(facts, {"from_step": at.step, **trainer.launched})

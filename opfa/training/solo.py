@@ -1,0 +1,70 @@
+"""The engine of one process and one device, by torch alone: AdamW, fp32 weights.
+
+It offers what `engine.Engine` offers upstream, so that both have one loop and one form of resume
+point, and downstream needs no DeepSpeed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opfa.compression.pruner import OneProcess
+from opfa.errors import DivergedError
+from opfa.training.state import Run, Runs, save_runs
+
+STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight that had a gradient
+UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
+
+
+class SoloEngine(OneProcess):
+    """A model and its optimizer."""
+
+    num_files = 1
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], *, max_grad_norm: float
+    ) -> None:
+        """`groups` are AdamW's, of the model's parameters where they will stay."""
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        self._max_grad_norm = max_grad_norm
+
+    def step(self, learning_rate: float) -> Tensor:
+        """One optimizer step; the gradient norm before clipping. Raises `DivergedError` when it is
+        not finite, and then the weights are as they were.
+        """
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+        if not torch.isfinite(norm):
+            raise DivergedError(f"the gradient norm is {norm}; {UNCHANGED}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimizer state."""
+        save_runs(directory / "state-00000.safetensors", self._runs(), {})
+
+    def _runs(self) -> Iterator[Run]:
+        for name, parameter in self._parameters.items():
+            yield Run(f"master/{name}", 0, parameter.detach().flatten())
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                yield Run(f"{key}/{name}", 0, value.flatten())
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        saved = Runs(directory, "state-*.safetensors")
+        self._optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            shape, size, device = parameter.shape, parameter.numel(), parameter.device
+            parameter.copy_(saved.whole(f"master/{name}", size).view(shape))
+            if f"step/{name}" in saved:
+                whole = {key: saved.whole(f"{key}/{name}", size) for key in STATE[1:]}
+                state = {key: value.view(shape).to(device) for key, value in whole.items()}
+                step = saved.whole(f"step/{name}", 1).view(()).to(device)
+                self._optimizer.state[parameter] = {"step": step, **state}
