@@ -107,6 +107,7 @@ class Trainer(Protocol):
 
     def losses(self, batch: Any, counts: Any) -> Losses:
         """The forward passes of one micro-batch, and its share of the step's loss."""
+        ...
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients."""
