@@ -15,29 +15,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from opfa.compression.pruner import Weights
 from opfa.compression.schedules import LearningRate
 from opfa.training.checkpoint import seed_step
+from opfa.training.engine import Engine
+from opfa.training.metrics import Row
 from opfa.training.run import Run
+from opfa.training.solo import SoloEngine
 
 Losses = Sequence[Tensor]  # of one micro-batch: the total, then its parts
-
-
-class AnyEngine(Weights, Protocol):
-    """What holds weights and optimizer state: on one device, or in runs on several ranks."""
-
-    @property
-    def num_files(self) -> int:
-        """How many files `state-*` all ranks together write in `save`."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write this rank's runs of the state."""
-        ...
-
-    def load(self, directory: Path) -> None:
-        """Read what any number of ranks wrote with `save`."""
-        ...
 
 
 class Concern:
@@ -75,7 +60,7 @@ class Progress:
 
     run: Run
     model: nn.Module  # its parameters may be 16-bit or shards: read them through `engine`
-    engine: AnyEngine
+    engine: Engine | SoloEngine
     concerns: Sequence[Concern]
     steps: int  # of the whole run
     step: int = 0  # finished steps
@@ -97,19 +82,24 @@ class Progress:
 
 
 class Trainer(Protocol):
-    """Data, model, loss and optimizer of one kind of training."""
+    """Data, model, loss and optimizer of one kind of training, and what is written of it.
+
+    Its batches and their counts are its own affair, hence `Any`.
+    """
 
     seed: int
     rank: int
     schedule: LearningRate
+    student: Any  # the model that is trained
+    engine: Any  # Engine or SoloEngine
+    launched: dict[str, Any]  # what environment.json says of this launch
 
-    def batches(self, start: int) -> Iterator[list[Any]]:  # Any: the trainer's own, here and below
+    def batches(self, start: int) -> Iterator[list[Any]]:
         """This rank's micro-batches of every step from `start` on."""
         ...
 
     def counts(self, micro_batches: list[Any]) -> Any:
         """What the losses of this step are divided by. Collective."""
-        ...
 
     def holding(self, num_passes: int) -> AbstractContextManager[None]:
         """What may be computed once for so many passes with the same weights."""
@@ -121,13 +111,24 @@ class Trainer(Protocol):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients."""
-        ...
 
     def optimize(self, step: int, learning_rate: float, losses: list[Losses]) -> Tensor | None:
-        """Change the weights; the gradient norm. Raises `RunError` when loss or gradient is not
-        finite.
-        """
+        """Change the weights; the gradient norm. Raises `RunError` where it is not finite."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the run begins with."""
         ...
+
+    def concerns(self) -> tuple[list[Concern], Concern]:
+        """Those that change the model, and the one that evaluates it."""
+        ...
+
+    def row(self, at: Progress) -> Row:
+        """What is logged of a step. Collective."""
+        ...
+
+    def finish(self, at: Progress) -> None:
+        """Write the finished model. Collective."""
 
 
 def train(trainer: Trainer, at: Progress) -> None:
@@ -138,8 +139,9 @@ def train(trainer: Trainer, at: Progress) -> None:
     while not (at.is_over or at.is_end):
         for concern in at.concerns:
             concern.before_step(at)
+        micro_batches = next(batches)  # a loader that starts draws a random number
         seed_step(trainer.seed, at.step, trainer.rank)
-        at.losses = accumulate(trainer, next(batches))
+        at.losses = accumulate(trainer, micro_batches)
         for concern in at.concerns:
             concern.after_backward(at)
         at.learning_rate = trainer.schedule.at(at.step)

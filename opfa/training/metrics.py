@@ -57,15 +57,11 @@ def state(run: Path) -> dict[str, Any]:
 
 def forget_after(run: Path, step: int, known: dict[str, Any] | None) -> None:
     """Drop the rows of steps that are going to be run again, and of a final evaluation. `known` is
-    the `state` that the resume point noted; points of older versions have none.
+    the `state` that the resume point noted; None without one.
     """
     path = run / FILE
-    if step == 0:
-        kept = b""
-    elif known is None:
-        rows = [row for row in read(run) if row["step"] <= step and not row.get("final")]
-        kept = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    else:
+    kept = b""
+    if known is not None:
         kept = _bytes(path)[: known["bytes"]]
         if hashlib.sha256(kept).hexdigest() != known["sha256"]:
             raise RunError(

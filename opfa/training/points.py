@@ -48,12 +48,12 @@ def save(at: Progress, keep: int) -> None:
 
 def restore(at: Progress, point: Path) -> None:
     """Set weights, optimizer, masks and concerns to what a resume point holds. Collective."""
-    if (point / "state.pt").exists():
+    facts = facts_of(point)
+    if (point / "state.pt").exists() or "metrics" not in facts:
         raise RunError(
             f"{point}: an older version wrote this resume point, and this one can't read it; "
             "finish the run with that version, or start anew in another directory"
         )
-    facts = facts_of(point)
     at.step, at.best_step = facts["step"], facts.get("best")
     at.engine.load(point)
     if masks_of(at.model):

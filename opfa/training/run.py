@@ -84,15 +84,9 @@ class Run:
     def __enter__(self) -> Self:
         """Start the progress bar, on a terminal."""
         if self.is_writer and Console(stderr=True).is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(
-                *columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True)
-            )
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+            columns += [TimeRemainingColumn(), TextColumn("{task.fields[state]}")]
+            self._progress = Progress(*columns, console=Console(stderr=True))
             self._task = self._progress.add_task(self.directory.name, total=self._steps, state="")
             self._progress.start()
         return self
@@ -107,8 +101,8 @@ class Run:
             self._lock.close()
 
     def describe(self, facts: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
-        """Write `environment.json`: these facts, and everything about the software and the machine;
-        and add this launch, and `more` of it, to its list, which a resume continues.
+        """Write these facts, the software and the machine to `environment.json`, and add this
+        launch, with `more` of it, to its list.
         """
         if not self.is_writer:
             return
@@ -123,8 +117,8 @@ class Run:
         seal.write_sealed(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
-        """Also send rows to wandb, offline or online: to one run of its own for each directory,
-        which a resume continues, in a group of all that have this recipe's name.
+        """Also send rows to wandb, offline or online. Each directory has one run there, which a
+        resume continues, in a group of all runs with this recipe's name.
         """
         if mode == "disabled" or not self.is_writer:
             return
@@ -150,13 +144,13 @@ class Run:
         return {"metrics": metrics.state(self.directory), "arithmetic": self._arithmetic()}
 
     def go_back(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
-        """Drop what comes after a resume point, of which these are the facts; without one
-        everything. Says what of the machine is another one now.
+        """Drop the rows after a resume point, of which these are the facts, or all. Warns when the
+        machine computes in another way now.
         """
         if not self.is_writer:
             return
-        facts = facts or {}
-        metrics.forget_after(self.directory, step, facts.get("metrics"))
+        facts = facts or {"metrics": None}
+        metrics.forget_after(self.directory, step, facts["metrics"])
         if changed := machine.changes(facts.get("arithmetic", {}), self._arithmetic()):
             what = "so its last bits may not be those of an unbroken run"
             log.warning("%s: %s; %s", self.directory, changed, what)

@@ -3,62 +3,24 @@ resuming, and what is written before the first step and after the last.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from opfa.errors import RunError
 from opfa.training import began, distributed, finished, points
 from opfa.training.concerns import Logging, Saving, Stopping
 from opfa.training.distributed import Supervisor
-from opfa.training.loop import AnyEngine, Concern, Progress, Trainer, train
-from opfa.training.metrics import Row
+from opfa.training.loop import Concern, Progress, Trainer, train
 from opfa.training.run import Run, check_output
 
 log = logging.getLogger(__name__)
 
 
-class Course(Trainer, Protocol):
-    """A trainer with all that a run needs from beginning to end."""
-
-    @property
-    def engine(self) -> AnyEngine:
-        """What holds weights and optimizer state."""
-        ...
-
-    @property
-    def student(self) -> nn.Module:
-        """The model that is trained."""
-        ...
-
-    @property
-    def launched(self) -> Mapping[str, Any]:
-        """What environment.json says of this launch."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """What the run begins with."""
-        ...
-
-    def concerns(self) -> tuple[list[Concern], Concern]:
-        """Those that change the model, and the one that evaluates it."""
-        ...
-
-    def row(self, at: Progress) -> Row:
-        """What is logged of a step. Collective."""
-        ...
-
-    def finish(self, at: Progress) -> None:
-        """Write the finished model. Collective."""
-        ...
-
-
 def run_to_end(
     recipe: Any,  # Any: either recipe; both have the same keys of [logging]
     output: Path,
-    load: Callable[[Supervisor], Course],
+    load: Callable[[Supervisor], Trainer],
     *,
     resume: bool,
     timeout_seconds: float,
@@ -90,7 +52,7 @@ def run_to_end(
 
 def _progress(
     settings: Any,  # Any: [logging] of either recipe
-    trainer: Course,
+    trainer: Trainer,
     run: Run,
     supervisor: Supervisor,
     more: Sequence[Concern],
@@ -109,7 +71,7 @@ def _progress(
     return Progress(run=run, model=model, engine=engine, concerns=concerns, steps=steps)
 
 
-def _begin(trainer: Course, at: Progress, resume: bool) -> None:
+def _begin(trainer: Trainer, at: Progress, resume: bool) -> None:
     """Go back to the newest resume point, and write what this launch is."""
     directory = at.run.directory
     resumes = distributed.on_first_rank(lambda: resume)

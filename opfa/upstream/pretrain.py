@@ -89,7 +89,10 @@ class Trainer:
         if recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         file = recipe.launch.deepspeed_file(self.order.world_size)
-        self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
+        self.launched: dict[str, Any] = {
+            "world_size": self.order.world_size,
+            "deepspeed": file.values(),
+        }
         self.engine = Engine(
             Objective(self.student, recipe.distillation, self.clock, recipe.launch.compile),
             decay_groups(self.student, training.weight_decay),

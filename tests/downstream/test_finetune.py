@@ -209,7 +209,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_every_way_to_quantize_resumes_and_reloads_exactly(
-    sparse: Path, examples: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path, variant: str
 ) -> None:
     recipe = finetune_recipe(sparse, examples, quantization=QUANTIZED[variant])
     results = finetune(recipe, tmp_path / "unbroken")
@@ -310,7 +310,7 @@ def test_a_tampered_report_is_refused(
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
     recipe = finetune_recipe(sparse, examples)
     finetune(recipe, tmp_path / "unbroken")
@@ -322,9 +322,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
     assert model_digest(tmp_path / "run/model") == model_digest(tmp_path / "unbroken/model")
 
 
-def test_ctrl_c_saves_first(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_first(sparse: Path, examples: Path, tmp_path: Path) -> None:
     interrupted = AfterStep(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="stopped at step 2"):
         finetune(finetune_recipe(sparse, examples), tmp_path / "run", concerns=[interrupted])
@@ -332,7 +330,7 @@ def test_ctrl_c_saves_first(
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
     class Breaking(Concern):
         def after_backward(self, at: Progress) -> None:

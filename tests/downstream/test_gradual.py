@@ -68,7 +68,6 @@ def test_a_first_step_a_ramp_and_a_hold_with_a_rate_that_rewinds(
     examples: Path,
     teacher: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
     masks: list[dict[str, Tensor]] = []
@@ -108,7 +107,6 @@ def test_a_resumed_gradual_run_equals_an_unbroken_one(
     examples: Path,
     teacher: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
     logging = {"every_steps": 1, "checkpoint_steps": 3}  # between two updates

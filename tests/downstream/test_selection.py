@@ -292,7 +292,7 @@ def test_a_rate_that_diverges_is_told_and_is_not_the_best(
 
 
 def test_a_sweep_resumes_where_it_was_and_may_get_more_seeds(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
     recipe = finetune_recipe(sparse, examples)
     sweep(recipe, tmp_path / "out", num_seeds=1)

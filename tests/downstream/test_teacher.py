@@ -128,9 +128,7 @@ def test_the_soft_loss_is_that_of_the_formula(
     assert hidden == 0.0
 
 
-def test_cached_logits_need_no_teacher_any_more(
-    sparse: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_logits_need_no_teacher_any_more(sparse: Path, data: Path, tmp_path: Path) -> None:
     teacher, student, splits, _ = setting("classification", sparse, data, tmp_path / "t")
     teacher.remember(splits.train, tmp_path / "logits", contextlib.nullcontext)
     batch = splits.train.collate([splits.train.features[1]])
@@ -201,7 +199,7 @@ def test_a_cache_changes_nothing_but_the_work(sparse: Path, examples: Path, tmp_
 
 
 def test_a_resume_under_a_teacher_is_bit_identical(
-    sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
     teacher = trained(sparse, examples, tmp_path / "teacher")
     recipe = finetune_recipe(sparse, examples, distillation={"teacher": str(teacher)})

@@ -149,7 +149,6 @@ def test_an_edited_model_is_told_of_when_it_is_used_and_not_released(
 @pytest.mark.parametrize("key", ["model.init", "model.tokenizer", "distillation.teacher"])
 def test_a_resume_with_another_model_than_it_began_with_is_refused(
     sparse: Path, finished: Path, examples: Path, tmp_path: Path, key: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     shutil.copytree(sparse, tmp_path / "model")
     shutil.copytree(finished / "model", tmp_path / "teacher")
@@ -166,8 +165,7 @@ def test_a_resume_with_another_model_than_it_began_with_is_refused(
 
 
 def test_the_teachers_logits_are_computed_again_when_they_are_damaged(
-    sparse: Path, finished: Path, examples: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    sparse: Path, finished: Path, examples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     teacher = {"teacher": str(finished / "model"), "hard_weight": 0.5, "soft_weight": 0.5}
     recipe = finetune_recipe(sparse, examples, distillation=teacher)
@@ -331,9 +329,7 @@ def test_only_the_last_row_may_be_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: f"0{text[1:]}0"])
-def test_a_damaged_id_of_wandb_is_named(
-    tmp_path: Path, damage: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_id_of_wandb_is_named(tmp_path: Path, damage: Callable[[str], str]) -> None:
     from opfa.training import run as module
 
     path = tmp_path / "wandb/id"
