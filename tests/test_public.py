@@ -7,10 +7,20 @@ import pytest
 
 import opfa
 
-PUBLIC = (
-    "DataError DivergedError ModelError OpfaError RecipeError RunError SparsityGuard __version__ "
-    "fuse inspect lock masked_lora"
-).split()
+PUBLIC = [
+    "DataError",
+    "DivergedError",
+    "ModelError",
+    "OpfaError",
+    "RecipeError",
+    "RunError",
+    "SparsityGuard",
+    "__version__",
+    "fuse",
+    "inspect",
+    "lock",
+    "masked_lora",
+]
 
 
 def test_these_names_are_public() -> None:
