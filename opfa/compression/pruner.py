@@ -5,7 +5,6 @@ on every rank.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,57 +23,33 @@ from opfa.sparsity.masks import Masks, fingerprint
 FILE = "scores.safetensors"  # in a resume point: what a score has gathered
 
 
-class Weights(Protocol):
-    """Where fp32 weights are: all here, or in runs on several ranks. Every method is collective."""
+class Weights:
+    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of the flattened
+    parameters overrides every method, and all are collective then.
+    """
 
-    ranks: Ranks
+    ranks: Ranks = ALONE
 
     def read(self, parameter: Tensor) -> Tensor:
         """This rank's run of a parameter's flattened fp32 value, [n]; possibly empty."""
-        ...
+        return parameter.detach().view(-1)
 
     def read_gradient(self, layer: MaskedLinear) -> Tensor:
         """This rank's run, in fp32, of the gradient of the global batch by the weight that a layer
         computes with, since the last call. The layer must keep it.
         """
-        ...
-
-    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
-        """The whole tensor, in the parameter's shape, from every rank's run."""
-        ...
-
-    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """This rank's run of a tensor in the parameter's shape."""
-        ...
-
-    def compare(self, text: str) -> list[str]:
-        """This text of every rank."""
-        ...
-
-
-class OneProcess:
-    """`Weights` of a model that one process holds."""
-
-    ranks = ALONE
-
-    def read(self, parameter: Tensor) -> Tensor:
-        """All of it."""
-        return parameter.detach().view(-1)
-
-    def read_gradient(self, layer: MaskedLinear) -> Tensor:
-        """All of it."""
         return layer.take_gradient().view(-1)
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
-        """The run is the whole."""
+        """The whole tensor, in the parameter's shape, from every rank's run, bit for bit."""
         return run.view(parameter.shape)
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """All of it."""
+        """This rank's run, [n], of a tensor in the parameter's shape."""
         return whole.to(parameter.device).view(-1)
 
     def compare(self, text: str) -> list[str]:
-        """There is nobody to differ."""
+        """This text of every rank."""
         return [text]
 
 
@@ -111,7 +86,7 @@ class Pruner:
         """
         if not self._observes(step):
             return
-        weights = weights or OneProcess()
+        weights = weights or Weights()
         gradients = {name: weights.read_gradient(m) for name, m in self._layers.items()}
         num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
         if not weights.ranks.total(np.array([num_bad])).any():
@@ -129,7 +104,7 @@ class Pruner:
         self._keep_gradients(step + 1)
         if not self.schedule.is_update(step):
             return False
-        weights = weights or OneProcess()
+        weights = weights or Weights()
         try:
             masks = self._select(step, weights)
         except ValueError as error:  # on every rank
@@ -180,7 +155,7 @@ class Pruner:
 
     def save(self, directory: Path, weights: Weights | None = None, is_writer: bool = True) -> None:
         """Write what the score has gathered, if anything, into a resume point."""
-        weights, whole = weights or OneProcess(), {}
+        weights, whole = weights or Weights(), {}
         for name, state in self._states.items():
             for key, run in state.items():
                 found = weights.join(self._layers[name].weight, run)
@@ -191,7 +166,7 @@ class Pruner:
 
     def load(self, directory: Path, step: int, weights: Weights | None = None) -> None:
         """Read what `save` wrote after `step` steps, on any number of ranks."""
-        weights, states = weights or OneProcess(), {}
+        weights, states = weights or Weights(), {}
         found = load_file(directory / FILE) if (directory / FILE).exists() else {}
         for path, whole in found.items():
             key, _, name = path.partition("/")

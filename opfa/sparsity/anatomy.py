@@ -27,10 +27,8 @@ ADAPTER = re.compile(  # modules that PEFT and the adapters library put into a m
     r"c3a|fourierft|waveft|adamss|beft|deft|frod|lily|miss|osf|peanut|poly|shadow|supertuning|"
     r"prefix)_\w)"
 )
-APART = (
-    re.compile(  # what tools store in place of a weight, or beside it, until it is made permanent
-        r"(weight|bias)_orig$|parametrizations\.(weight|bias)\.original\d*$|mask_scores$"
-    )
+APART = re.compile(  # what tools store in place of a weight, or beside it, until it is permanent
+    r"(weight|bias)_orig$|parametrizations\.(weight|bias)\.original\d*$|mask_scores$"
 )
 MASK = re.compile(r"(^|[._])mask$")
 TABLE = re.compile(r"weight(_quantized)?$")  # ONNX Runtime's quantizer appends a word

@@ -2,11 +2,8 @@
 model.
 
 The gradient of a masked weight is exactly zero by the chain rule, so gradient norms, clipping and
-optimizer moments are right in any training loop and under any sharding, and weight decay of zero is
-zero. `weight` keeps its name, its identity and its optimizer state; the mask is a buffer that is
-not saved with the model, so a checkpoint written in the middle of a fine-tuning is an ordinary one.
-Rejected: zeroing weights after the optimizer's step (ZeRO copies its own fp32 values back, and the
-clipping norm counts dead weights), and torch's parametrizations (they rename keys).
+optimizer moments are right in any training loop and under any sharding. `weight` keeps its name,
+its identity and its optimizer state; the mask is a buffer that is not saved with the model.
 """
 
 import contextlib
@@ -107,8 +104,8 @@ class MaskedLinear(nn.Linear):
 def mask_layers(
     model: nn.Module, names: Iterable[str], *, is_pruned: bool = True
 ) -> dict[str, MaskedLinear]:
-    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now; for
-    good unless `is_pruned`, and then they are no part of what `masks_of` and `fuse` tell.
+    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now. Without
+    `is_pruned` they are kept for good, and `masks_of` and `fuse` leave these layers out.
     """
     layers = []
     for name in names:
@@ -186,8 +183,8 @@ def zero_masks(model: nn.Module) -> Masks:
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight in which zeros would be pruned ones; raises `ModelError` for one that can't be
-    told, because it is partitioned or made anew in every pass.
+    """Every weight in which zeros would be pruned ones; raises `ModelError` where one is
+    partitioned or made anew in every pass.
     """
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
@@ -205,9 +202,7 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_whole(name: str, layer: nn.Module) -> None:
-    """Refuse a linear layer whose weight is the product of others, such as a mask, in every pass:
-    what a lock writes would be gone.
-    """
+    """Refuse a linear layer whose weight is made of other tensors in every pass."""
     if not isinstance(layer, nn.Linear) or "weight" in layer._parameters:
         return
     if hasattr(layer, "parametrizations"):
@@ -238,14 +233,13 @@ def whole_weight(name: str, layer: nn.Linear) -> Tensor:
 def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
     """Hold the zeros that a model's linear layers have now, through any training.
 
-    Swaps each sparse `nn.Linear` in place for a `MaskedLinear`; call it before an optimizer, a
-    Trainer or an engine is made. Parameters keep their identity, so after is right too on one
-    process: the layers compute with zeros and `fuse` writes them, but momentum from before the lock
-    may move what is stored under a mask. `names` says exactly which weights to lock, whatever
-    number of zeros each has; otherwise a matrix of zeros alone is locked in the encoder, and is new
-    in a head or an adapter. Returns the sparsity report of what was locked. Raises `ModelError` for
-    a model without zeros, for one that is locked, for one whose weights are partitioned or made in
-    every pass (torch.nn.utils.prune), and where zeros of the encoder are in no `nn.Linear`.
+    Swaps each sparse `nn.Linear` in place for a `MaskedLinear`. Call it before an optimizer, a
+    Trainer or an engine is made. On one process it may also come later: momentum may then move what
+    is stored under a mask, but the layers compute with zeros and `fuse` writes them. `names` are
+    the weights to lock, whatever number of zeros each has. Without it a matrix of zeros alone is
+    locked in the encoder, and counts as new in a head or an adapter. Returns the sparsity report of
+    what was locked. Raises `ModelError` for a model without zeros, one that is locked, one whose
+    weights are partitioned or made in every pass, and where zeros are in no `nn.Linear`.
     """
     if masked_layers(model):
         raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opfa.compression.selection import ALONE, Ranks
+from opfa.compression.pruner import Weights
+from opfa.compression.selection import Ranks
 from opfa.errors import RunError
 from opfa.sparsity.layers import MaskedLinear
 from opfa.training import launch
@@ -91,11 +92,11 @@ def _alone() -> dict[str, str]:
     return {**one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-class Engine:
+class Engine(Weights):
     """A model, its optimizer and its shards. Every rank makes the same calls in the same order.
 
-    It is the `pruner.Weights` of an upstream run. A parameter's run is the part of its flattened
-    fp32 master, or of an optimizer moment, that this rank holds: all of it at ZeRO stage 0.
+    A parameter's run is the part of its flattened fp32 master, or of an optimizer moment, that this
+    rank holds: all of it at ZeRO stage 0.
     """
 
     def __init__(
@@ -148,8 +149,7 @@ class Engine:
             engine.enable_backward_allreduce = False  # it would only copy all gradients twice
         self._masters = Masters(engine, file.stage)
         self._parameters = dict(model.named_parameters())
-        self.ranks = ALONE  # at stage 0 every rank holds everything
-        if self._stage > 0:
+        if self._stage > 0:  # at stage 0 every rank holds everything
             self.ranks = Ranks(dist.get_rank(), dist.get_world_size(), self._total)
 
     def __call__(self, *inputs: Any) -> Any:  # Any: whatever the model takes and gives

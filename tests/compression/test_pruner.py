@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opfa.compression.pattern import Pattern
-from opfa.compression.pruner import OneProcess, Pruner
+from opfa.compression.pruner import Pruner, Weights
 from opfa.compression.schedules import Gradual
 from opfa.errors import RunError
 
@@ -20,7 +20,7 @@ def pruner(monotone: bool = False, **schedule: int) -> Pruner:
     return Pruner(model, Gradual(target=0.5, **schedule), Pattern(monotone=monotone))
 
 
-class Told(OneProcess):
+class Told(Weights):
     """Two ranks, of which the other one says something else about one tensor."""
 
     def compare(self, text: str) -> list[str]:
@@ -29,7 +29,7 @@ class Told(OneProcess):
         return [text, json.dumps(dict.fromkeys(json.loads(text), "0123456789ab"))]
 
 
-class NeverRead(OneProcess):
+class NeverRead(Weights):
     def read(self, parameter: torch.Tensor) -> torch.Tensor:
         raise AssertionError("read without an update")
 
