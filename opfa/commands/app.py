@@ -637,7 +637,7 @@ def _print_export(output: Path, result: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold
-    print(redacted(json.dumps(value, indent=2)))
+    print(json.dumps(value, indent=2))  # the stream hides secrets
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def download(
                 _check_same(output, source)
                 log.info("%s: is complete already", output)
             else:
+                _check_space(source, output)
                 _fill(source, work, name)
                 sync_all(work)
                 os.replace(work, output)
@@ -62,17 +63,23 @@ def download(
         "name": name,
         "directory": str(output),
         "files": len(source.files),
-        "bytes": sum(file.size for file in source.files.values()),
+        "bytes": _num_bytes(source),
         "manifest_sha256": digest,
     }
 
 
+def _check_space(source: Source, output: Path) -> None:
+    needed, free = _num_bytes(source), shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise RunError(f"{output}: {needed:,} bytes are needed, {free:,} are free here")
+
+
+def _num_bytes(source: Source) -> int:
+    return sum(file.size for file in source.files.values())
+
+
 def _fill(source: Source, work: Path, name: str) -> None:
     """Bring every file into an empty directory, the small ones first, and verify each."""
-    needed = sum(file.size for file in source.files.values())
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise RunError(f"{work}: {needed:,} bytes are needed, {free:,} are free here")
     configurations = [file for file in source.files if file.endswith("config.json")]
     for file in configurations:
         if source.files[file].size > MOST_CONFIG:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from opfa.errors import OpfaError, RunError, opening, redacted
 from opfa.recipe import Section
-from opfa.storage.files import write_json
+from opfa.storage.files import write_text
 
 Files = Mapping[str, str]  # SHA-256 by name
 SEAL = "sealed"
@@ -124,7 +124,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 def write_sealed(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Write a JSON file with its seal, whole or not at all; returns what it says."""
     result = sealed(redacted(values))
-    write_json(path, result)
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
