@@ -1,9 +1,9 @@
 """The release manifest: which files a released model has, how long each is, and its SHA-256.
 
-`release.json` in a released directory is the one list that every download is checked against. It names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out
-of the directory, or that two file systems could take for the same. `facts` is free JSON for
-whatever describes the model. `SHA256SUMS` was rejected: it says no sizes, and a download has to
-know before the first byte when to stop.
+`release.json` in a released directory is the one list that every download is checked against. It
+names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out of the
+directory, or that two file systems could take for the same. `facts` is free JSON for whatever
+describes the model.
 
 Names that begin with a dot (`.git`, `.gitattributes`, `.cache`) are what tools leave in a
 directory; they are no part of a release, and `check` does not look at them.
