@@ -2,7 +2,6 @@
 like one is left as it is.
 """
 
-import contextlib
 import io
 import json
 import logging
@@ -176,8 +175,8 @@ def secretive(sparse: Path, labelled: Path, tmp_path_factory: pytest.TempPathFac
         handler = logging.StreamHandler(shown)
         logging.getLogger("opfa").addHandler(handler)
         patch.chdir(directory)
-        with contextlib.redirect_stdout(shown):
-            assert cli.run(command) == 0
+        patch.setattr("sys.stdout", shown)
+        assert cli.run(command) == 0
     logging.getLogger("opfa").removeHandler(handler)
     (directory / "said").write_text(said.getvalue())
     return directory
