@@ -9,7 +9,9 @@ import contextlib
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
@@ -44,6 +46,13 @@ PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in SECRETS]
 SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
 SECRET_VARIABLE = re.compile("(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 SHORTEST = 8  # characters of a variable's secret: hiding each "test" would hide too much
+NOT_PLAIN = {
+    stat.S_ISDIR: "a directory",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 Value = TypeVar("Value")
 
 
@@ -114,6 +123,20 @@ def opening(
         raise kind(f"{what}: {problem}: {first_line(error)}") from error
 
 
+def not_plain(path: Path) -> str | None:
+    """Why something is no plain file, nor a link to one; None where it is. A pipe may never begin,
+    and a device may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a link to nothing" if path.is_symlink() else "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        return f"can't be read: {error.strerror if isinstance(error, OSError) else error}"
+    kinds = (name for is_kind, name in NOT_PLAIN.items() if is_kind(mode))
+    return next((f"is {name}; give a plain file" for name in kinds), None)
+
+
 def redacted(value: Value) -> Value:
     """The same text, or the texts in a value that JSON can hold, with the secrets in them replaced:
     passwords in addresses, tokens, keys. Nothing is hidden twice, so redacting again changes
@@ -167,15 +190,18 @@ def brief(value: object, most: int = 100) -> str:
 
 
 class Redacting:
-    """A text stream that hides secrets from whatever is written to it."""
+    """A text stream that hides secrets from whatever is written to it, those of the environment at
+    its beginning too.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         """Write to this stream."""
         self._stream = stream
+        self._known = _secrets_of_environment()
 
     def write(self, text: str) -> int:
         """Write a text without its secrets."""
-        return self._stream.write(redacted(text))
+        return self._stream.write(text if text.isspace() else _redacted(text, self._known))
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write texts without their secrets."""

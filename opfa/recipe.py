@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import re
-import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from opfa.errors import RecipeError, brief, redacted
+from opfa.errors import RecipeError, brief, not_plain, redacted
 
 SCALARS = {"str", "int", "float", "bool"}
 MOST_BYTES = 1 << 20  # of a recipe file
@@ -119,8 +118,8 @@ def read_small(path: Path | str, where: str, kind: str) -> str:
     problem = f"{where}: can't read this {kind}"
     try:
         path = Path(path)
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never begin, a device never end
-            raise RecipeError(f"{problem}: not a plain file")
+        if reason := not_plain(path):
+            raise RecipeError(f"{problem}: {reason}")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:

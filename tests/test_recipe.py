@@ -131,7 +131,7 @@ def test_a_missing_key_is_named() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"none\.toml: can't read this recipe: .*No such file"):
+    with pytest.raises(RecipeError, match=r"none\.toml: can't read this recipe: no such file"):
         PretrainRecipe.read(tmp_path / "none.toml")
 
 

@@ -70,3 +70,7 @@ def test_tests_mirror_the_rooms() -> None:
 def test_only_the_engine_names_deepspeed() -> None:
     users = {path.name for path in FILES if any(i.startswith("deepspeed") for i in imports(path))}
     assert users == {"engine.py"}
+
+
+def test_only_the_hub_names_huggingface_hub() -> None:
+    assert rooms_that_name("huggingface_hub") == {"hub"}

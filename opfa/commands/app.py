@@ -76,10 +76,7 @@ Endpoint = Annotated[
 INTERRUPTED = 130
 LONG_WORD = re.compile(r"\S{400,}")  # a path of 5,000 letters hides what is said of it
 TERMINATED = 128 + signal.SIGTERM  # in the middle of an output that isn't a run
-CONTINUED = (
-    "a run that had begun continues with the same command and --resume, a download with the same "
-    "command"
-)
+CONTINUED = "a run that had begun continues with the same command and --resume"
 BENCH_MARK = "opfa bench train"  # of what `opfa bench train --write` replaces
 
 
@@ -401,7 +398,7 @@ def download(
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Get a released model and verify every file; what was interrupted goes on."""
+    """Get a released model and verify every file."""
     from opfa.hub.download import download as execute
 
     result = execute(name, output, revision=revision, endpoint=endpoint)
@@ -640,7 +637,7 @@ def _print_export(output: Path, result: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:  # Any: what JSON can hold
-    print(redacted(json.dumps(value, indent=2)))
+    print(json.dumps(value, indent=2))  # the stream hides secrets
 
 
 def main() -> None:

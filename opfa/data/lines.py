@@ -7,27 +7,19 @@ pipe or a device could keep a reader waiting for ever.
 
 import gzip
 import io
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pyarrow
 
-from opfa.errors import DataError
+from opfa.errors import DataError, not_plain
 
 # Characters of one record. The Bible has 4 million; with its tokens a record of this size takes
 # about 2 GB of memory, and a compressed file of a few kilobytes may hold it.
 LARGEST = 16 << 20
 TOO_LONG = f"is longer than {LARGEST:,} characters, which is the most that one record may have"
 BLANK = f"more than {LARGEST:,} blank characters in a row, which no data have"
-KINDS = {
-    stat.S_ISDIR: "a directory",
-    stat.S_ISFIFO: "a pipe",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-}
 
 
 class Line(NamedTuple):
@@ -48,17 +40,8 @@ COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard}  # Any: stub
 
 def check_plain(file: Path) -> None:
     """Raise `DataError` unless this is a plain file, or a link to one."""
-    try:
-        mode = file.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        problem = "a link to nothing" if file.is_symlink() else "no such file"
-        raise DataError(f"{file}: {problem}") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{str(file)[:200]!r}: can't be read: {reason}") from error
-    for is_kind, name in KINDS.items():
-        if is_kind(mode):
-            raise DataError(f"{file}: is {name}; give a plain file")
+    if problem := not_plain(file):
+        raise DataError(f"{str(file)[:200]}: {problem}")
 
 
 def open_text(file: Path) -> TextIO:

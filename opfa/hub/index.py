@@ -2,7 +2,7 @@
 
 A model of ours stands there with the SHA-256 of its release manifest, so that its name means these
 files and no others, wherever they come from. One that others released may have none; then it is
-held to what its source says. A figure that nobody has measured here is null, not copied.
+checked against what its source says. A figure that nobody has measured here is null, not copied.
 """
 
 from pathlib import Path

@@ -1,10 +1,9 @@
 """The release manifest: which files a released model has, how long each is, and its SHA-256.
 
-`release.json` in a released directory is the one list that every way of getting a model is held
-to. It names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out
-of the directory, or that two file systems could take for the same. `facts` is free JSON for
-whatever describes the model. `SHA256SUMS` was rejected: it says no sizes, and a download has to
-know before the first byte when to stop.
+`release.json` in a released directory is the one list that every download is checked against. It
+names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out of the
+directory, or that two file systems could take for the same. `facts` is free JSON for whatever
+describes the model.
 
 Names that begin with a dot (`.git`, `.gitattributes`, `.cache`) are what tools leave in a
 directory; they are no part of a release, and `check` does not look at them.
@@ -19,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from opfa.errors import ModelError
 from opfa.recipe import Section
 from opfa.storage.files import write_text
-from opfa.storage.seal import digest
+from opfa.storage.seal import File, some
 
 MANIFEST = "release.json"
 FORMAT = "opfa-release/1"
@@ -29,21 +28,6 @@ MAX_NAME = 255
 SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".toml", ".png", ".model", ".jinja")
 ALSO = ("LICENSE",)
 PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-SHOWN = 3  # problems of a manifest in one message; a hostile one may have thousands
-
-
-class File(Section):
-    """What a file must be."""
-
-    size: int = Field(ge=0, le=1 << 50)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    def problem(self, path: Path) -> str | None:
-        """How a file on disk differs from what it must be; None where it does not."""
-        problem = problem_of_size(path, self.size)
-        if problem is None and digest(path) != self.sha256:
-            return f"has another SHA-256 than {self.sha256[:12]}..."
-        return problem
 
 
 class Manifest(Section):
@@ -68,21 +52,8 @@ class Manifest(Section):
             if inside := next((taken[parent] for parent in parents if parent in taken), None):
                 problems.append(f"{name!r} is inside {inside!r}, which is a file")
         if problems:
-            raise ValueError(_some(problems))
+            raise ValueError(some(problems))
         return files
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all files together."""
-        return sum(file.size for file in self.files.values())
-
-
-def problem_of_size(path: Path, size: int) -> str | None:
-    """Why a file on disk can't be one of this size; None where it can."""
-    if not path.is_file():
-        return "is missing"
-    found = path.stat().st_size
-    return None if found == size else f"has {found:,} bytes, not {size:,}"
 
 
 def problem_of_name(name: str) -> str | None:
@@ -111,7 +82,7 @@ def write(directory: Path, name: str, facts: dict[str, Any]) -> Manifest:
             raise ModelError(f"{path}: not a plain file, so it can't be released")
         if problem := problem_of_name(relative):
             raise ModelError(f"{directory}: can't be released: {problem}")
-        files[relative] = File(size=path.stat().st_size, sha256=digest(path))
+        files[relative] = File.of(path)
     try:
         manifest = Manifest(format=FORMAT, name=name, files=files, facts=facts)
     except ValidationError as error:
@@ -161,7 +132,7 @@ def check(directory: Path) -> Manifest:
         if not (path.is_dir() or is_hidden or known):
             problems.append(f"{relative} is not in {MANIFEST}")
     if problems:
-        raise ModelError(f"{directory}: not what its {MANIFEST} says: {_some(problems)}")
+        raise ModelError(f"{directory}: not what its {MANIFEST} says: {some(problems)}")
     return manifest
 
 
@@ -175,9 +146,4 @@ def _explain(error: ValidationError) -> str:
         if detail["type"] in ("value_error", "json_invalid"):
             shown = ""
         problems.append(f"{key}: {message}{shown}" if key else message)
-    return _some(problems)
-
-
-def _some(problems: list[str]) -> str:
-    more = len(problems) - SHOWN
-    return "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return some(problems)

@@ -6,24 +6,21 @@ it doesn't say where the data begin, nor how much was transferred. Nothing is ke
 local cache already is read from there.
 """
 
-import contextlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from httpx2 import HTTPError
-from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
-from opfa.errors import ModelError, first_line, opening
-from opfa.storage.foreign import INDEXES, weight_map
+from opfa.errors import ModelError, opening
+from opfa.hub.cache import NOWHERE
+from opfa.hub.transfer import reaching
 
 TYPES = {
     "F64": torch.float64,
@@ -39,8 +36,8 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 PARTIAL = 206  # HTTP: a part, as asked for
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 TIMEOUT_SECONDS = 30
 log = logging.getLogger(__name__)
 Extent = Annotated[int, Field(ge=0)]
@@ -53,41 +50,17 @@ class Entry(BaseModel):
     shape: tuple[Extent, ...]
     data_offsets: tuple[Extent, Extent]
 
-
-HEADER = TypeAdapter(dict[str, Entry | dict[str, str]])  # __metadata__ holds texts
-
-
-def cached_directory(name: str) -> Path | None:
-    """The directory in the local cache that has the whole model, if there is one."""
-    found = _cached(name)
-    return found.parent if found and not _missing(found) else None
-
-
-def missing_in_cache(name: str) -> list[str]:
-    """Of a model that is in the local cache in part: the files that its index names and that are
-    not there.
-    """
-    found = _cached(name)
-    return _missing(found) if found else []
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.dtype not in TYPES:
+            raise ValueError(f"unknown type {self.dtype!r}")
+        num_bytes = math.prod(self.shape) * TYPES[self.dtype].itemsize
+        if self.data_offsets[1] - self.data_offsets[0] != num_bytes:
+            raise ValueError("does not fit its place in the file")
+        return self
 
 
-def _cached(name: str) -> Path | None:
-    """The weights, or their index, in the local cache."""
-    try:
-        for file in ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1]):
-            found = try_to_load_from_cache(name, file)
-            if isinstance(found, str):
-                return Path(found)
-    except HFValidationError as error:
-        raise ModelError(f"{name}: no such directory, and no name of the Hub: {error}") from error
-    return None
-
-
-def _missing(path: Path) -> list[str]:
-    if path.suffix != ".json":
-        return []
-    shards = set(weight_map(path.read_bytes(), path).values())
-    return sorted(shard for shard in shards if not (path.parent / shard).is_file())
+HEADER = TypeAdapter(dict[str, Entry])
 
 
 class RemoteFiles:
@@ -97,7 +70,7 @@ class RemoteFiles:
         """Ask the Hub once for all names and sizes."""
         self.name = name
         self.num_bytes = 0
-        with self._reachable():
+        with reaching(self.name, NOWHERE, ModelError):
             info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT_SECONDS)
         self._revision = info.sha
         self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -136,23 +109,19 @@ class RemoteFiles:
         length = int.from_bytes(self._read(file, 0, 8), "little")
         if length > min(MAX_HEADER, size - 8):
             raise ModelError(f"{where}: damaged: a file of {size:,} bytes, header of {length:,}")
+        content = self._read(file, 8, 8 + length)
+        with opening(where, ModelError, "damaged: its header can't be read"):
+            values = json.loads(content)
+            values.pop("__metadata__", None)
         try:
-            header = HEADER.validate_json(self._read(file, 8, 8 + length))
+            entries = HEADER.validate_python(values)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise ModelError(f"{where}: damaged: its header can't be read: {reason}") from error
-        header.pop("__metadata__", None)
-        entries: dict[str, Entry] = {}
-        for name, entry in header.items():
-            if not isinstance(entry, Entry):
-                raise ModelError(f"{where}: damaged: {name} has no type, shape and place")
-            first, last = entry.data_offsets
-            if entry.dtype not in TYPES:
-                raise ModelError(f"{where}: {name}: unknown type {entry.dtype!r}")
-            num_bytes = math.prod(entry.shape) * TYPES[entry.dtype].itemsize
-            if last - first != num_bytes or 8 + length + last > size:
-                raise ModelError(f"{where}: damaged: {name} does not fit its place in the file")
-            entries[name] = entry
+            first = error.errors()[0]
+            what = [*map(str, first["loc"][:1]), first["msg"].removeprefix("Value error, ")]
+            raise ModelError(f"{where}: damaged: {': '.join(what)}") from error
+        for name, entry in entries.items():
+            if 8 + length + entry.data_offsets[1] > size:
+                raise ModelError(f"{where}: damaged: {name}: does not fit its place in the file")
         return entries, 8 + length
 
     def _read(self, file: str, start: int, end: int) -> bytes:
@@ -163,7 +132,7 @@ class RemoteFiles:
             "Range": f"bytes={start}-{end - 1}",
             "Accept-Encoding": "identity",  # a range of a compressed file is something else
         }
-        with self._reachable():
+        with reaching(self.name, NOWHERE, ModelError):
             answer = http_backoff("GET", url, headers=headers, timeout=TIMEOUT_SECONDS)
             hf_raise_for_status(answer)
         self.num_bytes += len(answer.content)
@@ -175,13 +144,3 @@ class RemoteFiles:
                 "inspect its directory"
             )
         return answer.content
-
-    @contextlib.contextmanager
-    def _reachable(self) -> Iterator[None]:
-        try:
-            yield
-        except (HTTPError, HFValidationError, OSError) as error:
-            raise ModelError(
-                f"{self.name}: no such directory, and not to be had from the Hub: "
-                f"{first_line(error)}"
-            ) from error

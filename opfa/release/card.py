@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from opfa.errors import RunError
+from opfa.hub.publish import EvalResult, ModelCard, ModelCardData
 from opfa.release.provenance import Facts, Row, Step
 from opfa.report.tables import figure, markdown_table
 from opfa.sparsity.anatomy import layer_of

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError, opening, redacted
+from opfa.hub.publish import is_name
 from opfa.recipe import Recipe
 from opfa.storage import seal
 from opfa.training import finished, metrics
@@ -190,10 +188,6 @@ def check_comparable(rows: Sequence[Row]) -> None:
 def base_model(path: Sequence[Step]) -> str | None:
     """The Hub's model that all began with; None where it was a local one, or from scratch."""
     start = path[-1].start
-    try:
-        validate_repo_id(start)
-    except HFValidationError:
-        return None
-    is_local = not start or start.endswith("/model") or Path(start).exists()
+    is_local = not is_name(start) or start.endswith("/model") or Path(start).exists()
     has_digest = path[-1].environment.get("start_sha256")  # only what lay in a directory has one
     return None if is_local or has_digest else start

@@ -19,10 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from httpx2 import HTTPError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from opfa.compression import quant
@@ -30,6 +26,7 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub import manifest
+from opfa.hub.publish import check_name, push
 from opfa.release import provenance
 from opfa.release.card import PICTURE, Release, model_card
 from opfa.release.provenance import Row
@@ -56,6 +53,7 @@ COPIED = (
     "*.model",
     quant.FILE,
 )
+__all__ = ["push", "release", "unpack"]
 WEIGHTS = "model*.safetensors"
 log = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def release(
     """
     name = name or output.name
     check_new(output)
-    _check_name(name, "--name")
+    check_name(name, "--name")
     if embeddings is not None and form != "compact-int8":
         raise RunError(f"--embeddings is for compact-int8, and this is {form}")
     dtype = dtype or ("fp16" if form == "compact-int8" else "fp32")
@@ -163,37 +161,6 @@ def unpack(directory: Path, output: Path) -> None:
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
-
-
-def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
-    """Upload a verified release as one commit, in the place of what the repository had; its
-    address.
-    """
-    _check_name(name, "the repository")
-    files = manifest.check(directory).files
-    try:
-        api = HfApi(endpoint=endpoint)
-        api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=directory,
-            commit_message="Release, by opfa",
-            allow_patterns=[*files, manifest.MANIFEST],  # names without wildcards
-            delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
-        )
-    except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
-        raise RunError(
-            f"{name}: not uploaded: {str(error).strip()}. The release is whole in {directory}; "
-            f"to try again: opfa push {directory} {name}"
-        ) from error
-    return str(commit.commit_url)
-
-
-def _check_name(name: str, what: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise RunError(f"{what} {name!r}: no name that the Hub takes: {error}") from error
 
 
 def _checked(run: Path) -> dict[str, Any]:

@@ -205,11 +205,11 @@ def new_directory_at(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def work_directory(final: Path) -> Iterator[Path]:
+def work_directory(final: Path, waiting: str | None = None) -> Iterator[Path]:
     """An empty temporary directory of this process alone, in which an output is made, and which is
-    removed when the block ends.
+    removed when the block ends. Where another process holds it, wait or refuse, as in `held`.
     """
-    with writing(final), held(final) as work:
+    with writing(final), held(final, waiting) as work:
         new_directory_at(work)
         try:
             yield work

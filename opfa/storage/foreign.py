@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opfa.errors import ModelError, opening
+from opfa.errors import ModelError, not_plain, opening
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 QUANTIZED = "quantization_config"  # of a configuration
@@ -50,9 +50,8 @@ TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.bpe", "*.spm", "*.tiktoken",
 def check_content(path: Path, what: object = None) -> None:
     """Refuse what is no plain file, and a git-lfs pointer or a web page in the place of one."""
     what = what or path
-    if not path.is_file():
-        is_loose = path.is_symlink() and not path.exists()
-        raise ModelError(f"{what}: {'is a link to nothing' if is_loose else 'is not a file'}")
+    if problem := not_plain(path):
+        raise ModelError(f"{what}: {problem}")
     with opening(what), path.open("rb") as file:
         start = file.read(START)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()

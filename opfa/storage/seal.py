@@ -12,17 +12,20 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import Field
 
 from opfa.errors import OpfaError, RunError, opening, redacted
-from opfa.storage.files import write_json
+from opfa.recipe import Section
+from opfa.storage.files import write_text
 
 Files = Mapping[str, str]  # SHA-256 by name
 SEAL = "sealed"
 FILES = "files_sha256"
-SHOWN = 3  # differences in one message
+SHOWN = 3  # problems in one message
 TEMPLATES = "additional_chat_templates"  # the one directory that transformers looks into
 # What some class of transformers reads, whether it is usual for encoders or not.
 DECIDES = re.compile(
@@ -30,6 +33,39 @@ DECIDES = re.compile(
     r"|^(pytorch|adapter)_model.*\.bin$"
     r"|(vocab|merges|dict|bpe|token)[^/]*\.txt$"
 )
+
+
+class File(Section):
+    """What a file must be: its size and SHA-256."""
+
+    size: int = Field(ge=0, le=1 << 50)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """What a file is now."""
+        return cls(size=path.stat().st_size, sha256=digest(path))
+
+    def problem(self, path: Path) -> str | None:
+        """How a file on disk differs from what it must be; None where it does not."""
+        problem = problem_of_size(path, self.size)
+        if problem is None and digest(path) != self.sha256:
+            return f"has another SHA-256 than {self.sha256[:12]}..."
+        return problem
+
+
+def problem_of_size(path: Path, size: int) -> str | None:
+    """Why a file on disk can't be one of this size; None where it can."""
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    return None if found == size else f"has {found:,} bytes, not {size:,}"
+
+
+def some(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are: a hostile file may have thousands."""
+    more = len(problems) - SHOWN
+    return "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def digest(path: Path) -> str:
@@ -76,8 +112,7 @@ def differences(before: Files, now: Files) -> str:
         f"{name} has changed" for name in before if now.get(name, before[name]) != before[name]
     ]
     found += [f"{name} is new" for name in now if name not in before]
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return "; ".join(found[:SHOWN]) + more
+    return some(found)
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +124,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 def write_sealed(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Write a JSON file with its seal, whole or not at all; returns what it says."""
     result = sealed(redacted(values))
-    write_json(path, result)
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -24,7 +24,7 @@ from opfa.sparsity import masks
 from opfa.sparsity.anatomy import is_matrix
 from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
-from opfa.storage.seal import digest, read_json
+from opfa.storage.seal import SEAL, digest, read_json, sealed
 from opfa.storage.temporary import remove
 from opfa.training.distributed import barrier, rank
 from opfa.weights.compact import tensors
@@ -65,7 +65,8 @@ def save_point(
             str(p.relative_to(work)): digest(p) for p in sorted(work.rglob("*")) if p.is_file()
         }
         with writing(root, KEPT):
-            (work / MANIFEST).write_text(_sealed({"step": step, "files": files, **facts}))
+            manifest = sealed({"step": step, "files": files, **facts})
+            (work / MANIFEST).write_text(json.dumps(manifest))
             sync_all(work)
             remove(final)
             os.replace(work, final)  # the commit point
@@ -117,18 +118,13 @@ def _best_of(point: Path) -> int | None:
         return None
 
 
-def _sealed(facts: dict[str, Any]) -> str:
-    """A manifest that notices when any byte of itself is changed."""
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return json.dumps({**facts, "manifest": digest})
-
-
 def problem_of(point: Path) -> str | None:
     """What is wrong with a resume point; None where its files are what its manifest says."""
     try:
-        text = (point / MANIFEST).read_text()
-        facts = json.loads(text)
-        if _sealed({k: v for k, v in facts.items() if k != "manifest"}) != text:
+        facts = json.loads((point / MANIFEST).read_text())
+        if SEAL not in facts:
+            return "was written by an older version"
+        if sealed(facts) != facts:
             return f"{MANIFEST} is damaged"
         for name, expected in facts["files"].items():
             if digest(point / name) != expected:

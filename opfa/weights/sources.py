@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from opfa.errors import ModelError, first_line, opening
-from opfa.hub.tensors import RemoteFiles, cached_directory, missing_in_cache
+from opfa.errors import ModelError, opening
+from opfa.hub.cache import cached_directory, downloaded, missing_in_cache, refuse_path
+from opfa.hub.tensors import RemoteFiles
 from opfa.sparsity.anatomy import MASK, problem_of_storage
 from opfa.storage.foreign import (
     TOKENIZER_FILES,
@@ -97,7 +96,7 @@ def _source(name: str) -> Source:
         return _files([path], beside=None)
     if path.is_dir():
         return _directory(path)
-    _refuse_paths(name, "no such directory or file")
+    refuse_path(name, "no such directory or file")
     cached = cached_directory(name)
     if cached is not None:
         return _directory(cached)
@@ -146,14 +145,7 @@ def small_files_of(name: str) -> Path:
 def _downloaded(name: str, patterns: list[str]) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    _refuse_paths(name, "no such directory")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise ModelError(
-            f"{name}: no such directory, and not to be had from the Hub: {reason}"
-        ) from error
+    return downloaded(name, patterns)
 
 
 def _checked(
@@ -170,11 +162,6 @@ def _checked(
             yield name, tensor
         if missing:
             raise ModelError(f"{where}/{file}: {min(missing)} is missing, which the index has")
-
-
-def _refuse_paths(name: str, reason: str) -> None:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"{name}: {reason}")
 
 
 def _directory(directory: Path) -> Source:

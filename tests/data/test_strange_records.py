@@ -375,7 +375,7 @@ MADE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (os.mkfifo, "is a pipe; give a plain file"),
     "a socket": (_socket, "is a socket; give a plain file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "is a device; give a plain file"),
-    "a link to nothing": (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),
     "a loop": (lambda path: path.symlink_to(path.name), "can't be read: Too many levels of "),
 }
 

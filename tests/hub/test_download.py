@@ -1,28 +1,29 @@
 """Downloads from a web server that misbehaves, from directories, through proxies: whole or not at
-all, and resumed.
+all.
 """
 
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import servers
 from conftest import outside
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, file_download
+from huggingface_hub.utils import _http
 from servers import Server, release, serving
 
 from opfa.commands import app as cli
 from opfa.errors import ModelError, OpfaError, RunError
 from opfa.hub import index, manifest, transfer
 from opfa.hub.download import download
+from opfa.storage.seal import digest
 
 WEIGHTS = random.Random(0).randbytes(300_000)
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS}
@@ -30,11 +31,18 @@ PATH = "/m/model.safetensors"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing wait before it asks again."""
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+
+
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (*PROXIES, *map(str.upper, PROXIES)):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.001)
+    impatient(monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     close_session()
     yield
@@ -86,15 +94,6 @@ def test_one_misbehaviour_costs_nothing(server: Server, tmp_path: Path, odd: ser
     assert files_in(tmp_path / "out") == release(FILES)
 
 
-@pytest.mark.parametrize("odd", [servers.cut, servers.reset, servers.stall])
-def test_what_came_is_not_asked_for_again(server: Server, tmp_path: Path, odd: Any) -> None:
-    server.script[PATH] = [odd(100_000), odd(50_000)]
-    download(f"{server.url}/m", tmp_path / "out")
-    first, second, third = server.ranges(PATH)
-    assert first is None
-    assert third == "bytes=150000-" if odd is not servers.reset else second != third
-
-
 def test_all_misbehaviours_after_another_end_complete(server: Server, tmp_path: Path) -> None:
     server.script["/m/release.json"] = [servers.status(503), servers.cut(20), servers.stall(5)]
     server.script["/m/config.json"] = [servers.cut(3), servers.status(429), servers.cut(2)]
@@ -106,42 +105,24 @@ def test_all_misbehaviours_after_another_end_complete(server: Server, tmp_path: 
     assert files_in(tmp_path / "out") == release(FILES)
 
 
-def test_a_server_without_ranges_is_asked_from_the_beginning(
-    server: Server, tmp_path: Path
-) -> None:
-    server.script[PATH] = [servers.cut(100_000), servers.whole]
-    download(f"{server.url}/m", tmp_path / "out")
-    assert files_in(tmp_path / "out") == release(FILES)
-
-
-def test_a_part_that_was_not_asked_for_is_not_written(server: Server, tmp_path: Path) -> None:
-    server.script[PATH] = [servers.cut(100_000), servers.elsewhere]
-    download(f"{server.url}/m", tmp_path / "out")
-    assert server.ranges(PATH) == [None, "bytes=100000-", None]
-
-
-def test_a_long_file_may_break_off_more_often_than_it_may_fail(
-    server: Server, tmp_path: Path
-) -> None:
-    content = random.Random(1).randbytes(20 << 20)
+def test_a_long_file_is_resumed_where_it_broke(server: Server, tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(25 << 20)  # huggingface_hub writes 10 MB at a time
     server.content |= {f"/l/{k}": v for k, v in release({"model.safetensors": content}).items()}
-    server.script["/l/model.safetensors"] = [servers.cut(2 << 20)] * 9
+    server.script["/l/model.safetensors"] = [servers.cut(12 << 20)]
     download(f"{server.url}/l", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == content
+    assert server.ranges("/l/model.safetensors")[:2] == [None, f"bytes={10 << 20}-"]
 
 
-def test_a_server_that_always_hangs_up_is_given_up_and_the_same_command_goes_on(
-    server: Server, tmp_path: Path
+@pytest.mark.parametrize("odd", [servers.cut(1000), servers.reset(1000), servers.status(503)])
+def test_a_server_that_always_fails_is_given_up_and_nothing_is_left(
+    server: Server, tmp_path: Path, odd: servers.Odd
 ) -> None:
-    server.always[PATH] = servers.cut(1000)
-    with pytest.raises(RunError, match=r"given up after 6 attempts; the same command goes on"):
+    server.always[PATH] = odd
+    with pytest.raises(RunError, match=r"m/model.safetensors: not available from its server: ."):
         download(f"{server.url}/m", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    server.always.clear()
-    download(f"{server.url}/m", tmp_path / "out")
-    assert server.ranges(PATH)[-1] == "bytes=6000-"
-    assert len(server.ranges("/m/config.json")) == 1
-    assert files_in(tmp_path / "out") == release(FILES)
+    assert 5 < len(server.ranges(PATH)) < 50
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_without_ranges_that_always_hangs_up_is_given_up(
@@ -149,44 +130,36 @@ def test_a_server_without_ranges_that_always_hangs_up_is_given_up(
 ) -> None:
     def always(handler: servers.Handler, content: bytes) -> None:
         handler.start(200, len(content))
-        handler.wfile.write(content[: 3 << 20])
+        handler.wfile.write(content[: 11 << 20])
         handler.close_connection = True
 
-    content = bytes(4 << 20)
+    content = bytes(12 << 20)
     server.content |= {f"/l/{k}": v for k, v in release({"model.safetensors": content}).items()}
     server.always["/l/model.safetensors"] = always
-    with pytest.raises(RunError, match="given up"):
+    with pytest.raises(RunError, match="breaks off again and again"):
         download(f"{server.url}/l", tmp_path / "out")
+    assert len(server.ranges("/l/model.safetensors")) == transfer.ATTEMPTS + 1
 
 
-def test_a_long_pause_is_told_instead_of_waited_for(server: Server, tmp_path: Path) -> None:
+def test_a_long_pause_is_reported_instead_of_waited_for(server: Server, tmp_path: Path) -> None:
     server.always[PATH] = servers.status(429, Retry_After="3600")
     with pytest.raises(RunError, match=r"HTTP 429, and the server asks to come back in 3600 s"):
         download(f"{server.url}/m", tmp_path / "out")
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_a_process_that_was_ended_in_the_middle_leaves_what_came(
-    server: Server, tmp_path: Path, ending: signal.Signals
-) -> None:
+def test_what_a_killed_process_left_is_not_mixed_in(server: Server, tmp_path: Path) -> None:
     server.script[PATH] = [servers.stall(100_000)]
     output = tmp_path / "out"
-    process = subprocess.Popen(
-        command(server, output), env=patient(), stderr=subprocess.PIPE, text=True
-    )
-    partial = tmp_path / ".out.incomplete/files/model.safetensors"
-    while not partial.exists() or partial.stat().st_size < 50_000:
+    process = subprocess.Popen(command(server, output), env=patient(), stderr=subprocess.DEVNULL)
+    partial = tmp_path / ".out.incomplete/files/config.json"
+    while not (partial.exists() and server.ranges(PATH)):
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(ending)
-    said = process.communicate()[1]
+    process.kill()
+    process.wait()
     assert not output.exists()
-    if ending == signal.SIGINT:
-        assert process.returncode == 130
-        assert "a download with the same command" in said
-    num_bytes = partial.stat().st_size
+    partial.write_bytes(b"of another release")
     download(f"{server.url}/m", output)
-    assert server.ranges(PATH)[-1] == f"bytes={num_bytes}-"
     assert files_in(output) == release(FILES)
     assert list(tmp_path.iterdir()) == [output]
 
@@ -239,38 +212,26 @@ def test_another_directory_is_never_touched(
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_what_another_release_left_half_is_not_mixed_in(server: Server, tmp_path: Path) -> None:
-    aside = tmp_path / ".out.incomplete/files"
-    aside.mkdir(parents=True)
-    (aside / "model.safetensors").write_bytes(WEIGHTS[::-1][:1000])
-    (aside / "old.json").write_bytes(b"old")
-    (aside / "config.json").symlink_to(tmp_path / "victim")
-    download(f"{server.url}/m", tmp_path / "out")
-    assert files_in(tmp_path / "out") == release(FILES)
-    assert not (tmp_path / "victim").exists()
-
-
 def test_an_answer_that_is_too_long_by_its_own_account_is_not_begun(
     server: Server, tmp_path: Path
 ) -> None:
     server.always[PATH] = servers.instead(WEIGHTS + b"x")
-    with pytest.raises(ModelError, match="has 300,001 bytes, but the manifest says 300,000"):
+    with pytest.raises(ModelError, match="would send 300,001 bytes, but at most 300,000"):
         download(f"{server.url}/m", tmp_path / "out")
-    assert files_in(tmp_path / ".out.incomplete/files")["model.safetensors"] == b""
+    assert len(server.ranges(PATH)) == 1
 
 
 def test_an_endless_answer_is_cut_off(server: Server, tmp_path: Path) -> None:
     server.always[PATH] = servers.endless
-    with pytest.raises(ModelError, match="sends more than the 300,000 bytes of the manifest"):
+    with pytest.raises(ModelError, match="sends more than the 300,000 bytes expected"):
         download(f"{server.url}/m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    held = sum(len(content) for content in files_in(tmp_path).values())
-    assert held <= sum(map(len, FILES.values()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_endless_manifest_is_cut_off(server: Server, tmp_path: Path) -> None:
     server.always["/m/release.json"] = servers.endless
-    with pytest.raises(ModelError, match="sends more than 1,048,576 bytes"):
+    with pytest.raises(ModelError, match="sends more than the 1,048,576 bytes expected"):
         download(f"{server.url}/m", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -285,12 +246,12 @@ def test_a_file_that_is_too_large_for_the_disk_is_not_begun(server: Server, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_redirect_is_followed_with_the_range(server: Server, tmp_path: Path) -> None:
+def test_a_redirect_is_followed(server: Server, tmp_path: Path) -> None:
     server.content["/store"] = WEIGHTS
     server.always[PATH] = servers.status(302, Location="/store")
     server.script["/store"] = [servers.cut(100_000)]
     download(f"{server.url}/m", tmp_path / "out")
-    assert server.ranges("/store") == [None, "bytes=100000-"]
+    assert files_in(tmp_path / "out") == release(FILES)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +260,7 @@ def test_a_redirect_is_followed_with_the_range(server: Server, tmp_path: Path) -
         ("http://example.com/x", "redirects to http://example.com/x, which is not https"),
         ("file:///etc/passwd", "redirects to file:.*, which is not https"),
         ("ftp://127.0.0.1/x", "which is not https"),
-        (PATH, "more than 5 redirects"),
+        (PATH, "maximum allowed redirects"),
     ],
 )
 def test_a_redirect_to_somewhere_unsafe_is_refused(
@@ -313,14 +274,14 @@ def test_a_redirect_to_somewhere_unsafe_is_refused(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("http://example.com/m", "only https:// is taken"),
-        ("file:///tmp", "only https:// is taken"),
-        ("https://", "only https:// is taken"),
+        ("http://example.com/m", "only https:// is accepted"),
+        ("file:///tmp", "only https:// is accepted"),
+        ("https://", "only https:// is accepted"),
         ("https://[::1/x", "not a URL"),
         ("https://example.com/m?x=1", "without '[?]' and '#'"),
         ("./nowhere", "no such directory"),
         ("a/b/c", "no such directory"),
-        ("not a name", "not to be had from the Hub"),
+        ("not a name", "not available from the Hub"),
     ],
 )
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str, message: str) -> None:
@@ -329,12 +290,14 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str, message: str)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_password_in_a_url_is_not_shown(server: Server, tmp_path: Path) -> None:
+def test_a_password_in_a_url_is_not_shown(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.content.clear()
     url = server.url.replace("//", "//me:secret@")
-    with pytest.raises(RunError, match="HTTP 404") as error:
-        download(f"{url}/m", tmp_path / "out")
-    assert "secret" not in str(error.value)
+    assert cli.run(["download", f"{url}/m", "--output", str(tmp_path / "out"), "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert "404" in said and "secret" not in said
 
 
 def test_revision_and_endpoint_are_for_the_hub(server: Server, tmp_path: Path) -> None:
@@ -409,7 +372,7 @@ def test_a_proxy_that_is_none_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "gopher://127.0.0.1:9")
-    with pytest.raises(RunError, match="can't be asked with this proxy"):
+    with pytest.raises(RunError, match="this proxy can't be used"):
         download("http://127.0.0.1:9/m", tmp_path / "out")
 
 
@@ -417,7 +380,7 @@ def test_offline_a_url_is_not_asked(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RunError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(RunError, match="offline mode is enabled.*HF_HUB_OFFLINE"):
         download(f"{server.url}/m", tmp_path / "out")
     assert not server.asked
 
@@ -439,7 +402,7 @@ def test_a_known_name_is_got_from_its_source_with_this_manifest_only(
 ) -> None:
     monkeypatch.setattr(index, "INDEX", tmp_path / "index.json")
     (tmp_path / "manifest").write_bytes(server.content["/m/release.json"])
-    indexed(server, tmp_path / "index.json", manifest.digest(tmp_path / "manifest"))
+    indexed(server, tmp_path / "index.json", digest(tmp_path / "manifest"))
     assert download("known", tmp_path / "out")["files"] == 2
     indexed(server, tmp_path / "index.json", "0" * 64)
     with pytest.raises(ModelError, match=r"is not the one that opfa knows"):

@@ -2,7 +2,6 @@
 like one is left as it is.
 """
 
-import contextlib
 import io
 import json
 import logging
@@ -168,13 +167,15 @@ def secretive(sparse: Path, labelled: Path, tmp_path_factory: pytest.TempPathFac
     write_text(directory / "recipe.toml", recipe.to_toml())
     command = ["finetune", "recipe.toml", "--output", "run", NAME]
     said = io.StringIO()
-    handler = logging.StreamHandler(Redacting(said))  # as main() has it
-    logging.getLogger("opfa").addHandler(handler)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["opfa", *command])
         patch.setenv("WANDB_API_KEY", KEY)
         patch.setenv("HTTPS_PROXY", "http://me:pr0xypass@proxy:1")
+        shown = Redacting(said)  # as main() has it
+        handler = logging.StreamHandler(shown)
+        logging.getLogger("opfa").addHandler(handler)
         patch.chdir(directory)
+        patch.setattr("sys.stdout", shown)
         assert cli.run(command) == 0
     logging.getLogger("opfa").removeHandler(handler)
     (directory / "said").write_text(said.getvalue())

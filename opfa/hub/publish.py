@@ -1,0 +1,58 @@
+"""The way up: names that the Hub accepts, and the upload of a release as one commit.
+
+The classes of a model card come from here too, so that no other room names huggingface_hub.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from httpx2 import HTTPError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from opfa.errors import RunError
+from opfa.hub import manifest
+
+__all__ = ["EvalResult", "ModelCard", "ModelCardData", "check_name", "is_name", "push"]
+
+
+def is_name(name: str) -> bool:
+    """Whether the Hub accepts a name for a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise `RunError` about `what` unless the Hub accepts this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise RunError(f"{what} {name!r}: no name that the Hub takes: {error}") from error
+
+
+def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
+    """Upload a verified release as one commit, which replaces all that the repository had; its
+    address.
+    """
+    check_name(name, "the repository")
+    files: Collection[str] = manifest.check(directory).files
+    try:
+        api = HfApi(endpoint=endpoint)
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=directory,
+            commit_message="Release, by opfa",
+            allow_patterns=[*files, manifest.MANIFEST],  # names without wildcards
+            delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
+        )
+    except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
+        raise RunError(
+            f"{name}: not uploaded: {str(error).strip()}. The release is whole in {directory}; "
+            f"to try again: opfa push {directory} {name}"
+        ) from error
+    return str(commit.commit_url)
