@@ -34,9 +34,9 @@ from opfa.storage.foreign import (
     weight_files,
 )
 from opfa.weights import compact
+from opfa.weights.compact import Wanted
 
 MATRIX_DIMS = 2
-Wanted = Callable[[str, Sequence[int]], bool]
 Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
 
 
@@ -65,6 +65,11 @@ def open_source(name: str) -> Source:
             yield tensor_name, tensor
 
     return replace(source, tensors=tensors)
+
+
+def read_before(directory: Path, tensors: Mapping[str, Tensor]) -> Source:
+    """A directory whose tensors are here already, so that they aren't read again."""
+    return replace(_directory(directory), tensors=lambda _: iter(tensors.items()))
 
 
 def is_mask(name: str, shape: Sequence[int]) -> bool:
@@ -245,9 +250,8 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted  # pages of the mapped file are read when they are used
-    with _readable(file):
-        yield from compact.tensors(file)
+    with _readable(file):  # pages of the mapped file are read when they are used
+        yield from compact.tensors(file, wanted)
 
 
 def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
