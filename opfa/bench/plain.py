@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opfa.compression.distill import hidden_loss, soft_loss
-from opfa.models.encoders import decay_groups, load_pretraining_model
+from opfa.models.pretraining import decay_groups, load_pretraining_model
 from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps

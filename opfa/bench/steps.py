@@ -21,7 +21,8 @@ import torch
 from opfa.compression.pattern import Pattern
 from opfa.downstream.finetune import Trainer
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.models.encoders import new_config, wordpiece_tokenizer, write_model
+from opfa.models.configs import new_config, wordpiece_tokenizer
+from opfa.models.encoders import write_model
 from opfa.sparsity.masks import magnitude_mask, num_zeros
 from opfa.tasks.kinds import KINDS
 

@@ -31,12 +31,9 @@ from opfa.bench.measure import in_a_process, peak_bytes, timed
 from opfa.bench.plain import Plain
 from opfa.compression.distill import Scales, VocabularyLoss
 from opfa.errors import RecipeError
-from opfa.models.encoders import (
-    new_config,
-    new_pretraining_model,
-    wordpiece_tokenizer,
-    write_model,
-)
+from opfa.models.configs import new_config, wordpiece_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.pretraining import new_pretraining_model
 from opfa.training.clock import Clock
 from opfa.training.distributed import Supervisor
 from opfa.training.engine import choose_accelerator, start_distributed

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from opfa.compression import quant
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.models.encoders import load_config, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.tasks import kinds as tasks

@@ -26,7 +26,8 @@ from opfa.downstream.selection import Best
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import Teacher
 from opfa.errors import DivergedError, RecipeError, RunError
-from opfa.models.encoders import decay_groups, load_config, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.pretraining import decay_groups
 from opfa.report import pictures as report
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import masks_of, set_masks

@@ -26,7 +26,7 @@ from opfa.data.records import read_records
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
-from opfa.models.encoders import load_pretraining_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.report import pictures as report
 from opfa.sparsity.layers import mask_layers, set_masks
 from opfa.storage.files import check_directory, new_directory, write_json, write_text

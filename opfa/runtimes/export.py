@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from opfa.compression import quant
 from opfa.errors import ModelError, RunError
-from opfa.models.encoders import load_finetuned_model, load_tokenizer
+from opfa.models.configs import load_tokenizer
+from opfa.models.encoders import load_finetuned_model
 from opfa.runtimes.onnx_graph import (
     OPSET,
     input_names,

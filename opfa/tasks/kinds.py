@@ -22,14 +22,10 @@ from transformers import (
 
 from opfa.data.order import HELD_OUT, generator
 from opfa.errors import DataError, ModelError
-from opfa.models.encoders import (
-    dropouts,
-    keep_values,
-    load_config,
-    load_weights,
-    of_encoder,
-)
+from opfa.models.configs import load_config
+from opfa.models.encoders import load_weights, of_encoder
 from opfa.models.fit import fit_tokenizer
+from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.skeleton import try_out
 from opfa.tasks import beginnings, features, scores, squad
 from opfa.tasks import classes as classing

@@ -23,13 +23,13 @@ from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import ModelError, RecipeError, RunError
-from opfa.models.encoders import (
+from opfa.models.fit import check_fit
+from opfa.models.pretraining import (
     compile_models,
     decay_groups,
     load_pretraining_model,
     new_pretraining_model,
 )
-from opfa.models.fit import check_fit
 from opfa.report import pictures as report
 from opfa.sparsity import masks as mask_files
 from opfa.sparsity.layers import SPARSE_FROM, hold_weights, mask_layers, set_masks, zero_masks
