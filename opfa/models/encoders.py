@@ -75,8 +75,8 @@ def load_weights(
 
 
 def check_storage(name: str, info: Mapping[str, Any]) -> None:
-    """Raise `ModelError` when a checkpoint has weights apart from their masks; `info` is what
-    transformers tells of loading it.
+    """Raise `ModelError` when a checkpoint has weights apart from their masks; `info` is
+    transformers' report of loading it.
     """
     for problem in filter(None, map(problem_of_storage, sorted(info["unexpected_keys"]))):
         raise ModelError(f"model {name!r}: {problem}")

@@ -89,8 +89,8 @@ def new_pretraining_model(
     tokenizer: PreTrainedTokenizerBase,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model from scratch: `values` are those of its configuration; the size of the vocabulary and
-    the ids of special tokens are the tokenizer's, where the values have no others.
+    """A model from scratch, by the values of its configuration. The size of the vocabulary and the
+    ids of special tokens are the tokenizer's, unless the values say otherwise.
     """
     known = new_config(values).to_dict()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}

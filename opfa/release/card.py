@@ -47,7 +47,7 @@ ANY_INPUTS = 'tokenizer("The old man sees the sea.", return_tensors="pt")'
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """All that a card tells."""
+    """Everything that a card says."""
 
     name: str
     form: str
@@ -61,7 +61,7 @@ class Release:
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Row]  # of the model itself first
-    is_measured: bool  # whether the first row is that of these very files
+    is_measured: bool  # whether the first row was measured on these very files
     licence: str | None
     base_model: str | None
 
@@ -184,7 +184,7 @@ def _layers(tensors: Mapping[str, Facts]) -> dict[str, tuple[int, int]]:
 
 
 def _flat(values: Facts, without: str | None = None) -> str:
-    """The values of a recipe's section in one line, those of tables in it too."""
+    """The values of a recipe's section in one line, with the values of nested tables."""
     parts = []
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,6 +1,4 @@
-"""Where a model comes from: the runs on the way to it, and the results of runs, read from their
-directories.
-"""
+"""Where a model comes from: the runs on the way to it and their results, read from directories."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -76,7 +76,7 @@ def release(
 ) -> dict[str, Any]:
     """Write a release and return what its manifest says of it.
 
-    `name` is what the card calls it (default: that of the directory). `dtype` is for what is not in
+    `name` is what the card calls it (default: the directory's name). `dtype` is for what is not in
     8 bits (default: fp32; for the few matrices that compact-int8 leaves fp16), `embeddings` says
     whether compact-int8 has them in 8 bits (default: yes). `compare` gives runs whose results stand
     beside it, by label; `overrides` of the recipe say where its data are now. Raises `ModelError`
@@ -137,7 +137,9 @@ def _write_model(
     if form != "dense":
         config = directory / "config.json"
         values = {**seal.read_json(config, ModelError), **compact.CONFIG}
-        write_text(config, json.dumps(values, indent=2) + "\n")  # as it is: it names classes
+        write_text(
+            config, json.dumps(values, indent=2) + "\n"
+        )  # it names classes, so nothing is redacted
     write_json(directory / "sparsity.json", stated)
     inspected = inspect(read_before(directory, written.tensors))
     if inspected["stated"] != "matches":
@@ -267,8 +269,8 @@ def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> Row:
 
 
 def _copy(source: Path, directory: Path, listed: Collection[str] = ()) -> None:
-    """Take configuration, tokenizer and ranges along, and nothing else that may lie there: what a
-    run listed of its model, or what is usual.
+    """Copy configuration, tokenizer and ranges and no other file: the listed ones, or if none is
+    listed the usual ones.
     """
     usual = sorted(path for pattern in COPIED for path in source.glob(pattern))
     written = (source / name for name in listed if not _is_written_anew(name))

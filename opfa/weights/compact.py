@@ -1,8 +1,8 @@
 """The compact file: a safetensors file in which a matrix is its positions and its values.
 
 A matrix NAME is stored as the tensors NAME.form, NAME.positions, NAME.values and NAME.scale of
-`opfa.weights.packing`, all else as it is. A SHA-256 over header and data finds any change, and
-nothing is unpacked before it was right. Byte for byte: model_cards/FORMAT.md.
+`opfa.weights.packing`, other tensors unchanged. A SHA-256 over header and data finds any
+change, and nothing is unpacked before it was checked. Byte for byte: model_cards/FORMAT.md.
 """
 
 import hashlib
@@ -142,7 +142,7 @@ def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_HEADER + 1
     if length > min(MOST_HEADER, num_bytes - 8):
-        raise ValueError("its header is not that of a safetensors file")
+        raise ValueError("it has no header of a safetensors file")
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
