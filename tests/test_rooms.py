@@ -74,3 +74,19 @@ def test_only_the_engine_names_deepspeed() -> None:
 
 def test_only_the_hub_names_huggingface_hub() -> None:
     assert rooms_that_name("huggingface_hub") == {"hub"}
+
+
+BASES = {"PreTrainedModel", "PreTrainedTokenizerBase", "PretrainedConfig"}  # types of signatures
+TRANSFORMERS = {  # by room what it names beyond those, and why
+    "models": None,  # it is the door
+    "integrations": None,  # opfa inside of transformers: its trainer, its loading
+    "tasks": {"BatchEncoding"},  # what a tokenizer returns: tokens, and where they are in the text
+}
+
+
+def test_rooms_name_only_the_base_classes_of_transformers_beside_its_door() -> None:
+    for path in FILES:
+        names = {n for n in imports(path) if n.split(".")[0] == "transformers"}
+        allowed = TRANSFORMERS.get(room_of(path), set())
+        if allowed is not None:
+            assert {name.rpartition(".")[2] for name in names} <= BASES | allowed, path

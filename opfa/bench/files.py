@@ -25,7 +25,8 @@ from opfa.bench.measure import in_a_process, memory
 from opfa.compression.pattern import Pattern
 from opfa.compression.quant import to_int8
 from opfa.compression.selection import magnitude_mask, num_zeros
-from opfa.models.encoders import HEADS, new_config
+from opfa.models.configs import new_config
+from opfa.models.encoders import HEADS
 from opfa.release.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
 from opfa.sparsity.anatomy import EMBEDDING
 from opfa.storage.files import write_json

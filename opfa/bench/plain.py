@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.compression.selection import magnitude_mask, num_zeros
-from opfa.models.encoders import decay_groups, load_pretraining_model
+from opfa.models.pretraining import decay_groups, load_pretraining_model
 from opfa.training.engine import choose_accelerator
-from opfa.upstream.batches import Batch, Prepared, masker, training_steps
+from opfa.upstream.batches import Batch, masker, training_steps
+from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import order_of
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.student import DTYPES

@@ -21,7 +21,8 @@ import torch
 from opfa.compression.selection import Scope, magnitude_mask, num_zeros, select
 from opfa.downstream.finetune import Trainer
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.models.encoders import new_config, wordpiece_tokenizer, write_model
+from opfa.models.configs import new_config, wordpiece_tokenizer
+from opfa.models.encoders import write_model
 from opfa.tasks.kinds import KINDS
 from opfa.training.loop import accumulate
 

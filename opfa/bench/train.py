@@ -31,21 +31,18 @@ from opfa.bench.measure import in_a_process, peak_bytes, timed
 from opfa.bench.plain import Plain
 from opfa.compression.distill import Scales, VocabularyLoss
 from opfa.errors import RecipeError
-from opfa.models.encoders import (
-    new_config,
-    new_pretraining_model,
-    wordpiece_tokenizer,
-    write_model,
-)
+from opfa.models.configs import new_config, wordpiece_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.pretraining import new_pretraining_model
 from opfa.training.clock import Clock
 from opfa.training.distributed import Supervisor
 from opfa.training.engine import choose_accelerator, start_distributed
 from opfa.training.loop import accumulate
 from opfa.training.machine import environment
-from opfa.upstream.batches import Prepared, training_steps
+from opfa.upstream.batches import training_steps
 from opfa.upstream.corpus import measure, write_summary
 from opfa.upstream.plan import operations, shape_of
-from opfa.upstream.prepared import SPLITS
+from opfa.upstream.prepared import SPLITS, Prepared
 from opfa.upstream.pretrain import Trainer
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE

@@ -17,14 +17,15 @@ from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.errors import ModelError
-from opfa.models.encoders import load_config, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
 from opfa.tasks import kinds as tasks
 from opfa.training.checkpoint import fill_finished, model_digest
 from opfa.training.engine import choose_accelerator
-from opfa.weights.inspection import directory_of, inspect
+from opfa.weights.inspection import inspect
+from opfa.weights.sources import directory_of
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from opfa.compression import quant
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.models.encoders import load_config, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.tasks import kinds as tasks
@@ -22,7 +23,8 @@ from opfa.tasks.kinds import KINDS, inputs_of, logits_of
 from opfa.tasks.recipe import Task
 from opfa.training.engine import choose_accelerator
 from opfa.training.finished import changed_model
-from opfa.weights.inspection import check_stated, directory_of
+from opfa.weights.inspection import check_stated
+from opfa.weights.sources import directory_of
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +102,35 @@ def _stack(batches: tuple[Tensor, ...]) -> Tensor:
 def evaluate_model(
     name: str, recipe: FinetuneRecipe, answers: Path | None = None
 ) -> dict[str, Any]:
+    """What `measure` finds, for a model that is what its sparsity.json says."""
+    tasks.check_head(recipe.task, load_config(name))
+    check_stated(name)
+    if changed := changed_model(directory_of(name)):
+        log.warning("%s: is not what its run wrote: %s", name, changed)
+    found = measure(name, recipe, answers)
+    return {
+        "task": recipe.name,
+        "metrics": found.metrics,
+        "quantized": found.is_quantized,
+        "model_files_sha256": seal.one_digest(seal.model_files(directory_of(name))),
+        "examples_sha256": found.examples_sha256,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a finished model is worth."""
+
+    metrics: dict[str, float]
+    is_quantized: bool
+    examples_sha256: str  # of the first validation split
+
+
+def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> Measured:
     """The metrics of a finished model, in 8 bits if it was trained so, on all of the recipe's
     validation splits. Its `predictions` on the first are written to `answers`, as JSON Lines.
     """
     task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
-    tasks.check_head(task, config)
-    check_stated(name)
-    if changed := changed_model(directory_of(name)):
-        log.warning("%s: is not what its run wrote: %s", name, changed)
     validation = tasks.load_validation(task, tokenizer, config)
     more = {
         key: tasks.load_validation(task.model_copy(update={"validation": split}), tokenizer, config)
@@ -127,10 +150,8 @@ def evaluate_model(
             write_text(answers, "".join(f"{json.dumps(row)}\n" for row in rows))
         return score(task, logits, split)
 
-    return {
-        "task": recipe.name,
-        "metrics": evaluate_splits(metrics_of, validation, more),
-        "quantized": ranges.is_file(),
-        "model_files_sha256": seal.one_digest(seal.model_files(directory_of(name))),
-        "examples_sha256": validation.examples.sha256(),
-    }
+    return Measured(
+        metrics=evaluate_splits(metrics_of, validation, more),
+        is_quantized=ranges.is_file(),
+        examples_sha256=validation.examples.sha256(),
+    )

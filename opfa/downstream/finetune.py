@@ -24,7 +24,8 @@ from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError
-from opfa.models.encoders import decay_groups, load_config, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.pretraining import decay_groups
 from opfa.report import pictures as report
 from opfa.storage import seal
 from opfa.storage.files import write_json

@@ -17,7 +17,8 @@ from opfa.errors import ModelError
 from opfa.sparsity.anatomy import layer_of, part_of
 from opfa.sparsity.layers import lock, mask_layers, masked_layers
 from opfa.training.loop import Concern, Progress
-from opfa.weights.inspection import directory_of, inspect, stated_report
+from opfa.weights.inspection import inspect, stated_report
+from opfa.weights.sources import directory_of
 
 RANGES = "ranges.safetensors"  # in a resume point
 

@@ -25,7 +25,7 @@ from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.downstream.evaluate import predict
 from opfa.downstream.recipe import Distillation
 from opfa.errors import ModelError, RunError, opening
-from opfa.models.encoders import load_tokenizer
+from opfa.models.configs import load_tokenizer
 from opfa.models.fit import fit_tokenizer
 from opfa.storage.files import new_file
 from opfa.storage.seal import SEAL

@@ -10,6 +10,7 @@ directory; they are no part of a release, and `check` does not look at them.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,8 +72,12 @@ def problem_of_name(name: str) -> str | None:
     return None
 
 
-def write(directory: Path, name: str, facts: dict[str, Any]) -> Manifest:
-    """Write a directory's `release.json`; refuses whatever `parse` would refuse."""
+def write(
+    directory: Path, name: str, facts: dict[str, Any], known: Mapping[str, str] | None = None
+) -> Manifest:
+    """Write a directory's `release.json`; refuses whatever `parse` would refuse. Files whose
+    SHA-256 is `known` aren't read.
+    """
     files = {}
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory).as_posix()
@@ -82,7 +87,9 @@ def write(directory: Path, name: str, facts: dict[str, Any]) -> Manifest:
             raise ModelError(f"{path}: not a plain file, so it can't be released")
         if problem := problem_of_name(relative):
             raise ModelError(f"{directory}: can't be released: {problem}")
-        files[relative] = File.of(path)
+        sha256 = (known or {}).get(relative)
+        found = File.of(path) if sha256 is None else File(size=path.stat().st_size, sha256=sha256)
+        files[relative] = found
     try:
         manifest = Manifest(format=FORMAT, name=name, files=files, facts=facts)
     except ValidationError as error:

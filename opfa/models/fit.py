@@ -6,7 +6,7 @@ is compared with the model's own tables.
 
 import logging
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
 from opfa.models.encoders import encoder_skeleton
@@ -19,29 +19,21 @@ log = logging.getLogger(__name__)
 def fit_tokenizer(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> None:
-    """Let a tokenizer give no token types to a model that has a single one, as those of RoBERTa's
-    own family don't, and remember it when it is saved. Then `check_fit`.
+    """Stop a tokenizer from giving token types to a model that has at most one, as RoBERTa's own
+    tokenizers do, also after it is saved. Then `check_fit`.
     """
     model = encoder_skeleton(config)
     if num_token_types(model) in (0, 1) and TYPES in tokenizer.model_input_names:
         names = [name for name in tokenizer.model_input_names if name != TYPES]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    _check_fit(model, config, tokenizer, tokens)
+    check_fit(config, tokenizer, tokens)
 
 
 def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Refuse a tokenizer with more entries or token types than the model, and sequences longer than
     its positions.
     """
-    _check_fit(encoder_skeleton(config), config, tokenizer, tokens)
-
-
-def _check_fit(
-    model: PreTrainedModel,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-) -> None:
+    model = encoder_skeleton(config)
     entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     rows = num_entries(model)
     if entries > rows:

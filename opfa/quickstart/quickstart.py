@@ -28,7 +28,7 @@ from opfa.data.records import read_records
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
-from opfa.models.encoders import load_pretraining_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.report import pictures as report
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
 from opfa.training.distributed import Supervisor
@@ -36,7 +36,8 @@ from opfa.upstream.batches import masker, validation_batches
 from opfa.upstream.corpus import prepare
 from opfa.upstream.objective import Objective
 from opfa.upstream.prepared import Prepared
-from opfa.upstream.pretrain import mean_losses, pretrain
+from opfa.upstream.pretrain import pretrain
+from opfa.upstream.progress import mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.weights.inspection import inspect
 

@@ -1,8 +1,7 @@
 """The model card of a release: what it is, how it was made, what it is worth, how to use it.
 
-Every number comes from the files of runs; nothing is typed in. The text goes into the template
-`data/model_card.md`, the metadata through huggingface_hub's own classes, which refuse what the Hub
-would refuse.
+Every number comes from the files of runs; nothing is typed in. The text is in the jinja2 template
+`model_card.md`. This file has what it needs beyond the facts themselves.
 """
 
 import math
@@ -10,16 +9,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from opfa.errors import RunError
-from opfa.hub.publish import EvalResult, ModelCard, ModelCardData
+import yaml
+from jinja2 import Environment, StrictUndefined
+
 from opfa.release.provenance import Facts, Row, Step
-from opfa.report.tables import figure, markdown_table
+from opfa.report.tables import figure
 from opfa.sparsity.anatomy import layer_of
 from opfa.tasks.kinds import KINDS
 
 PICTURE = "sparsity.png"
-BEFORE = "\n\nThat run started from this one:\n\n"
 TEMPLATE = Path(__file__).parent / "model_card.md"
 PIPELINES = {
     "classification": "text-classification",
@@ -47,7 +47,7 @@ ANY_INPUTS = 'tokenizer("The old man sees the sea.", return_tensors="pt")'
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """All that a card tells."""
+    """Everything that a card says."""
 
     name: str
     form: str
@@ -61,9 +61,14 @@ class Release:
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Row]  # of the model itself first
-    is_measured: bool  # whether the first row is that of these very files
+    is_measured: bool  # whether the first row was measured on these very files
     licence: str | None
     base_model: str | None
+
+    @property
+    def title(self) -> str:
+        """Its name without its owner."""
+        return self.name.rpartition("/")[2]
 
     @property
     def kind(self) -> str | None:
@@ -72,71 +77,93 @@ class Release:
 
     @property
     def purpose(self) -> str:
-        """The kind of task; of a pre-trained model the loss that it is judged by."""
+        """The kind of task; for a pre-trained model the loss that it is judged by."""
         return self.kind or next(iter(self.rows[0].metrics))
 
     @property
     def is_sparse(self) -> bool:
-        """Whether any matrix was pruned; of a dense model in 8 bits, matrices without zeros are
-        listed.
-        """
+        """Whether any matrix was pruned. A dense model in 8 bits lists matrices without zeros."""
         return self.sparsity["total"]["zeros"] > 0
 
-
-def model_card(release: Release) -> ModelCard:
-    """The card. Raises `RunError` for metadata that the Hub would not accept."""
-    try:
-        data = _metadata(release)
-        return ModelCard.from_template(
-            data,
-            template_path=str(TEMPLATE),
-            title=release.name.rpartition("/")[2],
-            name=release.name,
-            auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
-            inputs=INPUTS.get(release.purpose, ANY_INPUTS),
-            is_compact=release.form != "dense",
-            is_sparse=release.is_sparse,
-            fingerprint=release.sparsity["fingerprint"],
-            summary=_summary(release),
-            facts=_facts(release),
-            results=_results(release),
-            sparsity=_sparsity(release),
-            making=BEFORE.join(map(_made, release.steps)),
-            limits=_limits(release),
-            licence=release.licence or "Not stated.",
-        )
-    except ValueError as error:
-        raise RunError(f"the card of {release.name}: {error}") from error
+    def facts(self) -> dict[str, Any]:
+        """What `release.json` says of it."""
+        return {
+            "name": self.name,
+            "task": self.steps[0].recipe["name"],
+            "kind": self.kind,
+            "format": self.form,
+            "dtype": self.dtype,
+            "quantized": self.is_quantized,
+            "sparsity": self.sparsity["total"]["sparsity"],
+            "fingerprint": self.sparsity["fingerprint"],
+            "bytes": self.num_bytes,
+            "metrics": dict(self.rows[0].metrics),
+            "metrics_of": "these files" if self.is_measured else "the weights before rounding",
+            "examples_sha256": self.rows[0].data,
+            "seed": self.steps[0].recipe["seed"],
+            "recipe_sha256": self.steps[0].sha256,
+            "base_model": self.base_model,
+            "license": self.licence,
+        }
 
 
-def _metadata(release: Release) -> ModelCardData:
+def model_card(release: Release) -> str:
+    """The card's text, its metadata at the top."""
     task = release.steps[0].recipe.get("task", {})
-    results = []
-    pipeline = PIPELINES[release.purpose]
-    if release.kind:
-        for metric, value in release.rows[0].metrics.items():
-            results.append(
-                EvalResult(
-                    task_type=pipeline,
-                    dataset_type=task.get("hub") or "local",
-                    dataset_name=_data_name(task),
-                    dataset_config=task.get("hub_config"),
-                    dataset_split=task["validation"] if task.get("hub") else "validation",
-                    metric_type=metric,
-                    metric_value=value,
-                )
-            )
-    tags = ["opfa", *(["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else [])]
-    return ModelCardData(
-        model_name=release.name.rpartition("/")[2],
-        library_name="transformers",
-        pipeline_tag=pipeline,
-        license=release.licence,
-        base_model=release.base_model,
-        datasets=[task["hub"]] if task.get("hub") else None,
-        tags=[*tags, "8-bit"] if release.is_quantized else tags,
-        eval_results=results or None,
+    environment = Environment(undefined=_Missing, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        release=release,
+        metadata=yaml.safe_dump(_metadata(release), sort_keys=False, allow_unicode=True).strip(),
+        auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
+        inputs=INPUTS.get(release.purpose, ANY_INPUTS),
+        loss=LOSSES.get(release.purpose),
+        data_name=_data_name(task) if task else None,
+        layers=_layers(release.sparsity["tensors"]),
+        picture=PICTURE,
+        flat=_flat,
+        figure=figure,
     )
+
+
+class _Missing(StrictUndefined):
+    """What the facts lack is false in a condition, and an error where it would be shown."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def _metadata(release: Release) -> dict[str, Any]:
+    """What the Hub reads of a card, in the order of huggingface_hub's ModelCardData."""
+    task = release.steps[0].recipe.get("task", {})
+    pipeline, hub = PIPELINES[release.purpose], task.get("hub")
+    tags = ["opfa", *(["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else [])]
+    values = {
+        "base_model": release.base_model,
+        "datasets": [hub] if hub else None,
+        "library_name": "transformers",
+        "license": release.licence,
+        "model_name": None if release.kind else release.title,
+        "pipeline_tag": pipeline,
+        "tags": [*tags, "8-bit"] if release.is_quantized else tags,
+    }
+    if release.kind:
+        dataset = {
+            "name": _data_name(task),
+            "type": hub or "local",
+            "config": task.get("hub_config"),
+            "split": task["validation"] if hub else "validation",
+        }
+        results = {
+            "task": {"type": pipeline},
+            "dataset": _given(dataset),
+            "metrics": [{"type": n, "value": v} for n, v in release.rows[0].metrics.items()],
+        }
+        values["model-index"] = [{"name": release.title, "results": [results]}]
+    return _given(values)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _data_name(task: Facts) -> str:
@@ -145,134 +172,24 @@ def _data_name(task: Facts) -> str:
     return " ".join(filter(None, (task["hub"], task.get("hub_config"))))
 
 
-def _summary(release: Release) -> str:
-    total = release.sparsity["total"]
-    what = f"fine-tuned for {release.kind}" if release.kind else "pre-trained"
-    eight = ", quantized to 8 bits while it was trained" if release.is_quantized else ""
-    made = "Made with opfa, after *Prune Once for All* (Zafrir et al., 2021)."
-    if not release.is_sparse:
-        return f"A dense encoder, {what}{eight}. {made}"
-    share = f"exactly {total['zeros']:,} of {total['size']:,} ({total['sparsity']:.2%})"
-    zeros = f"{share} of the weights of its pruned matrices are zero"
-    zeros += f", {release.whole_sparsity:.1%} of all its weights"
-    return f"A sparse encoder, {what}{eight}: {zeros}. {made}"
-
-
-def _facts(release: Release) -> str:
-    size = f"{release.num_bytes:,} bytes; dense in fp32: {release.dense_bytes:,}"
-    form = f"{release.form}, {release.dtype}"
-    if release.form == "compact-int8":
-        also = " and embeddings" if release.has_int8_embeddings else ""
-        form = f"compact-int8: matrices of the layers{also} in 8 bits, others in {release.dtype}"
-    rows = [
-        ("format", form),
-        ("weights on disk", size),
-        *(
-            (f"`{file}` (SHA-256)", f"`{sha256}`")
-            for file, sha256 in release.weights_sha256.items()
-        ),
-        ("recipe (SHA-256)", f"`{release.steps[0].sha256}`"),
-    ]
-    if release.is_sparse:
-        rows.append(("zeros (fingerprint)", f"`{release.sparsity['fingerprint']}`"))
-    return markdown_table(("", ""), rows)
-
-
-def _results(release: Release) -> str:
-    names = list(release.rows[0].metrics)
-    lines = []
-    for row in release.rows:
-        means, deviations = row.metrics, row.deviations
-        cells = [figure(means[n], deviations.get(n)) if n in means else "" for n in names]
-        lines.append(
-            (row.label.replace("|", "/"), f"{row.sparsity:.2%}", str(row.num_seeds), *cells)
-        )
-    table = markdown_table(("model", "sparsity", "seeds", *names), lines)
-    if release.kind:
-        task = release.steps[0].recipe["task"]
-        split = f"split `{task['validation']}` of " if task.get("hub") else ""
-        note = f"On {split}`{_data_name(task)}`."
-    else:
-        examples = release.steps[0].recipe["logging"]["evaluate_examples"]
-        note = f"{LOSSES[release.purpose]} on at most {examples} examples of documents held out."
-        if len(release.rows) > 1:
-            note += " Where these were trained for different numbers of steps, that counts too."
-    what = "these very files" if release.is_measured else "the weights before they were rounded"
-    return f"{table}\n\n{note} The first line is that of {what}."
-
-
-def _sparsity(release: Release) -> str:
-    if not release.is_sparse:
-        return "None: no matrix has zeros."
-    report = release.sparsity
+def _layers(tensors: Mapping[str, Facts]) -> dict[str, tuple[int, int]]:
+    """Zeros and size by layer; a matrix outside of the layers stands for itself."""
     zeros, sizes = Counter[str](), Counter[str]()
-    for name, tensor in report["tensors"].items():
+    for name, tensor in tensors.items():
         layer = layer_of(name)
         where = name if layer is None else f"{layer.stack} layer {layer.number}"
         zeros[where] += tensor["zeros"]
         sizes[where] += math.prod(tensor["shape"])
-    rows = [
-        (where, f"{zeros[where]:,}", f"{size:,}", f"{zeros[where] / size:.4%}")
-        for where, size in sizes.items()
-    ]
-    total = report["total"]
-    all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
-    table = markdown_table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
-    return f"{table}\n\n![Sparsity by layer and matrix]({PICTURE})"
+    return {where: (zeros[where], size) for where, size in sizes.items()}
 
 
-def _made(step: Step) -> str:
-    recipe, machine = step.recipe, step.environment["machine"]
-    training = recipe["training"]
-    lines = [f"recipe `{recipe['name']}`, SHA-256 `{step.sha256}`, seed {recipe['seed']}"]
-    if start := recipe["model"].get("init"):
-        digest = step.environment.get("start_sha256")
-        lines.append(f"from `{start}`" + (f", SHA-256 `{digest}`" if digest else ""))
-    rest = {key: value for key, value in training.items() if key != "steps"}
-    lines.append(f"{step.steps:,} steps: {_flat(rest)}")
-    if "corpus" in recipe:
-        tokens = step.steps * training["batch"] * recipe["corpus"]["sequence_tokens"]
-        lines.append(f"{tokens:,} tokens at most, of `{recipe['data']}`")
-    for section in ("pruning", "distillation", "quantization", "corpus"):
-        if recipe.get(section):
-            lines.append(f"{section}: {_flat(recipe[section])}")
-    for name, split in step.splits.items():
-        lines.append(f"{name} data: {_flat(split)}")
-    accelerators = ", ".join(machine["accelerators"]) or "no accelerator"
-    size = step.environment["world_size"]
-    lines.append(f"processes: {size}, processors: {machine['processors']}, {accelerators}")
-    versions = step.environment["versions"]
-    lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _flat(values: Facts) -> str:
+def _flat(values: Facts, without: str | None = None) -> str:
+    """The values of a recipe's section in one line, with the values of nested tables."""
     parts = []
     for key, value in values.items():
         if isinstance(value, Mapping):
             parts.append(_flat(value))
-        elif value not in (None, [], {}):
+        elif key != without and value not in (None, [], {}):
             shown = f"{value:.6g}" if isinstance(value, float) else value
             parts.append(f"{key} `{shown}`")
     return ", ".join(part for part in parts if part)
-
-
-def _limits(release: Release) -> str:
-    lines = []
-    if release.kind is None:
-        lines.append("It has no head for a task yet: fine-tune it for one first.")
-    if release.purpose == "hidden_loss":
-        lines.append("It learnt hidden states alone: its head for masked tokens was not trained.")
-    if release.is_sparse:
-        lines.append("Sparse matrices don't run faster in plain PyTorch.")
-    if release.is_sparse and release.form == "dense":
-        lines.append("The file stores zeros as zeros, so it is as large as a dense one.")
-    if release.is_quantized:
-        lines.append(
-            "Plain transformers computes in fp32; in 8 bits it answers as in the table above: "
-            "`opfa evaluate`, or `opfa export` for ONNX Runtime."
-        )
-    elif release.form == "compact-int8":
-        lines.append("Its matrices were rounded to 8 bits when it was released, without training.")
-    lines.append("It knows the language and the biases of its training data.")
-    return "\n".join(f"- {line}" for line in lines)

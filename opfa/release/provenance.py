@@ -1,6 +1,4 @@
-"""Where a model comes from: the runs on the way to it, and the results of runs, read from their
-directories.
-"""
+"""Where a model comes from: the runs on the way to it and their results, read from directories."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +18,22 @@ Facts = Mapping[str, Any]  # what JSON files of runs hold
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One run on the way to a model: its recipe and what its run directory says, without the
-    directories of whoever ran it.
+    """One finished run on the way to a model: its recipe and what its run directory says, without
+    the directories of whoever ran it. Its files are read once.
     """
 
+    run: Path
+    done: dict[str, Any]  # done.json, checked against the files that describe the run
     recipe: Facts  # resolved, as in recipe.toml
     toml: str
     sha256: str  # of the recipe as it was run
     environment: Facts
-    steps: int
     start: str  # where its model came from, as it was run; empty if from scratch
+
+    @property
+    def steps(self) -> int:
+        """How many steps it took."""
+        return self.done["step"]
 
     @property
     def kind(self) -> str | None:
@@ -66,45 +70,51 @@ class Row:
     data: str  # digest of what they were measured on
 
 
-def steps(run: Path) -> Iterator[Step]:
-    """This run, and those that its model was made from, as far as they are here; raises `RunError`
-    where its files are not those that it wrote, or one that it began with was made anew since.
-    """
+def step_of(run: Path) -> Step:
+    """A finished run; raises `RunError` where its files are not those that it wrote."""
     path = run / "recipe.toml"
     if not path.is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
     done = finished.read(run)
     values = seal.read_toml(path)
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
-    recipe = kind.check(values, str(path))
     public = kind.check(shortened(values), str(path))
-    start = values["model"].get("init", "")
-    environment = seal.read_json(run / "environment.json")
     step = Step(
+        run=run,
+        done=done,
         recipe=redacted(public.model_dump(mode="json", exclude_none=True)),
         toml=public.to_toml(),
-        sha256=recipe.sha256(),
-        environment=redacted(shortened(environment)),
-        steps=done["step"],
-        start=start,
+        sha256=kind.check(values, str(path)).sha256(),
+        environment=redacted(shortened(seal.read_json(run / "environment.json"))),
+        start=values["model"].get("init", ""),
     )
     with opening(run / "environment.json", RunError, "is damaged"):
         step.check()
+    return step
+
+
+def steps(run: Path) -> Iterator[Step]:
+    """This run, and those that its model was made from, as far as they are here; raises `RunError`
+    where one that it began with was made anew since.
+    """
+    step = step_of(run)
     yield step
-    before = Path(start).parent
-    if start and Path(start).name == "model" and (before / "done.json").is_file():
-        _check_start(run, environment, start, finished.read(before))
-        yield from steps(before)
+    before = Path(step.start).parent
+    while Path(step.start).name == "model" and (before / finished.FILE).is_file():
+        later, step = step, step_of(before)
+        _check_start(later, step)
+        yield step
+        before = Path(step.start).parent
 
 
-def _check_start(run: Path, environment: Facts, start: str, before: dict[str, Any]) -> None:
-    known, wrote = environment.get("start_sha256"), finished.model_files(before)
-    began = environment.get(seal.FILES, {}).get("model.init", {})
-    if known and known != before["model_sha256"]:
-        raise RunError(f"{run}: began with another model than {start} is now")
+def _check_start(step: Step, before: Step) -> None:
+    known, wrote = step.environment.get("start_sha256"), finished.model_files(before.done)
+    began = step.environment.get(seal.FILES, {}).get("model.init", {})
+    if known and known != before.done["model_sha256"]:
+        raise RunError(f"{step.run}: began with another model than {step.start} is now")
     if began and wrote and (found := seal.differences(wrote, began)):
         raise RunError(
-            f"{run}: began with another model than {start} was when it was made: {found}"
+            f"{step.run}: began with another model than {step.start} was when it was made: {found}"
         )
 
 
@@ -118,10 +128,10 @@ def shortened(value: Any) -> Any:  # Any: what JSON can hold
     return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
 
 
-def own_rows(run: Path) -> list[Row]:
+def own_rows(step: Step) -> list[Row]:
     """The results of a run, and the mean over the seeds of its recipe where there are several."""
-    rows = [row_of("this model", run)]
-    run = run.absolute()  # the parent of a single relative name is "."
+    rows = [_row("this model", step)]
+    run = step.run.absolute()  # the parent of a single relative name is "."
     for sweep in (run.parent, run.parent.parent):  # SWEEP/seed-42, SWEEP/learning_rate-.../seed-42
         for row in _rates(sweep):
             runs = [sweep / one["run"] for one in row["runs"]]
@@ -131,20 +141,24 @@ def own_rows(run: Path) -> list[Row]:
 
 
 def row_of(label: str, run: Path) -> Row:
-    """The results of a run, or of the best learning rate of several; of a pre-training its loss on
-    held-out text, in tokens or, if it learnt nothing else, in hidden states.
-    """
+    """The results of a run, or of the best learning rate of several."""
     if rates := [row for row in _rates(run) if row["score"] is not None]:
         return _mean(label, max(rates, key=lambda row: row["score"]), run)
-    step = next(steps(run))
-    path = run / ("results.json" if step.kind else finished.FILE)
-    found = seal.read_json(path)
+    return _row(label, step_of(run))
+
+
+def _row(label: str, step: Step) -> Row:
+    """The results of a run; of a pre-training its loss on held-out text, in tokens or, if it learnt
+    nothing else, in hidden states.
+    """
+    path = step.run / ("results.json" if step.kind else finished.FILE)
+    found = seal.read_json(path) if step.kind else step.done
     with opening(path, RunError, "is damaged"):
         if step.kind:
             values = dict(found["metrics"])
         else:
             metric = PretrainRecipe.check(step.recipe).metric
-            values = {metric: last_evaluation(run)[metric]}
+            values = {metric: last_evaluation(step.run)[metric]}
         return Row(label=label, metrics=values, sparsity=found["sparsity"], data=step.data)
 
 
@@ -171,7 +185,7 @@ def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:
         deviations=row["std"],
         num_seeds=len(runs),
         sparsity=runs[0]["sparsity"],
-        data=next(steps(sweep / runs[0]["run"])).data,
+        data=step_of(sweep / runs[0]["run"]).data,
     )
 
 

@@ -6,6 +6,7 @@ zero becomes its smallest normal number.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAIN = "model.safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Weights as they were read again from the file that was written."""
+
+    tensors: Mapping[str, Tensor]
+    is_same: bool  # as the finished model's
+
+
 def write_weights(
     source: Path,
     directory: Path,
@@ -33,43 +42,39 @@ def write_weights(
     form: Format,
     dtype: Dtype,
     embeddings: bool = True,
-) -> bool:
-    """Write the weights of a finished model into a directory; whether they are still the same.
+) -> Written:
+    """Write the weights of a finished model into a directory, and read them again.
 
     `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers
     and what the model was quantized in are written in 8 bits, and with `embeddings` every embedding
-    too; other matrices in `dtype`, and vectors in fp32. The file is read again and compared.
+    too; other matrices in `dtype`, and vectors in fp32. Raises `ModelError` if a tensor that is not
+    in 8 bits isn't the same in the file.
     """
     files = sorted(source.glob("model*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in compact.tensors(path)}
     schemes = _schemes(source, tensors, pruned, embeddings) if form == "compact-int8" else {}
-    written: dict[str, Tensor | Int8] = {}
+    plain: dict[str, Tensor] = {}
+    in_8_bits: dict[str, Int8] = {}
     for name, tensor in tensors.items():
         if name in schemes:
             values, scale = quant.to_int8(tensor, schemes[name])
             mask = None if EMBEDDING.search(name) else tensor != 0
-            written[name] = Int8(values=values, scale=scale, mask=mask)
+            in_8_bits[name] = Int8(values=values, scale=scale, mask=mask)
         elif form == "compact-int8" and tensor.ndim < 2:
-            written[name] = tensor
+            plain[name] = tensor
         else:
-            written[name] = _cast(name, tensor, DTYPES[dtype])
+            plain[name] = _cast(name, tensor, DTYPES[dtype])
+    path = directory / (PLAIN if form == "dense" else compact.FILE)
     if form == "dense":
-        save_file(_tensors(written), directory / PLAIN, {"format": "pt"})
+        save_file(plain, path, {"format": "pt"})
     else:
-        compact.write(written, directory / compact.FILE, sparse=pruned)
-    found = dict(compact.tensors(directory / (PLAIN if form == "dense" else compact.FILE)))
-    for name, tensor in written.items():
-        if isinstance(tensor, Tensor) and not _is_same(found[name], tensor):
+        compact.write({**plain, **in_8_bits}, path, sparse=pruned)
+    found = dict(compact.tensors(path))
+    for name, tensor in plain.items():
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
             raise ModelError(f"{directory}: {name} was not written as it is")
-    return all(torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
-
-
-def _tensors(written: Mapping[str, Tensor | Int8]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in written.items() if isinstance(tensor, Tensor)}
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+    is_same = all(torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
+    return Written(tensors=found, is_same=is_same)
 
 
 def _schemes(
@@ -81,17 +86,17 @@ def _schemes(
     for name, tensor in tensors.items():
         if part_of(name, tensor.shape) in parts:
             schemes[name] = "channel"
-    if (source / quant.FILE).is_file():
-        for name, scale in load_file(source / quant.FILE).items():
-            if name.endswith("weight_scale"):
-                matrix = name.removesuffix("_scale")
-                if EMBEDDING.search(matrix) and not embeddings:
-                    raise RunError(
-                        "--embeddings same: this model was trained with its embeddings in 8 bits "
-                        "(quantization.embeddings), so that is what they are; int8 is allowed"
-                    )
-                scheme: quant.Scheme = "channel" if scale.ndim else "tensor"
-                schemes[matrix] = scheme
+    ranges = source / quant.FILE
+    for key, scale in (load_file(ranges) if ranges.is_file() else {}).items():
+        name = key.removesuffix("_scale")
+        if not key.endswith("weight_scale"):
+            continue
+        if EMBEDDING.search(name) and not embeddings:
+            raise RunError(
+                "--embeddings same: this model was trained with its embeddings in 8 bits "
+                "(quantization.embeddings), so that is what they are; int8 is allowed"
+            )
+        schemes[name] = "channel" if scale.ndim else "tensor"
     return schemes
 
 

@@ -1,7 +1,7 @@
 """Export: a fine-tuned model -> FILE.onnx, with its configuration and tokenizer beside it.
 
-A file gets its name only when its zeros are those of the model, and, where data are given, when
-ONNX Runtime answers as torch does.
+A file gets its name only when it has the model's zeros and, if data are given, when ONNX Runtime
+answers as torch does.
 """
 
 import logging
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from opfa.compression import quant
 from opfa.errors import ModelError, RunError
-from opfa.models.encoders import load_finetuned_model, load_tokenizer
+from opfa.models.configs import load_tokenizer
+from opfa.models.encoders import load_finetuned_model
 from opfa.runtimes.onnx_graph import (
     OPSET,
     input_names,
@@ -28,7 +29,8 @@ from opfa.sparsity import masks
 from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
 from opfa.tasks import kinds as tasks
 from opfa.tasks.recipe import Task
-from opfa.weights.inspection import check_stated, directory_of
+from opfa.weights.inspection import check_stated
+from opfa.weights.sources import directory_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ def export(
     task: Task | None = None,
     report: Path | None = None,
 ) -> dict[str, Any]:
-    """Write FILE.onnx and return what is in it; 8 bits where the model has them, unless told.
+    """Write FILE.onnx and return what is in it. It is in 8 bits if the model has them, unless
+    `is_int8` is False.
 
     With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
     leaves only the report, when the two don't agree.
@@ -94,12 +97,12 @@ def export(
 def _zeros(
     stated: dict[str, Any], model: PreTrainedModel, path: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """Zeros and bytes of a file and of the model's own files, and what is wrong with the zeros.
+    """Zeros and bytes of a file and of the model's own files, and problems of the zeros.
 
-    8 bits round some live weights to zero. They are counted, and are live in the fingerprint.
+    Live weights that 8 bits round to zero are counted apart; the fingerprint has them live.
     """
     rounded = rounded_to_zero(model)
-    found = nonzeros(path, list(stated["tensors"]))
+    found = nonzeros(path, stated["tensors"])
     counted = masks.report(found)["total"]["zeros"]
     live = {n: mask | rounded[n] if n in rounded else mask for n, mask in found.items()}
     num_rounded = sum(int(rounded[n].sum()) for n in found if n in rounded)
@@ -114,7 +117,7 @@ def _zeros(
 
 
 def _check_others(aside: Path, output: Path) -> None:
-    """Refuse to replace what is different beside the output."""
+    """Refuse to replace different files beside the output."""
     for path in aside.iterdir():
         other = output.with_name(path.name)
         if path.name != output.name and os.path.lexists(other):

@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from opfa.compression.quant import activation_scale, int8_weight, quant_embeddin
 from opfa.errors import ModelError, RunError, opening
 from opfa.models.encoders import head_of
 from opfa.sparsity.masks import Masks
+from opfa.weights.onnx import read_onnx
 
 try:
     import onnx
@@ -42,7 +43,7 @@ def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto
     """The graph of a plain model; every axis of its inputs may have any size."""
     head = head_of(model.config)
     axes = ("batch", "choices", "tokens") if head == "MultipleChoice" else ("batch", "tokens")
-    extents = (2, 3, 5)[: len(axes)]  # 0 and 1 would be taken for constants
+    extents = (2, 3, 5)[: len(axes)]  # the exporter makes constants of 0 and 1
     example = {name: torch.zeros(extents, dtype=torch.long) for name in input_names}
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     outputs = ("start_logits", "end_logits") if head == "QuestionAnswering" else ("logits",)
@@ -83,17 +84,13 @@ def input_names(model: PreTrainedModel, tokenizer_names: Sequence[str]) -> list[
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's warnings, which concern its authors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def quantize(proto: onnx.ModelProto, model: nn.Module) -> None:
@@ -193,14 +190,9 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
     onnx.save(proto, path, save_as_external_data=is_external, location=location)
 
 
-def nonzeros(path: Path, names: Sequence[str]) -> Masks:
+def nonzeros(path: Path, names: Container[str]) -> Masks:
     """Where the named initializers of a file are not zero."""
-    wanted = set(names)
-    return {
-        initializer.name: torch.from_numpy(numpy_helper.to_array(initializer) != 0)
-        for initializer in onnx.load(path).graph.initializer
-        if initializer.name in wanted
-    }
+    return {name: tensor != 0 for name, tensor in read_onnx(path) if name in names}
 
 
 def rounded_to_zero(model: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,6 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import (
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,14 +18,10 @@ from transformers import (
 
 from opfa.data.order import HELD_OUT, generator
 from opfa.errors import DataError, ModelError
-from opfa.models.encoders import (
-    dropouts,
-    keep_values,
-    load_config,
-    load_weights,
-    of_encoder,
-)
+from opfa.models.configs import load_config
+from opfa.models.encoders import HEADS, load_weights, of_encoder
 from opfa.models.fit import fit_tokenizer
+from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.skeleton import try_out
 from opfa.tasks import beginnings, features, scores, squad
 from opfa.tasks import classes as classing
@@ -67,7 +59,7 @@ KINDS = {
         check=reading.classified,
         build=features.sequences,
         misfit=CUT,
-        head=AutoModelForSequenceClassification,
+        head=HEADS["SequenceClassification"],
         head_name="SequenceClassification",
         has_classes=True,
         score=scores.of_classes,
@@ -77,7 +69,7 @@ KINDS = {
         check=reading.measured,
         build=features.sequences,
         misfit=CUT,
-        head=AutoModelForSequenceClassification,
+        head=HEADS["SequenceClassification"],
         head_name="SequenceClassification",
         score=scores.of_numbers,
         answers=scores.numbers,
@@ -86,7 +78,7 @@ KINDS = {
         check=reading.answered,
         build=features.windows,
         misfit="have an answer that no window holds whole; windows overlap by {0.stride_tokens}",
-        head=AutoModelForQuestionAnswering,
+        head=HEADS["QuestionAnswering"],
         head_name="QuestionAnswering",
         outputs=("start_logits", "end_logits"),
         score=squad.score,
@@ -96,7 +88,7 @@ KINDS = {
         check=reading.tagged,
         build=features.tagged_words,
         misfit=CUT,
-        head=AutoModelForTokenClassification,
+        head=HEADS["TokenClassification"],
         head_name="TokenClassification",
         has_classes=True,
         score=scores.of_tags,
@@ -106,7 +98,7 @@ KINDS = {
         check=reading.chosen,
         build=features.choices,
         misfit=CUT,
-        head=AutoModelForMultipleChoice,
+        head=HEADS["MultipleChoice"],
         head_name="MultipleChoice",
         score=scores.of_classes,
         answers=scores.likeliest,

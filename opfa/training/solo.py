@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opfa.compression.pruner import OneProcess
+from opfa.compression.pruner import Weights
 from opfa.errors import DivergedError
 from opfa.training.state import Run, Runs, save_runs
 
@@ -19,7 +19,7 @@ STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight tha
 UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
 
 
-class SoloEngine(OneProcess):
+class SoloEngine(Weights):
     """A model and its optimizer."""
 
     num_files = 1

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from opfa.data.order import HELD_OUT, generator
 from opfa.data.records import Bad, expand, read_records, stop
 from opfa.errors import DataError, opening, shown
-from opfa.models.encoders import load_tokenizer, quiet_transformers, wordpiece_tokenizer
+from opfa.models.configs import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
 from opfa.upstream.recipe import Corpus, TokenizerTraining

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from opfa.compression.distill import Scales, VocabularyLoss, hidden_loss, soft_loss
 from opfa.errors import ModelError
-from opfa.models.encoders import Features, pretraining_features, projection
+from opfa.models.pretraining import Features, pretraining_features, projection
 from opfa.training.clock import Clock
 from opfa.upstream.batches import Batch
 from opfa.upstream.recipe import Distillation

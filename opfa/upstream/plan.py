@@ -25,7 +25,8 @@ from typing import Any
 
 from opfa.compression.distill import rows_of_a_chunk
 from opfa.errors import ModelError, RecipeError
-from opfa.models.encoders import load_config, new_config, pretraining_skeleton
+from opfa.models.configs import load_config, new_config
+from opfa.models.pretraining import pretraining_skeleton
 from opfa.upstream.recipe import PretrainRecipe
 
 HISTOGRAMS = 8 * ((1 << 15) + (1 << 16))  # bytes that a mask update sums for one tensor

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RecipeError, opening, redacted
-from opfa.models.encoders import load_tokenizer
+from opfa.models.configs import load_tokenizer
 from opfa.storage import seal
 from opfa.training import distributed, launch
 from opfa.upstream.corpus import FORMAT, OLD_FORMAT, SUMMARY, measure, tokenizer_digest

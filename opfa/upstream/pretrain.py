@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
-from opfa.models.encoders import compile_models, decay_groups
+from opfa.models.pretraining import (
+    compile_models,
+    decay_groups,
+)
 from opfa.report import pictures as report
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, launch

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from opfa.compression.pattern import Pattern
 from opfa.errors import ModelError, RecipeError
-from opfa.models.encoders import load_pretraining_model, new_pretraining_model
 from opfa.models.fit import check_fit
+from opfa.models.pretraining import load_pretraining_model, new_pretraining_model
 from opfa.sparsity import masks
 from opfa.sparsity.layers import SPARSE_FROM, zero_masks
 from opfa.upstream.objective import Teacher

@@ -1,24 +1,27 @@
 """The compact file: a safetensors file in which a matrix is its positions and its values.
 
 A matrix NAME is stored as the tensors NAME.form, NAME.positions, NAME.values and NAME.scale of
-`opfa.weights.packing`, all else as it is. A SHA-256 over header and data finds any change, and
-nothing is unpacked before it was right. Byte for byte: model_cards/FORMAT.md.
+`opfa.weights.packing`, other tensors unchanged. A SHA-256 over header and data finds any
+change, and nothing is unpacked before it was checked. Byte for byte: model_cards/FORMAT.md.
 """
 
 import hashlib
+import io
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from opfa.errors import ModelError
-from opfa.weights.packing import PARTS, TYPES, Int8, form_of, pack, unpack
+from opfa.weights.packing import PARTS, TYPES, Form, Int8, form_of, pack, unpack
 
 FILE = "model.opfa.safetensors"
 VERSION = "1"
@@ -28,6 +31,8 @@ CONFIG = {ENTRY: {"quant_method": METHOD, "version": VERSION}}
 MOST_WEIGHTS_PER_BYTE = 1_000  # of a file, beyond the first 2^24; bounds what a small file can ask
 FREE_WEIGHTS = 1 << 24
 MOST_HEADER = 1 << 24  # bytes
+FORM = ".form"
+Wanted = Callable[[str, Sequence[int]], bool]  # name and shape of a tensor
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 
 
@@ -35,7 +40,7 @@ def write(tensors: Mapping[str, Tensor | Int8], path: Path, *, sparse: Iterable[
     """Write tensors: the named ones by positions and values, other matrices by their values.
 
     Only the fp32, fp16 and bf16 matrices called `weight` are packed. All comes back bit for bit,
-    an `Int8` as fp32.
+    an `Int8` as fp32. The digest is computed before anything is written.
     """
     sparse, parts = set(sparse), {}
     for name, tensor in tensors.items():
@@ -44,14 +49,14 @@ def write(tensors: Mapping[str, Tensor | Int8], path: Path, *, sparse: Iterable[
             parts |= {f"{name}.{part}": stored for part, stored in packed.items()}
         else:
             parts[name] = tensor.contiguous()
-    save_file(parts, path, {"format": "pt", "opfa-compact": VERSION, "sha256": "?" * 64})
-    header, offset = _header(path)
-    header["__metadata__"]["sha256"] = _digest(path, header, offset)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    with path.open("r+b") as file:  # sorted: safetensors' order of metadata is another every time
-        file.seek(8)
-        file.write(text.ljust(offset - 8))
-    CompactFile(path)  # within its limits
+    metadata = {"format": "pt", "opfa-compact": VERSION, "sha256": "?" * 64}
+    file = io.BytesIO(save(parts, metadata))
+    header, offset = _header(file)
+    _check_limit(path, [form_of(parts[n]) for n in parts if n.endswith(FORM)], file)
+    header["__metadata__"]["sha256"] = _digest(file, header, offset)
+    file.seek(8)  # sorted: safetensors' order of metadata is another every time
+    file.write(_json(header, ensure_ascii=False).ljust(offset - 8))
+    path.write_bytes(file.getbuffer())
 
 
 class CompactFile:
@@ -61,25 +66,25 @@ class CompactFile:
         """Open and verify; raises `ModelError` for anything but an undamaged compact file."""
         self.path = path
         try:
-            header, offset = _header(path)
-            metadata = header["__metadata__"]
-            version = metadata["opfa-compact"]
-            if version != VERSION:
-                raise ModelError(f"{path}: compact format {version!r}; this opfa reads {VERSION!r}")
-            if metadata["sha256"] != _digest(path, header, offset):
-                raise ModelError(f"{path}: is damaged, its SHA-256 is not what it says")
-            self._file = safe_open(path, "pt")
-            self._stored = set(self._file.keys())
-            packed = {n.removesuffix(".form") for n in self._stored if n.endswith(".form")}
-            self.forms = {name: form_of(self._file.get_tensor(f"{name}.form")) for name in packed}
+            with path.open("rb") as file:
+                header, offset = _header(file)
+                metadata = header["__metadata__"]
+                version = metadata["opfa-compact"]
+                if version != VERSION:
+                    raise ModelError(
+                        f"{path}: compact format {version!r}; this opfa reads {VERSION!r}"
+                    )
+                if metadata["sha256"] != _digest(file, header, offset):
+                    raise ModelError(f"{path}: is damaged, its SHA-256 is not what it says")
+                self._file = safe_open(path, "pt")
+                self._stored = set(self._file.keys())
+                packed = {n.removesuffix(FORM) for n in self._stored if n.endswith(FORM)}
+                self.forms = {name: form_of(self._file.get_tensor(name + FORM)) for name in packed}
+                _check_limit(path, self.forms.values(), file)
         except UNREADABLE as error:
             raise ModelError(f"{path}: not a compact file: {error!r}") from error
         parts = {f"{name}.{part}" for name in packed for part in PARTS}
         self.names = sorted(packed | (self._stored - parts))
-        most = FREE_WEIGHTS + MOST_WEIGHTS_PER_BYTE * path.stat().st_size
-        num_weights = sum(math.prod(form.shape) for form in self.forms.values())
-        if num_weights > most:
-            raise ModelError(f"{path}: holds {num_weights:,} weights; by its size {most:,} at most")
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """What is stored of a packed tensor: form, values, perhaps positions and scale."""
@@ -98,14 +103,23 @@ class CompactFile:
         return ((name, self.read(name)) for name in self.names)
 
 
-def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a safetensors file, a compact one or any, one at a time."""
+def tensors(path: Path, wanted: Wanted = lambda *_: True) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a safetensors file, a compact one or any, one at a time. A packed matrix that
+    isn't wanted stays packed: it comes on the "meta" device.
+    """
     with safe_open(path, "pt") as file:
-        if "opfa-compact" in (file.metadata() or {}):
-            yield from CompactFile(path)
+        if "opfa-compact" not in (file.metadata() or {}):
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
             return
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            yield name, file.get_tensor(name)
+    compact = CompactFile(path)
+    for name in compact.names:
+        form = compact.forms.get(name)
+        if form is None or wanted(name, form.shape):
+            yield name, compact.read(name)
+        else:
+            dtype = torch.float32 if form.dtype == torch.int8 else form.dtype
+            yield name, torch.empty(form.shape, dtype=dtype, device="meta")
 
 
 def _is_packable(name: str, tensor: Tensor) -> bool:
@@ -113,28 +127,38 @@ def _is_packable(name: str, tensor: Tensor) -> bool:
     return is_weight and tensor.ndim == 2 and tensor.numel() > 0 and tensor.dtype in TYPES[:-1]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def _check_limit(path: Path, forms: Iterable[Form], file: IO[bytes]) -> None:
+    """Refuse a file that is so small for its weights that it must be meant to fill memory."""
+    most = FREE_WEIGHTS + MOST_WEIGHTS_PER_BYTE * file.seek(0, os.SEEK_END)
+    num_weights = sum(math.prod(form.shape) for form in forms)
+    if num_weights > most:
+        raise ModelError(f"{path}: holds {num_weights:,} weights; by its size {most:,} at most")
+
+
+def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where its data begin."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_HEADER + 1
-        if length > min(MOST_HEADER, path.stat().st_size - 8):
-            raise ValueError("its header is not that of a safetensors file")
-        header = json.loads(file.read(length))
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_HEADER + 1
+    if length > min(MOST_HEADER, num_bytes - 8):
+        raise ValueError("it has no header of a safetensors file")
+    header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
     return header, 8 + length
 
 
-def _digest(path: Path, header: Mapping[str, Any], offset: int) -> str:
+def _digest(file: IO[bytes], header: Mapping[str, Any], offset: int) -> str:
     """SHA-256 of the header, without the digest itself and in one canonical form, and the data."""
     metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != "sha256"}
-    canonical = json.dumps(
-        {**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":")
-    )
-    digest = hashlib.sha256(canonical.encode())
-    with path.open("rb") as file:
-        file.seek(offset)
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest = hashlib.sha256(_json({**header, "__metadata__": metadata}))
+    file.seek(offset)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _json(header: Mapping[str, Any], *, ensure_ascii: bool = True) -> bytes:
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=ensure_ascii)
+    return text.encode()

@@ -30,7 +30,7 @@ from opfa.weights.sources import MATRIX_DIMS, Source, check_masks, is_mask, open
 from opfa.weights.sources import directory_of as directory_of
 
 
-def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
+def inspect(model: nn.Module | str | Path | Source) -> dict[str, Any]:
     """The sparsity report of a model; of a checkpoint by directory, file or Hub name much more.
 
     The keys of `sparsity.json`, and of a checkpoint also `dense` (the linear matrices without
@@ -41,7 +41,7 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     """
     if isinstance(model, nn.Module):
         return report(masks_of(model) or zero_masks(model))
-    source = open_source(str(model))
+    source = model if isinstance(model, Source) else open_source(str(model))
     stated = _stated(source.read_json("sparsity.json"), model)
     found = _read(source, set(stated["tensors"]) if stated else set(), model)
     result = report(found.masks)

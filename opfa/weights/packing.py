@@ -22,9 +22,9 @@ from torch import Tensor
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PARTS = ("form", "positions", "values", "scale")
-RUN = 255  # a gap's byte that stands for so many zeros and no value
+RUN = 255  # a byte of a gap: 255 zeros and no value
 ZSTANDARD = pyarrow.Codec("zstd", compression_level=1)
-MEMORY = pyarrow.system_memory_pool()  # gives back at once what is freed
+MEMORY = pyarrow.system_memory_pool()  # returns freed memory at once
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from opfa.storage.foreign import (
     weight_files,
 )
 from opfa.weights import compact
+from opfa.weights.compact import Wanted
 
 MATRIX_DIMS = 2
-Wanted = Callable[[str, Sequence[int]], bool]
 Reader = Callable[[Path, Wanted], Iterator[tuple[str, Tensor]]]
 
 
@@ -50,9 +50,8 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """The source that a path or Hub name means; raises `ModelError` where there is none.
-
-    Its tensors too, where the weights among them are stored apart from their masks.
+    """The source that a path or Hub name means; raises `ModelError` if there is none, and while
+    tensors are read if weights are stored apart from their masks.
     """
     source = _source(name)
 
@@ -66,15 +65,20 @@ def open_source(name: str) -> Source:
     return replace(source, tensors=tensors)
 
 
+def read_before(directory: Path, tensors: Mapping[str, Tensor]) -> Source:
+    """A directory whose tensors are here already, so that they aren't read again."""
+    return replace(_directory(directory), tensors=lambda _: iter(tensors.items()))
+
+
 def is_mask(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is a mask that another tool left beside a matrix."""
     return len(shape) == MATRIX_DIMS and bool(MASK.search(name))
 
 
 def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
-    """Raise `ModelError` where one of these masks, by the names that they have in the checkpoint,
-    has a zero and the weight beside it has not; `found` are the nonzeros of weights. A mask of rows
-    or columns is [out, 1] or [1, in]; one of another shape masks something else.
+    """Raise `ModelError` if a mask has a zero where the weight beside it has none; `found` are the
+    nonzeros of weights. A mask of rows or columns is [out, 1] or [1, in]; one of another shape
+    masks something else.
     """
     for name, mask in masks.items():
         weight = f"{name.rpartition('.')[0]}.weight"
@@ -104,12 +108,7 @@ def _source(name: str) -> Source:
     files, tensors = weight_files(remote.sizes, name, remote.read)
     if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
         source = _directory(directory_of(name))
-        return Source(
-            tensors=source.tensors,
-            read_json=source.read_json,
-            file_bytes=source.file_bytes,
-            downloaded_bytes=lambda: source.file_bytes,
-        )
+        return replace(source, downloaded_bytes=lambda: source.file_bytes)
     return Source(
         tensors=lambda wanted: _checked(files, tensors, lambda f: remote.tensors(f, wanted), name),
         read_json=remote.read_json,
@@ -136,9 +135,7 @@ def directory_of(name: str) -> Path:
 
 
 def small_files_of(name: str) -> Path:
-    """The directory of a model's configurations and tokenizer; of the Hub only these are
-    downloaded.
-    """
+    """The directory of a model's configurations and tokenizer. Only these are downloaded."""
     return _downloaded(name, list(TOKENIZER_FILES))
 
 
@@ -154,7 +151,7 @@ def _checked(
     read: Callable[[str], Iterator[tuple[str, Tensor]]],
     where: object,
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of files; raises `ModelError` at the end of one that lacks what an index says."""
+    """All tensors of files; raises `ModelError` after a file that lacks a tensor of the index."""
     for file in files:
         missing = {name for name, place in tensors.items() if place == file}
         for name, tensor in read(file):
@@ -228,16 +225,15 @@ def _readable(file: Path) -> Iterator[None]:
     with opening(file):
         try:
             yield
-        except pickle.UnpicklingError as error:  # torch's text says how to run what is in it
+        except pickle.UnpicklingError as error:  # torch's text says how to run its code
             raise ModelError(
                 f"{file}: can't be read: no pickle, or one of more than tensors"
             ) from error
 
 
 def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted  # pages of the mapped file are read when they are used
-    with _readable(file):
-        yield from compact.tensors(file)
+    with _readable(file):  # pages of the mapped file are read when they are used
+        yield from compact.tensors(file, wanted)
 
 
 def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:

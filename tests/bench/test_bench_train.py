@@ -16,7 +16,9 @@ from opfa.bench.plain import Plain
 from opfa.bench.train import Ours, bench_train, variant_of
 from opfa.commands import app as cli
 from opfa.errors import RecipeError, RunError
-from opfa.models.encoders import load_pretraining_model, load_tokenizer, write_model
+from opfa.models.configs import load_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.sparsity.layers import masked_layers
 from opfa.sparsity.masks import fingerprint, nonzero_masks
 from opfa.upstream.recipe import PretrainRecipe

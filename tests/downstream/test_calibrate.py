@@ -18,7 +18,7 @@ from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
-from opfa.models.encoders import load_tokenizer
+from opfa.models.configs import load_tokenizer
 from opfa.tasks import kinds as tasks
 from opfa.upstream.pretrain import pretrain
 from opfa.weights.inspection import inspect

@@ -22,7 +22,7 @@ from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.errors import DivergedError, ModelError, RecipeError, RunError
-from opfa.models.encoders import load_config
+from opfa.models.configs import load_config
 from opfa.training.checkpoint import model_digest
 from opfa.training.distributed import Stopped
 from opfa.training.loop import Concern, Progress

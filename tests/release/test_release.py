@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,11 +29,13 @@ from opfa.downstream.sweep import sweep
 from opfa.errors import ModelError, RecipeError, RunError
 from opfa.hub import manifest
 from opfa.models.encoders import load_finetuned_model
-from opfa.release import release as releasing
+from opfa.release import rounding
 from opfa.release.release import push, release, unpack
 from opfa.release.rounding import write_weights
 from opfa.report import pictures as report
 from opfa.storage import seal
+from opfa.training import finished
+from opfa.training.checkpoint import model_digest
 from opfa.upstream.pretrain import pretrain
 from opfa.weights import compact
 from opfa.weights.inspection import inspect
@@ -274,7 +277,7 @@ def test_embeddings_that_were_trained_in_8_bits_can_not_stay(
 
 
 def changed(run: Path, to: Path, name: str, value: float) -> Path:
-    """A copy of a run in whose model one weight was changed."""
+    """A copy of a run that wrote another weight than its sparsity.json says."""
     shutil.copytree(run, to)
     path = to / "model" / "model.safetensors"
     tensors = load_file(path)
@@ -282,6 +285,8 @@ def changed(run: Path, to: Path, name: str, value: float) -> Path:
     place = int((flat == 0).nonzero()[0] if value else (flat != 0).nonzero()[0])
     flat[place] = value
     save_file(tensors, path, {"format": "pt"})
+    done = json.loads((to / "done.json").read_text())
+    finished.write(to, {**done, "model_sha256": model_digest(to / "model")})
     return to
 
 
@@ -346,17 +351,52 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
 def test_a_weight_file_with_other_zeros_than_the_model_is_not_released(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losing_one(source: Path, directory: Path, *_: Any, **__: Any) -> bool:
-        tensors = load_file(source / "model.safetensors")
-        weight = tensors["bert.encoder.layer.0.attention.self.query.weight"].view(-1)
-        weight[int(weight.nonzero()[0])] = 0.0
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-        return True
+    def losing_one(tensor: Tensor, scheme: quant.Scheme) -> tuple[Tensor, Tensor]:
+        values, scale = to_int8(tensor, scheme)
+        tensor.view(-1)[int(tensor.view(-1).nonzero()[0])] = 0.0
+        return values, scale
 
-    monkeypatch.setattr(releasing, "write_weights", losing_one)
-    with pytest.raises(ModelError, match=r"query\.weight has \{.*\}, not \{"):
+    to_int8 = quant.to_int8
+    monkeypatch.setattr(quant, "to_int8", losing_one)
+    with pytest.raises(ModelError, match=r"its zeros are not what its sparsity\.json says"):
+        release(run, tmp_path / "out", form="compact-int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_is_not_written_as_it_is_stops_a_release(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(tensors: dict[str, Tensor], *rest: Any) -> None:
+        save_file({**tensors, "classifier.bias": tensors["classifier.bias"] + 1}, *rest)
+
+    monkeypatch.setattr(rounding, "save_file", careless)
+    with pytest.raises(ModelError, match=r"classifier\.bias was not written as it is"):
         release(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_byte_of_a_run_is_hashed_once_and_read_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the file that is written is hashed for the card, and once more at the end."""
+    hashed, read = Counter[str](), Counter[str]()
+    digest, tensors = seal.digest, compact.tensors
+
+    def counted(path: Path) -> str:
+        hashed["run" if run in path.parents else path.name] += 1
+        return digest(path)
+
+    def counted_tensors(path: Path, *rest: Any) -> Iterator[tuple[str, Tensor]]:
+        read["run" if run in path.parents else path.name] += 1
+        return tensors(path, *rest)
+
+    monkeypatch.setattr(seal, "digest", counted)
+    monkeypatch.setattr(manifest, "digest", counted)
+    monkeypatch.setattr(compact, "tensors", counted_tensors)
+    release(run, tmp_path / "out")
+    assert read == {"run": 1, "model.safetensors": 1}
+    assert hashed["run"] == len(seal.files_of(run / "model")) + len(finished.RECORDS)
+    assert hashed["model.safetensors"] == 2
 
 
 def test_only_what_belongs_to_a_model_is_taken_along(run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from conftest import sentences, write_records
 from opfa.commands import app as cli
 from opfa.errors import STOPPED, RunError
 from opfa.hub.manifest import check
-from opfa.models.encoders import load_pretraining_model, load_tokenizer, write_model
+from opfa.models.configs import load_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.report.tables import figure
 from opfa.storage import seal
 from opfa.weights.inspection import inspect

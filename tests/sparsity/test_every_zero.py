@@ -34,7 +34,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
-from opfa.models.encoders import quiet_transformers, wordpiece_tokenizer
+from opfa.models.configs import quiet_transformers, wordpiece_tokenizer
 from opfa.release.release import release, unpack
 from opfa.release.rounding import write_weights
 from opfa.runtimes.export import export

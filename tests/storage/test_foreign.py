@@ -23,14 +23,8 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.student import hold_zeros
 from opfa.errors import ModelError, OpfaError
 from opfa.hub.download import download
-from opfa.models.encoders import (
-    encoder_skeleton,
-    load_config,
-    load_tokenizer,
-    new_config,
-    wordpiece_tokenizer,
-    write_model,
-)
+from opfa.models.configs import load_config, load_tokenizer, new_config, wordpiece_tokenizer
+from opfa.models.encoders import encoder_skeleton, write_model
 from opfa.models.fit import fit_tokenizer
 from opfa.models.skeleton import num_positions
 from opfa.sparsity.layers import zero_masks

@@ -22,7 +22,8 @@ from test_foreign import tiny
 
 from opfa.commands import app as cli
 from opfa.errors import ModelError
-from opfa.models.encoders import load_config, load_finetuned_model, load_tokenizer
+from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.encoders import load_finetuned_model
 from opfa.storage.files import write_text
 
 CODE = """from pathlib import Path

@@ -13,7 +13,7 @@ from conftest import dense_labels, outside, pretrain_values
 
 from opfa.compression.pattern import Pattern
 from opfa.data.order import Order
-from opfa.models.encoders import load_pretraining_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.upstream.batches import Prepared, masker, training_steps
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.weights.inspection import inspect

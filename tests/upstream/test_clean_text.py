@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from opfa.bench import train as bench_train
 from opfa.compression import distill
 from opfa.errors import RecipeError
-from opfa.models.encoders import load_pretraining_model
+from opfa.models.pretraining import load_pretraining_model
 from opfa.release.provenance import row_of
 from opfa.release.release import release
 from opfa.training.checkpoint import model_digest

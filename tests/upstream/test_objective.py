@@ -9,12 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from opfa.models.encoders import (
-    new_pretraining_model,
-    pretraining_features,
-    projection,
-    wordpiece_tokenizer,
-)
+from opfa.models.configs import wordpiece_tokenizer
+from opfa.models.pretraining import new_pretraining_model, pretraining_features, projection
 from opfa.training.clock import Clock
 from opfa.upstream.batches import Batch
 from opfa.upstream.objective import Counts, Losses, Objective, Teacher

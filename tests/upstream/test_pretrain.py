@@ -20,13 +20,9 @@ from transformers import AutoConfig, BertForPreTraining, BertModel
 from opfa.compression.selection import num_zeros
 from opfa.data.order import Order
 from opfa.errors import DataError, ModelError, RecipeError, RunError
-from opfa.models.encoders import (
-    FAMILIES,
-    load_pretraining_model,
-    load_tokenizer,
-    new_pretraining_model,
-    write_model,
-)
+from opfa.models.configs import load_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.pretraining import FAMILIES, load_pretraining_model, new_pretraining_model
 from opfa.sparsity.masks import load
 from opfa.storage import seal
 from opfa.training import checkpoint
