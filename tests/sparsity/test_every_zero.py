@@ -218,7 +218,7 @@ IS_LONG = settings.get_current_profile_name() == "many"
 IN_8_BITS = {"seed": 1, "dtype": torch.float32, "bits": 8, "form": "compact-int8"}
 
 
-# Three models; with 200 random ones, which take about MINUTES minutes:
+# Three models; with 200 random ones, which take some 20 minutes of one free core:
 # python -m pytest tests/test_every_zero.py -k from_fine_tuning --hypothesis-profile=many
 @settings(
     max_examples=200,
