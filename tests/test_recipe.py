@@ -16,6 +16,7 @@ from opfa.errors import RecipeError
 from opfa.training.zero import DeepSpeedFile
 from opfa.upstream.recipe import PretrainRecipe
 
+LAUNCH = Path(__file__).parents[1] / "launch"
 PRETRAIN = """
 name = "tiny"
 [corpus]
@@ -388,7 +389,6 @@ def test_an_impossible_pruning_schedule_is_refused(
     ("overrides", "message"),
     [
         (("training.warmup_steps=20",), "training.warmup_steps = 20: must be below steps = 20"),
-        (("launch.deepspeed=launch/zero0.json",), "stage 0 not with bf16"),
         (("training.rewind_learning_rate=true",), r"rewind_learning_rate: needs \[pruning\]"),
         (("corpus.hub=a/b",), "corpus: documents, hub: give exactly one of the two"),
         (("corpus.documents=[]",), "corpus: documents, hub: give exactly one of the two"),
@@ -405,9 +405,22 @@ def test_a_contradiction_in_an_upstream_recipe_is_refused(
         pretrain(tmp_path, *overrides)
 
 
-def test_stage_0_is_allowed_in_fp32(tmp_path: Path) -> None:
-    recipe = pretrain(tmp_path, "launch.deepspeed=launch/zero0.json", "training.precision=fp32")
-    assert recipe.launch.deepspeed_file().stage == 0
+def test_stage_0_is_allowed_in_fp32_only(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, f"launch.deepspeed={LAUNCH}/zero0.json")
+    with pytest.raises(RecipeError, match=r"zero0\.json': stage 0 not with bf16"):
+        recipe.deepspeed_file(1)
+    recipe = pretrain(tmp_path, f"launch.deepspeed={LAUNCH}/zero0.json", "training.precision=fp32")
+    assert recipe.deepspeed_file(1).stage == 0
+
+
+def test_stage_3_can_not_be_compiled(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, f"launch.deepspeed={LAUNCH}/zero3.json", "launch.compile=true")
+    with pytest.raises(RecipeError, match="launch.compile = true: not with stage 3"):
+        recipe.deepspeed_file(1)
+
+
+def test_a_recipe_is_checked_without_opening_other_files(tmp_path: Path) -> None:
+    assert pretrain(tmp_path, "launch.deepspeed=nowhere.json").launch.deepspeed == "nowhere.json"
 
 
 def test_the_learning_rate_rewinds_only_when_the_recipe_says_so(tmp_path: Path) -> None:

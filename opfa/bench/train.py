@@ -255,7 +255,8 @@ class Ours:
         order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
         self._clock = Clock()
         watch = Supervisor(float("inf"))
-        self.trainer = Trainer(recipe, prepared, order, device, watch, self._clock)
+        file = recipe.deepspeed_file(1)
+        self.trainer = Trainer(recipe, prepared, order, device, watch, file, self._clock)
         self.trainer.engine.module.train()
         self._has_masks = recipe.pruning is not None
         if self._has_masks:

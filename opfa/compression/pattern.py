@@ -39,9 +39,13 @@ class Pattern(Section):
     """
 
     include: tuple[str, ...] = (ENCODER_LAYER,)
+    """Regular expressions, searched for in the names of linear layers."""
     exclude: tuple[str, ...] = ()
+    """Of those, the ones to leave dense."""
     scope: Literal["layer", "global"] = "layer"
+    """Whether each tensor reaches the target, or all of them together."""
     monotone: bool = False
+    """A pruned weight never comes back."""
 
     @field_validator("include", "exclude")
     @classmethod

@@ -46,6 +46,7 @@ from opfa.training.clock import Clock
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.engine import Engine, start_distributed
 from opfa.training.run import Run, check_output
+from opfa.training.zero import DeepSpeedFile
 from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Losses, Objective, Targets, Teacher
 from opfa.upstream.prepared import Prepared, open_together
@@ -67,6 +68,7 @@ def pretrain(
     """
     launch.check_rendezvous()
     check_output(output, recipe, resume)
+    file = recipe.deepspeed_file(launch.place().world_size)
     timeout, steps = recipe.launch.timeout_seconds, recipe.training.steps
     with distributed.Supervisor(timeout) as supervisor:
         device = start_distributed(timeout)
@@ -76,7 +78,7 @@ def pretrain(
         )
         supervisor.beat("loading the models")
         order = order_of(recipe, prepared.lengths(), rank, world_size)
-        trainer = Trainer(recipe, prepared, order, device, supervisor)
+        trainer = Trainer(recipe, prepared, order, device, supervisor, file)
         with Run(output, recipe, steps=steps, is_writer=rank == 0) as run:
             # Rank 0 decides: machines may look at the run directory at different times.
             if distributed.on_first_rank(lambda: run.is_done):
@@ -96,7 +98,7 @@ def pretrain(
             this = {
                 "from_step": start,
                 "world_size": world_size,
-                "deepspeed": recipe.launch.deepspeed_file(world_size).values(),
+                "deepspeed": file.values(),
             }
             run.describe(facts, this)
             settings = recipe.logging
@@ -115,6 +117,7 @@ class Trainer:
         order: Order,
         device: torch.device,
         supervisor: Supervisor,
+        file: DeepSpeedFile,
         clock: Clock | None = None,
     ) -> None:
         """Load everything and check that it fits together, before any work is done. Collective."""
@@ -144,7 +147,7 @@ class Trainer:
             micro_batch=order.micro_batch,
             accumulation=order.accumulation,
             precision=training.precision,
-            file=recipe.launch.deepspeed_file(order.world_size),
+            file=file,
         )
         self.student = student
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
