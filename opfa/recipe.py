@@ -220,9 +220,7 @@ def _problem(value: Any, *, is_deep: bool) -> str | None:  # Any: as above
 
 
 def _place(error: Mapping[str, Any]) -> tuple[tuple[str | int, ...], bool]:
-    """The key of an error of pydantic, and whether the value may have several types, which have an
-    error each.
-    """
+    """The key of pydantic's error, and whether each of several allowed types has an error."""
     location = error["loc"]
     is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)
     return (location[:-1] if is_scalar else location), is_scalar

@@ -116,9 +116,7 @@ class _Pieces:
         return skipped
 
     def next(self, mark: str = "") -> str:
-        """The next character that is no blank, which is skipped if it is `mark`; "" at the end of
-        the file.
-        """
+        """The next character but blanks, skipped if it is `mark`; "" at the end of the file."""
         while True:
             found = BLANKS.match(self.text, self.place)
             assert found is not None, "it matches nothing too"

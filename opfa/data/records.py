@@ -36,9 +36,7 @@ def stop(error: DataError) -> None:
 
 
 def expand(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths or glob patterns name, sorted within a pattern; each must name at least
-    one.
-    """
+    """The files that paths or glob patterns name, sorted within each one, which must name some."""
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(pattern, recursive=True))

@@ -29,8 +29,8 @@ MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
 class Examples:
     """One checked split, by column.
 
-    `texts` are texts, or lists of words; `pairs` are texts, or lists of choices; `labels` are class
-    names, lists of them, numbers, or SQuAD's answers.
+    `texts` may be lists of words, `pairs` lists of choices; `labels` are names of classes, lists of
+    them, numbers, or SQuAD's answers.
     """
 
     source: str
@@ -54,9 +54,7 @@ class Examples:
         return replace(self, **{name: [c[i] for i in indices] for name, c in columns.items()})
 
     def held_out(self, fraction: float, by_context: bool) -> tuple["Examples", "Examples"]:
-        """Two parts, of which the second one is held out. `by_context` keeps all questions of one
-        context in the same part.
-        """
+        """Two parts, the second one held out. `by_context` never divides a context's questions."""
         groups = self.pairs if by_context and self.pairs else list(range(len(self.texts)))
         names = list(dict.fromkeys(groups))
         num_held = round(fraction * len(names))
@@ -144,9 +142,7 @@ def _file_rows(task: Task, file: Path) -> tuple[Names, Iterator[tuple[str, Row]]
 
 
 def _names_in(schema: Schema, label: str) -> Names:
-    """The names of classes that datasets keeps in a schema; other columns may be of types that it
-    doesn't know.
-    """
+    """The names of classes that `datasets` wrote into a schema, if it did."""
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = ((metadata.get("info") or {}).get("features") or {}).get(label)
     if feature is None:

@@ -86,9 +86,7 @@ def tagged_words(
     part: slice,
     labels: list[Any],
 ) -> tuple[Columns, int]:
-    """Words with their tags, cut at `sequence_tokens`. `words` are the indices of those that have
-    a token.
-    """
+    """Words with their tags, cut. `words` are the indices of those that have a token."""
     tokens = task.sequence_tokens
     kept = [beginnings.of_words(tokenizer, words, tokens) for words in examples.texts[part]]
     rows = [_with_blanks(words) for words in kept]
@@ -152,9 +150,8 @@ def windows(
 ) -> tuple[Columns, int]:
     """Questions with every window of their contexts, and the first answer in each.
 
-    `example` is the question's index; `context` the token range of the window's text; `offsets` are
-    its tokens' places in the context; `cls` is the place of [CLS]. What doesn't fit is an answer
-    that no window holds whole.
+    `example` is the question's index; `context` the window's token range; `offsets` the tokens'
+    places in the context; `cls` the place of [CLS]. A misfit is an answer in no window.
     """
     assert examples.pairs is not None, "the recipe asks for text_pair"
     _check_room(task, tokenizer, examples, part)

@@ -111,10 +111,7 @@ def load(
     config: PretrainedConfig,
     holdout: float = 0.0,
 ) -> Data:
-    """Read all splits; classes come from the task or the training split.
-
-    Which examples are held out doesn't depend on the recipe's seed, so that runs compare.
-    """
+    """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
     read = partial(reading.read, task, check=kind.check)
     train, validation = read(task.train), read(task.validation)
@@ -138,9 +135,7 @@ def load_validation(
     config: PretrainedConfig,
     choose: Callable[[int], Sequence[int]] | None = None,
 ) -> Split:
-    """Read the validation split alone, with the classes in the order of a trained model. `choose`
-    gets the number of examples and returns the indices to keep.
-    """
+    """The validation split alone, classes as in the model; `choose` picks indices of so many."""
     validation = reading.read(task, task.validation, KINDS[task.kind].check)
     if choose is not None:
         validation = validation.select(choose(len(validation.labels)))
@@ -208,9 +203,8 @@ def load_model(
     is_trained: bool = False,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """The model with the task's head, in fp32. A `dropout` is for training and not saved. A head
-    that doesn't fit is made anew, unless `is_trained` (a teacher, or a model to evaluate): then
-    everything must fit, classes included.
+    """The model with the task's head, in fp32; a head that doesn't fit is made anew. With
+    `is_trained` (a teacher, a model to evaluate) everything must fit. `dropout` isn't saved.
     """
     kind, config = KINDS[task.kind], load_config(init)
     changed = dropouts(config, dropout)
@@ -271,9 +265,7 @@ def is_target(batch: Batch) -> Tensor:
 
 
 def in_context(task: Task, logits: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-    """Logits in fp32, in which no answer begins or ends in padding: so the loss is the same however
-    a batch is cut.
-    """
+    """Logits in fp32; no answer is in padding, so the loss doesn't depend on how a batch is cut."""
     logits = [tensor.float() for tensor in logits]
     if task.kind != "question-answering" or "attention_mask" not in batch:
         return logits

@@ -116,9 +116,7 @@ def write_summary(
     tokenizer: PreTrainedTokenizerBase,
     num_skipped: int = 0,
 ) -> dict[str, Any]:
-    """Write corpus.json as the last of the files; returns it without its list of files, which
-    depends on the number of processes.
-    """
+    """Write corpus.json, the last file; returns it without its list of files."""
     summary = {
         "format": FORMAT,
         "corpus": corpus.model_dump(mode="json"),
@@ -142,9 +140,8 @@ def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
 def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]:
     """A WordPiece vocabulary, the same on every run.
 
-    Trained twice, since the trainer numbers "##a", "##b", … in the order of a hash map and breaks
-    ties by number (huggingface/tokenizers#1794): the first pass finds them, the second gets them in
-    order.
+    The trainer numbers "##a", "##b", … in random order and breaks ties by number
+    (huggingface/tokenizers#1794), so a first pass finds them, and the second one gets them sorted.
     """
     vocabulary: dict[str, int] = {}
     size = _num_at_once(documents)

@@ -90,9 +90,7 @@ def open_together(
 
 
 def summary_of(directory: Path, corpus: Corpus) -> dict[str, Any]:
-    """What `corpus.json` says, checked with all files but the examples; raises `DataError`, and
-    `RecipeError` where it was made by another recipe.
-    """
+    """What `corpus.json` says, checked against the recipe and all files but the examples."""
     path = directory / SUMMARY
     if not path.is_file():
         raise DataError(

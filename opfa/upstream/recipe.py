@@ -217,9 +217,7 @@ class PretrainRecipe(Recipe):
         return self
 
     def deepspeed_file(self, processes: int) -> DeepSpeedFile:
-        """Read the DeepSpeed configuration and check that it suits this recipe; raises
-        `RecipeError`.
-        """
+        """Read the DeepSpeed file and check that it suits this recipe; raises `RecipeError`."""
         file = DeepSpeedFile.load(self.launch.deepspeed, processes)
         where = f"launch.deepspeed = {self.launch.deepspeed!r}"
         if self.training.precision != "fp32" and file.stage == 0:
