@@ -1,12 +1,9 @@
 """Recipes: strict TOML files that become frozen, typed objects.
 
-The object that a recipe fills is the object that the code uses. Unknown keys are refused, the
-problems of a file are reported in one error, and nothing is repaired or guessed. A recipe says what
-defines a result; values given on the command line as `section.key=value` (TOML syntax on the right,
-bare words allowed) replace single keys.
-
-What a recipe may hold is bounded, so that a wrong or hostile one is refused in seconds: its size,
-its depth, the length of texts and lists, and numbers to what 64 bits and fp32 hold.
+The object that a recipe fills is the object that the code uses. Unknown keys are refused, all
+problems of a file are in one error, and nothing is repaired or guessed. `section.key=value` on the
+command line (TOML on the right, bare words allowed) replaces a key. Size, depth, texts, lists and
+numbers are bounded, so that a wrong or hostile recipe is refused in seconds.
 """
 
 import difflib
@@ -27,14 +24,14 @@ SCALARS = {"str", "int", "float", "bool"}
 MOST_BYTES = 1 << 20  # of a recipe file
 MOST_CHARACTERS = 4_096  # of a text; a path has no more
 MOST_ITEMS = 100_000  # of a list
-MOST_KEYS = 1_000  # of free names in a section, and of unknown ones that are looked at singly
+MOST_KEYS = 1_000  # of a section
 DEEPEST = 16  # sections and lists within each other
-MOST_PROBLEMS = 20  # that are told
+MOST_PROBLEMS = 20  # that are reported
 LONGEST_PART = 60  # characters of a key that are shown, between two dots
 MOST_SHOWN = 3  # overrides and keys in one message
 MOST_ITEMS_SHOWN = 10  # of a list
 LARGEST = 3.4e38  # of fp32
-WRONG = {"": []}  # in the place of a value that was told already; no key takes it
+WRONG = {"": []}  # in the place of a value that was reported already; no key accepts it
 # tomllib takes time and memory that grow with the square of a dotted key's length
 DOTTED = re.compile(
     r"""(?<![\w"'-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}"""
@@ -45,14 +42,24 @@ Name = Annotated[str, Field(max_length=200)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]  # --seeds counts on from it, within 64 bits
 Batch = Annotated[int, Field(ge=1, le=1 << 20)]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """Base of everything a recipe can say: frozen, keyword-only, no unknown keys, no silent
-    conversions.
+    conversions. The text below a key says what it means; recipes/README.md shows it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Recipe(Section):
@@ -79,32 +86,30 @@ class Recipe(Section):
     def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:
         """Make a recipe from plain values."""
         problems: dict[str, str] = {}  # by key
-        bounded = _bounded(values, (), cls, problems)
+        bounded = _bounded(values, (), problems)
         found = None
         try:
             # JSON mode: strict about types, but lists may fill tuples and strings may fill enums.
             found = cls.model_validate_json(json.dumps(bounded))
         except ValidationError as error:
-            told = tuple(f"{key}." for key in problems)
+            reported = tuple(f"{key}." if key else "" for key in problems)
             for each in map(dict, error.errors(include_url=False)):
                 key = _dotted(_place(each)[0])
-                if key not in problems and not key.startswith(told):
+                if key not in problems and not key.startswith(reported):
                     problems[key] = _explain(cls, each) if len(problems) < MOST_PROBLEMS else ""
-        if found is None or problems:
-            lines = list(problems.values())
-            more = len(lines) - MOST_PROBLEMS
-            lines = [*lines[:MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
-            raise RecipeError(f"{where}:\n  " + "\n  ".join(lines))
-        return found
+        if found is not None and not problems:
+            return found
+        lines = list(problems.values())
+        if more := len(lines[MOST_PROBLEMS:]):
+            lines[MOST_PROBLEMS:] = [f"and {more:,} more"]
+        raise RecipeError(f"{where}:\n  " + "\n  ".join(lines))
 
     def to_toml(self) -> str:
-        """Write the resolved recipe, complete and reusable, but for secrets in it."""
+        """The resolved recipe as text, complete and reusable, without the secrets in it."""
         return _toml(redacted(self.model_dump(mode="json", exclude_none=True)))
 
     def sha256(self) -> str:
-        """Digest of the resolved recipe: equal recipes, equal digests, whatever the file looked
-        like, and whatever passwords its addresses have.
-        """
+        """Digest of the resolved values, whatever the file looked like, without secrets."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
 
@@ -112,9 +117,7 @@ RecipeType = TypeVar("RecipeType", bound=Recipe)
 
 
 def read_small(path: Path | str, where: str, kind: str) -> str:
-    """The text of a small file, such as a recipe; raises `RecipeError`, in which `where` names
-    it.
-    """
+    """The text of a small file; raises `RecipeError`, whose message begins with `where`."""
     problem = f"{where}: can't read this {kind}"
     try:
         path = Path(path)
@@ -158,81 +161,65 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             what = f"{brief(part)!r} is a value, not a section"
             raise RecipeError(f"{brief(override)!r}: {what}")
-    if text.strip():
-        target[parts[-1]] = _override_value(override, text)
-    else:
-        target.pop(parts[-1], None)
-
-
-def _override_value(override: str, text: str) -> Any:  # Any: whatever TOML can hold
     try:
-        found = _parsed(f"value = {text}")
+        found = _parsed(f"value = {text}") if text.strip() else {}
     except tomllib.TOMLDecodeError:
-        return text.strip()  # a bare word, such as a path
+        found = {"value": text.strip()}  # a bare word, such as a path
     except ValueError as error:
         raise RecipeError(f"{brief(override)!r}: {error}") from error
     if len(found) > 1:
         raise RecipeError(f"{brief(override)!r}: more than one value")
-    return found["value"]
+    if found:
+        target[parts[-1]] = found["value"]
+    else:
+        target.pop(parts[-1], None)
 
 
 def _bounded(  # Any: what TOML and JSON can hold
-    value: Any, location: tuple[str | int, ...], root: type[BaseModel], problems: dict[str, str]
+    value: Any, location: tuple[str | int, ...], problems: dict[str, str]
 ) -> Any:
     """The same value without what is beyond the bounds, which goes to the problems by key."""
-    fields = _fields(root, location) if isinstance(value, Mapping) else None
-    problem = _problem(value, is_free=fields is None, is_deep=len(location) > DEEPEST)
+    problem = _problem(value, is_deep=len(location) > DEEPEST)
     if problem is not None:
         key = _dotted(location)
         problems[key] = f"{key}: {problem}" if key else problem
         return WRONG
     if isinstance(value, list):
-        return [_bounded(item, (*location, i), root, problems) for i, item in enumerate(value)]
-    if not isinstance(value, Mapping):
-        return value
-    unknown = [key for key in value if fields is not None and key not in fields]
-    if len(unknown) > MOST_KEYS:
-        key = _dotted((*location, "*"))
-        some = ", ".join(brief(name, 40) for name in unknown[:MOST_SHOWN])
-        problems[key] = f"{key}: unknown keys: {some} and {len(unknown) - MOST_SHOWN:,} more"
-        value = {name: value[name] for name in fields or () if name in value}
-    return {key: _bounded(item, (*location, key), root, problems) for key, item in value.items()}
+        return [_bounded(item, (*location, i), problems) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: _bounded(item, (*location, key), problems) for key, item in value.items()}
+    return value
 
 
-def _problem(value: Any, *, is_free: bool, is_deep: bool) -> str | None:  # Any: as above
-    """What is wrong with a value under any key; its parts are left aside."""
+def _problem(value: Any, *, is_deep: bool) -> str | None:  # Any: as above
+    """What is wrong with a value under any key, its parts left out."""
     match value:
-        case None | bool():
-            return None
-        case str():
-            if len(value) > MOST_CHARACTERS:
-                return f"{len(value):,} characters, at most {MOST_CHARACTERS:,} are taken"
-            if NO_TEXT.search(value):
-                return f"must be a text in UTF-8 without zero bytes (got {ascii(brief(value))})"
+        case str() if len(value) > MOST_CHARACTERS:
+            return f"{len(value):,} characters, at most {MOST_CHARACTERS:,} are accepted"
+        case str() if NO_TEXT.search(value):
+            return f"must be a text in UTF-8 without zero bytes (got {ascii(brief(value))})"
         case int() if not -(1 << 63) <= value < 1 << 63:
             return "must be an integer of at most 64 bits"
         case float() if math.isfinite(value) and abs(value) > LARGEST:
             return f"must be within fp32, from -{LARGEST} to {LARGEST} (got {value})"
-        case int() | float():
-            return None
+        case list() | Mapping() if is_deep:
+            return f"more than {DEEPEST} sections or lists within each other"
+        case Mapping() if NO_TEXT.search("".join(value)):
+            return "its keys must be texts in UTF-8 without zero bytes"
         case list() | Mapping():
-            if is_deep:
-                return f"more than {DEEPEST} sections or lists within each other"
-            if isinstance(value, Mapping) and NO_TEXT.search("".join(value)):
-                return "its keys must be texts in UTF-8 without zero bytes"
             most = MOST_ITEMS if isinstance(value, list) else MOST_KEYS
-            if len(value) > most and is_free:
-                return f"{len(value):,} values, at most {most:,} are taken"
-        case _:
-            kind = type(value).__name__
-            return f"a {kind} has no place in a recipe; write a text (got {brief(value)})"
-    return None
+            return (
+                f"{len(value):,} values, at most {most:,} are accepted"
+                if len(value) > most
+                else None
+            )
+        case None | str() | int() | float():
+            return None
+    return f"a {type(value).__name__} has no place in a recipe; write a text (got {brief(value)})"
 
 
 def _place(error: Mapping[str, Any]) -> tuple[tuple[str | int, ...], bool]:
-    """The key that an error of pydantic is about, and whether it is one of several errors, one for
-    each type that a free value may have.
-    """
+    """The key of pydantic's error, and whether each of several allowed types has an error."""
     location = error["loc"]
     is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)
     return (location[:-1] if is_scalar else location), is_scalar
@@ -251,8 +238,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing; this key is required"
     message = brief(error["msg"].removeprefix("Value error, "), 500)
-    if is_scalar:
-        message = "must be a string, a number or a boolean"
+    message = "must be a string, a number or a boolean" if is_scalar else message
     value = error["input"]
     shown = "" if isinstance(value, dict) else f" (got {_shown(value)})"
     return f"{key}: {message}{shown}" if key else message
@@ -266,10 +252,7 @@ def _shown(value: Any) -> str:  # Any: whatever JSON can hold
 
 def _dotted(location: Sequence[str | int]) -> str:
     """A key as a recipe has it, with long parts cut."""
-    parts = (str(part) for part in location)
-    return ".".join(
-        part if len(part) <= LONGEST_PART else brief(part, LONGEST_PART) for part in parts
-    )
+    return ".".join(brief(part, LONGEST_PART) for part in map(str, location))
 
 
 def _fields(root: type[BaseModel], location: Sequence[str | int]) -> Mapping[str, Any] | None:

@@ -252,7 +252,9 @@ class Ours:
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
         self._clock = Clock()
         watch = Supervisor(float("inf"))
-        self.trainer = Trainer(recipe, prepared, device, watch, self._clock)
+        self.trainer = Trainer(
+            recipe, prepared, device, watch, recipe.deepspeed_file(1), self._clock
+        )
         self.trainer.student.train()
         self._prune()
         self._batches = self.trainer.batches(0)

@@ -41,12 +41,18 @@ class Pattern(Section):
     """
 
     include: tuple[str, ...] = (ENCODER_LAYER,)
+    """Regular expressions, searched for in the names of linear layers."""
     exclude: tuple[str, ...] = ()
+    """Of those, the ones to leave dense."""
     scope: Literal["layer", "global"] = "layer"
+    """Whether each tensor reaches the target, or all of them together."""
     monotone: bool = False
+    """A pruned weight never comes back."""
     # Their defaults are not written, so that recipes without them keep their digests.
     score: AnyScore = Field(default=Magnitude(), exclude_if=lambda score: score == Magnitude())
+    """What each weight is worth."""
     grain: AnyGrain = Field(default=Weight(), exclude_if=lambda grain: grain == Weight())
+    """Which weights are pruned together."""
 
     @field_validator("score", "grain", mode="before", json_schema_input_type=str | dict[str, Any])
     @classmethod

@@ -25,11 +25,17 @@ class Gradual(Section):
     """
 
     start: int = Field(default=0, ge=0)
+    """The first mask update, in finished steps."""
     end: int = Field(ge=0)
+    """The end of the ramp; equal to `start`: one shot."""
     hold_until: int | None = Field(default=None, ge=0)
+    """The last mask update; by default `end`."""
     every: int = Field(default=1, ge=1)
+    """Steps between mask updates."""
     initial: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Sparsity of the first update."""
     target: float = Field(ge=0.0, lt=1.0)
+    """Sparsity at the end of the ramp."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

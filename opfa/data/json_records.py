@@ -23,29 +23,21 @@ BLANKS = re.compile(r"[ \t\r\n]*")
 ONE_A_LINE = "JSON Lines have one object a line; a .json file may also hold one array of objects"
 
 
-class Twice(dict[str, Any]):
-    """An object of which keys stand twice."""
+class Twice(str):
+    """Stands in the place of the values of a key that stands twice; the text is the key."""
 
-    names: frozenset[str] = frozenset()
+    __slots__ = ()
 
 
-class Decoder(json.JSONDecoder):
-    """Knows whether a key stood twice in anything that it has read."""
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        made |= {name: Twice(name) for name, count in counts.items() if count > 1}
+    return made
 
-    has_met_twice = False
 
-    def __init__(self) -> None:
-        """Nothing was read yet."""
-        super().__init__(object_pairs_hook=self._object)
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            self.has_met_twice = True
-            counts = Counter(name for name, _ in pairs)
-            made = Twice(made)
-            made.names = frozenset(name for name, count in counts.items() if count > 1)
-        return made
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json(file: Path, columns: Columns) -> Iterator[Found]:
@@ -59,7 +51,6 @@ def read_json(file: Path, columns: Columns) -> Iterator[Found]:
 
 def read_json_lines(file: Path, columns: Columns) -> Iterator[Found]:
     """The records of a file with one object a line; empty lines are none."""
-    decoder = Decoder()
     hint = f"; {ONE_A_LINE}"  # what is wrong with the first line may be wrong with all
     for number, text, mistake in read_lines(file):
         if not (mistake or text.strip()):
@@ -70,45 +61,37 @@ def read_json_lines(file: Path, columns: Columns) -> Iterator[Found]:
             yield number, DataError(f"{where}: {problem}")
             continue
         try:
-            value = decoder.decode(text)
+            value = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
-            is_unfinished = (
-                isinstance(error, json.JSONDecodeError) and not text[error.pos :].strip()
-            )
-            problem = f"malformed JSON: {first_line(error)}{hint if is_unfinished else ''}"
+            is_cut = isinstance(error, json.JSONDecodeError) and not text[error.pos :].strip()
+            problem = f"malformed JSON: {first_line(error)}{hint if is_cut else ''}"
             yield number, DataError(f"{where}: {problem}")
         else:
-            yield number, _record(where, value, text, columns, decoder)
+            yield number, _record(where, value, text, columns)
         hint = ""
 
 
-def _record(
-    where: str, value: object, text: str, columns: Columns, decoder: Decoder
-) -> Record | DataError:
+def _record(where: str, value: object, text: str, columns: Columns) -> Record | DataError:
     """A value that was read from this text, if it is a record; else what is wrong with it."""
     if not isinstance(value, dict):
         hint = f"; {ONE_A_LINE}" if isinstance(value, list) else ""
         return DataError(f"{where}: not a JSON object{hint}")
-    wanted = value.keys() if columns is None else [name for name in columns if name in value]
-    try:
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is valid JSON, but no text
-            json.dumps([value[name] for name in wanted], ensure_ascii=False).encode()
-        values = [value[name] for name in wanted] if decoder.has_met_twice else []
-        twice = _twice(values)
-    except (ValueError, RecursionError) as error:
-        return DataError(f"{where}: malformed JSON: {first_line(error)}")
-    if isinstance(value, Twice):
-        twice = value.names.intersection(wanted) or twice
-    return DataError(f"{where}: {shown(min(twice))} stands twice") if twice else value
-
-
-def _twice(value: object) -> frozenset[str]:
-    """Keys that stand twice in an object somewhere in a value."""
-    if isinstance(value, Twice):
-        return value.names
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    nested = (_twice(each) for each in inner if isinstance(each, dict | list))
-    return next(filter(None, nested), frozenset())
+    wanted = value if columns is None else {n: value[n] for n in columns if n in value}
+    if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is valid JSON, but no text
+        try:
+            json.dumps(list(wanted.values()), ensure_ascii=False).encode()
+        except ValueError as error:
+            return DataError(f"{where}: malformed JSON: {first_line(error)}")
+    values: list[Any] = list(wanted.values())
+    while values:
+        match values.pop():
+            case Twice() as name:
+                return DataError(f"{where}: {shown(str(name))} stands twice")
+            case dict() as inner:
+                values += inner.values()
+            case list() as inner:
+                values += inner
+    return value
 
 
 class _Pieces:
@@ -116,7 +99,6 @@ class _Pieces:
 
     def __init__(self, file: Path, stream: TextIO) -> None:
         self.file, self.stream, self.text, self.place = file, stream, "", 0
-        self.decoder = Decoder()
         self.line, self.before = 1, 0  # where `place` is: its line, and characters before it there
 
     def more(self) -> bool:
@@ -125,39 +107,42 @@ class _Pieces:
         self.text, self.place = self.text[self.place :] + piece, 0
         return bool(piece)
 
-    def skip(self, stop: int) -> None:
-        """Go on to a place in `text`."""
+    def skip(self, stop: int) -> str:
+        """Go on to a place in `text`; returns what is before it."""
         last = self.text.rfind("\n", self.place, stop)
         self.before = self.before + stop - self.place if last < 0 else stop - last - 1
-        self.line += self.text.count("\n", self.place, stop)
-        self.place = stop
+        skipped, self.place = self.text[self.place : stop], stop
+        self.line += skipped.count("\n")
+        return skipped
 
-    def next(self) -> str:
-        """The next character that is no blank, which is not skipped; "" at the end of the file."""
-        begin, num_blank = self.line, 0
+    def next(self, mark: str = "") -> str:
+        """The next character but blanks, skipped if it is `mark`; "" at the end of the file."""
+        first, num_blank = self.line, 0
         while True:
             found = BLANKS.match(self.text, self.place)
             assert found is not None, "it matches nothing too"
             num_blank += found.end() - self.place
             self.skip(found.end())
             if num_blank > LARGEST:
-                raise DataError(f"{self.file}, line {begin}: {BLANK}")
+                raise DataError(f"{self.file}, line {first}: {BLANK}")
             if self.place < len(self.text):
-                return self.text[self.place]
+                begin = self.text[self.place]
+                self.skip(self.place + (begin == mark))
+                return begin
             if not self.more():
                 return ""
 
-    def value(self) -> tuple[object, str]:
-        """The value that begins here, and its text, which is skipped."""
+    def value(self, columns: Columns) -> Record | DataError:
+        """The record that begins here, which is skipped."""
         while True:
-            value, problem, num_read, size = None, None, 0, 0
+            value, problem, num_read = None, "", 0
             try:
-                value, stop = self.decoder.raw_decode(self.text, self.place)
+                value, stop = DECODER.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
                 problem, num_read = f"malformed JSON: {error.msg}", error.pos - self.place
                 stop = len(self.text)
                 if error.pos < stop - CUT and not error.msg.startswith("Unterminated string"):
-                    break
+                    raise self.error(problem, num_read) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(f"malformed JSON: {first_line(error)}") from None
             size = stop - self.place
@@ -167,49 +152,40 @@ class _Pieces:
                 break
         if problem:
             raise self.error(problem, num_read)
-        text = self.text[self.place : self.place + size]
-        self.skip(self.place + size)
-        return value, text
+        where, line, before = f"{self.file}, line {self.line}", self.line, self.before
+        text = self.skip(self.place + size)
+        return self._strange(line, before, text) or _record(where, value, text, columns)
 
     def error(self, problem: str, num_read: int = 0) -> DataError:
         """What is wrong after so many characters more, unless one of them isn't text at all."""
         seen = self.text[self.place : self.place + num_read + 1]
         line = self.line + seen.count("\n", 0, num_read)
-        strange = _misplaced(self.file, self.line, self.before, seen)
+        strange = self._strange(self.line, self.before, seen)
         return strange or DataError(f"{self.file}, line {line}: {problem}")
+
+    def _strange(self, line: int, before: int, text: str) -> DataError | None:
+        """What has no place in a text; `before` characters are in front of it in its line."""
+        for number, part in enumerate(text.split("\n") if misplaced(text) else (), line):
+            if mistake := misplaced(part, before if number == line else 0):
+                return DataError(f"{self.file}, line {number}: {mistake}")
+        return None
 
 
 def _array(file: Path, columns: Columns) -> Iterator[Found]:
     """The objects of an array. Where it is malformed, nothing after that can be read."""
     with open_text(file) as stream:
         pieces = _Pieces(file, stream)
-        pieces.next()
-        pieces.skip(pieces.place + 1)  # the bracket
-        is_first = True
-        while (begin := pieces.next()) != "]":
-            if not is_first and begin == ",":
-                pieces.skip(pieces.place + 1)
-                pieces.next()
-            elif not is_first:
+        pieces.next("[")
+        begin = pieces.next()
+        while begin != "]":
+            line = pieces.line
+            yield line, pieces.value(columns)
+            begin = pieces.next(",")
+            if begin not in (",", "]"):
                 what = repr(begin) if begin else "the end of the file"
                 raise pieces.error(f"malformed JSON: {what} instead of ','")
-            is_first = False
-            line, before = pieces.line, pieces.before
-            value, text = pieces.value()
-            strange = _misplaced(file, line, before, text)
-            where = f"{file}, line {line}"
-            yield line, strange or _record(where, value, text, columns, pieces.decoder)
-        pieces.skip(pieces.place + 1)
+            if begin == ",":
+                pieces.next()
+        pieces.next("]")
         if rest := pieces.next():
             raise pieces.error(f"malformed JSON: {rest!r} after the end of the array")
-
-
-def _misplaced(file: Path, line: int, before: int, text: str) -> DataError | None:
-    """What has no place in the text of an array; `before` characters are in front of it in its
-    first line.
-    """
-    if misplaced(text):
-        for index, part in enumerate(text.split("\n")):
-            if mistake := misplaced(part, 0 if index else before):
-                return DataError(f"{file}, line {line + index}: {mistake}")
-    return None

@@ -1,8 +1,7 @@
 """The lines of a text file, plain or compressed, however long the file or one of its lines is.
 
-What is wrong with a line (a byte that is no UTF-8, a zero byte, too many characters) comes beside
-it, so that whoever reads records can leave that record out. Nothing but a plain file is opened: a
-pipe or a device could keep a reader waiting for ever.
+What is wrong with a line (a byte that is no UTF-8, a zero byte, too many characters) comes with it,
+so that a reader can skip that record. Only plain files are opened: a pipe could block for ever.
 """
 
 import gzip

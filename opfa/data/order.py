@@ -20,9 +20,7 @@ GROUPED = 50
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
-    """An independent random stream for these numbers (Philox, counter based), the same on every
-    machine.
-    """
+    """An independent random stream for these numbers (Philox), the same on every machine."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
 
 

@@ -57,17 +57,15 @@ def _rows(batch: pyarrow.RecordBatch, schema: pyarrow.Schema) -> list[Record] | 
 def _one_by_one(file: Path, batch: pyarrow.RecordBatch, first: int) -> Iterator[Record | DataError]:
     for index in range(batch.num_rows):
         where = f"{file}, line {first + index}"
-        if _size(batch.slice(index, 1)) > LARGEST:
-            yield DataError(f"{where}: {TOO_LARGE}")
-            continue
         try:
+            if _size(batch.slice(index, 1)) > LARGEST:
+                raise DataError(f"{where}: {TOO_LARGE}")
             with opening(where, DataError):
                 names = batch.schema.names
                 row = {name: batch.column(name)[index].as_py() for name in names}
+            yield row
         except DataError as error:
             yield error
-        else:
-            yield row
 
 
 def _texts(table: ParquetFile, wanted: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from opfa.data.json_records import Columns, Found, Record, read_json, read_json_lines
 from opfa.data.lines import COMPRESSED, LARGEST, TOO_LONG, Line, check_plain, read_lines
@@ -26,27 +26,17 @@ TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
 ANY_BLANKS = re.compile(f"[{BLANKS}]+")
 
 
+CSV = {"strict": True}  # an unfinished quotation is a mistake
+TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # GLUE's: a quotation mark is a character
+
+
 def stop(error: DataError) -> None:
     """Skip nothing."""
     raise error
 
 
-class Csv(csv.excel):
-    """Comma-separated values; an unfinished quotation is a mistake."""
-
-    strict = True
-
-
-class Tsv(csv.excel_tab):
-    """Tab-separated values as GLUE's: a quotation mark is a character like any other."""
-
-    quoting = csv.QUOTE_NONE
-
-
 def expand(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths or glob patterns name, sorted within a pattern; each must name at least
-    one.
-    """
+    """The files that paths or glob patterns name, sorted within each one, which must name some."""
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(pattern, recursive=True))
@@ -72,7 +62,12 @@ def read_records(
             f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
         )
     is_empty = True
-    for number, found in _opened(file, READERS[kind], columns):
+    reader = READERS[kind](file, columns)
+    while True:
+        with opening(file, DataError):
+            number, found = next(reader, (0, None))
+        if found is None:
+            break
         if isinstance(found, DataError):
             bad(found)
         else:
@@ -80,11 +75,6 @@ def read_records(
             yield f"line {number}", found
     if is_empty:
         raise DataError(f"{file}: is empty")
-
-
-def _opened(file: Path, reader: Reader, columns: Columns) -> Iterator[Found]:
-    with opening(file, DataError):
-        yield from reader(file, columns)
 
 
 class _CsvLines:
@@ -117,10 +107,10 @@ class _CsvLines:
         return DataError(f"{self.file}, line {self.first}: {problem}")
 
 
-def _separated(file: Path, columns: Columns, dialect: type[csv.Dialect]) -> Iterator[Found]:
+def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator[Found]:
     lines = _CsvLines(file)
     csv.field_size_limit(LARGEST)  # of the whole process, where nobody wants it smaller
-    reader = csv.reader(lines, dialect)
+    reader = csv.reader(lines, **layout)
     header: list[str] = []
     while True:
         lines.begin()
@@ -184,32 +174,29 @@ def _conll(file: Path, _: Columns) -> Iterator[Found]:
     """Sentences as `tokens` (the first column) and `tags` (the last). Columns are parted by tabs if
     the first line has one, else by blanks.
     """
-
-    def is_end(text: str) -> bool:
-        return not text.strip() or text.split(None, 1)[0] == "-DOCSTART-"
-
     columns: re.Pattern[str] | None = None
-    for lines in _paragraphs(file, is_end):
+    for lines in _paragraphs(file, lambda text: text.split(None, 1)[:1] in ([], ["-DOCSTART-"])):
         if isinstance(lines, DataError):
             yield 0, lines
             continue
         columns = columns or (TABS if "\t" in lines[0].text.strip(BLANKS) else ANY_BLANKS)
         words = [columns.split(line.text.strip(BLANKS)) for line in lines]
-        alone = [line for line, fields in zip(lines, words, strict=True) if len(fields) == 1]
+        alone = [i for i, fields in enumerate(words) if len(fields) == 1]
         if alone:
-            word = shown(alone[0].text.strip(BLANKS))
-            problem = f"a word without a tag: {word}"
-            yield 0, DataError(f"{file}, line {alone[0].number}: {problem}")
+            problem = f"a word without a tag: {shown(words[alone[0]][0])}"
+            yield 0, DataError(f"{file}, line {lines[alone[0]].number}: {problem}")
         else:
-            columns_of = {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
-            yield lines[0].number, columns_of
+            yield (
+                lines[0].number,
+                {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]},
+            )
 
 
 READERS: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".json": read_json,
-    ".csv": lambda file, columns: _separated(file, columns, Csv),
-    ".tsv": lambda file, columns: _separated(file, columns, Tsv),
+    ".csv": lambda file, columns: _separated(file, columns, CSV),
+    ".tsv": lambda file, columns: _separated(file, columns, TSV),
     ".parquet": read_parquet,
     ".txt": _text,
     ".conll": _conll,

@@ -2,44 +2,52 @@
 chosen, a sweep, a teacher, pruning and 8 bits.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from opfa.compression.pattern import Pattern
-from opfa.compression.schedules import Gradual, LearningRate
-from opfa.recipe import Batch, Name, Recipe, Section, Seed
+from opfa.compression.schedules import LearningRate
+from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Weight
 from opfa.tasks.recipe import Task
+from opfa.training.sections import Pruning, Teacher
 
 
 class Model(Section):
-    """Where fine-tuning starts: a directory or a Hub name, and whether its zeros are held.
-
-    `zeros = "held"` refuses a model that has none; `"free"` is for dense models.
-    """
+    """Where fine-tuning starts."""
 
     init: str
-    tokenizer: str | None = None  # default: the model's own
+    """The model: a directory or a Hub name."""
+    tokenizer: str | None = None
+    """A tokenizer; by default the model's own."""
     zeros: Literal["held", "free"] = "held"
+    """Hold the model's zeros ("held" refuses a model without any), or train all weights."""
 
 
 class Training(Section):
-    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms.
-
-    `rewind_learning_rate` sets the decay back to its beginning at each mask update of the ramp.
-    """
+    """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
 
     epochs: float = Field(default=3.0, gt=0.0, le=1e6)
+    """Passes over the training examples."""
     batch: Batch = 32
-    micro_batch: int | None = Field(default=None, ge=1)  # default: the whole batch in one pass
-    learning_rate: float = Field(gt=0.0)
-    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)  # fraction of all steps
-    rewind_learning_rate: bool | None = None  # default: no
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
-    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
+    """Examples per optimizer step."""
+    micro_batch: Count | None = None
+    """Examples per pass, which must divide `batch`; by default all at once."""
+    learning_rate: Positive
+    """The highest learning rate."""
+    warmup: Fraction = 0.1
+    """Share of all steps that are linear warm-up."""
+    rewind_learning_rate: bool | None = None
+    """Set the decay back to its beginning at each mask update of the ramp; by default no."""
+    weight_decay: Weight = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped at this norm."""
+    dropout: Fraction | None = None
+    """Dropout while training; by default the model's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    group_by_length: bool = False  # examples of similar length together: less padding, less random
+    """Numbers of the forward and backward pass."""
+    group_by_length: bool = False
+    """Batch examples of similar length: less padding, less random."""
 
     @field_validator("rewind_learning_rate")
     @classmethod
@@ -54,22 +62,23 @@ class Training(Section):
 
 
 class Selection(Section):
-    """Keep the best model, not the last one, and stop early.
-
-    Chosen by the task's first metric, on the validation split or, with `holdout`, on that fraction
-    of the training examples, so that the validation split is looked at only once. Evaluations
-    before the last mask update or before the start of quantization don't count.
+    """Keep the best model by the task's first metric, and stop early. Evaluations before the last
+    mask update or before quantization starts don't count.
     """
 
-    holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    every_steps: int | None = Field(default=None, ge=1)  # default: once an epoch
-    patience: int | None = Field(default=None, ge=1)  # stop after so many without a new best
+    holdout: Fraction = 0.0
+    """Choose on this share of the training examples instead of the validation split."""
+    every_steps: Count | None = None
+    """Steps between evaluations; by default one epoch."""
+    patience: Count | None = None
+    """Stop after this many evaluations without a new best one; by default never."""
 
 
 class Sweep(Section):
     """Fine-tune once for each value, and compare."""
 
-    learning_rate: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=1)
+    learning_rate: tuple[Positive, ...] = Field(min_length=1)
+    """The learning rates to compare."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,20 +87,13 @@ class Sweep(Section):
         return self
 
 
-class Distillation(Section):
+class Distillation(Teacher):
     """A fine-tuned dense teacher; loss = hard_weight * task + soft_weight * T^2 * KL(teacher ||
-    student) + hidden_weight * squared distance of hidden states.
-
-    The teacher's logits are computed once and kept (`cache`), unless its hidden states are wanted
-    too, which are too many.
+    student) + hidden_weight * MSE of hidden states.
     """
 
-    teacher: str
-    hard_weight: float = Field(default=0.5, ge=0.0)
-    soft_weight: float = Field(default=0.5, ge=0.0)
-    hidden_weight: float = Field(default=0.0, ge=0.0)
-    temperature: float = Field(default=2.0, gt=0.0)
     cache: bool = True
+    """Compute the teacher's logits once; not with `hidden_weight`, whose states are too many."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -100,36 +102,27 @@ class Distillation(Section):
         return self
 
 
-class Pruning(Section):
-    """Pruning during fine-tuning, as a baseline for sparse upstream models.
-
-    `start == end` is one-shot; `initial` is the sparsity of a ramp's first update. After
-    `hold_until`, or else after `end`, the masks stay as they are.
-    """
-
-    schedule: Gradual
-    pattern: Pattern = Pattern()
-
-
 class Quantization(Section):
-    """8-bit quantization-aware training of all linear layers of the encoder, sparse or dense, and
-    of what else is masked.
-
-    Activations: `ranges = "moving-average"` follows the minimum and maximum of each batch,
-    `"percentile"` cuts off what lies beyond `percentile` on either side. The first `start` fraction
-    of all steps only observes; after the `freeze` fraction ranges no longer move. Weights have one
-    scale for each output channel or one for the tensor (as in Q8BERT); `embeddings` rounds the
-    embedding tables too, one scale each.
+    """8-bit quantization-aware training of all linear layers of the encoder and of what else is
+    masked.
     """
 
     bits: Literal[8] = 8
-    start: float = Field(default=0.0, ge=0.0, lt=1.0)
-    freeze: float = Field(default=1.0, gt=0.0, le=1.0)  # 1: never
-    momentum: float = Field(default=0.05, gt=0.0, le=1.0)  # how much a new micro-batch counts
+    """Bits of weights and activations."""
+    start: Fraction = 0.0
+    """Share of all steps that only observe ranges, before training is in 8 bits."""
+    freeze: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of all steps after which ranges no longer move; 1: never."""
+    momentum: float = Field(default=0.05, gt=0.0, le=1.0)
+    """How much a new micro-batch counts in the moving average."""
     ranges: Literal["moving-average", "percentile"] = "moving-average"
-    percentile: float | None = Field(default=None, gt=50.0, lt=100.0)  # such as 99.99
+    """Ranges of activations: each batch's minimum and maximum, or its percentiles."""
+    percentile: float | None = Field(default=None, gt=50.0, lt=100.0)
+    """Cut off what is beyond it on either side, such as 99.99; only with "percentile"."""
     weights: Literal["channel", "tensor"] = "channel"
+    """One scale for each output channel, or one for the tensor, as in Q8BERT."""
     embeddings: bool = False
+    """Round the embedding tables too, one scale each."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,20 +140,27 @@ class Quantization(Section):
 
 
 class Logging(Section):
-    """How often a row is logged and a resume point saved, and where else metrics go."""
+    """How often something is logged and saved, and where else metrics go."""
 
-    every_steps: int = Field(default=50, ge=1)
-    checkpoint_steps: int = Field(default=1_000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    every_steps: Count = 50
+    """Steps between logged rows."""
+    checkpoint_steps: Count = 1_000
+    """Steps between resume points."""
+    keep_checkpoints: Count = 2
+    """Resume points that are kept."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Log to Weights & Biases too."""
     wandb_project: str = "opfa"
+    """Its project there."""
 
 
 class FinetuneRecipe(Recipe):
     """One fine-tuning run."""
 
     name: Name
+    """The run's name."""
     seed: Seed = 42
+    """Decides data order, dropout and new weights."""
     model: Model
     task: Task
     training: Training
@@ -190,10 +190,9 @@ class FinetuneRecipe(Recipe):
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that the training section describes for so many steps."""
         training, pruning = self.training, self.pruning
-        rewinds = pruning is not None and training.rewind_learning_rate
         return LearningRate(
             peak=training.learning_rate,
             warmup_steps=int(training.warmup * steps),
             steps=steps,
-            rewind_at=pruning.schedule if rewinds and pruning else None,
+            rewind_at=pruning.schedule if pruning and training.rewind_learning_rate else None,
         )

@@ -35,8 +35,7 @@ def of_training(task: Task, train: Examples) -> tuple[str, ...]:
 def of_model(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
     """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1.
 
-    Names are compared as they are; what is left then, without regard to case and to blanks at the
-    ends, if that tells them apart.
+    Exact names come first; the rest may differ in case and in blanks at the ends.
     """
     by_index: dict[Any, Any] = config.id2label or {}  # Any: transformers says int or str
     trained = tuple(str(by_index[index]) for index in sorted(by_index))

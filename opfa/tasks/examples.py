@@ -1,18 +1,12 @@
 """Examples of a task, checked as they are read.
 
-A mistake in line 40,000 is found before a GPU works, and is named by file and line. A class is
-known by its name, without blanks at its ends; a number in the data is such a name or, where no
-class is called by a number, a position in `task.classes`. A pair may have one empty half (QQP has
-two of these), never two.
+A mistake in line 40,000 is found before a GPU works, and is named by file and line.
 """
 
 import hashlib
 import json
-import math
-import re
-import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,28 +16,21 @@ from pyarrow import Schema
 from pyarrow.parquet import read_schema
 
 from opfa.data.lines import check_plain
+from opfa.data.order import HELD_OUT, generator
 from opfa.data.records import read_records
 from opfa.errors import DataError, opening, shown
+from opfa.tasks.checks import Check, MisplacedError, Names, Row
 from opfa.tasks.recipe import Task
 
 MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
-LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
-Row = Mapping[str, Any]  # Any: whatever the data hold
-Names = tuple[str, ...]
-Parts = tuple[Any, Any, Any]  # Any: text, pair and label of an example, by kind of task
-Check = Callable[[Task, Row, Names], Parts]  # raises ValueError, "'column' is ..."
-
-
-class MisplacedError(ValueError):
-    """An answer that is not in its context; these are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """One checked split, by column.
 
-    `texts` are texts, or lists of words; `pairs` are texts, or lists of choices; `labels` are class
-    names, lists of them, numbers, or SQuAD's answers.
+    `texts` may be lists of words, `pairs` lists of choices; `labels` are names of classes, lists of
+    them, numbers, or SQuAD's answers.
     """
 
     source: str
@@ -62,13 +49,26 @@ class Examples:
 
     def select(self, indices: Sequence[int]) -> "Examples":
         """Some of them, in this order."""
+        names = ("places", "texts", "pairs", "labels")
+        columns = {name: column for name in names if (column := getattr(self, name)) is not None}
+        return replace(self, **{name: [c[i] for i in indices] for name, c in columns.items()})
 
-        def at(column: list[Any]) -> list[Any]:
-            return [column[index] for index in indices]
-
-        pairs = self.pairs and at(self.pairs)
-        columns = {"places": at(self.places), "texts": at(self.texts), "labels": at(self.labels)}
-        return replace(self, pairs=pairs, **columns)
+    def held_out(self, fraction: float, by_context: bool) -> tuple["Examples", "Examples"]:
+        """Two parts, the second one held out. `by_context` never divides a context's questions."""
+        groups = self.pairs if by_context and self.pairs else list(range(len(self.texts)))
+        names = list(dict.fromkeys(groups))
+        num_held = round(fraction * len(names))
+        if not 0 < num_held < len(names):
+            what = "contexts" if by_context else "examples"
+            raise DataError(
+                f"{self.source}: selection.holdout = {fraction} of {len(names)} {what} is "
+                f"{num_held}; both parts need some"
+            )
+        order = generator(0, HELD_OUT).permutation(len(names)).tolist()
+        held = {names[index] for index in order[:num_held]}
+        kept = [i for i, group in enumerate(groups) if group not in held]
+        rest = self.select([i for i, group in enumerate(groups) if group in held])
+        return self.select(kept), replace(rest, source=f"{self.source} (held out)")
 
 
 def read(task: Task, split: str, check: Check) -> Examples:
@@ -94,10 +94,10 @@ def read(task: Task, split: str, check: Check) -> Examples:
                 "bytes of memory, which is the most that one split may have"
             )
     if misplaced:
-        num = (
-            f"{len(misplaced)} of {len(places)} examples have an answer that is not in the context"
+        num = f"{len(misplaced)} of {len(places)} examples"
+        raise DataError(
+            f"{source}: {num} have an answer that is not in the context; the first: {misplaced[0]}"
         )
-        raise DataError(f"{source}: {num}; the first: {misplaced[0]}")
     if not checked:
         raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
@@ -142,9 +142,7 @@ def _file_rows(task: Task, file: Path) -> tuple[Names, Iterator[tuple[str, Row]]
 
 
 def _names_in(schema: Schema, label: str) -> Names:
-    """The names of classes that datasets keeps in a schema; other columns may be of types that it
-    doesn't know.
-    """
+    """The names of classes that `datasets` wrote into a schema, if it did."""
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = ((metadata.get("info") or {}).get("features") or {}).get(label)
     if feature is None:
@@ -175,133 +173,3 @@ def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]
                 yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
 
     return _class_names(dataset.features, task.label), rows()
-
-
-def classified(task: Task, row: Row, names: Names) -> Parts:
-    """A text or a pair of texts, and the name of its class."""
-    return *_texts(task, row), _class(task, _value(row, task.label), names)
-
-
-def measured(task: Task, row: Row, _: Names) -> Parts:
-    """A text or a pair of texts, and a finite number."""
-    value = _value(row, task.label)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{task.label!r} is not a finite number (got {shown(value)})")
-    return *_texts(task, row), number
-
-
-def tagged(task: Task, row: Row, names: Names) -> Parts:
-    """A list of words, and the tag of each."""
-    words, tags = _list(row, task.text), _list(row, task.label)
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {shown(words)})")
-    if len(words) != len(tags):
-        raise ValueError(f"{len(words)} words in {task.text!r}, {len(tags)} tags in {task.label!r}")
-    return words, None, [_class(task, tag, names) for tag in tags]
-
-
-def chosen(task: Task, row: Row, _: Names) -> Parts:
-    """A text, its choices, and the position of the right one (a number from 0, or a letter)."""
-    lists = len(task.choices) == 1
-    choices = _list(row, task.choices[0]) if lists else [_value(row, c) for c in task.choices]
-    start = _text(row, task.text_pair) + " " if task.text_pair else ""
-    if len(choices) < 2 or not all(isinstance(c, str) and (start + c).strip() for c in choices):
-        raise ValueError(f"{', '.join(map(repr, task.choices))} must be two or more texts")
-    value = _value(row, task.label)
-    value = value.strip() if isinstance(value, str) else value
-    letters = string.ascii_uppercase[: len(choices)]
-    position = letters.find(value) if isinstance(value, str) and len(value) == 1 else -1
-    if position < 0 and re.fullmatch(r"\d{1,9}", str(value)):
-        position = int(value)
-    if not 0 <= position < len(choices):
-        allowed = f"0 to {len(choices) - 1}, or A to {letters[-1]}"
-        raise ValueError(f"{task.label!r} must be {allowed} (got {shown(value)})")
-    return _text(row, task.text), [start + choice for choice in choices], position
-
-
-def answered(task: Task, row: Row, _: Names) -> Parts:
-    """A question, its context, and SQuAD's answers, each where it says."""
-    assert task.text_pair is not None, "the recipe asks for it"
-    question, context = _text(row, task.text), _text(row, task.text_pair)
-    for column, text in ((task.text, question), (task.text_pair, context)):
-        if len(text) > LONGEST_CONTEXT:
-            raise ValueError(
-                f"{column!r} has {len(text):,} characters; windows are made of at most "
-                f"{LONGEST_CONTEXT:,}"
-            )
-    fields = _value(row, task.label)
-    fields = fields if isinstance(fields, dict) else {}
-    texts, starts = fields.get("text"), fields.get("answer_start")
-    least = 0 if task.has_unanswerable else 1
-    if not (isinstance(texts, list) and isinstance(starts, list)) or len(texts) != len(starts):
-        raise ValueError(f"{task.label!r} must be {{'text': [...], 'answer_start': [...]}}")
-    if len(texts) < least:
-        raise ValueError(
-            f"{task.label!r} must hold at least one answer; task.has_unanswerable = true lets "
-            "questions have none"
-        )
-    answers = [
-        _answer(task, context, text, start) for text, start in zip(texts, starts, strict=True)
-    ]
-    texts, starts = [text for text, _ in answers], [start for _, start in answers]
-    return question, context, {"text": texts, "answer_start": starts}
-
-
-def _answer(task: Task, context: str, text: object, start: object) -> tuple[str, int]:
-    """An answer without the blanks at its ends, and where it begins."""
-    if not (isinstance(text, str) and isinstance(start, int) and text.strip() and start >= 0):
-        raise ValueError(
-            f"{task.label!r} must hold texts and positions (got {shown(text)} and {shown(start)})"
-        )
-    if not context.startswith(text, start):
-        raise MisplacedError(
-            f"{task.label!r} says {shown(text)}, which is not at character {start} of the context"
-        )
-    return text.strip(), start + len(text) - len(text.lstrip())
-
-
-def _value(row: Row, column: str) -> Any:  # Any: unchecked
-    if column not in row:
-        raise ValueError(f"no column {column!r}; there are {shown(list(row))[1:-1]}")
-    if row[column] is None or row[column] == "":
-        raise ValueError(f"{column!r} is {'missing' if row[column] is None else 'empty'}")
-    return row[column]
-
-
-def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
-    value = "" if may_be_empty and row.get(column) == "" else _value(row, column)
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r} is not a text (got {shown(value)})")
-    if not (value.strip() or may_be_empty):
-        raise ValueError(f"{column!r} is empty")
-    return value
-
-
-def _texts(task: Task, row: Row) -> tuple[str, str | None]:
-    if task.text_pair is None:
-        return _text(row, task.text), None
-    texts = _text(row, task.text, True), _text(row, task.text_pair, True)
-    if not "".join(texts).strip():
-        raise ValueError(f"{task.text!r} and {task.text_pair!r} are both empty")
-    return texts
-
-
-def _list(row: Row, column: str) -> list[Any]:  # Any: unchecked
-    value = _value(row, column)
-    if not (isinstance(value, list) and value):
-        raise ValueError(f"{column!r} is not a list, or an empty one (got {shown(value)})")
-    return value
-
-
-def _class(task: Task, value: Any, names: Names) -> str:  # Any: unchecked
-    if not isinstance(value, str | int):
-        raise ValueError(f"{task.label!r} is neither a name nor an integer (got {shown(value)})")
-    if isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    if not (name := str(value).strip()):
-        raise ValueError(f"{task.label!r} is empty")
-    return name

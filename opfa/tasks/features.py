@@ -5,8 +5,9 @@ no answer, is its [CLS]. A word's tag stands on its first token; its other token
 stand beside each other, so a batch of them is [examples, choices, tokens].
 """
 
+import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from opfa.errors import DataError
 from opfa.tasks import beginnings
-from opfa.tasks.examples import Examples, Row
+from opfa.tasks.checks import Row
+from opfa.tasks.examples import Examples
 from opfa.tasks.recipe import Task
 
 Batch = dict[str, Tensor]
@@ -28,8 +30,12 @@ Build = Callable[[Task, PreTrainedTokenizerBase, Examples, slice, list[Any]], tu
 
 TARGETS = ("labels", "start_positions", "end_positions")
 DECODING = ("example", "context", "offsets", "cls", "words")  # what only scoring needs
+CHUNK = 1_000  # examples that are tokenized at once, if they aren't long
+CHUNK_CHARACTERS = 4 << 20  # with their windows about 500 MB
+UNKNOWN = 0.2  # more tokens that are none of the vocabulary's are worth a warning
 NO_LABEL = -100  # cross_entropy's ignore_index
 NOWHERE = -1e4  # the logit of a place without a token: its probability is 0, its logarithm finite
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +86,7 @@ def tagged_words(
     part: slice,
     labels: list[Any],
 ) -> tuple[Columns, int]:
-    """Words with their tags, cut at `sequence_tokens`. `words` are the indices of those that have
-    a token.
-    """
+    """Words with their tags, cut. `words` are the indices of those that have a token."""
     tokens = task.sequence_tokens
     kept = [beginnings.of_words(tokenizer, words, tokens) for words in examples.texts[part]]
     rows = [_with_blanks(words) for words in kept]
@@ -146,9 +150,8 @@ def windows(
 ) -> tuple[Columns, int]:
     """Questions with every window of their contexts, and the first answer in each.
 
-    `example` is the question's index; `context` the token range of the window's text; `offsets` are
-    its tokens' places in the context; `cls` is the place of [CLS]. What doesn't fit is an answer
-    that no window holds whole.
+    `example` is the question's index; `context` the window's token range; `offsets` the tokens'
+    places in the context; `cls` the place of [CLS]. A misfit is an answer in no window.
     """
     assert examples.pairs is not None, "the recipe asks for text_pair"
     _check_room(task, tokenizer, examples, part)
@@ -211,6 +214,34 @@ def _token_span(
     first_token = bisect_right(offsets, start, first, stop, key=lambda offset: offset[1])
     last_token = bisect_left(offsets, end, first, stop, key=lambda offset: offset[0]) - 1
     return (first_token, last_token) if first_token <= last_token else None
+
+
+def parts(examples: Examples) -> Iterator[slice]:
+    """Slices of examples that are tokenized at once."""
+    pairs = examples.pairs or [""] * len(examples.texts)
+    start = num_characters = 0
+    for index, example in enumerate(zip(examples.texts, pairs, strict=True)):
+        num = _num_characters(example)
+        if index > start and (index - start == CHUNK or num_characters + num > CHUNK_CHARACTERS):
+            yield slice(start, index)
+            start, num_characters = index, 0
+        num_characters += num
+    yield slice(start, len(examples.texts))
+
+
+def _num_characters(value: str | Sequence[Any]) -> int:  # Any: a text, or texts in lists
+    return len(value) if isinstance(value, str) else sum(map(_num_characters, value))
+
+
+def check_language(task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
+    """Warn of a tokenizer that doesn't know this language."""
+    most = beginnings.CHARACTERS * task.sequence_tokens  # the beginning of a text tells
+    texts = [t if isinstance(t, str) else " ".join(t[:most]) for t in examples.texts[:CHUNK]]
+    sample = [text[:most] for text in texts]
+    ids = [i for row in tokenizer(sample, verbose=False)["input_ids"] for i in row]
+    share = ids.count(tokenizer.unk_token_id) / len(ids)
+    if share > UNKNOWN:
+        log.warning("%s: the tokenizer doesn't know %.0f %% of it", examples.source, 100 * share)
 
 
 def collate(pad_token_id: int, rows: Sequence[Row]) -> Batch:

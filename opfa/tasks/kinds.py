@@ -1,7 +1,7 @@
 """A task as data: kinds of tasks as a table, splits, the model with its head, and the loss."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,90 +16,77 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opfa.data.order import HELD_OUT, generator
-from opfa.errors import DataError, ModelError
+from opfa.errors import ModelError
 from opfa.models.configs import load_config
 from opfa.models.encoders import HEADS, load_weights, of_encoder
 from opfa.models.fit import fit_tokenizer
 from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.skeleton import try_out
-from opfa.tasks import beginnings, features, scores, squad
+from opfa.tasks import checks, features, scores, squad
 from opfa.tasks import classes as classing
 from opfa.tasks import examples as reading
-from opfa.tasks.examples import Check, Examples
+from opfa.tasks.checks import Check
+from opfa.tasks.examples import Examples
 from opfa.tasks.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.tasks.recipe import Task
 
-CHUNK = 1_000  # examples that are tokenized at once, if they aren't long
-CHUNK_CHARACTERS = 4 << 20  # with their windows about 500 MB
-UNKNOWN = 0.2  # more tokens that are none of the vocabulary's are worth a warning
 log = logging.getLogger(__name__)
+
+
+CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All that tells one kind of task from another: how an example is checked and tokenized, the
-    head with its outputs, the scores, and what is answered.
-    """
+    """All that distinguishes one kind of task from another."""
 
     check: Check
     build: Build
-    misfit: str  # what is wrong with an example that doesn't fit
+    misfit: str = CUT  # what is wrong with an example that doesn't fit
     head: Any  # one of transformers' Auto classes, which share no base
-    head_name: str
     outputs: tuple[str, ...] = ("logits",)
     has_classes: bool = False
     score: Callable[[Task, tuple[Tensor, ...], Split], dict[str, float]]
     answers: Callable[[Task, tuple[Tensor, ...], Split], list[Any]]  # one for each example
 
 
-CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
 KINDS = {
     "classification": Kind(
-        check=reading.classified,
+        check=checks.classified,
         build=features.sequences,
-        misfit=CUT,
         head=HEADS["SequenceClassification"],
-        head_name="SequenceClassification",
         has_classes=True,
         score=scores.of_classes,
         answers=scores.likeliest,
     ),
     "regression": Kind(
-        check=reading.measured,
+        check=checks.measured,
         build=features.sequences,
-        misfit=CUT,
         head=HEADS["SequenceClassification"],
-        head_name="SequenceClassification",
         score=scores.of_numbers,
         answers=scores.numbers,
     ),
     "question-answering": Kind(
-        check=reading.answered,
+        check=checks.answered,
         build=features.windows,
         misfit="have an answer that no window holds whole; windows overlap by {0.stride_tokens}",
         head=HEADS["QuestionAnswering"],
-        head_name="QuestionAnswering",
         outputs=("start_logits", "end_logits"),
         score=squad.score,
         answers=squad.answers,
     ),
     "token-classification": Kind(
-        check=reading.tagged,
+        check=checks.tagged,
         build=features.tagged_words,
-        misfit=CUT,
         head=HEADS["TokenClassification"],
-        head_name="TokenClassification",
         has_classes=True,
         score=scores.of_tags,
         answers=scores.tags,
     ),
     "multiple-choice": Kind(
-        check=reading.chosen,
+        check=checks.chosen,
         build=features.choices,
-        misfit=CUT,
         head=HEADS["MultipleChoice"],
-        head_name="MultipleChoice",
         score=scores.of_classes,
         answers=scores.likeliest,
     ),
@@ -108,13 +95,10 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits of a fine-tuning run.
-
-    `selection` is what runs are compared on: the validation split, or training examples held out.
-    """
+    """The splits of a fine-tuning run."""
 
     train: Split
-    selection: Split
+    selection: Split  # to compare runs on: the validation split, or training examples held out
     validation: Split
     more: dict[str, Split]
 
@@ -125,45 +109,22 @@ def load(
     config: PretrainedConfig,
     holdout: float = 0.0,
 ) -> Data:
-    """Read all splits; classes come from the task or the training split.
-
-    Which examples are held out doesn't depend on the recipe's seed, so that runs compare.
-    """
-    check = KINDS[task.kind].check
-    train, validation = (reading.read(task, name, check) for name in (task.train, task.validation))
-    more = {name: reading.read(task, split, check) for name, split in task.more_validation.items()}
-    classes = classing.of_training(task, train) if KINDS[task.kind].has_classes else ()
+    """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
+    kind = KINDS[task.kind]
+    read = partial(reading.read, task, check=kind.check)
+    train, validation = read(task.train), read(task.validation)
+    examples = {name: read(split) for name, split in task.more_validation.items()}
+    classes = classing.of_training(task, train) if kind.has_classes else ()
     split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
-    splits = {"validation": split(validation), "more": {n: split(e) for n, e in more.items()}}
-    splits["selection"] = splits["validation"]
+    selection = measured = split(validation)
+    more = {name: split(part) for name, part in examples.items()}
     if holdout:
-        train, held = _held_out(task, train, holdout)
-        splits["selection"] = split(held)
+        train, held = train.held_out(holdout, by_context=task.kind == "question-answering")
+        selection = split(held)
     training = split(train)
     columns = [name for name in training.features.column_names if name not in DECODING]
     training = replace(training, features=training.features.select_columns(columns))
-    return Data(train=training, **splits)
-
-
-def _held_out(task: Task, train: Examples, fraction: float) -> tuple[Examples, Examples]:
-    """Two parts; all questions of one context are in the same one."""
-    is_answering = task.kind == "question-answering"
-    groups = train.pairs if is_answering and train.pairs else list(range(len(train.texts)))
-    names = list(dict.fromkeys(groups))
-    num_held = round(fraction * len(names))
-    if not 0 < num_held < len(names):
-        what = "contexts" if is_answering else "examples"
-        raise DataError(
-            f"{train.source}: selection.holdout = {fraction} of {len(names)} {what} is "
-            f"{num_held}; both parts need some"
-        )
-    order = generator(0, HELD_OUT).permutation(len(names)).tolist()
-    held = {names[index] for index in order[:num_held]}
-    parts = [
-        [i for i, group in enumerate(groups) if (group in held) == is_held] for is_held in (0, 1)
-    ]
-    source = f"{train.source} (held out)"
-    return train.select(parts[0]), replace(train.select(parts[1]), source=source)
+    return Data(train=training, selection=selection, validation=measured, more=more)
 
 
 def load_validation(
@@ -172,9 +133,7 @@ def load_validation(
     config: PretrainedConfig,
     choose: Callable[[int], Sequence[int]] | None = None,
 ) -> Split:
-    """Read the validation split alone, with the classes in the order of a trained model; with
-    `choose`, the examples at the places that it gives of so many.
-    """
+    """The validation split alone, classes as in the model; `choose` picks indices of so many."""
     validation = reading.read(task, task.validation, KINDS[task.kind].check)
     if choose is not None:
         validation = validation.select(choose(len(validation.labels)))
@@ -203,14 +162,14 @@ def _split(
     if task.kind == "token-classification":
         examples = replace(examples, labels=[[classes[i] for i in tags] for tags in labels])
     chunks, num_misfits = [], 0
-    for part in _parts(examples):
+    for part in features.parts(examples):
         columns, misfits = kind.build(task, tokenizer, examples, part, labels[part])
         chunks.append(Dataset.from_dict(dict(columns)))
         num_misfits += misfits
     if num_misfits:
         what = kind.misfit.format(task)
         log.warning("%s: %d of %d examples %s", examples.source, num_misfits, len(labels), what)
-    _check_unknown(task, tokenizer, examples)
+    features.check_language(task, tokenizer, examples)
     return Split(
         features=concatenate_datasets(chunks),
         examples=examples,
@@ -219,37 +178,9 @@ def _split(
     )
 
 
-def _parts(examples: Examples) -> Iterator[slice]:
-    """All examples, as many at once as are tokenized at once."""
-    pairs = examples.pairs or [""] * len(examples.texts)
-    start = num_characters = 0
-    for index, example in enumerate(zip(examples.texts, pairs, strict=True)):
-        num = _num_characters(example)
-        if index > start and (index - start == CHUNK or num_characters + num > CHUNK_CHARACTERS):
-            yield slice(start, index)
-            start, num_characters = index, 0
-        num_characters += num
-    yield slice(start, len(examples.texts))
-
-
-def _num_characters(value: str | Sequence[Any]) -> int:  # Any: a text, or texts in lists
-    return len(value) if isinstance(value, str) else sum(map(_num_characters, value))
-
-
-def _check_unknown(task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
-    """Warn of a tokenizer that doesn't know this language."""
-    most = beginnings.CHARACTERS * task.sequence_tokens  # the beginning of a text tells
-    texts = [t if isinstance(t, str) else " ".join(t[:most]) for t in examples.texts[:CHUNK]]
-    sample = [text[:most] for text in texts]
-    ids = [i for row in tokenizer(sample, verbose=False)["input_ids"] for i in row]
-    share = ids.count(tokenizer.unk_token_id) / len(ids)
-    if share > UNKNOWN:
-        log.warning("%s: the tokenizer doesn't know %.0f %% of it", examples.source, 100 * share)
-
-
 def check_head(task: Task, config: PretrainedConfig) -> None:
     """Refuse a checkpoint that was not fine-tuned for this kind of task."""
-    head = KINDS[task.kind].head_name
+    head = KINDS[task.kind].head.__name__.removeprefix("AutoModelFor")
     if not any(head in name for name in config.architectures or ()):
         made_for = ", ".join(config.architectures or ("nothing",))
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
@@ -270,43 +201,44 @@ def load_model(
     is_trained: bool = False,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """The model with the task's head, fp32, and for training perhaps with another dropout than its
-    configuration has, which stays as it is. A head that doesn't fit is made anew.
-
-    With `is_trained` (a teacher, or a model to evaluate) everything must fit, classes included.
+    """The model with the task's head, in fp32; a head that doesn't fit is made anew. With
+    `is_trained` (a teacher, a model to evaluate) everything must fit. `dropout` isn't saved.
     """
     kind, config = KINDS[task.kind], load_config(init)
     changed = dropouts(config, dropout)
-    options: dict[str, Any] = {}
-    if kind.has_classes:
-        trained = classing.of_model(config, tuple(classes)) if is_trained else classes
-        if tuple(trained) != tuple(classes):
+    if kind.has_classes and is_trained:
+        trained = classing.of_model(config, tuple(classes))
+        if trained != tuple(classes):
             raise ModelError(
                 f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "
                 f"task's are {', '.join(classes)}"
             )
-        options["id2label"] = dict(enumerate(classes))
-        options["label2id"] = {name: index for index, name in enumerate(classes)}
-    if task.kind == "classification":
-        options["problem_type"] = "single_label_classification"
-    elif task.kind == "regression":
-        options = {"num_labels": 1, "problem_type": "regression"}
+    options = _head_options(task, classes)
     model, new = load_weights(
         kind.head, init, config, ignore_mismatched_sizes=True, **options, **changed
     )
     if lost := new if is_trained else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
-    shape = (
-        (1, 2, task.sequence_tokens)
-        if task.kind == "multiple-choice"
-        else (1, task.sequence_tokens)
-    )
-    outputs = try_out(model, init, shape)
+    choices = (2,) if task.kind == "multiple-choice" else ()
+    outputs = try_out(model, init, (1, *choices, task.sequence_tokens))
     if missing := [name for name in kind.outputs if name not in outputs]:
         raise ModelError(f"model {init!r}: a head of another form, it has no {missing[0]}")
     keep_values(model, config, changed)
     return model
+
+
+def _head_options(task: Task, classes: Sequence[str]) -> dict[str, Any]:
+    """What transformers' configuration says of the head."""
+    if task.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    options: dict[str, Any] = {}
+    if KINDS[task.kind].has_classes:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: index for index, name in enumerate(classes)}
+    if task.kind == "classification":
+        options["problem_type"] = "single_label_classification"
+    return options
 
 
 def inputs_of(batch: Batch) -> Batch:
@@ -331,15 +263,12 @@ def is_target(batch: Batch) -> Tensor:
 
 
 def in_context(task: Task, logits: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-    """Logits as the loss takes them, fp32: no answer begins or ends where no token is.
-
-    So padding neither counts nor learns, and the loss is the same however a batch is cut.
-    """
+    """Logits in fp32; no answer is in padding, so the loss doesn't depend on how a batch is cut."""
     logits = [tensor.float() for tensor in logits]
-    if task.kind == "question-answering" and "attention_mask" in batch:
-        padding = batch["attention_mask"] == 0
-        logits = [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
-    return logits
+    if task.kind != "question-answering" or "attention_mask" not in batch:
+        return logits
+    padding = batch["attention_mask"] == 0
+    return [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
 
 
 def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -348,9 +277,7 @@ def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def task_loss(task: Task, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Mean loss over targets, fp32: cross-entropy (of starts and ends: their mean) or squared
-    error.
-    """
+    """Mean over targets in fp32: cross-entropy (the mean of starts and ends) or squared error."""
     logits = in_context(task, logits_of(task, outputs), batch)
     targets = targets_of(batch)
     if task.kind == "regression":

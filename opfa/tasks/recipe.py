@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.recipe import Section
+from opfa.recipe import Count, Section
 
 Kind = Literal[
     "classification",
@@ -32,31 +32,44 @@ ONLY_UNANSWERABLE = METRICS["question-answering"][2:]
 
 
 class Task(Section):
-    """The examples, by column, and the metrics; the first metric chooses between runs.
-
-    Local files: `train` and `validation` are paths (.jsonl, .csv, .parquet, also .gz; .conll for
-    tagged words). From the Hub: `hub` names the data set, `hub_config` its configuration, and
-    `train` and `validation` are splits.
-    """
+    """The examples, by column, and the metrics."""
 
     kind: Kind = "classification"
+    """The kind of task."""
     hub: str | None = None
+    """A data set of the Hub, in place of local files."""
     hub_config: str | None = None
+    """The data set's configuration."""
     train: str = "train"
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .conll; also .gz, .zst), or a split of `hub`."""
     validation: str = "validation"
-    more_validation: dict[str, str] = {}  # name: split; measured at the end as name_metric
-    text: str = "sentence"  # question answering: the question; token classification: the words
-    text_pair: str | None = None  # question answering: the context; choices: how each one begins
-    choices: tuple[str, ...] = ()  # columns of one choice each, or one column that holds a list
-    label: str = "label"  # question answering: the answers; token classification: the tags
-    classes: tuple[str, ...] = ()  # names in label order; empty: taken from the training examples
+    """In the same way."""
+    more_validation: dict[str, str] = {}
+    """name = file or split; measured at the end as name_metric."""
+    text: str = "sentence"
+    """Column of the text, of the question, or of the list of words."""
+    text_pair: str | None = None
+    """Column of the second text, of the context, or of how each choice begins."""
+    choices: tuple[str, ...] = ()
+    """Columns of one choice each, or one column with a list of them."""
+    label: str = "label"
+    """Column of the class, of the number, of the answers, or of the list of tags."""
+    classes: tuple[str, ...] = ()
+    """Names in label order; by default found in the training examples."""
     metrics: tuple[str, ...] = ("accuracy",)
+    """What is measured; the first one chooses between runs."""
     sequence_tokens: int = Field(default=128, ge=8, le=1 << 20)
-    stride_tokens: int = Field(default=128, ge=1)  # overlap of neighbouring windows of one context
-    answer_tokens: int = Field(default=30, ge=1, le=1 << 20)  # longest answer span
-    n_best: int = Field(default=20, ge=1)  # start and end positions that are combined to spans
-    has_unanswerable: bool = False  # questions may have no answer, as in SQuAD v2.0
-    no_answer_threshold: float = 0.0  # "" is the answer when its logits lead by more than this
+    """Longest sequence or window in tokens."""
+    stride_tokens: Count = 128
+    """Overlap of neighbouring windows of one context."""
+    answer_tokens: int = Field(default=30, ge=1, le=1 << 20)
+    """Longest answer in tokens."""
+    n_best: Count = 20
+    """Start and end positions that are combined to answers."""
+    has_unanswerable: bool = False
+    """Questions may have no answer, as in SQuAD v2.0."""
+    no_answer_threshold: float = 0.0
+    """There is no answer where its logits lead by more than this."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -43,8 +43,8 @@ def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str
 
 
 def _f1(task: Task, split: Split) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """Of two classes that of the second one of the task, or of the data set; the model may have
-    them the other way round. Else the macro mean.
+    """F1 of the task's or data set's second class of two (the model may have them the other way
+    round); else the macro mean.
     """
     stated, classes = task.classes or split.examples.names, split.classes
     kept = {"labels": range(len(classes)), "zero_division": 0}

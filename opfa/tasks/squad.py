@@ -72,10 +72,10 @@ def _best(measure: Measure, given: Sequence[str], golds: Sequence[Sequence[str]]
 def _best_threshold(
     values: np.ndarray, spans: Sequence[str], leads: Sequence[float], has_answer: np.ndarray
 ) -> tuple[float, float]:
-    """The best score that any threshold gives, and that threshold; `values` are the spans' scores.
+    """The best score of any threshold, and that threshold; `values` are the spans' scores.
 
-    As the official script: begin with no question answered, then answer them one by one, the surest
-    first. Its first threshold, 0, is for probabilities; here it is below all logits.
+    As the official script: answer no question first, then one by one, the surest first. Its first
+    threshold, 0, is for probabilities; here it is below all logits.
     """
     total = best = float((~has_answer).sum())
     threshold = min(leads) - 1.0

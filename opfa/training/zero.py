@@ -67,7 +67,9 @@ class ZeroOptimization(Section):
     @model_validator(mode="before")
     @classmethod
     def _refuse_inexact(cls, values: Any) -> Any:  # Any: before it is checked
-        for key in set(values) & set(NOT_EXACT) if isinstance(values, dict) else ():
+        if not isinstance(values, dict):
+            return values
+        for key in set(values) & set(NOT_EXACT):
             if values[key] not in (False, None):
                 raise ValueError(f"{key} = {values[key]!r}: not with opfa: {NOT_EXACT[key]}")
         return {k: v for k, v in values.items() if k not in NOT_EXACT}

@@ -28,10 +28,8 @@ MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
 
 class Batch(NamedTuple):
     """One micro-batch: model inputs [B, T]; flat positions in [B * T] of the tokens to predict [M]
-    and of all other real ones [O]; MLM labels [M], next-sentence labels [B] (-100: none).
-
-    Positions are found here, where the loader has them: to look for them on a GPU would make the
-    trainer wait for it.
+    and of all other real ones [O], found here so that the trainer needn't wait for a GPU; MLM
+    labels [M], next-sentence labels [B] (-100: none).
     """
 
     inputs: dict[str, Tensor]
@@ -74,9 +72,8 @@ def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> M
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches of (epoch, index), masked for that epoch. `inputs` [B, T] are padded to the longest
-    example, rounded up to `MULTIPLE` tokens, but to `most` at most, since a model may have no
-    position for more.
+    """Batches of (epoch, index), masked for that epoch. Rows are padded to the longest one, rounded
+    up to `MULTIPLE` tokens, and never beyond the model's positions.
     """
 
     def __init__(self, prepared: Prepared, examples: Dataset, mask: Masker) -> None:

@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from datasets import (
@@ -27,38 +27,33 @@ from datasets import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
-    load_dataset,
 )
-from datasets.exceptions import DatasetGenerationError
 from pyarrow.compute import call_function
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opfa.data.order import HELD_OUT, generator
-from opfa.data.records import Bad, expand, read_records, stop
-from opfa.errors import DataError, opening, shown
+from opfa.errors import DataError
 from opfa.models.configs import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
+from opfa.upstream.documents import documents_of
 from opfa.upstream.recipe import Corpus, TokenizerTraining
-from opfa.upstream.segments import EXAMPLE, Example, packed, segment_pairs
+from opfa.upstream.segments import EXAMPLE, packed, segment_pairs
 from opfa.upstream.sentences import sentences_of
 
 FORMAT = "opfa-corpus/2"
-# Of before: the same files, but sentences and pairs were cut otherwise (CHANGELOG).
+# The same files, but sentences and pairs were cut otherwise (CHANGELOG).
 OLD_FORMAT = "opfa-corpus/1"
 SUMMARY = "corpus.json"
 CHARACTERS = 32 << 20  # that are tokenized at once, if documents are long; takes about 2 GB
 GROUP = 64  # documents that one call cuts into examples; part of the result
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-NO_TEXT = "empty, invisible or not a text"
 log = logging.getLogger(__name__)
 
 
 def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
-    """Write the examples of a corpus, and its tokenizer, to a new directory; returns what
-    `corpus.json` says of the examples.
-    """
+    """Write a corpus's examples and tokenizer to a new directory; returns its summary."""
     check_new(output)
     with _bars(), new_directory(output) as work:
         return _prepare(corpus, work)
@@ -79,7 +74,7 @@ def _bars() -> Iterator[None]:
 
 def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     skipped = work / "skipped.txt" if corpus.bad_records == "skip" else None
-    documents = _documents(corpus, work / "cache", skipped)
+    documents = documents_of(corpus, work / "cache", skipped)
     num_skipped = 0
     if skipped is not None and skipped.exists():
         num_skipped = len(skipped.read_text(encoding="utf-8").splitlines())
@@ -95,13 +90,10 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
         features=Features({"segments": List(List(Value("int32")))}),
         desc="Tokenizing",
     )
-    held_out = _held_out(len(tokenized), corpus)
-    parts = {
-        "train": tokenized.select(np.flatnonzero(~held_out)),
-        "validation": tokenized.select(np.flatnonzero(held_out)),
-    }
+    is_held_out = _is_held_out(len(tokenized), corpus)
     splits = {}
-    for name, part in parts.items():
+    for name, chosen in (("train", ~is_held_out), ("validation", is_held_out)):
+        part = tokenized.select(np.flatnonzero(chosen))
         if len(part) < 2:
             raise DataError(
                 f"{len(documents)} documents leave only {len(part)} for {name}; "
@@ -124,9 +116,7 @@ def write_summary(
     tokenizer: PreTrainedTokenizerBase,
     num_skipped: int = 0,
 ) -> dict[str, Any]:
-    """Write corpus.json beside the examples of all splits, as the last of the files; returns it
-    without its list of files, which depends on how many processes wrote them.
-    """
+    """Write corpus.json, the last file; returns it without its list of files."""
     summary = {
         "format": FORMAT,
         "corpus": corpus.model_dump(mode="json"),
@@ -138,106 +128,20 @@ def write_summary(
     return summary
 
 
-def _documents(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
-    if corpus.hub:
-        with opening(f"corpus.hub = {corpus.hub!r}", DataError, "can't be loaded"):
-            dataset = load_dataset(corpus.hub, corpus.hub_config, split=corpus.hub_split)
-        assert isinstance(dataset, Dataset)
-        if corpus.text_column not in dataset.column_names:
-            raise DataError(
-                f"{corpus.hub}: no column {corpus.text_column!r}; there are {dataset.column_names}"
-            )
-        texts = dataset.select_columns([corpus.text_column])
-        return _good(texts.rename_columns({corpus.text_column: "text"}), corpus, skipped)
-    files = expand(corpus.documents)
-    for file in files:  # all of them are checked before any work is done
-        bad = stop if skipped is None else _ignore
-        if next(_texts(file, corpus.text_column, bad), None) is None:
-            raise DataError(f"{file}: every record is bad")
-    try:
-        made = Dataset.from_generator(
-            _all_texts,
-            features=Features({"text": Value("string")}),
-            cache_dir=str(cache),
-            writer_batch_size=100,  # each document may be long
-            gen_kwargs={
-                "files": [str(file) for file in files],
-                "column": corpus.text_column,
-                "skipped": str(skipped) if skipped else None,
-            },
-        )
-    except DatasetGenerationError as error:  # what it wraps says which line, or that a disk is full
-        raise error.__cause__ or error from None
-    assert isinstance(made, Dataset)
-    return made
-
-
-def _good(dataset: Dataset, corpus: Corpus, skipped: Path | None) -> Dataset:
-    """The rows of a Hub data set that hold a text."""
-    bad = _noting(skipped) if skipped else stop
-    left_out = []
-    for row, text in enumerate(dataset["text"]):
-        if not _is_text(text):
-            bad(DataError(f"{corpus.hub}, row {row}: {corpus.text_column!r} is {NO_TEXT}"))
-            left_out.append(row)
-    return dataset.select(np.delete(np.arange(len(dataset)), left_out)) if left_out else dataset
-
-
-def _all_texts(files: list[str], column: str, skipped: str | None) -> Iterator[dict[str, str]]:
-    bad = _noting(Path(skipped)) if skipped else stop
-    for file in files:
-        for text in _texts(Path(file), column, bad):
-            yield {"text": text}
-
-
-def _noting(skipped: Path) -> Bad:
-    def note(error: DataError) -> None:
-        with skipped.open("a", encoding="utf-8") as listing:
-            listing.write(" ".join(str(error).split()) + "\n")
-
-    return note
-
-
-def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
-    for where, record in read_records(file, bad, [column]):
-        text = record.get(column)
-        if column not in record:
-            names = shown(sorted(record))
-            bad(DataError(f"{file}, {where}: no column {column!r}; there are {names}"))
-        elif not _is_text(text):
-            bad(DataError(f"{file}, {where}: {column!r} is {NO_TEXT}"))
-        else:
-            yield text
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a text with more than marks, spaces and control characters, of which no tokens
-    would be made.
-    """
-    return isinstance(value, str) and any(unicodedata.category(c)[0] not in "CMZ" for c in value)
-
-
-def _ignore(_: DataError) -> None:
-    pass
-
-
 def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
     if corpus.train_tokenizer is None:
         assert corpus.tokenizer is not None
         return load_tokenizer(corpus.tokenizer)
-    wanted = corpus.train_tokenizer
+    wanted, tokens = corpus.train_tokenizer, corpus.sequence_tokens
     vocabulary = _vocabulary(wanted, documents)
-    return wordpiece_tokenizer(
-        vocabulary, lowercase=wanted.lowercase, tokens=corpus.sequence_tokens
-    )
+    return wordpiece_tokenizer(vocabulary, lowercase=wanted.lowercase, tokens=tokens)
 
 
 def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]:
     """A WordPiece vocabulary, the same on every run.
 
-    Trained twice, since the trainer numbers "##a", "##b", … in the order of a hash map and breaks
-    ties by number (huggingface/tokenizers#1794): the first pass finds them, the second is told
-    their numbers.
+    The trainer numbers "##a", "##b", … in random order and breaks ties by number
+    (huggingface/tokenizers#1794), so a first pass finds them, and the second one gets them sorted.
     """
     vocabulary: dict[str, int] = {}
     size = _num_at_once(documents)
@@ -279,7 +183,7 @@ def _tokenize(
     return {"segments": segments}
 
 
-def _held_out(size: int, corpus: Corpus) -> np.ndarray:
+def _is_held_out(size: int, corpus: Corpus) -> np.ndarray:
     num_held_out = max(2, round(corpus.validation * size))
     chosen = generator(corpus.seed, HELD_OUT).permutation(size)[:num_held_out]
     return np.isin(np.arange(size), chosen)
@@ -313,14 +217,12 @@ def _cut_group(
 ) -> dict[str, list]:
     (group,) = batch["group"]
     members = range(group * GROUP, min((group + 1) * GROUP, len(documents)))
-    examples: list[Example] = []
     if corpus.objective == "mlm":
-        examples = packed(
-            [documents[m]["segments"] for m in members], corpus.sequence_tokens, special
-        )
+        streams = [documents[m]["segments"] for m in members]
+        examples = packed(streams, corpus.sequence_tokens, special)
     else:
-        for member in members:
-            examples += segment_pairs(documents, member, corpus, special)
+        pairs = (segment_pairs(documents, m, corpus, special) for m in members)
+        examples = list(chain.from_iterable(pairs))
     return {name: [example[i] for example in examples] for i, name in enumerate(EXAMPLE)}
 
 

@@ -20,10 +20,8 @@ CHOICE, FATE, REPLACEMENT = 1, 2, 3  # what a random number is for
 
 @dataclass(frozen=True, kw_only=True)
 class Masker:
-    """Masks batches of examples.
-
-    `is_special` and `is_continuation` are tables over the vocabulary, bool [V]: special tokens are
-    never chosen, and a continuation belongs to the word before it.
+    """Masks batches. `is_special` and `is_continuation`, bool [V], say of each token that it is
+    never chosen, or belongs to the word before it.
     """
 
     seed: int

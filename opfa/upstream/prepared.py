@@ -44,12 +44,10 @@ class Prepared:
 
     @classmethod
     def open(cls, directory: Path, corpus: Corpus) -> "Prepared":
-        """Open a prepared directory and check that it was made from the recipe's corpus section,
-        and that its files are those that were written.
-        """
+        """Open a directory; checks that it was made from this corpus section and is unchanged."""
         summary = summary_of(directory, corpus)
-        for name in _with_bar(directory, examples_of(summary)):
-            check_examples(directory, summary, name)
+        for name in _with_bar(directory, _examples_of(summary)):
+            _check_examples(directory, summary, name)
         return cls.load(directory, summary)
 
     @classmethod
@@ -72,10 +70,8 @@ class Prepared:
 def open_together(
     directory: Path, corpus: Corpus, *, trust_data: bool, beat: Callable[[str], None]
 ) -> Prepared:
-    """Open a prepared directory on every rank. Collective.
-
-    Every machine may have a copy of its own, so one process of each checks what it reads, file by
-    file; what is wrong on one machine ends all of them.
+    """Open a prepared directory on every rank. Collective. Machines may have copies of their own,
+    so one process of each checks the files; what is wrong on one machine ends all of them.
     """
     summary = distributed.on_every_rank(lambda: summary_of(directory, corpus))
     if len(set(distributed.gather_texts(str(summary)))) > 1:
@@ -84,9 +80,9 @@ def open_together(
 
     def check(name: str) -> None:
         if is_checking:
-            check_examples(directory, summary, name)
+            _check_examples(directory, summary, name)
 
-    names = () if trust_data else examples_of(summary)
+    names = () if trust_data else _examples_of(summary)
     for name in _with_bar(directory, names):
         beat(f"checking {directory / name}")
         distributed.on_every_rank(lambda name=name: check(name))
@@ -94,9 +90,7 @@ def open_together(
 
 
 def summary_of(directory: Path, corpus: Corpus) -> dict[str, Any]:
-    """What `corpus.json` says, checked with all files but the examples; raises `DataError`, and
-    `RecipeError` where it was made by another recipe.
-    """
+    """What `corpus.json` says, checked against the recipe and all files but the examples."""
     path = directory / SUMMARY
     if not path.is_file():
         raise DataError(
@@ -134,7 +128,7 @@ def _check_small(directory: Path, known: seal.Files) -> None:
         now = {
             name: known.get(name, "") if _has_examples(name) else seal.digest(directory / name)
             for name in seal.names_of(directory)
-            if name in known or "/" in name  # nobody reads what was laid beside
+            if name in known or "/" in name  # nobody reads other files beside corpus.json
         }
     if found := seal.differences(known, now):
         raise DataError(f"{directory}: not as `opfa prepare` wrote it: {found}; {AGAIN}")
@@ -144,21 +138,20 @@ def _has_examples(name: str) -> bool:
     return name.endswith(".arrow")
 
 
-def examples_of(summary: dict[str, Any]) -> tuple[str, ...]:
-    """What `check_examples` is to be called with: files, or whole splits of an older version."""
+def _examples_of(summary: dict[str, Any]) -> tuple[str, ...]:
+    """What is checked one by one: files, or whole splits of an older version."""
     return tuple(filter(_has_examples, summary.get(seal.FILES, ()))) or SPLITS
 
 
-def check_examples(directory: Path, summary: dict[str, Any], name: str) -> None:
+def _check_examples(directory: Path, summary: dict[str, Any], name: str) -> None:
     """Raise `DataError` unless these examples are those that were written."""
-    if name in SPLITS:
-        with opening(directory / name, DataError):
-            found, known = measure(_split(directory / name)), summary["splits"][name]
-            is_same = found["sha256"] == known["sha256"]
-    else:
-        with opening(directory / name, DataError):
-            is_same = seal.digest(directory / name) == summary[seal.FILES][name]
-    if not is_same:
+    with opening(directory / name, DataError):
+        if name in SPLITS:
+            found = measure(_split(directory / name))["sha256"]
+            known = summary["splits"][name]["sha256"]
+        else:
+            found, known = seal.digest(directory / name), summary[seal.FILES][name]
+    if found != known:
         raise DataError(f"{directory}: not as `opfa prepare` wrote it: {name} has changed; {AGAIN}")
 
 

@@ -33,6 +33,7 @@ from opfa.training.engine import Engine, start_distributed
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
 from opfa.training.session import run_to_end
+from opfa.training.zero import DeepSpeedFile
 from opfa.upstream import objective
 from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Objective
@@ -57,6 +58,7 @@ def pretrain(
     and `LostContactError` when another process of the launch is gone.
     """
     launch.check_rendezvous()
+    file = recipe.deepspeed_file(launch.place().world_size)
     timeout = recipe.launch.timeout_seconds
 
     def load(supervisor: Supervisor) -> Trainer:
@@ -64,7 +66,7 @@ def pretrain(
         data = Path(recipe.data)
         prepared = open_together(data, recipe.corpus, trust_data=trust_data, beat=supervisor.beat)
         supervisor.beat("loading the models")
-        return Trainer(recipe, prepared, device, supervisor)
+        return Trainer(recipe, prepared, device, supervisor, file)
 
     run_to_end(recipe, output, load, resume=resume, timeout_seconds=timeout, concerns=concerns)
 
@@ -78,6 +80,7 @@ class Trainer:
         prepared: Prepared,
         device: torch.device,
         supervisor: Supervisor,
+        file: DeepSpeedFile,
         clock: Clock | None = None,
     ) -> None:
         """Load everything and check that it fits together, before any work is done. Collective."""
@@ -91,7 +94,6 @@ class Trainer:
         self.pruner = Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
         if recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
-        file = recipe.launch.deepspeed_file(self.order.world_size)
         self.launched: dict[str, Any] = {
             "world_size": self.order.world_size,
             "deepspeed": file.values(),

@@ -6,9 +6,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.compression.pattern import Pattern
-from opfa.compression.schedules import Gradual, LearningRate
-from opfa.recipe import Batch, Name, Recipe, Section, Seed, Steps
+from opfa.compression.schedules import LearningRate
+from opfa.errors import RecipeError
+from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Steps, Weight
+from opfa.training.sections import Pruning, Teacher
 from opfa.training.zero import DeepSpeedFile
 
 LAYERS = ("num_hidden_layers", "n_layers")  # as a transformers configuration says it
@@ -19,33 +20,44 @@ class TokenizerTraining(Section):
     """A WordPiece tokenizer trained on the corpus."""
 
     vocabulary: int = Field(default=30_522, ge=100, le=1 << 24)
+    """Entries of the vocabulary."""
     lowercase: bool = True
-    min_frequency: int = Field(default=2, ge=1)
+    """Make all text lower case and strip accents."""
+    min_frequency: Count = 2
+    """How often a piece must occur to become an entry."""
 
 
 class Corpus(Section):
-    """Documents, and the examples that `opfa prepare` makes of them.
-
-    `documents` are files or glob patterns (.jsonl, .txt, .parquet, also .gz or .zst); a text file
-    holds documents parted by empty lines. `hub` names a data set of the Hub instead. Give
-    `tokenizer` (directory or Hub name) or train one.
+    """Documents, and the examples that `opfa prepare` makes of them. Give either `documents` or
+    `hub`, and either `tokenizer` or `train_tokenizer`.
     """
 
     documents: tuple[str, ...] = ()
+    """Files or glob patterns (.jsonl, .json, .csv, .tsv, .txt, .parquet; also .gz, .zst)."""
     hub: str | None = None
+    """A data set of the Hub, in place of `documents`."""
     hub_config: str | None = None
+    """The data set's configuration."""
     hub_split: str = "train"
+    """The data set's split."""
     text_column: str = "text"
+    """The column that holds the text; in a .txt file documents are parted by empty lines."""
     objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"
+    """Masked tokens with next-sentence pairs as in BERT, or masked tokens in packed sequences."""
     sequence_tokens: int = Field(default=128, ge=8, le=1 << 20)
-    short_sequences: float = Field(
-        default=0.1, ge=0.0, le=1.0
-    )  # share of pairs cut shorter, as in BERT
-    validation: float = Field(default=0.005, gt=0.0, lt=0.5)  # share of documents held out
+    """Length of an example in tokens, special ones included."""
+    short_sequences: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of documents whose pairs are cut shorter, as in BERT."""
+    validation: float = Field(default=0.005, gt=0.0, lt=0.5)
+    """Share of documents held out."""
     tokenizer: str | None = None
+    """A tokenizer: a directory or a Hub name."""
     train_tokenizer: TokenizerTraining | None = None
-    bad_records: Literal["stop", "skip"] = "stop"  # skipped ones are listed in DIR/skipped.txt
+    """Train a tokenizer instead."""
+    bad_records: Literal["stop", "skip"] = "stop"
+    """Stop at a bad record, or skip it and list it in DIR/skipped.txt."""
     seed: Seed = 42
+    """Decides pairs and the held-out documents."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,12 +69,12 @@ class Corpus(Section):
 
 
 class Model(Section):
-    """Where training starts: `init` (a directory or Hub name), or from scratch by a transformers
-    `config`.
-    """
+    """Where training starts. Give either `init` or `config`."""
 
     init: str | None = None
-    config: dict[str, str | int | float | bool] | None = None  # must name its model_type
+    """A pre-trained model: a directory or a Hub name."""
+    config: dict[str, str | int | float | bool] | None = None
+    """A transformers configuration, to train from scratch; must name its `model_type`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,53 +90,50 @@ class Model(Section):
 
 
 class Masking(Section):
-    """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
+    """Dynamic masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
 
-    `probability = 0` is clean text, for students that learn hidden states alone.
-    """
-
-    probability: float = Field(default=0.15, ge=0.0, lt=1.0)
+    probability: Fraction = 0.15
+    """Share of tokens to predict; 0 is clean text, for students that learn hidden states alone."""
     whole_word: bool = False
+    """Choose whole words."""
 
 
 class Training(Section):
     """Optimization: AdamW, linear warm-up and decay, no weight decay for biases and norms."""
 
     steps: Steps
-    batch: Batch  # sequences per optimizer step, over all micro-batches and ranks
-    learning_rate: float = Field(gt=0.0)
+    """Optimizer steps."""
+    batch: Batch
+    """Sequences per step, over all micro-batches and ranks."""
+    learning_rate: Positive
+    """The highest learning rate."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
     rewind_learning_rate: bool = False
-    weight_decay: float = Field(default=0.01, ge=0.0)
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
-    epsilon: float = Field(default=1e-8, gt=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
-    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)  # default: the model's own
+    """Set the decay back to its beginning at each mask update of the ramp."""
+    weight_decay: Weight = 0.01
+    """AdamW's weight decay."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: Fraction = 0.999
+    """AdamW's decay of the mean squared gradient."""
+    epsilon: Positive = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped at this norm."""
+    dropout: Fraction | None = None
+    """Dropout while training; by default the model's own."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Numbers of the forward and backward pass; the optimizer keeps fp32 weights."""
 
 
-class Pruning(Section):
-    """Gradual magnitude pruning: when and how sparse, and where."""
-
-    schedule: Gradual
-    pattern: Pattern = Pattern()
-
-
-class Distillation(Section):
-    """A frozen teacher. loss = hard_weight * CE + soft_weight * T^2 * KL(teacher || student) +
-    hidden_weight * MSE.
-
-    `tokens`: soft targets at all real tokens, or only at masked ones. `hidden_weight` > 0 also
-    matches every hidden state.
+class Distillation(Teacher):
+    """A frozen teacher; loss = hard_weight * CE + soft_weight * T^2 * KL(teacher || student) +
+    hidden_weight * MSE of hidden states.
     """
 
-    teacher: str
-    hard_weight: float = Field(default=0.5, ge=0.0)
-    soft_weight: float = Field(default=0.5, ge=0.0)
-    hidden_weight: float = Field(default=0.0, ge=0.0)
-    temperature: float = Field(default=2.0, gt=0.0)
     tokens: Literal["all", "masked"] = "all"
+    """Distil at all real tokens, or only at masked ones."""
 
     @property
     def is_of_states_alone(self) -> bool:
@@ -133,51 +142,50 @@ class Distillation(Section):
 
 
 class Launch(Section):
-    """Matters of the machine, which don't change the result beyond rounding.
-
-    Shipped recipes leave them out. `deepspeed` is a DeepSpeed configuration file, such as
-    launch/zero3.json, which says how state is shared out; without one it is ZeRO 2, and ZeRO 1 for
-    one process. `compile` runs the models through torch.compile: slower on CPUs, not tried on GPUs
-    yet.
+    """Matters of the machine, which change the result by rounding at most. Shipped recipes leave
+    them out.
     """
 
-    micro_batch: int | None = Field(
-        default=None, ge=1
-    )  # sequences per rank and pass; default: all at once
+    micro_batch: Count | None = None
+    """Sequences per rank and pass; by default all at once."""
     deepspeed: str | None = None
+    """A DeepSpeed configuration, such as launch/zero3.json; default: ZeRO 2, alone ZeRO 1."""
     compile: bool = False
-    workers: int = Field(
-        default=0, ge=0, le=1_024
-    )  # processes that load data ahead; 0: a thread does
-    timeout_seconds: float = Field(
-        default=300.0, gt=0.0, le=1e7
-    )  # a rank that hangs longer ends the job
-
-    def deepspeed_file(self, processes: int = 1) -> DeepSpeedFile:
-        """What the configuration file says; raises `RecipeError`."""
-        return DeepSpeedFile.load(self.deepspeed, processes)
+    """Run the models through torch.compile; slower on CPUs."""
+    workers: int = Field(default=0, ge=0, le=1_024)
+    """Processes that load data ahead; 0: a thread does it."""
+    timeout_seconds: float = Field(default=300.0, gt=0.0, le=1e7)
+    """A rank that hangs longer ends the job."""
 
 
 class Logging(Section):
-    """How often a row is logged, the held-out loss measured, and a resume point saved; where else
-    metrics go.
-    """
+    """How often something is logged, evaluated and saved, and where else metrics go."""
 
-    every_steps: int = Field(default=100, ge=1)
-    evaluate_steps: int = Field(default=5_000, ge=1)
-    evaluate_examples: int = Field(default=512, ge=1)
-    checkpoint_steps: int = Field(default=1_000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    every_steps: Count = 100
+    """Steps between logged rows."""
+    evaluate_steps: Count = 5_000
+    """Steps between evaluations of the held-out loss."""
+    evaluate_examples: Count = 512
+    """Held-out examples that are evaluated."""
+    checkpoint_steps: Count = 1_000
+    """Steps between resume points."""
+    keep_checkpoints: Count = 2
+    """Resume points that are kept."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Log to Weights & Biases too."""
     wandb_project: str = "opfa"
+    """Its project there."""
 
 
 class PretrainRecipe(Recipe):
     """One upstream run. Without [pruning] it prepares a teacher."""
 
     name: Name
+    """The run's name."""
     seed: Seed = 42
-    data: str = "prepared"  # the directory that `opfa prepare` wrote
+    """Decides data order, masking, dropout and new weights."""
+    data: str = "prepared"
+    """The directory that `opfa prepare` wrote."""
     corpus: Corpus
     model: Model
     masking: Masking = Masking()
@@ -189,35 +197,41 @@ class PretrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.training.rewind_learning_rate and self.pruning is None:
+        steps, pruning = self.training.steps, self.pruning
+        if self.training.rewind_learning_rate and pruning is None:
             raise ValueError(
                 "training.rewind_learning_rate: needs [pruning], whose updates it follows"
             )
-        if self.training.warmup_steps >= self.training.steps:
+        if self.training.warmup_steps >= steps:
             raise ValueError(
                 f"training.warmup_steps = {self.training.warmup_steps}: "
-                f"must be below steps = {self.training.steps}"
+                f"must be below steps = {steps}"
             )
-        if self.pruning is not None and self.pruning.schedule.last_update > self.training.steps:
+        if pruning is not None and pruning.schedule.last_update > steps:
             raise ValueError(
-                f"pruning.schedule: the last mask update, {self.pruning.schedule.last_update}, "
-                f"must not come after training.steps = {self.training.steps}"
+                f"pruning.schedule: the last mask update, {pruning.schedule.last_update}, "
+                f"must not come after training.steps = {steps}"
             )
         if self.masking.probability == 0 and self.metric != "hidden_loss":
             raise ValueError(_masks_nothing(self.distillation))
-        stage = self.launch.deepspeed_file().stage
-        if self.training.precision != "fp32" and stage == 0:
-            raise ValueError(
-                f"launch.deepspeed = {self.launch.deepspeed!r}: stage 0 not with "
-                f"{self.training.precision}, where DeepSpeed's fp32 masters can't be read and it "
-                "steps the optimizer before any training; use 1, 2 or 3"
-            )
-        if self.launch.compile and stage == 3:
-            raise ValueError(
-                f"launch.compile = true: not with stage 3 (launch.deepspeed = "
-                f"{self.launch.deepspeed!r}), which gathers weights in the middle of the model"
-            )
         return self
+
+    def deepspeed_file(self, processes: int) -> DeepSpeedFile:
+        """Read the DeepSpeed file and check that it suits this recipe; raises `RecipeError`."""
+        file = DeepSpeedFile.load(self.launch.deepspeed, processes)
+        where = f"launch.deepspeed = {self.launch.deepspeed!r}"
+        if self.training.precision != "fp32" and file.stage == 0:
+            raise RecipeError(
+                f"{where}: stage 0 not with {self.training.precision}, where DeepSpeed's fp32 "
+                "masters can't be read and it steps the optimizer before any training; use 1, 2 "
+                "or 3"
+            )
+        if self.launch.compile and file.stage == 3:
+            raise RecipeError(
+                f"launch.compile = true: not with stage 3 ({where}), which gathers weights in the "
+                "middle of the model"
+            )
+        return file
 
     @property
     def metric(self) -> Literal["mlm_loss", "hidden_loss"]:
@@ -227,12 +241,12 @@ class PretrainRecipe(Recipe):
 
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
-        rewinds = self.pruning is not None and self.training.rewind_learning_rate
+        training, pruning = self.training, self.pruning
         return LearningRate(
-            peak=self.training.learning_rate,
-            warmup_steps=self.training.warmup_steps,
-            steps=self.training.steps,
-            rewind_at=self.pruning.schedule if rewinds and self.pruning else None,
+            peak=training.learning_rate,
+            warmup_steps=training.warmup_steps,
+            steps=training.steps,
+            rewind_at=pruning.schedule if pruning and training.rewind_learning_rate else None,
         )
 
 

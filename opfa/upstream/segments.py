@@ -28,9 +28,7 @@ Example = tuple[list[int], int, int]  # the columns of EXAMPLE
 def packed(
     documents: list[list[list[int]]], tokens: int, special: tuple[int, int]
 ) -> list[Example]:
-    """Full sequences from a stream of documents with [SEP] between them; only the last one may be
-    shorter.
-    """
+    """Full sequences from a stream of documents with [SEP] between them; the last may be short."""
     cls, sep = special
     stream: list[int] = []
     for document in documents:
@@ -44,12 +42,10 @@ def packed(
 def segment_pairs(
     documents: Dataset, index: int, corpus: Corpus, special: tuple[int, int]
 ) -> list[Example]:
-    """The segment pairs of one document, each [CLS] A [SEP] B [SEP] with at most `sequence_tokens`
-    tokens.
+    """The pairs of one document, [CLS] A [SEP] B [SEP], by BERT's create_pretraining_data.py.
 
-    As in BERT's create_pretraining_data.py: with the probability `short_sequences` the whole
-    document aims at shorter pairs. Sentences are gathered until they reach that aim, and a pair is
-    cut only where it is longer than a sequence.
+    With the probability `short_sequences` the whole document aims at shorter pairs. Sentences are
+    gathered up to that aim; a pair is cut only where it is longer than a sequence.
     """
     random, documents = generator(corpus.seed, PAIRS, index), documents.with_format("arrow")
     segments = documents[index]["segments"][0].as_py()
@@ -87,9 +83,7 @@ def _take(segments: list[list[int]], start: int, num_tokens: int) -> list[list[i
 def _elsewhere(
     documents: Dataset, index: int, num_tokens: int, random: np.random.Generator
 ) -> list[int]:
-    """Of another document, from a random segment on. Only what is needed is read: a document may
-    be as long as a book.
-    """
+    """Segments of another document, which may be a book: only what is needed is read."""
     other = int(random.integers(len(documents) - 1))
     segments = documents[other + (other >= index)]["segments"][0].values
     start = int(random.integers(len(segments)))
@@ -100,9 +94,7 @@ def _elsewhere(
 def _shortened(
     first: list[int], second: list[int], room: int, random: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Both without so many tokens of the longer one, at its front or back, that they fit together,
-    as BERT does.
-    """
+    """Both cut, at random ends of the longer one, until they fit together, as BERT does."""
     pair, fronts, backs = (first, second), [0, 0], [len(first), len(second)]
     for _ in range(len(first) + len(second) - room):
         longer = 0 if backs[0] - fronts[0] > backs[1] - fronts[1] else 1

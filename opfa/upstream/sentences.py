@@ -13,9 +13,8 @@ UNBROKEN = re.compile(r"((?<!\S)\S{1000,})")
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences in order, without the white space between them; nothing else is left out.
-
-    What has no space in it for 1,000 characters stays whole: nupunkt would take quadratic time.
+    """The sentences in order, without the white space between them. Runs of 1,000 characters
+    without a space stay whole: nupunkt would take quadratic time.
     """
     find = load("default").tokenize
     found: list[str] = []

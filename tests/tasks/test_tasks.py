@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from opfa.errors import DataError, ModelError
-from opfa.tasks import beginnings
+from opfa.tasks import beginnings, features
 from opfa.tasks import examples as reading
 from opfa.tasks import kinds as tasks
 from opfa.tasks.classes import of_model
@@ -360,7 +360,7 @@ def test_targets_are_no_inputs() -> None:
 def test_every_example_has_its_features_when_there_are_several_chunks(
     tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "CHUNK", 2)
+    monkeypatch.setattr(features, "CHUNK", 2)
     train = tasks.load(classification(tmp_path, 0, 1, 1, 0, 1), tokenizer, tiny()).train
     assert train.features["labels"][:] == [0, 1, 1, 0, 1]
 
@@ -383,7 +383,7 @@ def test_an_answer_inside_a_word_is_that_word(tmp_path: Path, tokenizer: BertTok
 def test_windows_know_their_question_when_there_are_several_chunks(
     tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "CHUNK", 1)
+    monkeypatch.setattr(features, "CHUNK", 1)
     validation = tasks.load(
         answering(tmp_path, question(), question()), tokenizer, tiny()
     ).validation

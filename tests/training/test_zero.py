@@ -41,6 +41,8 @@ def test_without_a_file_it_is_zero_1_for_one_process_and_zero_2_for_several() ->
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer: needs stage 1, 2 or 3",
         ),
+        ({"zero_optimization": 3}, r"zero_optimization: Input should be an object \(got 3\)"),
+        ({"zero_optimization": [2]}, r"zero_optimization: Input should be an object \(got \[2\]"),
         ({"zero_optimization": {"stag": 1}}, "stag: unknown key; did you mean 'stage'"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "got 'auto'"),
         ({"elasticity": {}}, "elasticity: unknown key; known keys"),

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opfa.data.order import PAIRS, generator
 from opfa.errors import DataError, RunError
 from opfa.upstream import corpus as corpus_module
+from opfa.upstream import documents as documents_module
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import Example, packed, segment_pairs
@@ -380,7 +381,7 @@ def test_a_bad_row_of_a_hub_is_named_or_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     rows = Dataset.from_dict({"body": [*texts(6), value, *texts(6)]})
-    monkeypatch.setattr(corpus_module, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(documents_module, "load_dataset", lambda *_, **__: rows)
     changes = {"documents": (), "hub": "org/texts", "text_column": "body"}
     corpus = corpus_of().model_copy(update=changes)
     with pytest.raises(DataError, match="org/texts, row 6: 'body' is empty, invisible or not"):

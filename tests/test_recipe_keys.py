@@ -1,0 +1,118 @@
+"""The keys of both recipes, in recipes/README.md and as JSON schemas, are those of the code.
+
+    OPFA_REWRITE=1 pytest tests/test_recipe_keys.py
+
+writes both anew.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.recipe import Recipe
+from opfa.upstream.recipe import PretrainRecipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+BEGIN, END = "<!-- keys: OPFA_REWRITE=1 pytest tests/test_recipe_keys.py -->", "<!-- /keys -->"
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def sections(kind: type[BaseModel], name: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """A model and the models in it, each with its name in a recipe."""
+    yield name, kind
+    for key, field in kind.model_fields.items():
+        if inner := section_of(field.annotation):
+            yield from sections(inner, f"{name}.{key}".lstrip("."))
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    for found in (annotation, *get_args(annotation)):
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return None
+
+
+def type_of(schema: dict[str, Any]) -> str:
+    """What a value may be, in words."""
+    if "anyOf" in schema:
+        return ", ".join(type_of(each) for each in schema["anyOf"] if each["type"] != "null")
+    if "const" in schema or "enum" in schema:
+        return ", ".join(f"`{json.dumps(v)}`" for v in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        return f"list of {type_of(schema['items'])}"
+    if schema["type"] == "object":
+        return f"table of {type_of(schema['additionalProperties'])}"
+    bounds = [f"{sign} {schema[key]:.12g}" for key, sign in BOUNDS.items() if key in schema]
+    return " ".join([schema["type"], *bounds])
+
+
+def table(name: str, kind: type[BaseModel]) -> list[str]:
+    properties = kind.model_json_schema()["properties"]
+    rows = []
+    for key, field in kind.model_fields.items():
+        if section_of(field.annotation):
+            continue
+        default = "*required*" if field.is_required() else f"`{json.dumps(field.default)}`"
+        default = "" if default == "`null`" else default
+        cells = (f"`{key}`", type_of(properties[key]), default, str(field.description))
+        rows.append(" | ".join(cell.replace("|", "\\|") for cell in cells))
+    doc = " ".join(str(kind.__doc__).split())
+    title = f"#### `[{name}]`" if name else "#### (no section)"
+    head = ["", "| key | type | default | meaning |", "| --- | --- | --- | --- |"] if rows else []
+    return ["", title, "", doc, *head, *(f"| {row} |" for row in rows)]
+
+
+def page() -> str:
+    lines = []
+    for command, kind in KINDS.items():
+        lines += ["", f"### `opfa {command}`"]
+        lines += [line for name, section in sections(kind) for line in table(name, section)]
+    return "\n".join([*lines, ""])
+
+
+def schema(kind: type[Recipe]) -> str:
+    return json.dumps(kind.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rewrite() -> None:
+    if os.environ.get("OPFA_REWRITE"):
+        text = (RECIPES / "README.md").read_text()
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        (RECIPES / "README.md").write_text(f"{before}{BEGIN}\n{page()}\n{END}{after}")
+        for name, kind in KINDS.items():
+            (RECIPES / f"schema/{name}.json").write_text(schema(kind))
+
+
+def test_the_readme_has_all_keys() -> None:
+    found = (RECIPES / "README.md").read_text().split(BEGIN)[1].split(END)[0]
+    assert found == f"\n{page()}\n"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_schema_is_that_of_the_recipe(name: str) -> None:
+    assert (RECIPES / f"schema/{name}.json").read_text() == schema(KINDS[name])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_key_has_one_line(name: str) -> None:
+    for section, kind in sections(KINDS[name]):
+        for key, field in kind.model_fields.items():
+            line = field.description or ""
+            is_section = section_of(field.annotation) is not None
+            assert is_section or (line.endswith(".") and "\n" not in line), f"{section}.{key}"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.toml")), ids=lambda path: path.name)
+def test_every_recipe_names_its_schema(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    target = path.parent / first.removeprefix("#:schema ")
+    keys = json.loads(target.read_text())["properties"]
+    assert first.startswith("#:schema ") and ("corpus" in keys) == ("[corpus" in path.read_text())
