@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from zipfile import ZipFile
 
 import pytest
+from conftest import SLOW
 
 from opfa.storage import shipped as place
 from opfa.storage.shipped import shipped
@@ -57,6 +58,11 @@ def test_shipped_files_are_found_in_a_clone_and_in_a_wheel(
     for folder in ("site/recipes", "site/opfa/recipes"):  # a stranger's, then ours
         (tmp_path / folder).mkdir(parents=True)
     assert shipped("recipes") == tmp_path / "site/opfa/recipes"
+
+
+def test_every_slow_test_is_there() -> None:
+    for file, _, test in (name.partition("::") for name in SLOW):
+        assert f"def {test}" in (ROOT / "tests" / file).read_text()
 
 
 @pytest.mark.slow
