@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, set-up included.
+# Lint, spelling, types and all tests, set-up included; `-m 'not slow'` leaves the slow ones out.
 # Usage: bash launch/test.sh [pytest options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/codespell
 .venv/bin/pyright --pythonpath .venv/bin/python
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

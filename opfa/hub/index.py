@@ -5,14 +5,13 @@ files and no others, wherever they come from. One that others released may have 
 checked against what its source says. A figure that nobody has measured here is null, not copied.
 """
 
-from pathlib import Path
-
 from pydantic import Field, TypeAdapter, ValidationError
 
 from opfa.errors import ModelError
 from opfa.recipe import Section
+from opfa.storage.shipped import shipped
 
-INDEX = Path(__file__).parents[1] / "model_cards" / "index.json"
+INDEX = shipped("model_cards/index.json")
 
 
 class Released(Section):

@@ -6,7 +6,6 @@ out are used neither to pre-train nor to fine-tune. The task is "which author wr
 All numbers come from this run.
 """
 
-import importlib.resources
 import json
 import logging
 import math
@@ -31,6 +30,7 @@ from opfa.errors import RunError
 from opfa.models.pretraining import load_pretraining_model
 from opfa.report import pictures as report
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
+from opfa.storage.shipped import shipped
 from opfa.training.distributed import Supervisor
 from opfa.upstream.batches import masker, validation_batches
 from opfa.upstream.corpus import prepare
@@ -98,10 +98,7 @@ def write_data(directory: Path) -> float:
     """Cut the books into documents and labelled passages; the share of the most frequent class
     among those held out.
     """
-    with importlib.resources.as_file(
-        importlib.resources.files("opfa") / "quickstart/books.jsonl.zst"
-    ) as file:
-        chapters = [record for _, record in read_records(file)]
+    chapters = [record for _, record in read_records(Path(__file__).with_name("books.jsonl.zst"))]
     train = [chapter for chapter in chapters if chapter["split"] == "train"]
     held_out = [chapter for chapter in chapters if chapter["split"] == "heldout"]
     passages, validation = _passages(train), _passages(held_out)
@@ -149,10 +146,7 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _recipe_path(name: str) -> Path:
-    with importlib.resources.as_file(
-        importlib.resources.files("opfa") / "recipes/quickstart"
-    ) as path:
-        return path / f"{name}.toml"
+    return shipped(f"recipes/quickstart/{name}.toml")
 
 
 def _upstream(name: str, overrides: list[str]) -> PretrainRecipe:

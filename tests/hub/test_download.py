@@ -417,14 +417,6 @@ def test_the_index_is_valid_and_its_names_are_distinct() -> None:
     assert not measured  # whoever has no manifest was not measured by this project
 
 
-def test_the_index_is_in_the_package() -> None:
-    import tomllib
-
-    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert "model_cards/*.json" in settings["tool"]["setuptools"]["package-data"]["opfa"]
-    assert index.INDEX.is_relative_to(Path(index.__file__).parents[1])
-
-
 def test_the_commands_print_figures_and_json(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
