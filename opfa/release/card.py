@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from opfa.errors import RunError
 from opfa.release.provenance import Facts, Row, Step
-from opfa.report.tables import figure, markdown_table
+from opfa.report.tables import Table, figure
 from opfa.sparsity.anatomy import layer_of
 from opfa.tasks.kinds import KINDS
 
@@ -176,7 +176,7 @@ def _facts(release: Release) -> str:
     ]
     if release.is_sparse:
         rows.append(("zeros (fingerprint)", f"`{release.sparsity['fingerprint']}`"))
-    return markdown_table(("", ""), rows)
+    return Table(("", ""), rows).markdown()
 
 
 def _results(release: Release) -> str:
@@ -188,7 +188,7 @@ def _results(release: Release) -> str:
         lines.append(
             (row.label.replace("|", "/"), f"{row.sparsity:.2%}", str(row.num_seeds), *cells)
         )
-    table = markdown_table(("model", "sparsity", "seeds", *names), lines)
+    table = Table(("model", "sparsity", "seeds", *names), lines).markdown()
     if release.kind:
         task = release.steps[0].recipe["task"]
         split = f"split `{task['validation']}` of " if task.get("hub") else ""
@@ -218,7 +218,7 @@ def _sparsity(release: Release) -> str:
     ]
     total = report["total"]
     all_ = (f"{total['zeros']:,}", f"{total['size']:,}", f"{total['sparsity']:.4%}")
-    table = markdown_table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)])
+    table = Table(("layer", "zeros", "weights", "sparsity"), [*rows, ("all", *all_)]).markdown()
     return f"{table}\n\n![Sparsity by layer and matrix]({PICTURE})"
 
 
