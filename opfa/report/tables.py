@@ -56,7 +56,9 @@ class Table:
         shown = rich_table.Table(box=box.SIMPLE_HEAD, title=self.title or None)
         for name, is_number in zip(self.head, self._are_numbers(), strict=True):
             shown.add_column(name, justify="right" if is_number else "left")
+        names = [row[0] for row in self.rows]
         shown.columns[0].overflow = "fold"
+        shown.columns[0].min_width = min(30, max(map(len, names), default=0))
         for row in self.rows:
             shown.add_row(*row)
         return shown
