@@ -52,12 +52,13 @@ class Table:
         return cls((head, *(str(field.title) for field in columns.values())), lines, "", 1)
 
     def console(self) -> rich_table.Table:
-        """The table for a screen; names are folded, never cut."""
-        shown = rich_table.Table(box=box.SIMPLE_HEAD, title=self.title or None)
+        """The table for a screen; cells are folded, never cut."""
+        shown = rich_table.Table(
+            box=box.SIMPLE_HEAD, title=self.title or None, pad_edge=False, collapse_padding=True
+        )
         for name, is_number in zip(self.head, self._are_numbers(), strict=True):
-            shown.add_column(name, justify="right" if is_number else "left")
+            shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
         names = [row[0] for row in self.rows]
-        shown.columns[0].overflow = "fold"
         shown.columns[0].min_width = min(30, max(map(len, names), default=0))
         for row in self.rows:
             shown.add_row(*row)
