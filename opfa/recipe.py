@@ -68,13 +68,7 @@ class Recipe(Section):
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """Read, override and check a recipe; raises `RecipeError` with its problems at once."""
-        where = brief(path, 300)
-        try:
-            values = _parsed(read_small(path, where, "recipe"))
-        except ValueError as error:
-            raise RecipeError(f"{where}: not valid TOML: {brief(error, 200)}") from error
-        for override in overrides:
-            _override(values, override)
+        where, values = brief(path, 300), read_values(path, overrides)
         try:
             return cls.check(values, where)
         except RecipeError as error:
@@ -114,6 +108,18 @@ class Recipe(Section):
 
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
+
+
+def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe file says, overridden and not checked yet."""
+    where = brief(path, 300)
+    try:
+        values = _parsed(read_small(path, where, "recipe"))
+    except ValueError as error:
+        raise RecipeError(f"{where}: not valid TOML: {brief(error, 200)}") from error
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 def read_small(path: Path | str, where: str, kind: str) -> str:

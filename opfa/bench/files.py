@@ -1,10 +1,10 @@
-"""Benchmark of released files at BERT-base's shape, 90 % sparse: bytes of each part against their
-entropy, and what loading costs against the dense file.
+"""Benchmark of released files at BERT-base's shape, 90 % sparse: the bytes of each part against
+their entropy, and what loading costs against the dense file.
 
-The weights are random; rows and columns differ in scale as those of trained encoders do, so that
-8-bit values have about the entropy of real ones (7.2 bits measured on a pruned MiniLM). Times are
-medians of loads in processes of their own, dense and compact in turn, both from the disk: the
-system's cached pages of the file are given up before each.
+The weights are random. The scales of their rows and columns differ as in trained encoders, so that
+8-bit values have about the entropy of real ones (7.2 bits, measured on a pruned MiniLM). Times are
+medians of loads, each in its own process. All forms are loaded in turn, from the disk: the cached
+pages of a file are dropped before each load.
 """
 
 import json
@@ -13,9 +13,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +27,7 @@ from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.configs import new_config
 from opfa.models.encoders import HEADS
 from opfa.release.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
+from opfa.report.tables import Result, Row, Table
 from opfa.sparsity.anatomy import EMBEDDING
 from opfa.storage.files import write_json
 from opfa.weights.compact import CONFIG, FILE
@@ -50,8 +50,48 @@ OF_ENCODER = {
 KINDS = ("positions", "encoder values", "encoder scales", "embeddings", "rest")
 
 
-def bench_files() -> dict[str, Any]:
-    """Bytes by part, bits a weight of the encoder, seconds and peak memory of loading."""
+class Form(Row):
+    """One form of a release: bytes by part, and what loading takes (medians)."""
+
+    format: str
+    dtype: str
+    parts: dict[str, int]
+    limits: dict[str, float]  # entropy in bytes
+    bytes: int
+    encoder_bits: float  # for each weight of the encoder
+    returned: float  # seconds until `from_pretrained` returns
+    seconds: float  # until every weight was read once
+    peak_bytes: int | float
+
+
+class Files(Result):
+    """All forms; the first one is dense."""
+
+    weights: int
+    sparsity: float
+    rows: list[Form]
+
+    def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
+        """Bytes in millions, and loading against the dense file."""
+        dense, rows = self.rows[0], []
+        for row in self.rows:
+            sizes = [f"{size / 1e6:.2f}" for size in (*row.parts.values(), row.bytes)]
+            loads = f"{row.seconds:.2f}", f"{row.seconds / dense.seconds:.2f}"
+            peak = f"{row.peak_bytes / dense.bytes:.2f}"
+            name = f"{row.format}, {row.dtype}"
+            rows.append((name, *sizes, f"{row.encoder_bits:.3f}", *loads, peak))
+            if row.limits:
+                limits = {kind: f"{limit / 1e6:.2f}" for kind, limit in row.limits.items()}
+                cells = [limits.get(kind, "") for kind in dense.parts]
+                rows.append(("  entropy", *cells, *[""] * 5))
+        head = ("format", *dense.parts, "all", "bits a weight", "load, s", "x dense")
+        title = f"{self.weights:,} weights in the encoder"
+        yield Table((*head, "peak, x dense"), rows, title, numbers_from=1)
+        yield "bytes in millions; loading until every weight was read once, from the disk"
+
+
+def bench_files() -> Files:
+    """Write every form and load it."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directories, pruned = _write(Path(name))
@@ -60,17 +100,17 @@ def bench_files() -> dict[str, Any]:
             parts = _parts(directory, pruned)
             encoder = sum(parts[kind] for kind in KINDS[:3])
             rows.append(
-                {
-                    "format": form,
-                    "dtype": dtype,
-                    "parts": parts,
-                    "limits": _limits(directory, pruned) if form != "dense" else {},
-                    "bytes": sum(path.stat().st_size for path in _weights(directory)),
-                    "encoder_bits": 8 * encoder / sum(pruned.values()),
+                Form(
+                    format=form,
+                    dtype=dtype,
+                    parts=parts,
+                    limits=_limits(directory, pruned) if form != "dense" else {},
+                    bytes=_weights(directory).stat().st_size,
+                    encoder_bits=8 * encoder / sum(pruned.values()),
                     **loads[directory],
-                }
+                )
             )
-    return {"weights": sum(pruned.values()), "sparsity": SPARSITY, "rows": rows}
+    return Files(weights=sum(pruned.values()), sparsity=SPARSITY, rows=rows)
 
 
 def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]]:
@@ -98,14 +138,14 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]
     return directories, pruned
 
 
-def _weights(directory: Path) -> list[Path]:
-    return [path for path in (directory / PLAIN, directory / FILE) if path.exists()]
+def _weights(directory: Path) -> Path:
+    return next(path for path in (directory / PLAIN, directory / FILE) if path.exists())
 
 
 def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of what is stored, by kind."""
+    """Stored bytes by kind."""
     sizes: Counter[str] = Counter()
-    for name, tensor in load_file(_weights(directory)[0]).items():
+    for name, tensor in load_file(_weights(directory)).items():
         owner, _, part = name.rpartition(".")
         kind = "embeddings" if EMBEDDING.search(name) and "Norm" not in name else "rest"
         if name in pruned:
@@ -117,7 +157,7 @@ def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
 
 
 def _limits(directory: Path, pruned: Mapping[str, int]) -> dict[str, float]:
-    """Entropy in bytes: of independent positions, and of 8-bit values one by one."""
+    """Entropy in bytes of independent positions, and of independent 8-bit values."""
     stored = load_file(directory / FILE)
     source = load_file(directory.parent / "source" / PLAIN)
     limits = {"positions": 0.0, "encoder values": 0.0}
@@ -125,14 +165,11 @@ def _limits(directory: Path, pruned: Mapping[str, int]) -> dict[str, float]:
         kind, count = stored[f"{name}.form"].tolist()[:2]
         limits["positions"] += size * _bits(torch.tensor([count, size - count])) / 8
         if TYPES[kind] == torch.int8:
-            limits["encoder values"] += _entropy_of_8_bits(source[name]) / 8
+            weight = source[name]
+            live = to_int8(weight, "channel")[0][weight != 0]
+            counts = torch.bincount(live.int() + 128, minlength=256)
+            limits["encoder values"] += int(counts.sum()) * _bits(counts) / 8
     return {name: limit for name, limit in limits.items() if limit}
-
-
-def _entropy_of_8_bits(weight: Tensor) -> float:
-    live = to_int8(weight, "channel")[0][weight != 0]
-    counts = torch.bincount(live.int() + 128, minlength=256)
-    return int(counts.sum()) * _bits(counts)
 
 
 def _bits(counts: Tensor) -> float:
@@ -142,7 +179,6 @@ def _bits(counts: Tensor) -> float:
 
 
 def _load_in_turn(directories: list[Path]) -> dict[Path, dict[str, float]]:
-    """Medians of what each load took."""
     found: dict[Path, list[dict[str, float]]] = {directory: [] for directory in directories}
     for _ in range(REPEATS):
         for directory in directories:
@@ -154,14 +190,11 @@ def _load_in_turn(directories: list[Path]) -> dict[Path, dict[str, float]]:
 
 
 def _load(directory: Path) -> dict[str, float]:
-    """Seconds until `from_pretrained` returns and until every weight was read once, for a plain
-    file is only mapped until then; and the peak of extra memory.
-    """
+    """What one load takes. A plain file is only mapped until its weights are read."""
     model = HEADS["SequenceClassification"]
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # what libraries allocate once
-    for path in _weights(directory):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with _weights(directory).open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How benchmarks measure: seconds, on a GPU too; peaks of memory; and each in a process of its own,
+"""How benchmarks measure: seconds, on a GPU too, and peaks of memory. Each runs in its own process,
 since a peak never falls.
 """
 
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from opfa.errors import RunError
 from opfa.training import launch
 from opfa.training.clock import wait_for_gpu
 from opfa.training.distributed import end_process
+
+Value = TypeVar("Value")
 
 
 def timed(step: Callable[[], object]) -> float:
@@ -31,11 +33,14 @@ def timed(step: Callable[[], object]) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had; on a GPU, that torch had there."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most memory that this process had; on a GPU, the most that torch had there."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_of_host()
+
+
+def peak_of_host() -> int:
+    """The most memory of the host that this process had."""
     if Path("/proc/self/status").exists():
-        return memory("VmHWM")  # what getrusage says may be the peak of its parent
+        return memory("VmHWM")  # getrusage may report the peak of its parent
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -45,8 +50,8 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function finds in a process of its own; raises `RunError` if that fails."""
+def in_a_process(function: Callable[..., Value], *arguments: Any) -> Value:
+    """Call a function in its own process; raises `RunError` if that fails."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, function, *arguments))
@@ -60,15 +65,15 @@ def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> di
         process.join()
 
 
-def _send(connection: Connection, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-    atexit.register(end_process, 0)  # after everything else that is done at an exit
-    for key in launch.VARIABLES:  # another group's, which this process has no part in
+def _send(connection: Connection, function: Callable[..., object], *arguments: Any) -> None:
+    atexit.register(end_process, 0)  # after everything else at exit
+    for key in launch.VARIABLES:  # of a launch that this process has no part in
         os.environ.pop(key, None)
     is_done = False
     try:
         connection.send(function(*arguments))
         is_done = True
     finally:
-        if not is_done:  # at once: it would wait for its own children before it says why
+        if not is_done:  # at once, else it waits for its own children before it says why
             traceback.print_exc()
             end_process(1)

@@ -21,57 +21,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.nn import functional
 
+from opfa.bench.costs import Costs, Variant
 from opfa.bench.measure import in_a_process, peak_bytes, timed
 from opfa.bench.plain import Plain
+from opfa.bench.standard import ENDLESS, standard
 from opfa.compression.distill import Scales, VocabularyLoss
 from opfa.errors import RecipeError
-from opfa.models.configs import new_config, wordpiece_tokenizer
-from opfa.models.encoders import write_model
-from opfa.models.pretraining import new_pretraining_model
 from opfa.training.clock import Clock
 from opfa.training.distributed import Supervisor
 from opfa.training.engine import choose_accelerator, start_distributed
 from opfa.training.loop import accumulate
 from opfa.training.machine import environment
 from opfa.upstream.batches import training_steps
-from opfa.upstream.corpus import measure, write_summary
 from opfa.upstream.plan import operations, shape_of
-from opfa.upstream.prepared import SPLITS, Prepared
+from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import Trainer
 from opfa.upstream.recipe import PretrainRecipe
-from opfa.upstream.segments import EXAMPLE
 from opfa.upstream.student import DTYPES
 
 WARMUP = 3  # steps of each process before those that count
 STEPS = {"cpu": 5, "cuda": 50}  # that count
-ENDLESS = 10**6
 SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is timed
 LOSS_SHAPE = (4096, 768, 30_522)  # tokens, hidden, vocabulary: 8 x 512 tokens of BERT-base
 LOADER_SECONDS = 1.0
-STANDARD: dict[str, Any] = {
-    "name": "bench",
-    "corpus": {"documents": ["random"], "objective": "mlm", "tokenizer": "random"},
-    "model": {"config": {"model_type": "bert", "vocab_size": 30_522}},
-    "training": {"steps": ENDLESS, "batch": 8, "learning_rate": 1e-5},
-    "pruning": {
-        "schedule": {"end": 50_000, "hold_until": 80_000, "every": 1_000, "target": 0.9},
-    },
-    "distillation": {"teacher": "random"},
-}
 Results = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Results:
-    """Seconds by part, tokens a second, share of the machine's rate, peak memory; and ratios.
-
-    `overrides` are of the standard recipe, if `recipe` is none.
+def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Costs:
+    """Measure all variants of a recipe's step. Without a recipe it is the standard one with these
+    overrides.
     """
     if recipe is not None and recipe.model.init is None:
         raise RecipeError(
@@ -81,7 +64,7 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
     choose_accelerator()  # before transformers makes DeepSpeed guess
     with tempfile.TemporaryDirectory() as directory:
         if recipe is None:
-            recipe = _standard(Path(directory), overrides)
+            recipe = standard(Path(directory), overrides)
         names = ["ours"]
         if recipe.distillation is not None and recipe.pruning is not None:
             names.append("no teacher")
@@ -98,102 +81,65 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
     return _summary(recipe, found, work)
 
 
-def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: float) -> Results:
-    """What the runs of all variants say; `work` are a step's operations were no token padding."""
+def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: float) -> Costs:
+    """Sum up the runs of all variants; `work` is the operations of a step without padding."""
     ours = found["ours"][-1]
     real_tokens = statistics.mean(ours["tokens"])
-    seconds = {
-        name: [
-            s * real_tokens / tokens  # of a step of as many as the mean
-            for run in runs
-            for s, tokens in zip(run["seconds"], run["tokens"], strict=True)
-        ]
-        for name, runs in found.items()
-    }
-    fastest = {name: min(values) for name, values in seconds.items()}
+    variants = {name: _variant(runs, real_tokens) for name, runs in found.items()}
+    fastest = variants["ours"].seconds
     rate = max(r for runs in found.values() for run in runs for r in run["rates"])
-    peaks = {name: max(run["peak_bytes"] for run in runs) for name, runs in found.items()}
     work *= real_tokens / (recipe.training.batch * recipe.corpus.sequence_tokens)
     every = recipe.pruning.schedule.every if recipe.pruning else 0
-    return {
-        "machine": environment()["machine"],
-        "threads": torch.get_num_threads(),
-        "model": recipe.model.model_dump(exclude_none=True),
-        "batch": recipe.training.batch,
-        "sequence_tokens": recipe.corpus.sequence_tokens,
-        "real_tokens": real_tokens,
-        "precision": recipe.training.precision,
-        "steps": len(seconds["ours"]),
-        "variants": {
-            name: {
-                "seconds": fastest[name],
-                "median": statistics.median(seconds[name]),
-                "slowest": max(seconds[name]),
-                "peak_bytes": peaks[name],
-                "library_bytes": found[name][-1]["library_bytes"],
-            }
-            for name in found
-        },
-        "seconds_by_part": ours["parts"],
-        "tokens_per_second": real_tokens / fastest["ours"],
-        "flops_per_step": work,
-        "matrix_flops_per_second": rate,
-        "share_of_matrix_rate": work / fastest["ours"] / rate,
-        "mask_update_share": ours["mask_update"] / (every * fastest["ours"]) if every else None,
-        "loader_tokens_per_second": ours["loader"],
-        "loss_bytes": in_a_process(_loss_bytes, recipe.training.precision)["bytes"],
-        "ratios": _ratios(fastest, peaks),
-    }
+    return Costs(
+        machine=environment()["machine"],
+        threads=torch.get_num_threads(),
+        model=recipe.model.model_dump(exclude_none=True),
+        batch=recipe.training.batch,
+        sequence_tokens=recipe.corpus.sequence_tokens,
+        real_tokens=real_tokens,
+        precision=recipe.training.precision,
+        steps=sum(len(run["seconds"]) for run in found["ours"]),
+        variants=variants,
+        seconds_by_part=ours["parts"],
+        tokens_per_second=real_tokens / fastest,
+        flops_per_step=work,
+        matrix_flops_per_second=rate,
+        share_of_matrix_rate=work / fastest / rate,
+        mask_update_share=ours["mask_update"] / (every * fastest) if every else None,
+        loader_tokens_per_second=ours["loader"],
+        loss_bytes=in_a_process(_loss_bytes, recipe.training.precision)["bytes"],
+        ratios=_ratios(variants),
+    )
 
 
-def _ratios(fastest: Mapping[str, float], peaks: Mapping[str, int]) -> dict[str, float]:
-    sparse = "no teacher" if "no teacher" in fastest else "ours"
+def _variant(runs: list[Results], real_tokens: float) -> Variant:
+    """Times are for a step with the mean number of tokens."""
+    seconds = [
+        s * real_tokens / tokens
+        for run in runs
+        for s, tokens in zip(run["seconds"], run["tokens"], strict=True)
+    ]
+    return Variant(
+        seconds=min(seconds),
+        median=statistics.median(seconds),
+        slowest=max(seconds),
+        peak_bytes=max(run["peak_bytes"] for run in runs),
+        library_bytes=runs[-1]["library_bytes"],
+    )
+
+
+def _ratios(variants: Mapping[str, Variant]) -> dict[str, float]:
+    ours, plain = variants["ours"], variants["plain"]
+    sparse = "no teacher" if "no teacher" in variants else "ours"
     ratios = {
-        "ours / plain, time": fastest["ours"] / fastest["plain"],
-        "ours / plain, peak memory": peaks["ours"] / peaks["plain"],
+        "ours / plain, time": ours.seconds / plain.seconds,
+        "ours / plain, peak memory": ours.peak_bytes / plain.peak_bytes,
     }
     if sparse != "ours":
-        ratios["ours / no teacher, time"] = fastest["ours"] / fastest[sparse]
-    if "dense" in fastest:
-        ratios[f"{sparse} / dense, time"] = fastest[sparse] / fastest["dense"]
+        ratios["ours / no teacher, time"] = ours.seconds / variants[sparse].seconds
+    if "dense" in variants:
+        ratios[f"{sparse} / dense, time"] = variants[sparse].seconds / variants["dense"].seconds
     return ratios
-
-
-def _standard(directory: Path, overrides: Sequence[str]) -> PretrainRecipe:
-    """BERT-base with random weights, as student and teacher, and random examples."""
-    file = directory / "recipe.toml"
-    file.write_text(PretrainRecipe.check(STANDARD).to_toml())
-    recipe = PretrainRecipe.read(file, overrides)
-    assert recipe.model.config is not None
-    torch.manual_seed(recipe.seed)
-    size, tokens = new_config(recipe.model.config).vocab_size, recipe.corpus.sequence_tokens
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    vocabulary = {token: index for index, token in enumerate(special)}
-    vocabulary |= {f"word{index}": index for index in range(len(vocabulary), size)}
-    tokenizer = wordpiece_tokenizer(vocabulary, lowercase=True, tokens=tokens)
-    model = new_pretraining_model(recipe.model.config, recipe.corpus.objective, tokenizer)
-    write_model(model, tokenizer, directory / "model")
-    disable_progress_bars()
-    choose = np.random.default_rng(recipe.seed)
-    examples = Dataset.from_dict(
-        {
-            "input_ids": list(choose.integers(len(special), size, (4096, tokens), dtype=np.int32)),
-            "second_segment": [tokens] * 4096,
-            "next_sentence_label": [-100] * 4096,
-        },
-        features=EXAMPLE,
-    )
-    for split in SPLITS:
-        examples.save_to_disk(directory / "prepared" / split)
-    tokenizer.save_pretrained(directory / "prepared/tokenizer")
-    splits: dict[str, Any] = dict.fromkeys(SPLITS, measure(examples))
-    write_summary(directory / "prepared", recipe.corpus, splits, tokenizer)
-    path = str(directory / "model")
-    values = recipe.model_dump(mode="json", exclude_none=True)
-    values |= {"data": str(directory / "prepared"), "model": {"init": path}}
-    if recipe.distillation is not None:
-        values["distillation"]["teacher"] = path
-    return PretrainRecipe.check(values)
 
 
 def _matrix_rates(device: str, dtype: torch.dtype) -> list[float]:

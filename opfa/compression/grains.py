@@ -38,6 +38,7 @@ class Weight(Grain):
     """Every weight for itself."""
 
     kind: Literal["weight"] = "weight"
+    """Its name in a recipe."""
     needs_whole: ClassVar[bool] = False
 
     def pool(self, scores: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":

@@ -52,6 +52,7 @@ class Magnitude(Score):
     """|w|."""
 
     kind: Literal["magnitude"] = "magnitude"
+    """Its name in a recipe."""
 
     def of(self, part: Part) -> "Tensor":
         """The absolute value of each weight."""

@@ -19,7 +19,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
 from opfa.report import pictures as report
-from opfa.report.tables import figure
+from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.training import finished, launch
@@ -154,16 +154,10 @@ def _row(recipe: FinetuneRecipe, rate: float, runs: list[Result]) -> dict[str, A
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: learning rate, number of seeds, mean and deviation of every metric."""
     names = list(max((row["mean"] for row in rows), key=len))
-    lines = [
-        "| learning rate | seeds | " + " | ".join(names) + " |",
-        "|---:|---:|" + "---:|" * len(names),
-    ]
+    lines = []
     for row in rows:
-        found = [name for name in names if name in row["mean"]]
-        cells = [figure(row["mean"][name], row["std"][name]) for name in found] or [
-            "" for _ in names
-        ]
+        mean, std = row["mean"], row["std"]
         diverged = f", {row['num_diverged']} diverged" if row["num_diverged"] else ""
-        seeds = f"{len(row['runs'])}{diverged}"
-        lines.append(f"| {row['learning_rate']} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [figure(mean[name], std[name]) if name in mean else "" for name in names]
+        lines.append((str(row["learning_rate"]), f"{len(row['runs'])}{diverged}", *cells))
+    return Table(("learning rate", "seeds", *names), lines, numbers_from=0).markdown() + "\n"

@@ -16,9 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from opfa.compression.pruner import Pruner
 from opfa.compression.quant import FILE as QUANTIZATION
 from opfa.compression.schedules import Gradual
@@ -29,6 +26,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
 from opfa.models.pretraining import load_pretraining_model
 from opfa.report import pictures as report
+from opfa.report.tables import Result, Row, Table, column
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
 from opfa.storage.shipped import shipped
 from opfa.training.distributed import Supervisor
@@ -39,7 +37,7 @@ from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import pretrain
 from opfa.upstream.progress import mean_losses
 from opfa.upstream.recipe import PretrainRecipe
-from opfa.weights.inspection import inspect
+from opfa.weights.inspection import inspect_checkpoint
 
 PASSAGE_WORDS = 24
 NUM_LABELLED = 4_000  # passages to fine-tune on: labels are scarcer than text
@@ -50,11 +48,53 @@ VARIANTS = {  # row of the table: (recipe, model to start from)
     PRUNE_ONCE: ("finetune", "student"),
     "90 % prune-once, 8 bits": ("finetune-qat", "student"),
 }
-COLUMNS = ("model", "accuracy", "MLM loss", "sparsity", "non-zero", "bytes")
 log = logging.getLogger(__name__)
 
 
-def quickstart(output: Path) -> dict[str, Any]:
+class Model(Row, extra="allow"):
+    """A fine-tuned model: its metrics, and the encoder's matrices as values and one bit a weight
+    for their places. The majority class has an accuracy alone.
+    """
+
+    model: str
+    accuracy: float = column("accuracy", ".3f")
+    mlm_loss: float | None = column(
+        "MLM loss", ".2f", default=None
+    )  # before fine-tuning, on held-out text
+    sparsity: float | None = column("sparsity", ".4f", default=None)
+    nonzero: int | None = column("non-zero", ",", default=None)
+    bytes: int | None = column("bytes", ",", default=None)
+    run: str | None = None
+
+
+class Summary(Result):
+    """What `opfa quickstart` prints and writes."""
+
+    rows: list[Model]
+    zeros_held: bool
+    seconds: float = 0.0
+
+    def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
+        """The table, and how to read it."""
+        yield self.table()
+        held = "the same" if self.zeros_held else "NOT the same"
+        yield (
+            "Which author wrote this passage? (held-out chapters)\n"
+            "MLM loss: of the encoder before fine-tuning, on held-out text.\n"
+            "Sparsity and bytes: encoder matrices only; values and one bit a weight.\n"
+            f"Zeros after fine-tuning: {held} as upstream. {self.seconds:.0f} s in all."
+        )
+
+    def table(self) -> Table:
+        """One line for each model."""
+        return Table.of("model", {row.model: row for row in self.rows})
+
+    def values(self) -> dict[str, Any]:
+        """What is written: a row has the keys that it was given."""
+        return self.model_dump(exclude_unset=True)
+
+
+def quickstart(output: Path) -> Summary:
     """Run everything into a new directory; print and return what came out."""
     check_directory(output)
     if output.exists() and any(output.iterdir()):
@@ -62,16 +102,18 @@ def quickstart(output: Path) -> dict[str, Any]:
     start = time.monotonic()
     with Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
-        summary = _run_all(output, supervisor)
-    summary["seconds"] = round(time.monotonic() - start, 1)
-    write_json(output / "quickstart.json", summary)
-    write_text(output / "table.md", markdown(summary))
-    report.quickstart_picture(summary["rows"], output / "quickstart.png")
-    Console().print(_table(summary, output))
+        rows = _run_all(output, supervisor)
+    seconds = round(time.monotonic() - start, 1)
+    summary = Summary(rows=rows, zeros_held=_zeros_held(output), seconds=seconds)
+    write_json(output / "quickstart.json", summary.values())
+    write_text(output / "table.md", summary.table().markdown() + "\n")
+    report.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
+    summary.show()
+    print(f"Runs, recipes and pictures: {output}")
     return summary
 
 
-def _run_all(output: Path, supervisor: Supervisor) -> dict[str, Any]:
+def _run_all(output: Path, supervisor: Supervisor) -> list[Model]:
     majority = write_data(output / "data")
     corpus = [f"corpus.documents={json.dumps([str(output / 'data/documents.jsonl')])}"]
     data = [*corpus, f"data={output / 'prepared'}"]
@@ -83,20 +125,20 @@ def _run_all(output: Path, supervisor: Supervisor) -> dict[str, Any]:
     with _stage("3/7  student: pruned to 90 % under the teacher", supervisor):
         models = [f"model.init={teacher}", f"distillation.teacher={teacher}"]
         pretrain(_upstream("student", [*data, *models]), output / "student")
-    rows: list[dict[str, Any]] = [{"model": "majority class", "accuracy": majority}]
+    rows = [Model.model_validate({"model": "majority class", "accuracy": majority})]
     language = language_losses(_upstream("student", [*data, *models]), output)
     for number, (name, (recipe, origin)) in enumerate(VARIANTS.items(), 4):
         with _stage(f"{number}/7  fine-tuning: {name}", supervisor):
             run = output / recipe
             results = finetune(_downstream(recipe, output, origin), run)
-            facts = {**_storage(run / "model"), "mlm_loss": language.get(name)}
-            rows.append({"model": name, **results["metrics"], **facts, "run": str(run)})
-    return {"rows": rows, "zeros_held": _zeros_held(output)}
+            facts = {**_storage(run / "model"), "mlm_loss": language.get(name), "run": str(run)}
+            rows.append(Model.model_validate({"model": name, **results["metrics"], **facts}))
+    return rows
 
 
 def write_data(directory: Path) -> float:
-    """Cut the books into documents and labelled passages; the share of the most frequent class
-    among those held out.
+    """Cut the books into documents and labelled passages. Return the share of the most frequent
+    class among those held out.
     """
     chapters = [record for _, record in read_records(Path(__file__).with_name("books.jsonl.zst"))]
     train = [chapter for chapter in chapters if chapter["split"] == "train"]
@@ -112,9 +154,7 @@ def write_data(directory: Path) -> float:
 
 
 def language_losses(recipe: PretrainRecipe, output: Path) -> dict[str, float]:
-    """The masked-token loss on held-out text of the encoders that are going to be fine-tuned, by
-    row of the table.
-    """
+    """The masked-token loss on held-out text, before fine-tuning, by row of the table."""
     prepared = Prepared.open(Path(recipe.data), recipe.corpus)
     mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
     assert recipe.pruning is not None
@@ -163,61 +203,23 @@ def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
 
 
 def _storage(model: Path) -> dict[str, Any]:
-    """Sparsity of the encoder's matrices, and the bytes they need: values, and one bit a weight to
-    say where.
-    """
-    found = inspect(model)
-    shapes = [tensor["shape"] for tensor in found["tensors"].values()]
-    if not shapes:  # dense: the same matrices, none of them in the report
-        size = sum(n for name, n in found["dense"].items() if ".layers." in name)
+    """Sparsity of the encoder's matrices, and the bytes they need: values, and one bit a weight."""
+    found = inspect_checkpoint(str(model))
+    if not found.tensors:  # dense: the same matrices, none of them in the report
+        size = sum(n for name, n in found.dense.items() if ".layers." in name)
         return {"sparsity": 0.0, "nonzero": size, "bytes": 4 * size}
-    total = found["total"]
-    nonzero = total["size"] - total["zeros"]
-    is_int8 = (model / QUANTIZATION).exists()
-    values = nonzero + 4 * sum(rows for rows, _ in shapes) if is_int8 else 4 * nonzero
-    return {
-        "sparsity": total["sparsity"],
-        "nonzero": nonzero,
-        "bytes": values + total["size"] // 8,
-    }
+    total = found.total
+    nonzero = total.size - total.zeros
+    values = 4 * nonzero
+    if (model / QUANTIZATION).exists():  # a byte each, and a scale for each output channel
+        values = nonzero + 4 * sum(tensor.shape[0] for tensor in found.tensors.values())
+    return {"sparsity": total.sparsity, "nonzero": nonzero, "bytes": values + total.size // 8}
 
 
 def _zeros_held(output: Path) -> bool:
     names = ["student", *(recipe for recipe, origin in VARIANTS.values() if origin == "student")]
-    return len({inspect(output / name / "model")["fingerprint"] for name in names}) == 1
-
-
-def _table(summary: dict[str, Any], output: Path) -> Table:
-    held = "the same" if summary["zeros_held"] else "NOT the same"
-    table = Table(
-        title="Which author wrote this passage? (held-out chapters)",
-        caption="MLM loss: of the encoder before fine-tuning, on held-out text.\n"
-        "Sparsity and bytes: encoder matrices only; values and one bit a weight. "
-        f"Zeros after fine-tuning: {held} as upstream.\n"
-        f"{summary['seconds']:.0f} s in all. Runs, recipes and pictures: {output}",
-    )
-    table.add_column("model", no_wrap=True)
-    for name in COLUMNS[1:]:
-        table.add_column(name, justify="right")
-    for row in summary["rows"]:
-        table.add_row(*_cells(row))
-    return table
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["model"], f"{row['accuracy']:.3f}", "", "", "", ""]
-    if row.get("mlm_loss") is not None:
-        cells[2] = f"{row['mlm_loss']:.2f}"
-    if "bytes" in row:
-        cells[3:] = [f"{row['sparsity']:.4f}", f"{row['nonzero']:,}", f"{row['bytes']:,}"]
-    return cells
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    """The table for a README."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in summary["rows"]]
-    return "\n".join(lines) + "\n"
+    models = [str(output / name / "model") for name in names]
+    return len({inspect_checkpoint(model).fingerprint for model in models}) == 1
 
 
 @contextmanager

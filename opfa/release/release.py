@@ -38,7 +38,8 @@ from opfa.storage.files import check_new, new_directory, write_json, write_text
 from opfa.training import finished
 from opfa.training.checkpoint import model_digest, verify
 from opfa.weights import compact
-from opfa.weights.inspection import inspect, stated_report
+from opfa.weights.findings import Inspection
+from opfa.weights.inspection import inspect_checkpoint, stated_report
 from opfa.weights.sources import read_before
 
 READABLE = 0o644
@@ -110,7 +111,7 @@ def release(
             is_quantized=(aside / quant.FILE).is_file(),
             has_int8_embeddings=embeddings is not False,
             sparsity=stated,
-            whole_sparsity=inspected["whole"]["sparsity"],
+            whole_sparsity=inspected.whole.sparsity,
             num_bytes=sum(path.stat().st_size for path in weights),
             weights_sha256={path.name: seal.digest(path) for path in weights},
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
@@ -126,7 +127,7 @@ def release(
 
 def _write_model(
     step: Step, directory: Path, stated: Facts, *, form: Format, dtype: Dtype, embeddings: bool
-) -> tuple[Written, dict[str, Any]]:
+) -> tuple[Written, Inspection]:
     """Write what answers: weights, configuration, tokenizer; and look at what was written."""
     model = step.run / "model"
     _copy(model, directory, finished.model_files(step.done))
@@ -135,12 +136,11 @@ def _write_model(
     if form != "dense":
         config = directory / "config.json"
         values = {**seal.read_json(config, ModelError), **compact.CONFIG}
-        write_text(
-            config, json.dumps(values, indent=2) + "\n"
-        )  # it names classes, so nothing is redacted
+        text = json.dumps(values, indent=2) + "\n"
+        write_text(config, text)  # it names classes, so nothing is redacted
     write_json(directory / "sparsity.json", stated)
-    inspected = inspect(read_before(directory, written.tensors))
-    if inspected["stated"] != "matches":
+    inspected = inspect_checkpoint(str(directory), read_before(directory, written.tensors))
+    if inspected.stated != "matches":
         raise ModelError(
             f"{model}: its zeros are not what its sparsity.json says; was it changed after it was "
             "written?"
@@ -148,11 +148,11 @@ def _write_model(
     return written, inspected
 
 
-def _describe(found: Release, inspected: dict[str, Any], directory: Path) -> None:
+def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
     """Write what others read first, and the manifest; then check every file."""
     write_text(directory / "recipe.toml", found.steps[0].toml)
     if found.is_sparse:
-        report.inspection_picture(found.name, inspected, directory / PICTURE)
+        report.inspection_picture(found.name, inspected.values(), directory / PICTURE)
     write_text(directory / "README.md", f"{model_card(found)}\n")
     for path in directory.iterdir():
         path.chmod(READABLE)  # safetensors makes files for their owner alone

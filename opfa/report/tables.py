@@ -1,181 +1,157 @@
-"""Tables: what `opfa inspect` and `opfa bench files` print, short enough for a screen whatever the
-size of the model; and how a measured figure, and a table in Markdown, is written.
-"""
+"""Tables and results, which print themselves: on a screen, as Markdown, as HTML and as JSON."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from rich import box
+from rich import table as rich_table
 from rich.console import Console
-from rich.table import Table
 
+from opfa.errors import redacted
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 
-Report = dict[str, Any]  # what `inspect` and `compare` return
-DEAD = {"dead_rows": "output rows", "dead_columns": "input columns", "dead_heads": "heads"}
+ALL = "all"  # the kind that stands for a whole layer
+
+
+class Row(BaseModel):
+    """A row of a result. `column` fields are shown by `Table.of`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def column(  # Any: of any field
+    head: str, style: str = "", scale: float = 1.0, default: Any = ...
+) -> Any:
+    """A field that is a column: its head, how its value is formatted, and times what."""
+    return Field(default, title=head, json_schema_extra={"style": style, "scale": scale})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts. Columns from `numbers_from` on are aligned to the right."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    numbers_from: int | None = None
+
+    @classmethod
+    def of(cls, head: str, rows: Mapping[str, Row]) -> "Table":
+        """One line for each row; the first column has their names."""
+        fields = type(next(iter(rows.values()))).model_fields
+        columns = {name: field for name, field in fields.items() if field.title}
+        lines = [
+            (label, *(_cell(getattr(row, name), field) for name, field in columns.items()))
+            for label, row in rows.items()
+        ]
+        return cls((head, *(str(field.title) for field in columns.values())), lines, "", 1)
+
+    def console(self) -> rich_table.Table:
+        """The table for a screen; cells are folded, never cut."""
+        shown = rich_table.Table(
+            box=box.SIMPLE_HEAD, title=self.title or None, pad_edge=False, collapse_padding=True
+        )
+        for name, is_number in zip(self.head, self._are_numbers(), strict=True):
+            shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        names = [row[0] for row in self.rows]
+        shown.columns[0].min_width = min(30, max(map(len, names), default=0))
+        for row in self.rows:
+            shown.add_row(*row)
+        return shown
+
+    def markdown(self) -> str:
+        """The table in Markdown. Cells are Markdown already."""
+        rules = ["---:" if is_number else "---" for is_number in self._are_numbers()]
+        lines = [f"| {' | '.join(row)} |" for row in (self.head, *self.rows)]
+        return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
+    def html(self) -> str:
+        """The table in HTML."""
+        rows = [("th", self.head), *(("td", row) for row in self.rows)]
+        lines = [f"<caption>{escape(self.title)}</caption>"] if self.title else []
+        for tag, row in rows:
+            styles = [' align="right"' if is_number else "" for is_number in self._are_numbers()]
+            cells = zip(styles, row, strict=True)
+            line = "".join(f"<{tag}{style}>{escape(cell)}</{tag}>" for style, cell in cells)
+            lines.append(f"<tr>{line}</tr>")
+        return "\n".join(["<table>", *lines, "</table>"])
+
+    def _are_numbers(self) -> list[bool]:
+        start = len(self.head) if self.numbers_from is None else self.numbers_from
+        return [index >= start for index in range(len(self.head))]
+
+
+def _cell(value: Any, field: FieldInfo) -> str:  # Any: of any field
+    how: Any = field.json_schema_extra
+    if value is None or isinstance(value, bool):
+        return "" if value is None else str(value)
+    return format(value if how["scale"] == 1 else how["scale"] * value, how["style"])
+
+
+class LayerKinds(Row):
+    """A numbered layer, with a share for each kind of matrix in it."""
+
+    stack: str
+    layer: int
+    kinds: dict[str, float]
+
+    def shares(self) -> dict[str, float]:
+        """What its line in a table shows."""
+        return self.kinds
+
+
+def layer_table(title: str, layers: Sequence[LayerKinds]) -> Table:
+    """One line for each layer, in percent."""
+    rows = [layer.shares() for layer in layers]
+    kinds = short_kinds(kind for row in rows for kind in row if kind != ALL)
+    kinds |= {ALL: ALL} if ALL in rows[0] else {}
+    labels = layer_labels([(layer.stack, layer.layer) for layer in layers])
+    cells = [
+        [label, *(f"{100 * row[kind]:.2f}" if kind in row else "" for kind in kinds)]
+        for label, row in zip(labels, rows, strict=True)
+    ]
+    return Table(("layer", *kinds.values()), cells, title, numbers_from=1)
+
+
+class Result(Row):
+    """What a command found. `parts` says how it looks; everything else follows."""
+
+    def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
+        """Tables and lines, in their order; `is_long` asks for every detail."""
+        raise NotImplementedError
+
+    def values(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return self.model_dump()
+
+    def show(self, *, as_json: bool = False, is_long: bool = False) -> None:
+        """Print it."""
+        print_json(self.values()) if as_json else show(self.parts(is_long=is_long))
+
+    def markdown(self) -> str:
+        """The same as a piece of a Markdown page."""
+        parts = (p if isinstance(p, str) else p.markdown() for p in self.parts())
+        return "\n\n".join(parts)
+
+
+def show(parts: Iterable[Table | str]) -> None:
+    """Print tables and lines on a screen."""
+    console = Console(markup=False)
+    for part in parts:
+        print(part) if isinstance(part, str) else console.print(part.console())
+
+
+def print_json(value: Any) -> None:  # Any: what JSON can hold
+    """Print a value as JSON, without secrets."""
+    print(redacted(json.dumps(value, indent=2)))
 
 
 def figure(mean: float, deviation: float | None) -> str:
     """A metric, with its deviation over seeds where there are several."""
     digits = 2 if abs(mean) > 1.0 else 4  # SQuAD's are 0..100
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, of cells that are Markdown themselves."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def print_sparsity(name: str, result: Report, *, has_tensors: bool) -> None:
-    """Layers, or all tensors; then what is excluded, structure and sizes."""
-    console = Console()
-    if result["tensors"]:
-        if has_tensors:
-            console.print(_tensors(result))
-        elif result["layers"]:
-            console.print(_layers(result["layers"], "sparsity, %"))
-        console.print(_parts(result))
-        total = result["total"]
-        share = f"{total['zeros']:,} of {total['size']:,} weights are zero"
-        print(f"{name}: {share} ({total['sparsity']:.4%})")
-        for line in _structure(result["patterns"]):
-            print(line)
-        print(f"fingerprint: {result['fingerprint']}")
-    else:
-        print(f"{name}: dense, no linear matrix has zeros")
-    dense, sizes = result["dense"], result["sizes"]
-    print(f"linear matrices without zeros: {len(dense)} ({sum(dense.values()):,} weights)")
-    print(f"bytes: {sizes['dense']:,} as dense tensors, {sizes['file']:,} in files", end="")
-    if sizes["limit"] is not None:
-        print(f", {sizes['limit']:,} at least (live weights as they are, and where they lie)")
-    else:
-        print()
-    if result["downloaded_bytes"]:
-        print(f"downloaded: {result['downloaded_bytes']:,} bytes")
-    print(f"sparsity.json: {result['stated'] or 'none'}")
-
-
-def _layers(rows: list[Report], title: str) -> Table:
-    """One row for each layer; a number is a share in percent."""
-    kinds = short_kinds(kind for row in rows for kind in row["kinds"])
-    has_whole = "sparsity" in rows[0]
-    columns = [*kinds.values(), *(["all"] if has_whole else [])]
-    table = Table("layer", *columns, box=SIMPLE_HEAD, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    labels = layer_labels([(row["stack"], row["layer"]) for row in rows])
-    for label, row in zip(labels, rows, strict=True):
-        shares = [row["kinds"].get(kind) for kind in kinds]
-        shares += [row["sparsity"]] if has_whole else []
-        table.add_row(label, *("" if share is None else f"{100 * share:.2f}" for share in shares))
-    return table
-
-
-def _tensors(result: Report) -> Table:
-    table = Table("tensor", "shape", "zeros", "sparsity", "pattern", "dead", box=SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    for name, row in result["tensors"].items():
-        found = result["patterns"][name]
-        shape = " x ".join(str(extent) for extent in row["shape"])
-        dead = ", ".join(f"{found[key]} {what}" for key, what in DEAD.items() if found[key])
-        pattern = found["pattern"]
-        if found["exceptions"]:
-            pattern += f" and {found['exceptions']:,} more zeros"
-        table.add_row(name, shape, f"{row['zeros']:,}", f"{row['sparsity']:.4%}", pattern, dead)
-    return table
-
-
-def _parts(result: Report) -> Table:
-    """What the zeros are a share of: pruned matrices, encoder, everything."""
-    table = Table("part", "tensors", "weights", "zero", box=SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def add(label: str, tensors: int | None, row: Report) -> None:
-        count = "" if tensors is None else f"{tensors:,}"
-        share = f"{row['sparsity']:.2%}" if "sparsity" in row else "-"
-        table.add_row(label, count, f"{row['size']:,}", share)
-
-    add("pruned matrices", len(result["tensors"]), result["total"])
-    labels = {"encoder": "encoder matrices without zeros"}
-    for part, row in result["excluded"].items():
-        if row["tensors"]:
-            add(f"excluded: {labels.get(part, part)}", row["tensors"], row)
-    table.add_section()
-    if result["encoder"]["size"]:
-        add("matrices of the layers", None, result["encoder"])
-    add("everything", None, result["whole"])
-    return table
-
-
-def _structure(patterns: dict[str, Report]) -> Iterator[str]:
-    counts = Counter(row["pattern"] for row in patterns.values())
-    found = ", ".join(f"{pattern} ({n})" for pattern, n in counts.most_common())
-    yield f"pattern (matrices): {found}"
-    for key, what in DEAD.items():
-        dead = [row[key] for row in patterns.values() if row[key]]
-        if dead:
-            yield f"dead {what}: {sum(dead):,}, in {len(dead)} matrices"
-
-
-def print_comparison(result: Report, *, has_tensors: bool) -> None:
-    """Layers where masks differ, or all tensors; then lines that sum up, from before to after."""
-    if has_tensors:
-        Console().print(_compared(result["tensors"]))
-    elif result["layers"] and not result["same_masks"]:
-        Console().print(_layers(result["layers"], "weights whose mask changed, %"))
-    for side in ("a", "b"):
-        alone = result[f"only_in_{side}"]
-        if alone:
-            print(f"only in {result[side]}: {len(alone)} matrices ({alone[0]}, …)")
-    for name, (ours, theirs) in result["different_shapes"].items():
-        print(f"{name}: not compared, {ours} and {theirs}")
-    if result["unpaired"]:
-        print(f"pruned and not compared: {', '.join(result['unpaired'])}")
-    print(f"from {result['a']} to {result['b']}, {len(result['tensors'])} matrices:")
-    print(result["summary"])
-
-
-def _compared(tensors: Report) -> Table:
-    columns = ("tensor", "zero in both", "came back", "newly pruned", "moved", "at most by")
-    table = Table(*columns, box=SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, row in tensors.items():
-        counts = (f"{row[key]:,}" for key in ("both", "only_a", "only_b"))
-        moved = "-" if row["moved"] is None else f"{row['moved']:.2%}"
-        furthest = "-" if row["max_abs"] is None else f"{row['max_abs']:.2e}"
-        table.add_row(name, *counts, moved, furthest)
-    return table
-
-
-def print_files(result: Report) -> None:
-    """What `opfa bench files` found: bytes by part, and loading against the dense file."""
-    dense = result["rows"][0]
-    table = Table(box=SIMPLE_HEAD, title=f"{result['weights']:,} weights in the encoder")
-    columns = (*dense["parts"], "all", "bits a weight", "load, s", "x dense", "peak, x dense")
-    table.add_column("format")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        parts = [f"{size / 1e6:.2f}" for size in row["parts"].values()]
-        loads = (row["seconds"], row["seconds"] / dense["seconds"])
-        table.add_row(
-            f"{row['format']}, {row['dtype']}",
-            *parts,
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['encoder_bits']:.3f}",
-            *(f"{load:.2f}" for load in loads),
-            f"{row['peak_bytes'] / dense['bytes']:.2f}",
-        )
-        limits = row["limits"]
-        if limits:
-            cells = [
-                f"{limits[kind] / 1e6:.2f}" if kind in limits else "" for kind in dense["parts"]
-            ]
-            table.add_row("  entropy", *cells, style="dim")
-    Console().print(table)
-    print("bytes in millions; loading until every weight was read once, from the disk")

@@ -20,18 +20,75 @@ Formulas and where they are from; P parameters, N GPUs, W bytes of a working wei
 Time on the wire is counted as if nothing overlapped, so the efficiency is a floor.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from opfa.compression.distill import rows_of_a_chunk
 from opfa.errors import ModelError, RecipeError
 from opfa.models.configs import load_config, new_config
 from opfa.models.pretraining import pretraining_skeleton
+from opfa.report.tables import Result, Row, Table
+from opfa.training.zero import OffloadOptimizer, ZeroOptimization
 from opfa.upstream.recipe import PretrainRecipe
 
 HISTOGRAMS = 8 * ((1 << 15) + (1 << 16))  # bytes that a mask update sums for one tensor
 FREE = 0.1  # share of a GPU's memory that is left to the allocator and the libraries
-CONFIGURATIONS = {"zero0": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3}
+FILES = {  # of launch/, as far as the formulas look at them
+    "zero0": ZeroOptimization(stage=0),
+    "zero1": ZeroOptimization(stage=1),
+    "zero2": ZeroOptimization(stage=2),
+    "zero2-offload": ZeroOptimization(stage=2, offload_optimizer=OffloadOptimizer()),
+    "zero3": ZeroOptimization(stage=3),
+}
+
+
+class Configuration(Row):
+    """What a launch needs with one DeepSpeed file. `micro_batch` is None where nothing fits."""
+
+    configuration: str
+    micro_batch: int | None
+    accumulation: int
+    memory_gb: dict[str, float]
+    total_memory_gb: float
+    wire_gb_per_step: float
+    mask_updates_share_of_wire: float
+    seconds_per_step: float
+    efficiency: float
+
+    def cells(self) -> list[str]:
+        """Its line in a table."""
+        memory = f"{self.total_memory_gb:.1f}"
+        if self.micro_batch is None:
+            return [self.configuration, "too large", memory, "", "", ""]
+        wire = f"{self.wire_gb_per_step:.2f}", f"{self.mask_updates_share_of_wire:.2%}"
+        batch = f"{self.micro_batch} x {self.accumulation}"
+        return [self.configuration, batch, memory, *wire, f"{self.efficiency:.0%}"]
+
+
+class Plan(Result):
+    """All configurations, and the fastest one that fits, with the largest micro-batch that does."""
+
+    model: dict[str, int]
+    gpus: int
+    batch: int
+    days: float | None
+    configurations: list[Configuration]
+    recommended: str | None
+
+    def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
+        """The table, and what to use."""
+        head = ("DeepSpeed file", "batch", "GB each", "GB/step sent", "of it masks", "efficiency")
+        rows = [row.cells() for row in self.configurations]
+        yield Table(head, rows, f"{self.gpus} GPU(s), global batch {self.batch}")
+        if self.recommended is None or self.days is None:
+            yield "no configuration fits; give more GPUs or more memory"
+            return
+        best = next(r for r in self.configurations if r.configuration == self.recommended)
+        file = f"launch/{self.recommended}.json" if self.recommended in FILES else self.recommended
+        yield f"use: launch.deepspeed={file} launch.micro_batch={best.micro_batch}"
+        days = self.days
+        long = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+        yield f"about {long}, if sending never overlaps with computing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +159,18 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
 
 
 def memory_bytes(
-    shape: Shape, *, stage: int, gpus: int, micro_batch: int, is_offloaded: bool = False
+    shape: Shape, zero: ZeroOptimization, *, gpus: int, micro_batch: int
 ) -> dict[str, float]:
-    """Bytes on each GPU, by what they are for."""
-    size, width = shape.parameters, shape.width
-    optimizer = 0.0 if is_offloaded else 12 * size / (gpus if stage >= 1 else 1)
+    """Bytes on each GPU, by purpose."""
+    size, width, stage = shape.parameters, shape.width, zero.stage
     tokens = micro_batch * shape.tokens
     activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
     chunk = rows_of_a_chunk(tokens, shape.hidden, shape.vocabulary) * shape.vocabulary
-    loss = (2 * shape.width + 5 * 4) * chunk + (4 + shape.width) * shape.vocabulary * shape.hidden
+    loss = (2 * width + 5 * 4) * chunk + (4 + width) * shape.vocabulary * shape.hidden
     return {
         "weights": width * size / (gpus if stage >= 3 else 1),
         "gradients": 4 * size / (gpus if stage >= 2 else 1),
-        "optimizer": optimizer,
+        "optimizer": 0.0 if zero.offload_optimizer else 12 * size / (gpus if stage >= 1 else 1),
         "masks": (1 + width) * shape.pruned,
         "teacher": width * shape.teacher,
         "activations": activations * width / 2 + loss,
@@ -160,11 +216,10 @@ def plan(
     memory_gb: float,
     bandwidth_gbps: float,
     teraflops: float,
-) -> dict[str, Any]:
-    """Every configuration of launch/ on this many GPUs, and which one to use.
+) -> Plan:
+    """Plan with the recipe's DeepSpeed file, or with each file of launch/ if it names none.
 
-    `bandwidth_gbps` is Gbit/s of each GPU to the others, `teraflops` what a GPU sustains. The
-    recommended one is the fastest that fits, with the largest micro-batch that does. Raises
+    `bandwidth_gbps` is Gbit/s of each GPU to the others, `teraflops` what a GPU sustains. Raises
     `RecipeError` for more GPUs than the global batch can feed.
     """
     batch = recipe.training.batch
@@ -173,63 +228,66 @@ def plan(
         near = sorted(possible, key=lambda n: abs(n - gpus))[:2]
         raise RecipeError(
             f"--gpus {gpus}: must divide training.batch = {batch}, which defines the result; near "
-            f"are {' and '.join(str(n) for n in sorted(near))}, or take a recipe of another batch"
+            f"are {' and '.join(str(n) for n in sorted(near))}, or use a recipe of another batch"
         )
-    shape = shape_of(recipe)
+    shape, given = shape_of(recipe), recipe.launch.deepspeed
+    files: Mapping[str, ZeroOptimization] = FILES
+    if given is not None:
+        files = {given: recipe.deepspeed_file(gpus).zero_optimization}
     every = recipe.pruning.schedule.every if recipe.pruning else 0
-    rows = []
-    for name, stage in CONFIGURATIONS.items():
-        if stage == 0 and shape.precision != "fp32":
-            continue
-        chosen = {"stage": stage, "gpus": gpus}
-        micro_batch = _largest_micro_batch(shape, batch // gpus, memory_gb, name, **chosen)
-        memory = memory_bytes(
-            shape, micro_batch=micro_batch or 1, is_offloaded="offload" in name, **chosen
-        )
-        accumulation = batch // gpus // (micro_batch or 1)
-        wire = wire_bytes(shape, accumulation=accumulation, **chosen)
-        masks = mask_update_bytes(shape, **chosen) / every if every else 0.0
-        compute = operations(shape, batch) / (gpus * teraflops * 1e12)
-        waiting = 8 * (wire + masks) / (bandwidth_gbps * 1e9)
-        if "offload" in name:  # gradients to the host and weights back, over PCI Express 4
-            waiting += (4 + shape.width) * shape.parameters / gpus / 25e9
-        rows.append(
-            {
-                "configuration": name,
-                "micro_batch": micro_batch,
-                "accumulation": accumulation,
-                "memory_gb": {key: value / 1e9 for key, value in memory.items()},
-                "total_memory_gb": sum(memory.values()) / 1e9,
-                "wire_gb_per_step": (wire + masks) / 1e9,
-                "mask_updates_share_of_wire": masks / (wire + masks) if wire else 0.0,
-                "seconds_per_step": compute + waiting,
-                "efficiency": compute / (compute + waiting),
-            }
-        )
-    fitting = [row for row in rows if row["micro_batch"]]
-    best = min(fitting, key=lambda row: row["seconds_per_step"], default=None)
-    return {
-        "model": {"parameters": shape.parameters, "pruned": shape.pruned, "teacher": shape.teacher},
-        "gpus": gpus,
-        "batch": batch,
-        "days": best["seconds_per_step"] * recipe.training.steps / 86400 if best else None,
-        "configurations": rows,
-        "recommended": best["configuration"] if best else None,
-    }
+    speeds = {"bandwidth": bandwidth_gbps * 1e9 / 8, "rate": teraflops * 1e12}
+    rows = [
+        _configuration(shape, name, zero, batch, gpus, memory_gb, every, **speeds)
+        for name, zero in files.items()
+        if zero.stage or shape.precision == "fp32"
+    ]
+    fitting = [row for row in rows if row.micro_batch]
+    best = min(fitting, key=lambda row: row.seconds_per_step, default=None)
+    return Plan(
+        model={"parameters": shape.parameters, "pruned": shape.pruned, "teacher": shape.teacher},
+        gpus=gpus,
+        batch=batch,
+        days=best.seconds_per_step * recipe.training.steps / 86400 if best else None,
+        configurations=rows,
+        recommended=best.configuration if best else None,
+    )
 
 
-def _largest_micro_batch(
-    shape: Shape, share: int, memory_gb: float, name: str, *, stage: int, gpus: int
-) -> int | None:
-    """The largest divisor of a GPU's share of the batch that fits its memory."""
-    for micro_batch in range(share, 0, -1):
-        memory = memory_bytes(
-            shape,
-            stage=stage,
-            gpus=gpus,
-            micro_batch=micro_batch,
-            is_offloaded="offload" in name,
-        )
-        if share % micro_batch == 0 and sum(memory.values()) <= (1 - FREE) * memory_gb * 1e9:
-            return micro_batch
-    return None
+def _configuration(
+    shape: Shape,
+    name: str,
+    zero: ZeroOptimization,
+    batch: int,
+    gpus: int,
+    memory_gb: float,
+    every: int,
+    *,
+    bandwidth: float,
+    rate: float,
+) -> Configuration:
+    """`bandwidth` is bytes a second, `rate` operations a second; masks move each `every` steps."""
+    share, most = batch // gpus, (1 - FREE) * memory_gb * 1e9
+
+    def memory(micro_batch: int) -> dict[str, float]:
+        return memory_bytes(shape, zero, gpus=gpus, micro_batch=micro_batch)
+
+    divisors = [n for n in range(share, 0, -1) if share % n == 0]
+    micro_batch = next((n for n in divisors if sum(memory(n).values()) <= most), None)
+    needed, accumulation = memory(micro_batch or 1), share // (micro_batch or 1)
+    wire = wire_bytes(shape, stage=zero.stage, gpus=gpus, accumulation=accumulation)
+    masks = mask_update_bytes(shape, stage=zero.stage, gpus=gpus) / every if every else 0.0
+    compute = operations(shape, batch) / (gpus * rate)
+    waiting = (wire + masks) / bandwidth
+    if zero.offload_optimizer:  # gradients to the host and weights back, over PCI Express 4
+        waiting += (4 + shape.width) * shape.parameters / gpus / 25e9
+    return Configuration(
+        configuration=name,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        memory_gb={key: value / 1e9 for key, value in needed.items()},
+        total_memory_gb=sum(needed.values()) / 1e9,
+        wire_gb_per_step=(wire + masks) / 1e9,
+        mask_updates_share_of_wire=masks / (wire + masks) if wire else 0.0,
+        seconds_per_step=compute + waiting,
+        efficiency=compute / (compute + waiting),
+    )

@@ -8,27 +8,80 @@ between integers and floats there is none.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from opfa.errors import ModelError
+from opfa.report.tables import LayerKinds, Result, Row, Table, column, layer_table
 from opfa.sparsity.anatomy import is_matrix, is_pruned, layer_of, paired_names
 from opfa.sparsity.masks import Masks, fingerprint, nonzero
 from opfa.weights.sources import check_masks, is_mask, open_source
 
-COUNTS = ("size", "both", "only_a", "only_b")
+
+class Change(Row):
+    """How masks and live weights changed; `moved` and `max_abs` are None where nothing can be
+    compared.
+    """
+
+    size: int
+    both: int = column("zero in both", ",")
+    only_a: int = column("came back", ",")  # zero in A alone
+    only_b: int = column("newly pruned", ",")  # zero in B alone
+    moved: float | None = column("moved", ".2%")
+    max_abs: float | None = column("at most by", ".2e")
 
 
-def compare(a: str, b: str) -> dict[str, Any]:
+class TensorChange(Change):
+    """The same for one tensor."""
+
+    shape: list[int]
+    zeros_a: int
+    zeros_b: int
+    squares: tuple[float, float] | None = Field(exclude=True)  # of the distance, and of A
+
+
+class Comparison(Result):
     """What differs between the linear matrices of two checkpoints, from A to B.
 
-    For each tensor and in total: `both` (zero in both), `only_a` (zero in A alone: it came back),
-    `only_b` (newly pruned in B), `moved` and `max_abs` (None where nothing can be compared); the
-    fingerprints of what was compared; what only one of them has. `same_masks` is true when no zero
-    came or went, and no pruned matrix (`unpaired`) is in one alone or has another shape.
+    `same_masks` is true when no zero came or went, and no pruned matrix (`unpaired`) is in one
+    alone or has another shape.
     """
+
+    a: str
+    b: str
+    same_masks: bool
+    summary: str
+    total: Change
+    tensors: dict[str, TensorChange]
+    layers: list[LayerKinds]  # the share of weights whose mask changed
+    fingerprints: dict[str, str]
+    only_in_a: list[str]
+    only_in_b: list[str]
+    different_shapes: dict[str, list[list[int]]]
+    unpaired: list[str]
+
+    def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
+        """Layers where masks differ, or all tensors; then lines that sum up."""
+        if is_long:
+            yield Table.of("tensor", self.tensors)
+        elif self.layers and not self.same_masks:
+            yield layer_table("weights whose mask changed, %", self.layers)
+        for name, alone in ((self.a, self.only_in_a), (self.b, self.only_in_b)):
+            if alone:
+                yield f"only in {name}: {len(alone)} matrices ({alone[0]}, …)"
+        for name, (ours, theirs) in self.different_shapes.items():
+            yield f"{name}: not compared, {ours} and {theirs}"
+        if self.unpaired:
+            yield f"pruned and not compared: {', '.join(self.unpaired)}"
+        yield f"from {self.a} to {self.b}, {len(self.tensors)} matrices:"
+        yield self.summary
+
+
+def compare(a: str, b: str) -> Comparison:
+    """Read two checkpoints and compare them, from A to B."""
     first, second = _matrices(a), _matrices(b)
     pairs = paired_names(first, second)
     if not pairs:
@@ -46,32 +99,31 @@ def compare(a: str, b: str) -> dict[str, Any]:
         name: _compared(first[name], second[other], masks[0][name], masks[1][other])
         for name, other in compared.items()
     }
-    sparse = [name for name, row in tensors.items() if row["zeros_a"] or row["zeros_b"]]
-    sides = {name: masks[0][name] for name in sparse}, {n: masks[1][compared[n]] for n in sparse}
+    sparse = [name for name, row in tensors.items() if row.zeros_a or row.zeros_b]
     total = _total(list(tensors.values()))
-    only = [
-        [name for name in first if name not in pairs],
-        [name for name in second if name not in pairs.values()],
-    ]
-    unpaired = [
-        name for side, m in zip(only, masks, strict=True) for name in side if not m[name].all()
-    ]
+    only_a = [name for name in first if name not in pairs]
+    only_b = [name for name in second if name not in pairs.values()]
+    unpaired = [name for name in only_a if not masks[0][name].all()]
+    unpaired += [name for name in only_b if not masks[1][name].all()]
     unpaired += [n for n in shapes if not (masks[0][n].all() and masks[1][pairs[n]].all())]
-    same = not (total["only_a"] or total["only_b"] or unpaired)
-    return {
-        "a": a,
-        "b": b,
-        "same_masks": same,
-        "summary": _summary(total, len(unpaired), same),
-        "total": total,
-        "tensors": tensors,
-        "layers": _layers(tensors),
-        "fingerprints": {side: fingerprint(m) for side, m in zip("ab", sides, strict=True)},
-        "only_in_a": only[0],
-        "only_in_b": only[1],
-        "different_shapes": shapes,
-        "unpaired": unpaired,
-    }
+    same = not (total.only_a or total.only_b or unpaired)
+    return Comparison(
+        a=a,
+        b=b,
+        same_masks=same,
+        summary=_summary(total, len(unpaired), same),
+        total=total,
+        tensors=tensors,
+        layers=_layers(tensors),
+        fingerprints={
+            "a": fingerprint({name: masks[0][name] for name in sparse}),
+            "b": fingerprint({name: masks[1][compared[name]] for name in sparse}),
+        },
+        only_in_a=only_a,
+        only_in_b=only_b,
+        different_shapes=shapes,
+        unpaired=unpaired,
+    )
 
 
 def _matrices(name: str) -> dict[str, Tensor]:
@@ -97,62 +149,65 @@ def _masks(matrices: dict[str, Tensor]) -> Masks:
     return masks
 
 
-def _compared(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "shape": list(a.shape),
-        "size": a.numel(),
-        "zeros_a": int((~mask_a).sum()),
-        "zeros_b": int((~mask_b).sum()),
-        "both": int((~mask_a & ~mask_b).sum()),
-        "only_a": int((~mask_a & mask_b).sum()),
-        "only_b": int((mask_a & ~mask_b).sum()),
-        "moved": None,
-        "max_abs": None,
-        "squares": None,
-    }
+def _compared(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor) -> TensorChange:
     live = mask_a & mask_b
+    moved = furthest = squares = None
     if a.is_floating_point() == b.is_floating_point() and live.any():
         before = a[live].double()
         change = b[live].double() - before
-        squares = [float(change.square().sum()), float(before.square().sum())]
-        moved = math.sqrt(squares[0] / squares[1]) if squares[1] else None
-        row |= {"moved": moved, "max_abs": float(change.abs().max()), "squares": squares}
-    return row
+        squares = float(change.square().sum()), float(before.square().sum())
+        moved, furthest = _distance(squares), float(change.abs().max())
+    return TensorChange(
+        shape=list(a.shape),
+        size=a.numel(),
+        zeros_a=int((~mask_a).sum()),
+        zeros_b=int((~mask_b).sum()),
+        both=int((~mask_a & ~mask_b).sum()),
+        only_a=int((~mask_a & mask_b).sum()),
+        only_b=int((mask_a & ~mask_b).sum()),
+        moved=moved,
+        max_abs=furthest,
+        squares=squares,
+    )
 
 
-def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over tensors, which lose what only sums need."""
-    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in COUNTS}
-    pairs = [row.pop("squares") for row in rows]
-    squares = [sum(values) for values in zip(*(p for p in pairs if p), strict=True)]
-    furthest = [row["max_abs"] for row in rows if row["max_abs"] is not None]
-    moved = math.sqrt(squares[0] / squares[1]) if squares and squares[1] else None
-    return total | {"moved": moved, "max_abs": max(furthest, default=None)}
+def _distance(squares: Sequence[float]) -> float | None:
+    return math.sqrt(squares[0] / squares[1]) if squares and squares[1] else None
 
 
-def _summary(total: dict[str, Any], num_unpaired: int, same: bool) -> str:
-    moved = total["moved"]
-    if moved is None:
+def _total(rows: Sequence[TensorChange]) -> Change:
+    sums = [sum(side) for side in zip(*(r.squares for r in rows if r.squares), strict=True)]
+    return Change(
+        size=sum(row.size for row in rows),
+        both=sum(row.both for row in rows),
+        only_a=sum(row.only_a for row in rows),
+        only_b=sum(row.only_b for row in rows),
+        moved=_distance(sums),
+        max_abs=max((row.max_abs for row in rows if row.max_abs is not None), default=None),
+    )
+
+
+def _summary(total: Change, num_unpaired: int, same: bool) -> str:
+    if total.moved is None:
         values = "values can't be compared"
     else:
-        values = f"live values moved by {moved:.2%}" if moved else "live values equal"
+        values = f"live values moved by {total.moved:.2%}" if total.moved else "live values equal"
     if same:
-        return f"masks equal, {total['both']:,} zeros; {values}"
-    counts = f"{total['only_a']:,} weights came back, {total['only_b']:,} were newly pruned"
+        return f"masks equal, {total.both:,} zeros; {values}"
+    counts = f"{total.only_a:,} weights came back, {total.only_b:,} were newly pruned"
     if num_unpaired:
         counts += f", {num_unpaired:,} pruned matrices have no partner"
     return f"masks differ: {counts}; {values}"
 
 
-def _layers(tensors: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """By numbered layer: the share of each kind's weights whose mask is another one."""
+def _layers(tensors: dict[str, TensorChange]) -> list[LayerKinds]:
     grouped: dict[tuple[str, int], dict[str, float]] = {}
     for name, row in tensors.items():
         layer = layer_of(name)
-        if layer is not None and row["size"]:
-            share = (row["only_a"] + row["only_b"]) / row["size"]
+        if layer is not None and row.size:
+            share = (row.only_a + row.only_b) / row.size
             grouped.setdefault((layer.stack, layer.number), {})[layer.kind] = share
     return [
-        {"stack": stack, "layer": number, "kinds": kinds}
+        LayerKinds(stack=stack, layer=number, kinds=kinds)
         for (stack, number), kinds in sorted(grouped.items())
     ]

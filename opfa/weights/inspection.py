@@ -2,69 +2,74 @@
 or on the Hub.
 
 Only tensors are read, one at a time: no model class, no code of the checkpoint, no unsafe pickle. A
-tensor counts as pruned when it is the matrix of a linear layer and has zeros; one of zeros alone
-only in the encoder (`anatomy.is_pruned`). Embeddings are told by their names. What is not pruned is
-counted by parts, so that a reader sees what a sparsity refers to.
+tensor counts as pruned when it is the matrix of a linear layer and has zeros; a matrix of zeros
+alone only in the encoder (`anatomy.is_pruned`). Embeddings are recognized by their names. Dense
+tensors are counted by part, so that a reader sees what a sparsity refers to.
 """
 
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from opfa.errors import ModelError
 from opfa.sparsity.anatomy import PARTS, heads_of, is_matrix, is_pruned, layer_of, part_of
 from opfa.sparsity.layers import masks_of, zero_masks
 from opfa.sparsity.masks import Masks, nonzero, report
-from opfa.sparsity.structure import structure_of
+from opfa.sparsity.structure import Structure, structure_of
 from opfa.storage.foreign import read_object
-from opfa.weights.comparison import compare as compare
+from opfa.weights.findings import Inspection, Layer, Share, Stated
 from opfa.weights.sources import MATRIX_DIMS, Source, check_masks, is_mask, open_source
 from opfa.weights.sources import directory_of as directory_of
 
 
-def inspect(model: nn.Module | str | Path | Source) -> dict[str, Any]:
-    """The sparsity report of a model; of a checkpoint by directory, file or Hub name much more.
-
-    The keys of `sparsity.json`, and of a checkpoint also `dense` (the linear matrices without
-    zeros, with their sizes), `bytes` (of its weight files), `stated` (what its own sparsity.json
-    says: "matches", "differs" or None), `patterns` (what structure the zeros of each tensor have),
-    `layers`, `encoder` and `whole` (sparsity by numbered layer, of all of them, and of everything
-    in the file), `excluded` (what has no zeros, by parts), `sizes` and `downloaded_bytes`.
+def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
+    """The sparsity report of a model, with the keys of sparsity.json. For a checkpoint (directory,
+    file or Hub name) it has every key of `Inspection`.
     """
     if isinstance(model, nn.Module):
         return report(masks_of(model) or zero_masks(model))
-    source = model if isinstance(model, Source) else open_source(str(model))
-    stated = _stated(source.read_json("sparsity.json"), model)
-    found = _read(source, set(stated["tensors"]) if stated else set(), model)
-    result = report(found.masks)
-    agreement = None if stated is None else all(stated[key] == result[key] for key in stated)
-    layers = _layers(result, found)
-    limit = math.ceil(found.limit_bytes)  # of the tensors; a file in 8 bits is below it
-    return {
-        **result,
-        "dense": found.dense,
-        "bytes": source.file_bytes,
-        "stated": {None: None, True: "matches", False: "differs"}[agreement],
-        "patterns": found.patterns,
-        "layers": layers,
-        "encoder": _share(layers),
-        "whole": _share([result["total"], *found.excluded.values()]),
-        "excluded": found.excluded,
-        "sizes": {
-            "dense": found.dense_bytes,
-            "file": source.file_bytes,
-            "limit": limit if limit <= source.file_bytes else None,
+    return inspect_checkpoint(str(model)).values()
+
+
+def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
+    """Read a checkpoint in a directory, in a file or on the Hub once, and count."""
+    source = source or open_source(name)
+    stated = _stated(source.read_json("sparsity.json"), name)
+    read = _read(source, set(stated["tensors"]) if stated else set(), name)
+    found = report(read.masks)
+    agreement = None
+    if stated is not None:
+        is_equal = all(stated[key] == found[key] for key in stated)
+        agreement = "matches" if is_equal else "differs"
+    layers = _layers(found["tensors"], read.dense)
+    zeros, size = found["total"]["zeros"], found["total"]["size"]
+    file_bytes, limit = source.file_bytes, math.ceil(read.limit_bytes)
+    return Inspection(
+        name=name,
+        **found,
+        dense=read.dense,
+        bytes=file_bytes,
+        stated=agreement,
+        patterns=read.patterns,
+        layers=layers,
+        encoder=_sum(layers),
+        whole=Share.of(zeros, size + sum(part["size"] for part in read.excluded.values())),
+        excluded=read.excluded,
+        sizes={
+            "dense": read.dense_bytes,
+            "file": file_bytes,
+            "limit": limit if limit <= file_bytes else None,  # a file in 8 bits is below it
         },
-        "downloaded_bytes": source.downloaded_bytes(),
-    }
+        downloaded_bytes=source.downloaded_bytes(),
+    )
 
 
 def check_stated(name: str) -> dict[str, Any]:
@@ -86,40 +91,18 @@ def stated_report(directory: Path) -> dict[str, Any] | None:
     return _stated(read_object(path), directory) if os.path.lexists(path) else None
 
 
-class _Tensor(BaseModel, strict=True):
-    """A row of a sparsity report."""
-
-    shape: list[int]
-    zeros: int
-    sparsity: float
-
-
-class _Total(BaseModel, strict=True):
-    size: int
-    zeros: int
-    sparsity: float
-
-
-class _Stated(BaseModel, strict=True):
-    """What counts of a sparsity report."""
-
-    tensors: dict[str, _Tensor]
-    fingerprint: str
-    total: _Total
-
-
 def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what JSON can hold
     if values is None:
         return None
     try:
-        _Stated.model_validate(values)
+        Stated.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ModelError(
             f"{where}/sparsity.json: not a sparsity report: {key}: {first['msg']}"
         ) from error
-    return {key: values[key] for key in _Stated.model_fields}
+    return {key: values[key] for key in Stated.model_fields}
 
 
 @dataclass
@@ -127,7 +110,7 @@ class _Found:
     """What one pass over the tensors of a checkpoint found."""
 
     masks: Masks = field(default_factory=dict)
-    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patterns: dict[str, Structure] = field(default_factory=dict)
     dense: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, dict[str, int]] = field(
         default_factory=lambda: {part: {"tensors": 0, "size": 0} for part in PARTS}
@@ -136,7 +119,7 @@ class _Found:
     limit_bytes: float = 0.0
 
 
-def _read(source: Source, stated: set[str], where: object) -> _Found:
+def _read(source: Source, stated: set[str], where: str) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
     found, beside, live = _Found(), {}, {}
     num_heads = _num_heads(source.read_json("config.json"))
@@ -151,10 +134,10 @@ def _read(source: Source, stated: set[str], where: object) -> _Found:
         num_bytes = tensor.numel() * tensor.element_size()
         found.dense_bytes += num_bytes
         mask = nonzero(tensor) if num_bytes and wanted(name, tensor.shape) else None
-        if mask is not None and _is_pruned(name, mask, stated):
+        if mask is not None and (name in stated or _is_pruned(name, mask)):
             found.masks[name] = mask
             heads = heads_of(name, num_heads) if num_heads else None
-            found.patterns[name] = asdict(structure_of(mask, heads))
+            found.patterns[name] = structure_of(mask, heads)
             found.limit_bytes += _limit(mask, tensor.element_size())
             continue
         part = found.excluded[part_of(name, tensor.shape)]
@@ -172,10 +155,9 @@ def _read(source: Source, stated: set[str], where: object) -> _Found:
     return found
 
 
-def _is_pruned(name: str, mask: Tensor, stated: set[str]) -> bool:
+def _is_pruned(name: str, mask: Tensor) -> bool:
     num_zeros = mask.numel() - int(mask.count_nonzero())
-    is_found = is_matrix(name, mask.shape) and is_pruned(name, mask.shape, num_zeros)
-    return is_found or name in stated
+    return is_matrix(name, mask.shape) and is_pruned(name, mask.shape, num_zeros)
 
 
 def _limit(mask: Tensor, value_bytes: int) -> float:
@@ -194,26 +176,22 @@ def _num_heads(config: Any) -> int | None:  # Any: what JSON can hold
     return found if type(found) is int and found > 0 else None
 
 
-def _layers(result: dict[str, Any], found: _Found) -> list[dict[str, Any]]:
-    """Zeros of each numbered layer's matrices, pruned or not, and the sparsity of each kind."""
-    matrices = {name: (0, size) for name, size in found.dense.items()}
-    for name, row in result["tensors"].items():
-        matrices[name] = row["zeros"], math.prod(row["shape"])
-    grouped: dict[tuple[str, int], dict[str, tuple[int, int]]] = defaultdict(dict)
-    for name, counts in matrices.items():
+def _layers(tensors: dict[str, Any], dense: dict[str, int]) -> list[Layer]:
+    """Numbered layers in the order of their numbers."""
+    counts = {name: (0, size) for name, size in dense.items()}
+    counts |= {name: (row["zeros"], math.prod(row["shape"])) for name, row in tensors.items()}
+    grouped: dict[tuple[str, int], dict[str, Share]] = defaultdict(dict)
+    for name, (zeros, size) in counts.items():
         layer = layer_of(name)
         if layer is not None:
-            grouped[layer.stack, layer.number][layer.kind] = counts
+            grouped[layer.stack, layer.number][layer.kind] = Share.of(zeros, size)
     rows = []
-    for (stack, number), kinds in sorted(grouped.items()):
-        zeros, size = (sum(counts[i] for counts in kinds.values()) for i in (0, 1))
-        row = {"stack": stack, "layer": number, "zeros": zeros, "size": size}
-        shares = {kind: z / n if n else 0.0 for kind, (z, n) in kinds.items()}
-        rows.append({**row, "sparsity": zeros / size if size else 0.0, "kinds": shares})
+    for (stack, number), found in sorted(grouped.items()):
+        kinds = {kind: share.sparsity for kind, share in found.items()}
+        rows.append(Layer(**dict(_sum(found.values())), stack=stack, layer=number, kinds=kinds))
     return rows
 
 
-def _share(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Zeros among all weights of these rows; a row without zeros is dense."""
-    zeros, size = (sum(row.get(key, 0) for row in rows) for key in ("zeros", "size"))
-    return {"zeros": zeros, "size": size, "sparsity": zeros / size if size else 0.0}
+def _sum(shares: Iterable[Share]) -> Share:
+    shares = list(shares)
+    return Share.of(sum(share.zeros for share in shares), sum(share.size for share in shares))

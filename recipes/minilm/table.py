@@ -20,7 +20,7 @@ from split import VALIDATION
 from opfa.data.records import read_records
 from opfa.release import provenance
 from opfa.report.pictures import inspection_picture, loss_picture
-from opfa.report.tables import figure, markdown_table
+from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_json, write_text
 from opfa.training import finished, metrics
@@ -270,7 +270,7 @@ def rates_table(rows: Sequence[Row]) -> str:
         "examples held out",
         "what they say of each",
     ]
-    return markdown_table(head, lines) if rows else ""
+    return Table(head, lines).markdown() if rows else ""
 
 
 def examples_of(output: Path, task: str) -> Row:
@@ -315,7 +315,7 @@ def methods_table(tasks: Mapping[str, Row], rows: Sequence[Row]) -> str:
         line = [cells.get((method, percent, task), "") for task in tasks]
         if any(line):
             lines.append([method, f"{percent} %", *line])
-    return markdown_table(head, lines) if rows else ""
+    return Table(head, lines).markdown() if rows else ""
 
 
 def differences_table(rows: Sequence[Row]) -> str:
@@ -325,7 +325,7 @@ def differences_table(rows: Sequence[Row]) -> str:
         points = f"{100 * row['mean']:+.1f} ± {100 * row['error']:.1f}"
         names = f"{row['method']} minus {row['other']}"
         lines.append([row["task"], f"{row['percent']} %", names, points])
-    return markdown_table(["task", "sparsity", "difference", "points"], lines)
+    return Table(["task", "sparsity", "difference", "points"], lines).markdown()
 
 
 def exports_table(rows: Sequence[Row]) -> str:
@@ -340,7 +340,7 @@ def exports_table(rows: Sequence[Row]) -> str:
         cells = [*metrics, f"{found['max_difference']:.2g}", *shares, *sizes]
         lines.append([row["task"], row["form"], *cells])
     head = ["task", "form", "in torch", "in ONNX Runtime", "largest difference"]
-    return markdown_table([*head, "equal", "torch with itself", "model", "ONNX"], lines)
+    return Table([*head, "equal", "torch with itself", "model", "ONNX"], lines).markdown()
 
 
 def ablations_table(rows: Sequence[Row]) -> str:
@@ -355,7 +355,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
         lines.append([row["name"], row["question"], changes, cost, loss, accuracy])
     head = ["short pruning to 90 %", "question", "changes", "operations, 10¹²"]
     head += ["MLM loss", "sst2: accuracy on sentences held out"]
-    return markdown_table(head, lines)
+    return Table(head, lines).markdown()
 
 
 def trace_table(output: Path) -> str:
@@ -372,4 +372,4 @@ def trace_table(output: Path) -> str:
         start = str(step.environment.get("start_sha256") or "not recorded")
         lines.append([*line, *(f"`{digest[:12]}`" for digest in (step.sha256, start, model))])
     head = ["run", "seed", "learning rate", "steps", "recipe (SHA-256)", "began with", "model"]
-    return markdown_table(head, lines) if lines else ""
+    return Table(head, lines).markdown() if lines else ""

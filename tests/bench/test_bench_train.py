@@ -2,6 +2,8 @@
 is what was measured. No test asserts a time.
 """
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import pretrain_recipe
 
-from opfa.bench.markdown import training_markdown, write_between
+from opfa.bench.costs import Costs
 from opfa.bench.measure import in_a_process
 from opfa.bench.plain import Plain
 from opfa.bench.train import Ours, bench_train, variant_of
@@ -84,11 +86,10 @@ def result(recipe: PretrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> 
         "# A\n<!-- opfa bench train -->\nold\n<!-- /opfa bench train -->\nZ\n"
     )
     command = ["bench", "train", str(directory / "recipe.toml"), "--rounds", "1", "--json"]
-    with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
-        patch.setattr(cli, "_print_json", lambda value: printed.append(json.dumps(value)))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.run([*command, "--write", str(directory / "README.md")]) == 0
-    return {**json.loads(printed[0]), "readme": (directory / "README.md").read_text()}
+    found = json.loads(printed.getvalue())
+    return {**found, "readme": (directory / "README.md").read_text()}
 
 
 def test_every_variant_and_part_is_measured(result: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ def test_tables_go_between_the_marks(result: dict[str, Any]) -> None:
     readme = result.pop("readme")
     assert readme.startswith("# A\n<!-- opfa bench train -->\n")
     assert readme.endswith("<!-- /opfa bench train -->\nZ\n")
-    assert training_markdown(result) in readme
+    assert Costs.model_validate(result).markdown() in readme
     assert "old" not in readme
 
 
@@ -141,11 +142,3 @@ def test_a_measuring_process_that_fails_is_one_error(capfd: pytest.CaptureFixtur
 
 def _fails() -> dict[str, Any]:
     raise RecipeError("told")
-
-
-def test_a_file_without_marks_is_left_alone(tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text("text <!-- mark -->\n")
-    with pytest.raises(RunError, match="has no <!-- mark --> with <!-- /mark --> after it"):
-        write_between(file, "mark", "new")
-    assert file.read_text() == "text <!-- mark -->\n"

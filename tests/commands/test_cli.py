@@ -1,6 +1,7 @@
 """Commands: exit codes, one clear message each, nothing written when refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,42 @@ def test_pretrain_finetune_evaluate_inspect(
     assert recipe["training"]["steps"] == 3
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_check_prints_what_a_recipe_resolves_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    given = pretrain_recipe(tmp_path) if kind == "pretrain" else finetune_recipe(tmp_path, tmp_path)
+    write_text(tmp_path / "r.toml", given.to_toml())
+    assert cli.run(["check", str(tmp_path / "r.toml"), "seed=7"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"# accepted, for opfa {kind}; ")
+    write_text(tmp_path / "again.toml", out)
+    assert cli.run(["check", str(tmp_path / "again.toml")]) == 0
+    assert capsys.readouterr().out == out
+    assert tomllib.loads(out)["seed"] == 7
+    assert "did you mean 'seed'" in refused(capsys, "check", tmp_path / "r.toml", "sede=7")
+
+
+def test_check_refuses_a_file_of_no_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.toml").write_text("[training]\nsteps = 1\n")
+    assert "has neither [corpus]" in refused(capsys, "check", tmp_path / "r.toml")
+    assert "can't read this recipe" in refused(capsys, "check", tmp_path / "none.toml")
+
+
+def test_a_shell_completes_commands() -> None:
+    variables = {"_OPFA_COMPLETE": "complete_bash", "COMP_WORDS": "opfa pre", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "opfa"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        check=False,
+    )
+    assert done.stdout.split() == ["prepare", "pretrain"], done.stderr
+
+
 def test_help_and_a_refused_recipe_load_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[training]\nsteps = 0\n")
     code = f"""
@@ -169,6 +206,7 @@ from opfa.commands import app as cli
 assert cli.run(["--help"]) == 0
 for command in ("pretrain", "finetune"):
     assert cli.run([command, "bad.toml", "--output", "x"]) == 2
+assert cli.run(["check", "bad.toml"]) == 2
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run(
@@ -180,8 +218,8 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 @pytest.mark.parametrize(
     "command",
     [
-        "prepare", "pretrain", "finetune", "evaluate", "calibrate", "export", "inspect", "download",
-        "list", "quickstart",
+        "check", "prepare", "pretrain", "finetune", "evaluate", "calibrate", "export", "inspect",
+        "download", "list", "quickstart",
     ],
 )  # fmt: skip
 def test_every_command_explains_itself_with_an_example(

@@ -40,21 +40,22 @@ def test_quickstart_ends_with_a_table_and_pictures(
 ) -> None:
     summary = module.quickstart(short)
     names = ["majority class", *module.VARIANTS]
-    assert [row["model"] for row in summary["rows"]] == names
+    assert [row.model for row in summary.rows] == names
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
-    assert summary["zeros_held"]
+    assert summary.zeros_held
     assert (short / "quickstart.png").stat().st_size > 1000
-    assert json.loads((short / "quickstart.json").read_text()) == summary
+    assert json.loads((short / "quickstart.json").read_text()) == summary.values()
     assert (short / "table.md").read_text().count("\n") == 2 + len(names)
-    _, dense, one_shot, sparse, quantized = summary["rows"]
+    _, dense, one_shot, sparse, quantized = summary.rows
     size = 3 * (3 * 128 * 128 + 128 * 128 + 2 * 256 * 128 + 256 * 128)  # 3 layers, gated MLP
-    assert dense["nonzero"] == size and dense["bytes"] == 4 * size
+    assert dense.nonzero == size and dense.bytes == 4 * size
+    assert sparse.nonzero is not None and quantized.nonzero is not None
     for row in (one_shot, sparse, quantized):
-        assert row["nonzero"] == pytest.approx(0.1 * size, rel=1e-3)
-    assert sparse["bytes"] == size // 8 + 4 * sparse["nonzero"]
+        assert row.nonzero == pytest.approx(0.1 * size, rel=1e-3)
+    assert sparse.bytes == size // 8 + 4 * sparse.nonzero
     rows_of_all = 3 * (3 * 128 + 128 + 2 * 256 + 128)  # one scale for each output channel
-    assert quantized["bytes"] == size // 8 + quantized["nonzero"] + 4 * rows_of_all
+    assert quantized.bytes == size // 8 + quantized.nonzero + 4 * rows_of_all
 
 
 def test_held_out_chapters_are_in_no_training_file(tmp_path: Path) -> None:

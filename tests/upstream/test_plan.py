@@ -8,7 +8,9 @@ import pytest
 
 from opfa.commands import app as cli
 from opfa.errors import RecipeError
+from opfa.training.zero import DeepSpeedFile
 from opfa.upstream.plan import (
+    FILES,
     Shape,
     mask_update_bytes,
     memory_bytes,
@@ -46,7 +48,8 @@ def bert(*overrides: str) -> PretrainRecipe:
     [(1, 2_000 + 4_000 + 3_000), (2, 2_000 + 1_000 + 3_000), (3, 500 + 1_000 + 3_000)],
 )
 def test_memory_by_stage(stage: int, state: int) -> None:
-    memory = memory_bytes(TOY, stage=stage, gpus=4, micro_batch=3)
+    zero = FILES[f"zero{stage}"]
+    memory = memory_bytes(TOY, zero, gpus=4, micro_batch=3)
     assert memory["weights"] + memory["gradients"] + memory["optimizer"] == state
     assert memory["masks"] == 3 * 600
     assert memory["teacher"] == 2_000
@@ -55,7 +58,31 @@ def test_memory_by_stage(stage: int, state: int) -> None:
 
 
 def test_offloading_takes_the_optimizer_away() -> None:
-    assert memory_bytes(TOY, stage=2, gpus=4, micro_batch=3, is_offloaded=True)["optimizer"] == 0
+    zero = FILES["zero2-offload"]
+    assert memory_bytes(TOY, zero, gpus=4, micro_batch=3)["optimizer"] == 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_planned_files_are_those_of_launch(name: str) -> None:
+    found = DeepSpeedFile.load(str(ROOT / f"launch/{name}.json")).zero_optimization
+    assert found.stage == FILES[name].stage
+    assert bool(found.offload_optimizer) == bool(FILES[name].offload_optimizer)
+
+
+def test_a_file_that_the_recipe_names_is_planned_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "zero2.json"  # whatever its name says
+    mine.write_text('{"zero_optimization": {"stage": 3}}')
+    size = ["--gpus", "8", "--memory-gb", "80", "--bandwidth-gbps", "400"]
+    assert cli.run(["plan", str(RECIPE), *size, *BERT, f"launch.deepspeed={mine}"]) == 0
+    assert f"use: launch.deepspeed={mine} launch.micro_batch=32" in capsys.readouterr().out
+    found, every = (
+        plan(bert(*more), gpus=8, memory_gb=80, bandwidth_gbps=400, teraflops=150)
+        for more in ([f"launch.deepspeed={mine}"], [])
+    )
+    (row,) = found.configurations
+    assert row.wire_gb_per_step == every.configurations[-1].wire_gb_per_step
 
 
 @pytest.mark.parametrize(
@@ -79,19 +106,19 @@ def test_operations_of_a_step() -> None:
 
 def test_bert_base_has_the_size_of_its_model_card() -> None:
     result = plan(bert(), gpus=8, memory_gb=80, bandwidth_gbps=400, teraflops=150)
-    assert result["model"]["parameters"] == pytest.approx(110e6, rel=0.01)
-    assert result["model"]["pruned"] == 12 * (4 * 768**2 + 2 * 768 * 3072)
-    assert result["model"]["teacher"] == result["model"]["parameters"]
-    for row in result["configurations"]:
-        assert row["micro_batch"] * row["accumulation"] * 8 == 256
-        assert row["total_memory_gb"] <= 72
-    assert result["recommended"] == "zero1"
+    assert result.model["parameters"] == pytest.approx(110e6, rel=0.01)
+    assert result.model["pruned"] == 12 * (4 * 768**2 + 2 * 768 * 3072)
+    assert result.model["teacher"] == result.model["parameters"]
+    for row in result.configurations:
+        assert row.micro_batch is not None and row.micro_batch * row.accumulation * 8 == 256
+        assert row.total_memory_gb <= 72
+    assert result.recommended == "zero1"
 
 
 def test_less_memory_means_smaller_passes_and_then_another_stage() -> None:
     def rows(memory_gb: float) -> dict[str, Any]:
         result = plan(bert(), gpus=8, memory_gb=memory_gb, bandwidth_gbps=400, teraflops=150)
-        return {row["configuration"]: row["micro_batch"] for row in result["configurations"]}
+        return {row.configuration: row.micro_batch for row in result.configurations}
 
     assert rows(6)["zero2"] < rows(80)["zero2"]
     assert rows(1.8)["zero1"] is None and rows(1.8)["zero2"] is not None
@@ -114,19 +141,19 @@ def test_the_table_of_launch_is_what_the_formulas_give() -> None:
                 ROOT / f"recipes/upstream/bert-{name}-90.toml", ["model.init=", config, *batch]
             )
             result = plan(recipe, gpus=gpus, memory_gb=80, bandwidth_gbps=400, teraflops=150)
-            rows = {row["configuration"]: row for row in result["configurations"]}
+            rows = {row.configuration: row for row in result.configurations}
 
             def cells(key: str, style: str, *more: str, rows: dict[str, Any] = rows) -> str:
                 names = ("zero1", "zero2", "zero3", *more)
-                return " / ".join(format(rows[name][key], style) for name in names)
+                return " / ".join(format(getattr(rows[name], key), style) for name in names)
 
             first = rows["zero1"]
             made.append(
-                f"| BERT-{name} | {gpus} | {result['batch']} "
-                f"| {first['micro_batch']} x {first['accumulation']} "
+                f"| BERT-{name} | {gpus} | {result.batch} "
+                f"| {first.micro_batch} x {first.accumulation} "
                 f"| {cells('total_memory_gb', '.1f', 'zero2-offload')} "
                 f"| {cells('wire_gb_per_step', '.2f')} "
-                f"| {first['mask_updates_share_of_wire']:.2%} | {cells('efficiency', '.0%')} |"
+                f"| {first.mask_updates_share_of_wire:.2%} | {cells('efficiency', '.0%')} |"
             )
     assert shown == made
 

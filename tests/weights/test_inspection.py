@@ -22,7 +22,8 @@ from opfa.commands import app as cli
 from opfa.errors import ModelError
 from opfa.sparsity.anatomy import is_matrix
 from opfa.sparsity.masks import report
-from opfa.weights.inspection import check_stated, compare, directory_of, inspect
+from opfa.weights.comparison import compare
+from opfa.weights.inspection import check_stated, directory_of, inspect
 
 KINDS = {
     "attention.self.query": (16, 16),
@@ -446,22 +447,22 @@ def test_a_pickle_of_something_else_is_one_message(tmp_path: Path) -> None:
 def test_a_copy_has_equal_masks_and_values(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "copy")
     found = compare(str(model), str(tmp_path / "copy"))
-    assert found["same_masks"] and found["fingerprints"]["a"] == found["fingerprints"]["b"]
-    assert found["summary"] == f"masks equal, {ENCODER * 3 // 4:,} zeros; live values equal"
+    assert found.same_masks and found.fingerprints["a"] == found.fingerprints["b"]
+    assert found.summary == f"masks equal, {ENCODER * 3 // 4:,} zeros; live values equal"
 
 
 def test_how_far_live_values_moved(state: dict[str, Tensor], model: Path, tmp_path: Path) -> None:
     state["classifier.weight"] = torch.full((2, 16), 1.25)
     found = compare(str(model), str(write(state, tmp_path / "other")))
-    assert found["same_masks"]
-    assert found["tensors"]["classifier.weight"]["moved"] == 0.25
+    assert found.same_masks
+    assert found.tensors["classifier.weight"].moved == 0.25
     squares = sum(
         float(tensor.double().square().sum())
         for name, tensor in load_file(model / "model.safetensors").items()
         if is_matrix(name, tensor.shape)
     )
-    assert found["total"]["moved"] == pytest.approx(math.sqrt(32 * 0.25**2 / squares))
-    assert found["total"]["max_abs"] == 0.25
+    assert found.total.moved == pytest.approx(math.sqrt(32 * 0.25**2 / squares))
+    assert found.total.max_abs == 0.25
 
 
 def test_what_came_back_and_what_was_newly_pruned(
@@ -471,12 +472,12 @@ def test_what_came_back_and_what_was_newly_pruned(
     values[values.nonzero()[:5]] = 0
     values[-256:][(values == 0).nonzero()[-3:]] = 1
     found = compare(str(model), str(write(state, tmp_path / "other")))
-    row = found["tensors"][QUERY]
-    assert (row["both"], row["only_a"], row["only_b"]) == (192 - 3, 3, 5)
-    assert (row["zeros_a"], row["zeros_b"]) == (192, 194)
-    assert not found["same_masks"] and found["fingerprints"]["a"] != found["fingerprints"]["b"]
-    assert "3 weights came back, 5 were newly pruned" in found["summary"]
-    assert found["layers"][0]["kinds"]["attention.self.query"] == 8 / 256
+    row = found.tensors[QUERY]
+    assert (row.both, row.only_a, row.only_b) == (192 - 3, 3, 5)
+    assert (row.zeros_a, row.zeros_b) == (192, 194)
+    assert not found.same_masks and found.fingerprints["a"] != found.fingerprints["b"]
+    assert "3 weights came back, 5 were newly pruned" in found.summary
+    assert found.layers[0].kinds["attention.self.query"] == 8 / 256
 
 
 def test_a_bare_encoder_is_compared_with_a_whole_model(
@@ -485,9 +486,9 @@ def test_a_bare_encoder_is_compared_with_a_whole_model(
     bare = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
     bare["pooler.dense.weight"] = torch.ones(8, 8)
     found = compare(str(model), str(write(bare, tmp_path / "bare")))
-    assert found["same_masks"] and len(found["tensors"]) == 12
-    assert (found["only_in_a"], found["only_in_b"]) == (["classifier.weight"], [])
-    assert found["different_shapes"] == {"bert.pooler.dense.weight": [[16, 16], [8, 8]]}
+    assert found.same_masks and len(found.tensors) == 12
+    assert (found.only_in_a, found.only_in_b) == (["classifier.weight"], [])
+    assert found.different_shapes == {"bert.pooler.dense.weight": [[16, 16], [8, 8]]}
 
 
 def test_a_dense_twin_gets_its_zeros_newly_pruned(
@@ -495,7 +496,7 @@ def test_a_dense_twin_gets_its_zeros_newly_pruned(
 ) -> None:
     dense = {name: torch.ones_like(tensor) for name, tensor in state.items()}
     found = compare(str(write(dense, tmp_path / "dense")), str(model))
-    assert (found["total"]["only_a"], found["total"]["only_b"]) == (0, ENCODER * 3 // 4)
+    assert (found.total.only_a, found.total.only_b) == (0, ENCODER * 3 // 4)
 
 
 def test_integers_and_floats_have_masks_in_common_but_no_distance(
@@ -504,7 +505,7 @@ def test_integers_and_floats_have_masks_in_common_but_no_distance(
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
     arrays |= {n: a.round().astype(np.int8) for n, a in arrays.items() if a.ndim == 2}
     found = compare(str(model), str(onnx_file(model / "model.onnx", arrays)))
-    assert found["same_masks"] and found["total"]["moved"] is None
+    assert found.same_masks and found.total.moved is None
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ def test_the_command_counts_from_the_other_model_to_this_one(
     out = printed(capsys, after, "--against", model, *form, status=1)
     if "--json" in form:
         found = json.loads(out)
-        assert found == compare(str(model), str(after))
+        assert found == compare(str(model), str(after)).values()
         assert (found["a"], found["b"]) == (str(model), str(after))
         assert (found["total"]["only_a"], found["total"]["only_b"]) == (100, 0)
     else:
@@ -600,8 +601,8 @@ def test_a_pruned_matrix_without_a_partner_is_another_mask(
         state[QUERY] = state[QUERY][:8]
     other = write(state, tmp_path / "other")
     for found in (compare(str(model), str(other)), compare(str(other), str(model))):
-        assert found["unpaired"] == [QUERY] and not found["same_masks"]
-        assert "0 were newly pruned, 1 pruned matrices have no partner" in found["summary"]
+        assert found.unpaired == [QUERY] and not found.same_masks
+        assert "0 were newly pruned, 1 pruned matrices have no partner" in found.summary
 
 
 def test_another_head_is_no_other_mask(
@@ -611,10 +612,10 @@ def test_another_head_is_no_other_mask(
     del state["bert.pooler.dense.weight"]
     state["classifier.weight"] = torch.ones(5, 16)
     other = write(state, tmp_path / "other")
-    assert compare(str(model), str(other))["same_masks"]
+    assert compare(str(model), str(other)).same_masks
     state["classifier.weight"] = torch.zeros(2, 16)
     found = compare(str(write(state, tmp_path / "new")), str(model))
-    assert found["same_masks"] and found["total"]["only_a"] == 0
+    assert found.same_masks and found.total.only_a == 0
 
 
 def test_a_matrix_of_zeros_that_comes_back_is_counted(
@@ -622,7 +623,7 @@ def test_a_matrix_of_zeros_that_comes_back_is_counted(
 ) -> None:
     state[QUERY] = torch.zeros(16, 16)
     found = compare(str(write(state, tmp_path / "empty")), str(model))
-    assert (found["total"]["only_a"], found["same_masks"]) == (64, False)
+    assert (found.total.only_a, found.same_masks) == (64, False)
 
 
 def height(path: Path) -> int:
@@ -711,7 +712,7 @@ def test_a_mask_that_is_applied_is_no_obstacle(
     state[QUERY.removesuffix("weight") + "__weight_mma_mask"] = state[QUERY] != 0
     other = write(state, tmp_path / "other")
     assert inspect(other)["fingerprint"] == inspect(model)["fingerprint"]
-    assert compare(str(model), str(other))["same_masks"]
+    assert compare(str(model), str(other)).same_masks
 
 
 # matrices of zeros alone

@@ -1,0 +1,113 @@
+"""Commands that say what something costs: on paper, and measured on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opfa.commands.options import AsJson, Overrides, RecipeFile, check_files
+from opfa.report.between import check_between, write_between
+from opfa.upstream.recipe import PretrainRecipe
+
+BENCH_MARK = "opfa bench train"  # `--write` replaces the text between marks of this name
+app = typer.Typer()
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench, name="bench")
+
+
+@app.command(
+    epilog="Example: opfa plan recipes/upstream/bert-base-90.toml --gpus 8 --memory-gb 80 "
+    "--bandwidth-gbps 400"
+)
+def plan(
+    recipe: RecipeFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")],
+    memory_gb: Annotated[
+        float, typer.Option("--memory-gb", min=0.1, max=1e9, help="Memory of each GPU.")
+    ],
+    bandwidth_gbps: Annotated[
+        float,
+        typer.Option(
+            "--bandwidth-gbps", min=0.001, max=1e9, help="Gbit/s of each GPU to the others."
+        ),
+    ],
+    teraflops: Annotated[
+        float,
+        typer.Option("--teraflops", min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s."),
+    ] = 150.0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calculate what a launch needs (memory, bytes sent, efficiency) and which file to use.
+
+    With launch.deepspeed=FILE only this DeepSpeed file is planned.
+    """
+    checked = PretrainRecipe.read(recipe, overrides or ())
+    from opfa.upstream.plan import plan as execute
+
+    result = execute(
+        checked,
+        gpus=gpus,
+        memory_gb=memory_gb,
+        bandwidth_gbps=bandwidth_gbps,
+        teraflops=teraflops,
+    )
+    result.show(as_json=as_json)
+
+
+@bench.command("masks", epilog="Example: opfa bench masks")
+def bench_masks(as_json: AsJson = False) -> None:
+    """Measure a mask update for 12 BERT-base layers, 85 M weights: time and memory."""
+    from opfa.bench.steps import bench_masks as execute
+
+    execute().show(as_json=as_json)
+
+
+@bench.command(
+    "train",
+    epilog="Example: opfa bench train recipes/upstream/bert-base-90.toml launch.micro_batch=8",
+)
+def bench_train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [section.key=value]...",
+            help="Without a recipe: BERT-base, 8 x 128 random tokens, 90 % sparse.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured.")] = 2,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", help="Put the tables into this Markdown file, between its marks."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a pre-training step by part, and against the same step in plain transformers."""
+    if write is not None:
+        check_files({"--write": write})
+        check_between(write, BENCH_MARK)
+    from opfa.bench.train import bench_train as execute
+
+    given = arguments or []
+    has_recipe = bool(given) and "=" not in given[0]
+    recipe = PretrainRecipe.read(given[0], given[1:]) if has_recipe else None
+    result = execute(recipe, given, rounds)
+    if write is not None:
+        write_between(write, BENCH_MARK, result.markdown())
+    result.show(as_json=True) if as_json else print(result.markdown())
+
+
+@bench.command("distillation", epilog="Example: opfa bench distillation")
+def bench_distillation(as_json: AsJson = False) -> None:
+    """Measure a step under a teacher with its logits kept, and computed anew."""
+    from opfa.bench.steps import bench_distillation as execute
+
+    execute().show(as_json=as_json)
+
+
+@bench.command("files", epilog="Example: opfa bench files")
+def bench_files(as_json: AsJson = False) -> None:
+    """Measure a 90 % sparse BERT-base in each form of a release: bytes, and loading."""
+    from opfa.bench.files import bench_files as execute
+
+    execute().show(as_json=as_json)

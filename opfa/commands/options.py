@@ -1,0 +1,39 @@
+"""Arguments and options that several commands share, and how their outputs are checked."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opfa.errors import RunError
+from opfa.storage.files import check_file
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
+]
+TaskRecipe = Annotated[Path, typer.Option("--recipe", help="The recipe whose task is used.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")]
+Output = Annotated[Path, typer.Option("--output", help="Where the output goes; must be new.")]
+NewRun = Annotated[
+    Path, typer.Option("--output", help="The run directory; must be new, unless --resume.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
+]
+
+
+def check_files(options: dict[str, Path | None]) -> None:
+    """Refuse options whose files can't be written, or are one."""
+    given = {option: path for option, path in options.items() if path is not None}
+    for option, path in given.items():
+        try:
+            check_file(path)
+        except RunError as error:
+            raise RunError(f"{option} {error}") from None
+    if len({path.absolute() for path in given.values()}) < len(given):
+        raise RunError(f"{' and '.join(given)}: are the same file; give two")
