@@ -96,9 +96,8 @@ def test_the_map_of_the_code_has_every_room() -> None:
 
 
 def test_the_quickstart_table_is_that_of_its_results() -> None:
-    assert (
-        between("README.md", "quickstart") == Summary.model_validate(QUICKSTART).table().markdown()
-    )
+    table = Summary.model_validate(QUICKSTART).table().markdown()
+    assert between("README.md", "quickstart").strip() == table.strip()
     assert f"took {QUICKSTART['seconds']:,.0f} s on one thread" in text_of("README.md")
     assert QUICKSTART["zeros_held"]
     assert not re.search(r'"(/|\w+/)', json.dumps(QUICKSTART))  # no paths

@@ -30,6 +30,7 @@ from opfa.weights.inspection import inspect
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes/minilm"
 START = [5e-5, 1.5e-4, 4.5e-4]
+SOME = ("baseline", "no-distillation", "monotone", "global")  # of the ablations; all take minutes
 SHORTER = {
     "sequence_tokens = 128": "sequence_tokens = 24",
     "validation = 0.01": "validation = 0.1",
@@ -82,6 +83,8 @@ def reproduce(output: Path) -> Any:
         program.EXECUTE = program.execute
         patch.setattr(program, "execute", execute)
         patch.setattr(program, "SEEDS", {"sst2": 2})
+        some = {name: value for name, value in program.ABLATIONS.items() if name in SOME}
+        patch.setattr(program, "ABLATIONS", some)
         patch.setattr(program, "RELEASED", ("sst2",))
         patch.setattr(program, "RATES", (3e-5, 3e-4))
         patch.setattr(program, "EDGES", (1e-5, 1e-3))
@@ -280,7 +283,7 @@ def test_each_ablation_changes_what_it_says(
 ) -> None:
     assert [row["name"] for row in table["ablations"]] == list(reproduce.ABLATIONS)
     done = [json.loads((output / r["run"] / "done.json").read_text()) for r in table["ablations"]]
-    assert len({facts["model_sha256"] for facts in done}) >= 7  # in so few steps some are the same
+    assert len({facts["model_sha256"] for facts in done}) >= 3  # in so few steps some are the same
     totals = [inspect(output / row["run"] / "model")["total"] for row in table["ablations"]]
     assert all(total["sparsity"] == pytest.approx(0.9, abs=2e-3) for total in totals)
 

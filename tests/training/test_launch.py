@@ -126,7 +126,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "by"),
-    [("pretrain.sh", "SIGTERM"), ("torchrun.sh", "SIGTERM"), ("torchrun.sh", "file")],
+    [("pretrain.sh", "SIGTERM"), ("torchrun.sh", "file")],
 )
 def test_a_run_that_is_stopped_saves_and_the_same_command_finishes_it(
     recipe: Path, tmp_path: Path, name: str, by: str

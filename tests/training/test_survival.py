@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, hung or fed bad numbers, on several ranks (gloo, CPU)."""
 
 import json
+import os
 import random
 import signal
 import socket
@@ -20,6 +21,7 @@ from opfa.upstream.pretrain import pretrain
 
 PROGRAM = Path(__file__).parents[1] / "ranks.py"
 STEPS = 60
+KILLS = int(os.environ.get("OPFA_KILLS", "4"))  # more of them say more, and take longer
 SCHEDULE = {"start": 2, "end": 30, "hold_until": 50, "every": 2, "target": 0.9}
 
 
@@ -118,16 +120,16 @@ def unbroken(prepared: Path, teacher: Path, tmp_path_factory: pytest.TempPathFac
     return root / "run"
 
 
-def test_a_run_killed_ten_times_equals_the_unbroken_one(
+def test_a_run_that_is_killed_again_and_again_equals_the_unbroken_one(
     prepared: Path, teacher: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     chance = random.Random(0)
     num_in_a_save, num_kills = 0, 0
-    for attempt in range(11):
+    for attempt in range(KILLS + 1):
         job = {"values": values(prepared, teacher), "output": str(run), "resume": run.exists()}
         with Launch([{**job, "slow": 0.01}], tmp_path, 2) as launch:
-            if attempt == 10:
+            if attempt == KILLS:
                 assert launch.wait() == [0, 0], launch.said(0)
                 break
             before = len(trained(run))
@@ -141,8 +143,8 @@ def test_a_run_killed_ten_times_equals_the_unbroken_one(
             launch.kill()
             num_kills += is_running
             num_in_a_save += aside.exists()
-    assert num_kills == 10
-    assert num_in_a_save >= 3
+    assert num_kills == KILLS
+    assert num_in_a_save >= KILLS // 3
     for name in ("model/model.safetensors", "model/sparsity.json"):
         assert (run / name).read_bytes() == (unbroken / name).read_bytes()
 
