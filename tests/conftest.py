@@ -36,42 +36,44 @@ TINY_BERT = {
 
 
 settings.register_profile("many")  # random models where there are a few by default
-# Tests that train, export, wait or start processes. `-m "not slow"` doesn't even import such files.
-SLOW = {
+# Tests that train, export, wait or start processes, the longest first: so two workers end together.
+# `-m "not slow"` doesn't even import such files.
+SLOW = [
+    "training/test_survival.py",
+    "training/test_two_nodes.py",
+    "release/test_reproduce.py",
+    "training/test_launch.py",
     "bench/test_bench_train.py",
+    "upstream/test_pretrain.py",
+    "runtimes/test_export.py",
+    "training/test_ranks.py",
+    "integrations/test_loops.py",
+    "sparsity/test_every_zero.py",
+    "downstream/test_selection.py",
+    "downstream/test_finetune.py",
+    "quickstart/test_quickstart.py",
+    "not slow",
     "commands/test_cli.py::test_pretrain_finetune_evaluate_inspect",
     "commands/test_streams.py",
     "downstream/test_calibrate.py",
-    "downstream/test_finetune.py",
     "downstream/test_gradual.py",
     "downstream/test_kinds.py",
-    "downstream/test_selection.py",
     "downstream/test_teacher.py",
     "hub/test_corrupted.py",
     "hub/test_download.py::test_of_two_processes_the_second_waits_and_finds_it_complete",
     "hub/test_hub_origin.py",
-    "integrations/test_loops.py",
-    "quickstart/test_quickstart.py",
     "release/test_release.py",
-    "release/test_reproduce.py",
-    "runtimes/test_export.py",
-    "sparsity/test_every_zero.py",
     "storage/test_aside.py",
     "storage/test_foreign.py",
     "storage/test_foreign_code.py",
     "storage/test_secrets.py",
     "test_recipe.py::test_any_value_is_taken_and_written_or_refused_in_few_words",
-    "training/test_launch.py",
-    "training/test_ranks.py",
     "training/test_signals.py",
-    "training/test_survival.py",
     "training/test_trust.py",
-    "training/test_two_nodes.py",
     "upstream/test_clean_text.py",
     "upstream/test_corpus.py",
-    "upstream/test_pretrain.py",
     "weights/test_compact.py",
-}
+]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -80,11 +82,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def file(item: pytest.Item) -> str:
+        return item.path.relative_to(Path(__file__).parent).as_posix()
+
     for item in items:
-        name = item.path.relative_to(Path(__file__).parent).as_posix()
         test = item.name.partition("[")[0]
-        if {name, f"{name}::{test}"} & SLOW:
+        if {file(item), f"{file(item)}::{test}"} & set(SLOW):
             item.add_marker("slow")
+    items.sort(key=lambda item: SLOW.index(file(item)) if file(item) in SLOW else len(SLOW))
 
 
 # Started in the background, a shell tells its children to ignore Ctrl-C, and they theirs.
