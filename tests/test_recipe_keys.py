@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from opfa.compression.scores import Magnitude
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import Recipe
+from opfa.recipe import Recipe, Section
 from opfa.upstream.recipe import PretrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -30,16 +31,15 @@ def sections(
     """A model and the models in it: name in a recipe, class, and whether it is off by default."""
     yield name, kind, is_optional
     for key, field in kind.model_fields.items():
-        if inner := section_of(field.annotation):
+        for inner in sections_of(field.annotation):
             path, is_off = f"{name}.{key}".lstrip("."), field.default is None
             yield from sections(inner, path, is_optional=is_off)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    for found in (annotation, *get_args(annotation)):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return None
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a key is; all of them where its `kind` chooses one."""
+    found = (annotation, *get_args(annotation))
+    return [each for each in found if isinstance(each, type) and issubclass(each, BaseModel)]
 
 
 def type_of(schema: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def table(name: str, kind: type[BaseModel], *, is_optional: bool) -> list[str]:
     properties = kind.model_json_schema()["properties"]
     rows = []
     for key, field in kind.model_fields.items():
-        if section_of(field.annotation):
+        if sections_of(field.annotation):
             continue
         default = "*required*" if field.is_required() else f"`{json.dumps(field.default)}`"
         default = "" if default == "`null`" else default
@@ -107,6 +107,19 @@ def test_the_readme_has_all_keys() -> None:
     assert found == f"\n{page()}\n"
 
 
+def test_every_kind_of_a_section_is_listed() -> None:
+    class Random(Section):
+        kind: Literal["random"] = "random"
+
+    class Either(Section):
+        score: Annotated[Magnitude | Random, Field(discriminator="kind")] = Magnitude()
+
+    assert [(name, kind) for name, kind, _ in sections(Either)][1:] == [
+        ("score", Magnitude),
+        ("score", Random),
+    ]
+
+
 def test_a_section_is_optional_where_it_is_off_by_default() -> None:
     optional = {name for name, _, is_optional in sections(FinetuneRecipe) if is_optional}
     assert optional == {"selection", "sweep", "distillation", "pruning", "quantization"}
@@ -127,7 +140,7 @@ def test_every_key_has_one_line(name: str) -> None:
     for section, kind, _ in sections(KINDS[name]):
         for key, field in kind.model_fields.items():
             line = field.description or ""
-            is_section = section_of(field.annotation) is not None
+            is_section = sections_of(field.annotation)
             assert is_section or (line.endswith(".") and "\n" not in line), f"{section}.{key}"
 
 
