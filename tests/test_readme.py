@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opfa.quickstart.quickstart import Summary
+from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -133,5 +134,23 @@ def test_the_accuracy_table_is_that_of_the_results() -> None:
         for task, digits, cell in zip(("sst2", "mnli", "squad"), (4, 4, 2), cells, strict=True):
             row = rows[task]
             assert cell == f"{row['mean']:.{digits}f} ({row['recovery']:.1%})"
-    always = [found["tasks"][task]["majority"] for task in ("sst2", "mnli")]
-    assert "answer gives {:.4f} and {:.4f}.".format(*always) in text_of("README.md")
+
+
+def test_sentences_about_the_accuracy_table_say_what_the_results_say() -> None:
+    found = json.loads((ROOT / "recipes/minilm/results/table.json").read_text())
+    rows = {(r["task"], r["method"], r["percent"]): r for r in found["rows"]}
+    text = text_of("README.md")
+    sst2, mnli, squad = (rows[t, "prune-once", 90]["recovery"] for t in ("sst2", "mnli", "squad"))
+    kept = f"keeps {100 * sst2:.1f} % of its accuracy on SST-2, and {100 * squad:.0f} to"
+    assert f"{kept} {100 * mnli:.0f} % of its result on the harder tasks" in text
+    longer = rows["mnli", "prune-once-fp32", 90]["mean"]
+    assert f"without 8 bits these steps give {longer:.4f} on MNLI" in text
+    majority = [found["tasks"][task]["majority"] for task in ("sst2", "mnli")]
+    assert "answer scores {:.4f} on SST-2 and {:.4f} on MNLI".format(*majority) in text
+    assert rows["mnli", "gradual", 90]["mean"] < majority[1]
+    seeds = {task: len(rows[task, "prune-once", 90]["seeds"]) for task in found["tasks"]}
+    assert seeds == {"sst2": 3, "rte": 3, "mnli": 1, "squad": 1}
+    recipe = PretrainRecipe.read(ROOT / "recipes/minilm/minilm-sparse-90.toml")
+    steps, batch = recipe.training.steps, recipe.training.batch
+    tokens = steps * batch * recipe.corpus.sequence_tokens
+    assert f"It trains on {tokens / 1e6:.1f} million tokens" in text

@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from opfa.compression.scores import Magnitude
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.recipe import Recipe
+from opfa.recipe import Recipe, Section
 from opfa.upstream.recipe import PretrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -24,19 +25,21 @@ BEGIN, END = "<!-- keys: OPFA_REWRITE=1 pytest tests/test_recipe_keys.py -->", "
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
-def sections(kind: type[BaseModel], name: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """A model and the models in it, each with its name in a recipe."""
-    yield name, kind
+def sections(
+    kind: type[BaseModel], name: str = "", *, is_optional: bool = False
+) -> Iterator[tuple[str, type[BaseModel], bool]]:
+    """A model and the models in it: name in a recipe, class, and whether it is off by default."""
+    yield name, kind, is_optional
     for key, field in kind.model_fields.items():
-        if inner := section_of(field.annotation):
-            yield from sections(inner, f"{name}.{key}".lstrip("."))
+        for inner in sections_of(field.annotation):
+            path, is_off = f"{name}.{key}".lstrip("."), field.default is None
+            yield from sections(inner, path, is_optional=is_off)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    for found in (annotation, *get_args(annotation)):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return None
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a key is; all of them where its `kind` chooses one."""
+    found = (annotation, *get_args(annotation))
+    return [each for each in found if isinstance(each, type) and issubclass(each, BaseModel)]
 
 
 def type_of(schema: dict[str, Any]) -> str:
@@ -49,15 +52,21 @@ def type_of(schema: dict[str, Any]) -> str:
         return f"list of {type_of(schema['items'])}"
     if schema["type"] == "object":
         return f"table of {type_of(schema['additionalProperties'])}"
-    bounds = [f"{sign} {schema[key]:.12g}" for key, sign in BOUNDS.items() if key in schema]
+    bounds = [f"{sign} {bound(schema[key])}" for key, sign in BOUNDS.items() if key in schema]
     return " ".join([schema["type"], *bounds])
 
 
-def table(name: str, kind: type[BaseModel]) -> list[str]:
+def bound(value: float) -> str:
+    """A limit in figures; 2^62 for one of 19 digits."""
+    exponent = int(value).bit_length() - 1
+    return f"2^{exponent}" if value >= 1e12 and value == 2**exponent else f"{value:.12g}"
+
+
+def table(name: str, kind: type[BaseModel], *, is_optional: bool) -> list[str]:
     properties = kind.model_json_schema()["properties"]
     rows = []
     for key, field in kind.model_fields.items():
-        if section_of(field.annotation):
+        if sections_of(field.annotation):
             continue
         default = "*required*" if field.is_required() else f"`{json.dumps(field.default)}`"
         default = "" if default == "`null`" else default
@@ -65,6 +74,7 @@ def table(name: str, kind: type[BaseModel]) -> list[str]:
         rows.append(" | ".join(cell.replace("|", "\\|") for cell in cells))
     doc = " ".join(str(kind.__doc__).split())
     title = f"#### `[{name}]`" if name else "#### (no section)"
+    title += ", optional" if is_optional else ""
     head = ["", "| key | type | default | meaning |", "| --- | --- | --- | --- |"] if rows else []
     return ["", title, "", doc, *head, *(f"| {row} |" for row in rows)]
 
@@ -73,7 +83,8 @@ def page() -> str:
     lines = []
     for command, kind in KINDS.items():
         lines += ["", f"### `opfa {command}`"]
-        lines += [line for name, section in sections(kind) for line in table(name, section)]
+        for name, section, is_optional in sections(kind):
+            lines += table(name, section, is_optional=is_optional)
     return "\n".join([*lines, ""])
 
 
@@ -96,6 +107,29 @@ def test_the_readme_has_all_keys() -> None:
     assert found == f"\n{page()}\n"
 
 
+def test_every_kind_of_a_section_is_listed() -> None:
+    class Random(Section):
+        kind: Literal["random"] = "random"
+
+    class Either(Section):
+        score: Annotated[Magnitude | Random, Field(discriminator="kind")] = Magnitude()
+
+    assert [(name, kind) for name, kind, _ in sections(Either)][1:] == [
+        ("score", Magnitude),
+        ("score", Random),
+    ]
+
+
+def test_a_section_is_optional_where_it_is_off_by_default() -> None:
+    optional = {name for name, _, is_optional in sections(FinetuneRecipe) if is_optional}
+    assert optional == {"selection", "sweep", "distillation", "pruning", "quantization"}
+
+
+@pytest.mark.parametrize("value, expected", [(1 << 62, "2^62"), (1 << 20, "1048576"), (0.5, "0.5")])
+def test_a_limit_is_written_exactly(value: float, expected: str) -> None:
+    assert bound(value) == expected
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_schema_is_that_of_the_recipe(name: str) -> None:
     assert (RECIPES / f"schema/{name}.json").read_text() == schema(KINDS[name])
@@ -103,10 +137,10 @@ def test_the_schema_is_that_of_the_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_key_has_one_line(name: str) -> None:
-    for section, kind in sections(KINDS[name]):
+    for section, kind, _ in sections(KINDS[name]):
         for key, field in kind.model_fields.items():
             line = field.description or ""
-            is_section = section_of(field.annotation) is not None
+            is_section = sections_of(field.annotation)
             assert is_section or (line.endswith(".") and "\n" not in line), f"{section}.{key}"
 
 
