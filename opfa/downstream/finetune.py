@@ -31,7 +31,7 @@ from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Split
-from opfa.training import began, launch, points
+from opfa.training import began, finished, launch, points
 from opfa.training.checkpoint import model_digest, point_name, problem_of, write_finished
 from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
@@ -254,7 +254,8 @@ class Trainer:
             results["selected"] = {"step": best.step, best.metric: best.value}
         write_json(run.directory / "results.json", results)
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": done, "model_sha256": results["model_sha256"]})
+        facts = {"step": done, "model_sha256": results["model_sha256"]}
+        finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)
 
     def _write_ranges(self, directory: Path) -> None:

@@ -1,7 +1,4 @@
-"""Seconds by part of a step: data, teacher forward, and so on.
-
-Off it costs nothing. On, it waits for the GPU at the end of each part, which a run doesn't do.
-"""
+"""Seconds by part of a step. A clock that is on waits for the GPU after each part."""
 
 import contextlib
 import time

@@ -2,9 +2,8 @@
 
     batch, forward passes, loss, backward, step; then whatever the concerns do: prune, log, save
 
-A `Trainer` knows its data, its model and its loss. A `Concern` is anything else that happens while
-a model trains. The loop knows no concern by name: `pretrain(concerns=...)` and
-`finetune(concerns=...)` take more of them.
+README.md says how a `Trainer` and a `Concern` share the work.
+
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,7 @@ Losses = Sequence[Tensor]  # of one micro-batch: the total, then its parts
 
 
 class Concern:
-    """Something that happens while a model trains. Override the hooks that it needs.
-
-    Every rank calls every hook at the same time, so a hook may be collective. `end` is called in
-    the reverse order, and not at all when an error ends the run.
-    """
+    """Something that happens while a model trains; README.md says when which hook is called."""
 
     def begin(self, at: "Progress") -> None:
         """Before the first step of this launch; `at.step` is above 0 after a resume."""
@@ -82,10 +77,7 @@ class Progress:
 
 
 class Trainer(Protocol):
-    """Data, model, loss and optimizer of one kind of training, and what is written of it.
-
-    Its batches and their counts are its own affair, hence `Any`.
-    """
+    """Data, model, loss and optimizer of one kind of training; its batches are its own affair."""
 
     seed: int
     rank: int

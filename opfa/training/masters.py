@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps the fp32 master and the moments of each parameter, at every ZeRO stage.
 
 A rank holds one run of a parameter's flattened master: all of it at stage 0, perhaps nothing above.
-DeepSpeed's fields are read here and never replaced.
+
 """
 
 from collections.abc import Iterable
@@ -56,9 +56,7 @@ class Masters:
         return self._engine.basic_optimizer.state
 
     def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """The tensor that the optimizer steps, this parameter's offset and size in it, and its
-        start in the parameter; None if this rank holds nothing of it.
-        """
+        """The stepped tensor, offset and size in it, and start in the parameter; None: not here."""
         if self._stage == 0:
             return parameter, 0, parameter.numel(), 0
         optimizer = self._engine.optimizer

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
 
-A kill may cut the last line, and nothing else. A resume point notes how long the file was and its
-SHA-256, so that a resume takes exactly those rows along, or refuses.
+A resume point notes its length and SHA-256: a resume takes exactly those rows along, or refuses.
+
 """
 
 import hashlib
@@ -18,9 +18,7 @@ Row = dict[str, Any]  # step and eval, then numbers
 
 
 def read(run: Path) -> list[Row]:
-    """All rows of a run; none before its first. Raises `RunError` where a line other than the last,
-    or a line that was finished, is damaged.
-    """
+    """All rows of a run. A kill may have cut the last line; other damage raises `RunError`."""
     path = run / FILE
     lines = _bytes(path).splitlines(keepends=True)
     rows = []
@@ -44,9 +42,7 @@ def append(run: Path, row: Row) -> None:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What a resume point notes: the length and the SHA-256 of all rows so far, which are on the
-    disk from now on.
-    """
+    """What a resume point notes of all rows so far, which are on the disk from now on."""
     path = run / FILE
     if path.exists():
         with path.open("rb") as file:
@@ -56,9 +52,7 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def forget_after(run: Path, step: int, known: dict[str, Any] | None) -> None:
-    """Drop the rows of steps that are going to be run again, and of a final evaluation. `known` is
-    the `state` that the resume point noted; None without one.
-    """
+    """Drop the rows that came after the resume point of `step`, which noted `known`; else all."""
     path = run / FILE
     kept = b""
     if known is not None:

@@ -1,6 +1,4 @@
-"""Everything around the loop, once for upstream and downstream: the run directory, the watchdog,
-resuming, and what is written before the first step and after the last.
-"""
+"""All that is around the loop: the run directory, the watchdog, a resume, what is written of it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -27,11 +25,7 @@ def run_to_end(
     concerns: Sequence[Concern] = (),
     within: Path | None = None,
 ) -> None:
-    """Train what `load` loads, in the directory `output`, until it is done. Collective.
-
-    Returns at once when the run is done already. `within` is the directory of several runs that
-    this is one of.
-    """
+    """Train what `load` loads, in the directory `output`, unless it is done. Collective."""
     check_output(output, recipe, resume)
     with Supervisor(timeout_seconds) as supervisor:
         trainer = load(supervisor)

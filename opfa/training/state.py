@@ -1,8 +1,6 @@
 """Training state in runs: each rank writes the runs of flattened tensors that it holds, and any
 number of ranks, at any ZeRO stage, reads the whole back bit for bit.
 
-DeepSpeed's own checkpoints are not used: they fit one world size, their conversion for another
-loses hyper-parameters at stage 3 and does not exist at stage 0, and they are pickles.
 """
 
 import json

@@ -24,7 +24,7 @@ from opfa.models.pretraining import (
 )
 from opfa.report import pictures as report
 from opfa.sparsity.layers import hold_weights
-from opfa.training import began, distributed, launch
+from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
 from opfa.training.clock import Clock
 from opfa.training.concerns import Evaluating, Pruning
@@ -220,7 +220,8 @@ class Trainer:
             metric, pictures = self.recipe.metric, directory / "report"
             report.pretraining_pictures(at.run.rows(), metric, result, pictures)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
-            at.run.finish({"step": at.step, "sparsity": sparsity, "model_sha256": digest})
+            facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
+            finished.write(directory, facts)
         distributed.barrier()
 
 
