@@ -1,9 +1,7 @@
-"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), optionally under a teacher and
-to 8 bits. The loop is `opfa.training.loop`.
+"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), on one device.
 
-It runs on one device. Held zeros are a fixed mask in the forward pass, so gradients, clipping and
-moments see only live weights; a baseline that prunes while it fine-tunes runs through the same loop
-with a schedule.
+Held zeros are a fixed mask in the forward pass, so gradients, clipping and moments see only live
+weights. A baseline that prunes meanwhile has the same loop (`opfa.training.loop`).
 """
 
 import contextlib
@@ -63,10 +61,7 @@ def finetune(
     within: Path | None = None,
     concerns: Sequence[Concern] = (),
 ) -> dict[str, Any]:
-    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
-
-    `within` is the directory of several runs that this is one of.
-    """
+    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     launch.refuse_several("opfa finetune")
@@ -107,7 +102,10 @@ class Trainer:
             hold_zeros(self.student, init)
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
-        self.teacher = self._load_teacher()
+        self.teacher = None
+        if (settings := recipe.distillation) is not None:
+            student, tokenizer = self.student, self.tokenizer
+            self.teacher = Teacher(settings, task, classes, student, tokenizer=tokenizer)
         groups = decay_groups(self.student, training.weight_decay)
         self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
 
@@ -129,20 +127,14 @@ class Trainer:
         self.best = Best(metric, first_step=first_step, patience=patience)
         return found
 
-    def _load_teacher(self) -> Teacher | None:
-        settings, classes = self.recipe.distillation, self.data.train.classes
-        if settings is None:
-            return None
-        return Teacher(settings, self.recipe.task, classes, self.student, tokenizer=self.tokenizer)
-
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
         splits = {**self.data.more, "train": self.data.train, "validation": self.data.validation}
         digests = {name: split.examples.sha256() for name, split in splits.items()}
         model, settings = self.recipe.model, self.recipe.distillation
-        read = {"model.init": model.init, "model.tokenizer": model.tokenizer}
-        read["distillation.teacher"] = settings.teacher if settings else None
-        return {"world_size": 1, "data": digests, **began.models(read)}
+        models = {"model.init": model.init, "model.tokenizer": model.tokenizer}
+        models["distillation.teacher"] = settings.teacher if settings else None
+        return {"world_size": 1, "data": digests, **began.models(models)}
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """The teacher's logits, pruning and 8 bits, as far as the recipe has them; evaluation."""
@@ -222,9 +214,7 @@ class Trainer:
         return {"loss": _sum(at.losses), **rates}
 
     def evaluate(self, split: Split | None = None) -> dict[str, float]:
-        """The task's metrics on a split, in fp32 as in what is written; by default on the split
-        that models are chosen by.
-        """
+        """The task's metrics in fp32, by default on the split that models are chosen by."""
         split = split or self.data.selection
         return evaluate(self.student, self.recipe.task, split, batch=64, device=self.device)
 
@@ -283,9 +273,7 @@ def _order(recipe: FinetuneRecipe, train: Split) -> Order:
 def _check_steps(recipe: FinetuneRecipe, steps: int) -> None:
     last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
     if last_update > steps:
-        raise RecipeError(
-            f"pruning.schedule: the last mask update, {last_update}, must not come after the "
-            f"end of training (step {steps})"
-        )
+        what = f"must not come after the end of training (step {steps})"
+        raise RecipeError(f"pruning.schedule: the last mask update, {last_update}, {what}")
     if recipe.quantization is not None and steps < 2:
         raise RecipeError("quantization: needs 2 steps or more; the first one only observes")

@@ -2,7 +2,6 @@
 
 A resume point is a directory `checkpoints/step-NNNNNNNN` with a MANIFEST.json that lists the
 SHA-256 of every file. A resume takes the newest one that is undamaged.
-
 """
 
 import hashlib
@@ -44,7 +43,6 @@ def save_point(
     """Save a resume point, and remove old ones except the newest `keep` and those they call best.
 
     Collective: every rank's `write` puts its files in one shared directory.
-
     """
     work, final = root / ".incomplete", root / point_name(step)
     is_writer = rank() == 0
@@ -146,7 +144,6 @@ def fill_finished(
     """Fuse a model, save it in an empty directory with `sparsity.json`, and verify the files.
 
     Returns the sparsity report: masked tensors, and others with zeros that nothing held.
-
     """
     write_more(directory)  # before the layers are plain again
     held = masks_of(model)  # not what fuse made of them: the files are verified against this

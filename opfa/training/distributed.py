@@ -3,7 +3,6 @@
 A rank that died makes the others' collectives fail within a second. Nobody notices one that hangs,
 or a pulled cable: DeepSpeed's groups wait 30 minutes. So a watchdog ends each process in which
 nothing was finished for a while, and then the launcher ends the others.
-
 """
 
 import functools
@@ -139,7 +138,6 @@ class Supervisor:
     SIGTERM raises `Stopped` at once. From `save_on_signals` on, SIGTERM and the first Ctrl-C are
     noted in `signal`, so that a run can save before it ends; a second Ctrl-C interrupts. The
     supervisor of one of several runs hands what it noted and didn't answer to the outer one.
-
     """
 
     def __init__(self, seconds: float) -> None:

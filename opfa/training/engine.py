@@ -2,7 +2,6 @@
 
 Parameters are only read elsewhere, through `Engine.read` and `Engine.whole`. What was measured of
 DeepSpeed 0.19, and is arranged here for it, is in README.md.
-
 """
 
 import contextlib
@@ -155,7 +154,6 @@ class Engine(Weights):
 
         A gradient that is not finite changes nothing: None in fp16, where the step is skipped and
         the loss scale halved; else `RunError`, on every rank.
-
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -1,7 +1,6 @@
 """A finished run: `done.json`, and whether its files are still those that it lists.
 
 Older versions' runs list no files; they have SHA-256 of the model's weights alone.
-
 """
 
 from pathlib import Path

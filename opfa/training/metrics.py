@@ -1,7 +1,6 @@
 """`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
 
 A resume point notes its length and SHA-256: a resume takes exactly those rows along, or refuses.
-
 """
 
 import hashlib

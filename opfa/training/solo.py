@@ -1,7 +1,6 @@
 """The engine of one process and one device, by torch alone: AdamW, fp32 weights.
 
 It has the methods of `engine.Engine`, so downstream has the same loop and needs no DeepSpeed.
-
 """
 
 from collections.abc import Iterator

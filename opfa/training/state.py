@@ -1,6 +1,5 @@
 """Training state in runs: each rank writes the runs of flattened tensors that it holds, and any
 number of ranks, at any ZeRO stage, reads the whole back bit for bit.
-
 """
 
 import json

@@ -2,7 +2,6 @@
 
 What the recipe decides is refused by name, and so are options under which zeros or fp32 masters
 could not be held exactly.
-
 """
 
 import json

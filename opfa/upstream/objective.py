@@ -1,15 +1,10 @@
-"""The upstream loss of one micro-batch: masked tokens, next sentence, and the distance to a frozen
-teacher.
+"""The upstream loss of one micro-batch, after Prune Once for All, section 3.
 
     with a teacher:  hard * (CE_mlm + CE_nsp) + soft * (KD_mlm + KD_nsp) + hidden * MSE
     without:         CE_mlm + CE_nsp
 
-after Prune Once for All, section 3.
-
-Each term is a sum divided by a count of the whole global batch (predicted tokens, real tokens,
-sequences), so micro-batches and ranks don't change the result. The vocabulary projection runs only
-over the tokens that a term needs: over none where hidden states alone are learnt, and then `mlm`
-and the vocabulary's share of `distill` are zero.
+Each term is a sum divided by a count of the whole global batch, so micro-batches and ranks don't
+change the result. The vocabulary projection runs only over the tokens that a term needs.
 """
 
 from typing import NamedTuple
@@ -53,9 +48,7 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model and its losses in one forward pass, which is what an engine wraps: sharded
-    parameters are there in it.
-    """
+    """A model and its losses in one forward pass, in which an engine's shards are whole."""
 
     def __init__(
         self,

@@ -1,9 +1,4 @@
-"""Upstream training: prepare a teacher, or prune a student under one (Prune Once for All, section
-3). The loop is `opfa.training.loop`.
-
-Without [pruning] and [distillation] this is ordinary pre-training and gives the losses of a plain
-loop, step by step.
-"""
+"""Upstream training: prepare a teacher, or prune a student under one, in `training.loop`."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -18,10 +13,7 @@ from torch import Tensor, nn
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
-from opfa.models.pretraining import (
-    compile_models,
-    decay_groups,
-)
+from opfa.models.pretraining import compile_models, decay_groups
 from opfa.report import pictures as report
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
@@ -53,9 +45,8 @@ def pretrain(
 ) -> None:
     """Run a recipe to its end and write RUN/model. Collective.
 
-    The files of the examples are read once before, and compared with their digests, unless
-    `trust_data`. Raises `Stopped` when SIGTERM or Ctrl-C ended it after a resume point was saved,
-    and `LostContactError` when another process of the launch is gone.
+    The files of the examples are compared with their digests before, unless `trust_data`. Raises
+    `Stopped` when a signal ended a run that is saved, `LostContactError` when a process is gone.
     """
     launch.check_rendezvous()
     file = recipe.deepspeed_file(launch.place().world_size)
@@ -94,10 +85,7 @@ class Trainer:
         self.pruner = Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
         if recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
-        self.launched: dict[str, Any] = {
-            "world_size": self.order.world_size,
-            "deepspeed": file.values(),
-        }
+        self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
         self.engine = Engine(
             Objective(self.student, recipe.distillation, self.clock, recipe.launch.compile),
             decay_groups(self.student, training.weight_decay),
@@ -115,11 +103,10 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
-        settings = self.recipe.distillation
-        read = {"model.init": self.recipe.model.init}
-        read["distillation.teacher"] = settings.teacher if settings else None
-        size = self.order.world_size
-        return {"world_size": size, "data": self.prepared.summary, **began.models(read)}
+        settings, size = self.recipe.distillation, self.order.world_size
+        teacher = settings.teacher if settings else None
+        models = {"model.init": self.recipe.model.init, "distillation.teacher": teacher}
+        return {"world_size": size, "data": self.prepared.summary, **began.models(models)}
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """Pruning, if the recipe has some; evaluation."""
@@ -191,18 +178,13 @@ class Trainer:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """The student's mean losses on held-out examples, and its distance from a teacher whose
-        hidden states it learns. Every rank computes the same.
-        """
+        """The student's mean losses on held-out examples; the same on every rank."""
         self.supervisor.beat("evaluating")
-        num_examples = self.recipe.logging.evaluate_examples
-        micro_batch = self.order.micro_batch
-        batches = validation_batches(
-            self.prepared, self.mask, batch=micro_batch, num_examples=num_examples
-        )
+        num, size = self.recipe.logging.evaluate_examples, self.order.micro_batch
+        batches = validation_batches(self.prepared, self.mask, batch=size, num_examples=num)
         settings, alone = self.recipe.distillation, self._is_of_states_alone
         teacher = self.teacher if settings and settings.hidden_weight else None
-        with self.holding(num_examples):
+        with self.holding(num):
             found = (batch.to(self.device) for batch in batches)
             return mean_losses(self.engine.module, found, teacher, is_of_states_alone=alone)
 
@@ -230,9 +212,8 @@ def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size:
     batch = recipe.training.batch
     micro_batch = recipe.launch.micro_batch or batch // world_size
     if batch % world_size:
-        raise RecipeError(
-            f"training.batch = {batch}: can't be shared out evenly over {world_size} processes"
-        )
+        what = f"can't be shared out evenly over {world_size} processes"
+        raise RecipeError(f"training.batch = {batch}: {what}")
     if batch % (micro_batch * world_size):
         raise RecipeError(
             f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = "

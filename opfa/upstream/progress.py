@@ -1,7 +1,4 @@
-"""How an upstream run goes: the global batch's losses, held-out losses, tokens per second.
-
-Only here a run waits for its GPU: losses stay where they were computed until a row is logged.
-"""
+"""The global batch's losses, held-out losses and speed. Only here a run waits for its GPU."""
 
 import math
 import time
@@ -24,8 +21,8 @@ def mean_losses(
     *,
     is_of_states_alone: bool = False,
 ) -> dict[str, float]:
-    """The mean losses per predicted token and per sequence of an `Objective`, without dropout; with
-    a teacher also its distance in hidden states, per real token; or that alone.
+    """An `Objective`'s mean losses per predicted token and sequence, without dropout; with a
+    teacher also the distance of hidden states per real token, or that alone.
     """
     module.eval()
     sums, counts = [0.0] * 4, [0] * 4
@@ -47,19 +44,16 @@ def global_losses(
     losses: Sequence[Sequence[torch.Tensor]], step: int, *, is_of_states_alone: bool = False
 ) -> dict[str, float]:
     """The global batch's losses from those of this rank's micro-batches, or of hidden states alone.
-    Waits for a GPU.
 
-    Collective; raises `RunError` on every rank when one is not finite.
+    Collective, and waits for a GPU; raises `RunError` on every rank when one is not finite.
     """
     local = torch.stack([torch.stack(tuple(parts)) for parts in losses]).double().sum(0).tolist()
     total, *parts = distributed.sum_over_ranks(local)
     if not math.isfinite(total):
         places = distributed.gather_texts(f"{local[0]}")
         ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
-        raise RunError(
-            f"step {step + 1}: the loss is not finite on rank {ranks}; "
-            "nothing was changed by this step"
-        )
+        what = f"the loss is not finite on rank {ranks}; nothing was changed by this step"
+        raise RunError(f"step {step + 1}: {what}")
     if is_of_states_alone:
         return {"loss": total, "hidden_loss": parts[-1]}
     names = (f"{name}_loss" for name in Losses._fields[1:])

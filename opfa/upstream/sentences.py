@@ -13,9 +13,7 @@ UNBROKEN = re.compile(r"((?<!\S)\S{1000,})")
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences in order, without the white space between them. Runs of 1,000 characters
-    without a space stay whole: nupunkt would take quadratic time.
-    """
+    """The sentences in order, without white space. nupunkt would take long for unbroken runs."""
     find = load("default").tokenize
     found: list[str] = []
     for line in text.splitlines():
