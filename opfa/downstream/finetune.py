@@ -1,8 +1,4 @@
-"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), on one device.
-
-Held zeros are a fixed mask in the forward pass, so gradients, clipping and moments see only live
-weights. A baseline that prunes meanwhile has the same loop (`opfa.training.loop`).
-"""
+"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), on one device."""
 
 import contextlib
 import math
@@ -170,21 +166,16 @@ class Trainer:
         """The forward passes of a micro-batch, and its share of the step's loss."""
         share = tasks.num_targets(batch.tensors) / counts.targets
         tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        settings = self.recipe.distillation
+        states = {"output_hidden_states": bool(settings.hidden_weight)} if settings else {}
         with self.precision():
-            mean, hidden = self._losses(tensors, batch.indices)
+            outputs = self.student(**tasks.inputs_of(tensors), **states)
+            mean, hidden = tasks.task_loss(self.recipe.task, outputs, tensors), 0.0
+            if settings is not None and self.teacher is not None:
+                soft, distance = self.teacher.losses(outputs, tensors, batch.indices)
+                mean = settings.hard_weight * mean + settings.soft_weight * soft
+                hidden = settings.hidden_weight * distance
             return (mean * share + hidden / counts.tokens,)
-
-    def _losses(self, batch: tasks.Batch, indices: list[int]) -> tuple[Tensor, Tensor | float]:
-        """Mean loss over targets, and summed loss over tokens."""
-        task, settings = self.recipe.task, self.recipe.distillation
-        if settings is None or self.teacher is None:
-            return tasks.task_loss(task, self.student(**tasks.inputs_of(batch)), batch), 0.0
-        wants_states = bool(settings.hidden_weight)
-        outputs = self.student(**tasks.inputs_of(batch), output_hidden_states=wants_states)
-        hard = tasks.task_loss(task, outputs, batch)
-        soft, hidden = self.teacher.losses(outputs, batch, indices)
-        mean = settings.hard_weight * hard + settings.soft_weight * soft
-        return mean, settings.hidden_weight * hidden
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Forward passes run in the recipe's precision."""

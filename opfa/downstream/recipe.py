@@ -144,7 +144,7 @@ class Rows(Section):
     """Steps between logged rows."""
 
 
-class Logging(Saving, Rows):  # the keys of the last come first
+class Logging(Saving, Rows):  # keys of the last come first in digests
     """How often something is logged and saved, and where else metrics go."""
 
 

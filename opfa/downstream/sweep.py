@@ -1,8 +1,8 @@
 """Several fine-tunings of one recipe, compared: other seeds, and the values of a sweep.
 
-Each is a whole run in a directory of its own, OUTPUT/learning_rate-3e-05/seed-42. Values are
-compared by the mean over seeds of what [selection] looked at, else of the task's first metric, and
-those of which a run diverged only with each other. Deviations are of a sample (n - 1).
+Values are compared by the mean over seeds of what [selection] looked at, else of the task's first
+metric. A value of which a run diverged can win only if every other has such a run too. Deviations
+are of a sample (n - 1).
 """
 
 import logging

@@ -3,7 +3,7 @@
     soft = T^2 * KL(teacher || student), over classes, choices, tags, or an answer's start and end
     hidden = squared distance of hidden states
 
-README.md says why its logits are kept in a file, and its hidden states are not.
+README.md says why the logits are kept in a file.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""Resume points and finished models. Each is made in a temporary place, and renamed when complete.
-
-A resume point is a directory `checkpoints/step-NNNNNNNN` with a MANIFEST.json that lists the
-SHA-256 of every file. A resume takes the newest one that is undamaged.
-"""
+"""Resume points and finished models: made in a temporary place, verified, and then renamed."""
 
 import hashlib
 import json
@@ -22,7 +18,7 @@ from opfa.sparsity import masks
 from opfa.sparsity.anatomy import is_matrix
 from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
-from opfa.storage.seal import SEAL, digest, read_json, sealed
+from opfa.storage.seal import SEAL, digest, one_digest, read_json, sealed
 from opfa.storage.temporary import remove
 from opfa.training.distributed import barrier, rank
 from opfa.weights.compact import tensors
@@ -40,7 +36,7 @@ def save_point(
     *,
     keep: int,
 ) -> None:
-    """Save a resume point, and remove old ones except the newest `keep` and those they call best.
+    """Save a resume point. Of the old ones the newest `keep` stay, and the best that they name.
 
     Collective: every rank's `write` puts its files in one shared directory.
     """
@@ -85,8 +81,7 @@ def newest_point(root: Path) -> Path | None:
     """The newest undamaged resume point, or None. Raises `RunError` if all are damaged."""
     points = sorted(root.glob("step-*"), reverse=True)
     for point in points:
-        problem = problem_of(point)
-        if problem is None:
+        if (problem := problem_of(point)) is None:
             return point
         log.warning("%s: passed over, %s", point, problem)
     if points:  # to start anew in silence would throw a run away
@@ -130,7 +125,7 @@ def write_finished(
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """`fill_finished` a directory, which replaces one that a stopped process left."""
+    """Write a run's finished model, in place of one that a stopped process left."""
     with new_directory(directory, is_new=False) as aside:
         return fill_finished(model, tokenizer, aside, write_more)
 
@@ -175,8 +170,7 @@ def verify(directory: Path, report: dict[str, Any]) -> None:
 
 def model_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a model's safetensors files."""
-    files = sorted(directory.glob("*.safetensors"))
-    return hashlib.sha256("".join(f"{p.name} {digest(p)}\n" for p in files).encode()).hexdigest()
+    return one_digest({path.name: digest(path) for path in directory.glob("*.safetensors")})
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

@@ -25,6 +25,7 @@ from opfa.training import launch
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
 AGAIN = "The same command with --resume goes on; scripts of launch/ do so by themselves"
+SHARED = "RUN must be in a directory that all machines share"
 HUNG = 76  # exit code that a watchdog leaves with
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -132,12 +133,11 @@ class Supervisor:
 
     A watchdog thread ends the process when `beat` was not called for `seconds`, or when its
     launcher is gone (it would train on beside its replacement). A thread, because a main one that
-    hangs in a collective runs no signal handlers. A collective that fails because another process
-    is gone becomes a `LostContactError`.
+    hangs in a collective runs no signal handlers.
 
     SIGTERM raises `Stopped` at once. From `save_on_signals` on, SIGTERM and the first Ctrl-C are
-    noted in `signal`, so that a run can save before it ends; a second Ctrl-C interrupts. The
-    supervisor of one of several runs hands what it noted and didn't answer to the outer one.
+    noted in `signal`, so that a run can save before it ends. The supervisor of one of several runs
+    hands what it noted and didn't answer to the outer one.
     """
 
     def __init__(self, seconds: float) -> None:

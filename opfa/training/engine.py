@@ -1,8 +1,4 @@
-"""The DeepSpeed engine, and the only file that names it. Runs on one process too.
-
-Parameters are only read elsewhere, through `Engine.read` and `Engine.whole`. What was measured of
-DeepSpeed 0.19, and is arranged here for it, is in README.md.
-"""
+"""The DeepSpeed engine, and the only file that names it. README.md has what was measured of it."""
 
 import contextlib
 import io

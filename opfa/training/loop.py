@@ -55,7 +55,7 @@ class Progress:
     run: Run
     model: nn.Module  # its parameters may be 16-bit or shards: read them through `engine`
     engine: Engine | SoloEngine
-    concerns: Sequence[Concern]
+    concerns: Sequence[Concern] = ()
     steps: int  # of the whole run
     step: int = 0  # finished steps
     losses: list[Losses] = field(default_factory=list)  # of this step's micro-batches, detached

@@ -1,7 +1,4 @@
-"""Where DeepSpeed keeps the fp32 master and the moments of each parameter, at every ZeRO stage.
-
-A rank holds one run of a parameter's flattened master: all of it at stage 0, perhaps nothing above.
-"""
+"""Where DeepSpeed keeps fp32 masters and moments, of which a rank holds runs, at every stage."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

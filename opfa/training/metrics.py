@@ -1,16 +1,12 @@
-"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
-
-A resume point notes its length and SHA-256: a resume takes exactly those rows along, or refuses.
-"""
+"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from opfa.errors import RunError
-from opfa.storage.files import new_file
+from opfa.storage.files import new_file, sync
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]  # step and eval, then numbers
@@ -42,16 +38,14 @@ def append(run: Path, row: Row) -> None:
 
 def state(run: Path) -> dict[str, Any]:
     """What a resume point notes of all rows so far, which are on the disk from now on."""
-    path = run / FILE
-    if path.exists():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    if (path := run / FILE).exists():
+        sync(path)
     found = _bytes(path)
     return {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
 
 
 def forget_after(run: Path, step: int, known: dict[str, Any] | None) -> None:
-    """Drop the rows that came after the resume point of `step`, which noted `known`; else all."""
+    """Drop the rows after the resume point of `step`, which noted `known`; without it all rows."""
     path = run / FILE
     kept = b""
     if known is not None:

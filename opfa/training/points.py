@@ -28,10 +28,8 @@ def save(at: Progress, keep: int) -> None:
         if at.run.is_writer and not distributed.eventually(
             lambda: len(list(directory.glob("state-*"))) == wanted
         ):
-            raise RunError(
-                f"{directory}: not the state of all {wanted} ranks is here; RUN must be in a "
-                "directory that all machines share"
-            )
+            what = f"not the state of all {wanted} ranks is here; {distributed.SHARED}"
+            raise RunError(f"{directory}: {what}")
 
     facts = {"world_size": distributed.world_size(), "best": at.best_step}
     if at.run.is_writer:

@@ -43,7 +43,7 @@ class Run:
         is_writer: bool = True,
         within: Path | None = None,
     ) -> None:
-        """Make or reopen a directory; `within`: that of several runs, whose `stop` counts too."""
+        """Make or reopen a directory. A `stop` in `within`, which has several runs, counts too."""
         self.directory = directory
         self._stops = [path / "stop" for path in (directory, within) if path is not None]
         self.recipe = recipe
@@ -123,7 +123,7 @@ class Run:
         return {"metrics": metrics.state(self.directory), "arithmetic": self._arithmetic()}
 
     def go_back(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
-        """Drop the rows that a resume point's facts don't have. Warns of another arithmetic."""
+        """Drop the rows after a resume point. Warns if the machine computes in another way now."""
         if not self.is_writer:
             return
         facts = facts or {"metrics": None}

@@ -1,7 +1,4 @@
-"""The engine of one process and one device, by torch alone: AdamW, fp32 weights.
-
-It has the methods of `engine.Engine`, so downstream has the same loop and needs no DeepSpeed.
-"""
+"""The engine of one process by torch alone: AdamW, fp32 weights, the methods of `Engine`."""
 
 from collections.abc import Iterator
 from pathlib import Path

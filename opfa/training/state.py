@@ -3,7 +3,6 @@ number of ranks, at any ZeRO stage, reads the whole back bit for bit.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opfa.errors import RunError
+from opfa.storage.files import sync
 
 
 class Run(NamedTuple):
@@ -28,8 +28,7 @@ def save_runs(path: Path, runs: Iterable[Run], facts: dict[str, Any]) -> None:
     """Write one rank's runs, and a few numbers, as safetensors."""
     tensors = {f"{run.name}@{run.start}": run.values.cpu().clone() for run in runs}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # by the node that wrote it
+    sync(path)  # by the node that wrote it
 
 
 class Runs:

@@ -1,7 +1,4 @@
-"""Documents to pre-training examples: read, tokenize once, cut, write memory-mapped Arrow files.
-
-Every example is a pure function of (corpus, seed, document), whatever the number of processes.
-"""
+"""Documents to pre-training examples, each a pure function of (corpus, seed, document)."""
 
 import contextlib
 import hashlib

@@ -1,8 +1,4 @@
-"""What a launch will need: memory of each GPU, bytes on the wire, and the time spent on sending.
-
-README.md has the formulas and where they are from. Time on the wire is counted as if nothing
-overlapped, so the efficiency is a floor.
-"""
+"""What a launch needs: memory of each GPU, bytes on the wire, time. README.md has the formulas."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -160,13 +156,13 @@ def wire_bytes(shape: Shape, *, stage: int, gpus: int, accumulation: int) -> flo
     """Bytes that each GPU sends in one step, without mask updates."""
     share = (gpus - 1) / gpus
     gradients, weights = 4 * shape.parameters * share, shape.width * shape.parameters * share
-    if stage == 0:
-        return 2 * gradients
-    if stage == 1:
-        return gradients + weights
-    if stage == 2:
-        return accumulation * gradients + weights
-    return accumulation * (gradients + 2 * weights)
+    by_stage = (
+        2 * gradients,
+        gradients + weights,
+        accumulation * gradients + weights,
+        accumulation * (gradients + 2 * weights),
+    )
+    return by_stage[stage]
 
 
 def mask_update_bytes(shape: Shape, *, stage: int, gpus: int) -> float:

@@ -1,7 +1,6 @@
 """A directory of `opfa prepare`, checked before anything is computed from it.
 
-`corpus.json` has a seal and lists SHA-256 of every file. Files of examples aren't checked where
-they are trusted. Older versions list no files: digests of their examples' tokens are compared.
+`corpus.json` is sealed and lists SHA-256 of every file; older versions have digests of tokens.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """Upstream training: prepare a teacher, or prune a student under one, in `training.loop`."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from opfa.upstream import objective
 from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Objective
 from opfa.upstream.prepared import Prepared, open_together
-from opfa.upstream.progress import Meter, global_losses, mean_losses
+from opfa.upstream.progress import global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.student import load_student, load_teacher
 
@@ -98,7 +99,7 @@ class Trainer:
             file=file,
         )
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
-        self.meter = Meter()
+        self._since, self._num_tokens = time.monotonic(), 0.0  # since the last row
         self._is_of_states_alone = recipe.metric == "hidden_loss"
 
     def facts(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class Trainer:
         """What the global batch holds. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
         counts = Counts(*(max(1.0, count) for count in distributed.sum_over_ranks(local)))
-        self.meter.add(counts)
+        self._num_tokens += counts.real
         return counts
 
     def holding(self, num_passes: int) -> contextlib.AbstractContextManager[None]:
@@ -169,13 +170,16 @@ class Trainer:
     def row(self, at: Progress) -> Row:
         """Losses of the last step, and rates. Collective."""
         alone, norm = self._is_of_states_alone, at.grad_norm
-        return {
+        found: Row = {
             **global_losses(at.losses, at.step - 1, is_of_states_alone=alone),
             "learning_rate": at.learning_rate,
             "sparsity": self.pruner.sparsity() if self.pruner else 0.0,
             "grad_norm": None if norm is None else float(norm),
-            **self.meter.rates(),
         }
+        now = time.monotonic()  # after the GPU was waited for
+        found["tokens_per_second"] = round(self._num_tokens / (now - self._since), 1)
+        self._since, self._num_tokens = now, 0.0
+        return found
 
     def evaluate(self) -> dict[str, float]:
         """The student's mean losses on held-out examples; the same on every rank."""

@@ -1,7 +1,6 @@
-"""The global batch's losses, held-out losses and speed. Only here a run waits for its GPU."""
+"""The global batch's losses, and held-out losses. Only here a run waits for its GPU."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -58,22 +57,3 @@ def global_losses(
         return {"loss": total, "hidden_loss": parts[-1]}
     names = (f"{name}_loss" for name in Losses._fields[1:])
     return {"loss": total, **dict(zip(names, parts, strict=True))}
-
-
-class Meter:
-    """Counts tokens per second."""
-
-    def __init__(self) -> None:
-        """Start the clock."""
-        self._since, self._num_tokens = time.monotonic(), 0.0
-
-    def add(self, counts: Counts) -> None:
-        """One step is done."""
-        self._num_tokens += counts.real
-
-    def rates(self) -> dict[str, float]:
-        """Real tokens per second, over all ranks, since the last call."""
-        now = time.monotonic()
-        rate = self._num_tokens / (now - self._since)
-        self._since, self._num_tokens = now, 0.0
-        return {"tokens_per_second": round(rate, 1)}

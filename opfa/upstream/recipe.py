@@ -167,7 +167,7 @@ class Evaluating(Section):
     """Held-out examples that are evaluated."""
 
 
-class Logging(Saving, Evaluating):  # the keys of the last come first
+class Logging(Saving, Evaluating):  # keys of the last come first in digests
     """How often something is logged, evaluated and saved, and where else metrics go."""
 
 
@@ -237,10 +237,9 @@ class PretrainRecipe(Recipe):
 
 
 def _masks_nothing(found: Distillation | None) -> str:
-    keys = ("hard_weight", "soft_weight", "hidden_weight")
-    given = "there is no [distillation]"
-    if found is not None:
-        given = ", ".join(f"distillation.{key} = {getattr(found, key)}" for key in keys)
+    keys = ("hard_weight", "soft_weight", "hidden_weight") if found else ()
+    given = ", ".join(f"distillation.{key} = {getattr(found, key)}" for key in keys)
+    given = given or "there is no [distillation]"
     return (
         "masking.probability = 0: no token is masked, so only hidden states can be learnt: "
         f"distillation.hard_weight = 0, soft_weight = 0 and hidden_weight above 0; here {given}"

@@ -4,7 +4,7 @@
                is in half of the cases what follows A (label 0), else from another document (1)
     "mlm"      token streams of whole documents, parted by [SEP], cut into full sequences
 
-A document is a list of segments (sentences, or one segment for all), a segment a list of token ids.
+A document is a list of segments, a segment a list of token ids.
 """
 
 import numpy as np
