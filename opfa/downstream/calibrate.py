@@ -1,6 +1,4 @@
-"""Calibration: 8 bits without further training. A fine-tuned model sees some training examples, and
-the ranges of its activations are the mean over batches of what they span.
-"""
+"""Calibration: 8 bits without training. Ranges of activations are means over training examples."""
 
 import logging
 from pathlib import Path
@@ -35,18 +33,14 @@ def calibrate(
 ) -> dict[str, Any]:
     """Write the model with ranges beside it; its metrics before and after.
 
-    The examples are the first ones of a shuffle with the recipe's seed, questions with all windows
-    of their contexts. Of `[quantization]`, what concerns training (`start`, `freeze`, `momentum`)
-    has no meaning here.
+    The examples are the first of a shuffle with the recipe's seed. What `[quantization]` says of
+    training (`start`, `freeze`, `momentum`) has no meaning here.
     """
     check_new(output)
-    with new_directory(output) as aside:
-        found = _calibrated(name, recipe, aside, num_examples)
-    return {
-        **found,
-        "model_sha256": model_digest(output),
-        "model_files_sha256": seal.one_digest(seal.model_files(output)),
-    }
+    with new_directory(output) as work:
+        found = _calibrated(name, recipe, work, num_examples)
+    files = seal.one_digest(seal.model_files(output))
+    return {**found, "model_sha256": model_digest(output), "model_files_sha256": files}
 
 
 def _calibrated(
@@ -79,16 +73,10 @@ def _calibrated(
     _observe(model, loader, device)
     quant.start(model)
     after = evaluate(model, task, validation, batch=64, device=device)
-    report = fill_finished(
-        model, tokenizer, directory, lambda to: quant.save(model, to / quant.FILE)
-    )
-    return {
-        "task": recipe.name,
-        "fp32": before,
-        "int8": after,
-        "examples": num_seen,
-        "sparsity": report["total"]["sparsity"],
-    }
+    ranges = directory / quant.FILE
+    report = fill_finished(model, tokenizer, directory, lambda _: quant.save(model, ranges))
+    metrics = {"task": recipe.name, "fp32": before, "int8": after}
+    return {**metrics, "examples": num_seen, "sparsity": report["total"]["sparsity"]}
 
 
 @torch.no_grad()

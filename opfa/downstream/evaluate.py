@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def evaluate(
     model: nn.Module, task: Task, split: Split, *, batch: int, device: torch.device | str
 ) -> dict[str, float]:
-    """The task's metrics, in the order of the recipe. The model is left in the mode it came in."""
+    """The task's metrics, in the order of the recipe. The model's mode stays as it was."""
     return score(task, predict(model, task, split, batch=batch, device=device), split)
 
 
@@ -52,9 +52,7 @@ def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, flo
 
 
 def predictions(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[dict[str, Any]]:
-    """What is answered to each example, in order, beside its label: a class, a number, a choice's
-    index, tags, or a text.
-    """
+    """Each example's label and answer: a class, a number, a choice's index, tags, or a text."""
     labels = split.examples.labels
     if task.kind == "classification":
         labels = [split.classes[index] for index in split.features["labels"]]
@@ -66,11 +64,8 @@ def predictions(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[di
 def predict(
     model: nn.Module, task: Task, split: Split, *, batch: int, device: torch.device | str
 ) -> tuple[Tensor, ...]:
-    """Logits for each feature, in order, fp32 on the CPU; -inf beyond the longest of its batch.
-
-    Features are batched by length, the longest first: little is padded, and memory runs out at
-    once or never.
-    """
+    """Logits of each feature, in order, fp32 on the CPU; -inf beyond the longest of its batch."""
+    # The longest come first: little is padded, and memory runs out at once or never.
     lengths = [num_tokens(ids) for ids in split.features["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     loader = DataLoader(
@@ -94,9 +89,8 @@ def predict(
 def _stack(batches: tuple[Tensor, ...]) -> Tensor:
     """One tensor from batches [B, T, ...] that may differ in tokens."""
     width = max(tensor.shape[1] for tensor in batches)
-    return torch.cat(
-        [pad(t, (0, 0) * (t.ndim - 2) + (0, width - t.shape[1]), value=-torch.inf) for t in batches]
-    )
+    missing = [(0, 0) * (t.ndim - 2) + (0, width - t.shape[1]) for t in batches]
+    return torch.cat([pad(*pair, value=-torch.inf) for pair in zip(batches, missing, strict=True)])
 
 
 def evaluate_model(
@@ -127,9 +121,7 @@ class Measured:
 
 
 def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> Measured:
-    """The metrics of a finished model, in 8 bits if it was trained so, on all of the recipe's
-    validation splits. Its `predictions` on the first are written to `answers`, as JSON Lines.
-    """
+    """A finished model's metrics on all splits; `answers` gets `predictions` on the first."""
     task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
     validation = tasks.load_validation(task, tokenizer, config)
     more = {

@@ -1,10 +1,4 @@
-"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), optionally under a teacher and
-to 8 bits. The loop is `opfa.training.loop`.
-
-It runs on one device. Held zeros are a fixed mask in the forward pass, so gradients, clipping and
-moments see only live weights; a baseline that prunes while it fine-tunes runs through the same loop
-with a schedule.
-"""
+"""Fine-tuning with the zeros held (Prune Once for All, section 3.3), on one device."""
 
 import contextlib
 import math
@@ -31,7 +25,7 @@ from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Split
-from opfa.training import began, launch, points
+from opfa.training import began, finished, launch, points
 from opfa.training.checkpoint import model_digest, point_name, problem_of, write_finished
 from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
@@ -63,10 +57,7 @@ def finetune(
     within: Path | None = None,
     concerns: Sequence[Concern] = (),
 ) -> dict[str, Any]:
-    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
-
-    `within` is the directory of several runs that this is one of.
-    """
+    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     launch.refuse_several("opfa finetune")
@@ -107,7 +98,10 @@ class Trainer:
             hold_zeros(self.student, init)
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
-        self.teacher = self._load_teacher()
+        self.teacher = None
+        if (settings := recipe.distillation) is not None:
+            student, tokenizer = self.student, self.tokenizer
+            self.teacher = Teacher(settings, task, classes, student, tokenizer=tokenizer)
         groups = decay_groups(self.student, training.weight_decay)
         self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
 
@@ -129,20 +123,14 @@ class Trainer:
         self.best = Best(metric, first_step=first_step, patience=patience)
         return found
 
-    def _load_teacher(self) -> Teacher | None:
-        settings, classes = self.recipe.distillation, self.data.train.classes
-        if settings is None:
-            return None
-        return Teacher(settings, self.recipe.task, classes, self.student, tokenizer=self.tokenizer)
-
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
         splits = {**self.data.more, "train": self.data.train, "validation": self.data.validation}
         digests = {name: split.examples.sha256() for name, split in splits.items()}
         model, settings = self.recipe.model, self.recipe.distillation
-        read = {"model.init": model.init, "model.tokenizer": model.tokenizer}
-        read["distillation.teacher"] = settings.teacher if settings else None
-        return {"world_size": 1, "data": digests, **began.models(read)}
+        models = {"model.init": model.init, "model.tokenizer": model.tokenizer}
+        models["distillation.teacher"] = settings.teacher if settings else None
+        return {"world_size": 1, "data": digests, **began.models(models)}
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """The teacher's logits, pruning and 8 bits, as far as the recipe has them; evaluation."""
@@ -178,21 +166,16 @@ class Trainer:
         """The forward passes of a micro-batch, and its share of the step's loss."""
         share = tasks.num_targets(batch.tensors) / counts.targets
         tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        settings = self.recipe.distillation
+        states = {"output_hidden_states": bool(settings.hidden_weight)} if settings else {}
         with self.precision():
-            mean, hidden = self._losses(tensors, batch.indices)
+            outputs = self.student(**tasks.inputs_of(tensors), **states)
+            mean, hidden = tasks.task_loss(self.recipe.task, outputs, tensors), 0.0
+            if settings is not None and self.teacher is not None:
+                soft, distance = self.teacher.losses(outputs, tensors, batch.indices)
+                mean = settings.hard_weight * mean + settings.soft_weight * soft
+                hidden = settings.hidden_weight * distance
             return (mean * share + hidden / counts.tokens,)
-
-    def _losses(self, batch: tasks.Batch, indices: list[int]) -> tuple[Tensor, Tensor | float]:
-        """Mean loss over targets, and summed loss over tokens."""
-        task, settings = self.recipe.task, self.recipe.distillation
-        if settings is None or self.teacher is None:
-            return tasks.task_loss(task, self.student(**tasks.inputs_of(batch)), batch), 0.0
-        wants_states = bool(settings.hidden_weight)
-        outputs = self.student(**tasks.inputs_of(batch), output_hidden_states=wants_states)
-        hard = tasks.task_loss(task, outputs, batch)
-        soft, hidden = self.teacher.losses(outputs, batch, indices)
-        mean = settings.hard_weight * hard + settings.soft_weight * soft
-        return mean, settings.hidden_weight * hidden
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Forward passes run in the recipe's precision."""
@@ -222,9 +205,7 @@ class Trainer:
         return {"loss": _sum(at.losses), **rates}
 
     def evaluate(self, split: Split | None = None) -> dict[str, float]:
-        """The task's metrics on a split, in fp32 as in what is written; by default on the split
-        that models are chosen by.
-        """
+        """The task's metrics in fp32, by default on the split that models are chosen by."""
         split = split or self.data.selection
         return evaluate(self.student, self.recipe.task, split, batch=64, device=self.device)
 
@@ -254,7 +235,8 @@ class Trainer:
             results["selected"] = {"step": best.step, best.metric: best.value}
         write_json(run.directory / "results.json", results)
         report.finetuning_pictures(run.rows(), result, run.directory / "report")
-        run.finish({"step": done, "model_sha256": results["model_sha256"]})
+        facts = {"step": done, "model_sha256": results["model_sha256"]}
+        finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)
 
     def _write_ranges(self, directory: Path) -> None:
@@ -282,9 +264,7 @@ def _order(recipe: FinetuneRecipe, train: Split) -> Order:
 def _check_steps(recipe: FinetuneRecipe, steps: int) -> None:
     last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
     if last_update > steps:
-        raise RecipeError(
-            f"pruning.schedule: the last mask update, {last_update}, must not come after the "
-            f"end of training (step {steps})"
-        )
+        what = f"must not come after the end of training (step {steps})"
+        raise RecipeError(f"pruning.schedule: the last mask update, {last_update}, {what}")
     if recipe.quantization is not None and steps < 2:
         raise RecipeError("quantization: needs 2 steps or more; the first one only observes")

@@ -1,6 +1,4 @@
-"""What a fine-tuning recipe can say: model, task, training, and optionally how the best model is
-chosen, a sweep, a teacher, pruning and 8 bits.
-"""
+"""What a fine-tuning recipe can say: model, task, training, and whatever else is done meanwhile."""
 
 from typing import Literal, Self
 
@@ -9,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from opfa.compression.schedules import LearningRate
 from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Weight
 from opfa.tasks.recipe import Task
-from opfa.training.sections import Pruning, Teacher
+from opfa.training.sections import Pruning, Saving, Teacher, learning_rate
 
 
 class Model(Section):
@@ -139,19 +137,15 @@ class Quantization(Section):
         return self
 
 
-class Logging(Section):
-    """How often something is logged and saved, and where else metrics go."""
+class Rows(Section):
+    """How often something is logged."""
 
     every_steps: Count = 50
     """Steps between logged rows."""
-    checkpoint_steps: Count = 1_000
-    """Steps between resume points."""
-    keep_checkpoints: Count = 2
-    """Resume points that are kept."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Log to Weights & Biases too."""
-    wandb_project: str = "opfa"
-    """Its project there."""
+
+
+class Logging(Saving, Rows):  # keys of the last come first in digests
+    """How often something is logged and saved, and where else metrics go."""
 
 
 class FinetuneRecipe(Recipe):
@@ -175,10 +169,7 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
-        if self.training.rewind_learning_rate and self.pruning is None:
-            raise ValueError(
-                "training.rewind_learning_rate: needs [pruning], whose updates it follows"
-            )
+        self.learning_rate(1)  # refuses one that can't be
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "
@@ -189,10 +180,6 @@ class FinetuneRecipe(Recipe):
 
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that the training section describes for so many steps."""
-        training, pruning = self.training, self.pruning
-        return LearningRate(
-            peak=training.learning_rate,
-            warmup_steps=int(training.warmup * steps),
-            steps=steps,
-            rewind_at=pruning.schedule if pruning and training.rewind_learning_rate else None,
-        )
+        rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
+        warmup = int(self.training.warmup * steps)
+        return learning_rate(rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup)

@@ -1,9 +1,8 @@
-"""Which evaluation was the best so far, and whether to stop: a function of the evaluation rows; and
-the concern that evaluates and chooses.
-"""
+"""Which evaluation was the best so far, and whether to stop, by the rows alone; and its concern."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from opfa.errors import RunError
@@ -14,17 +13,17 @@ from opfa.training.metrics import Row
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Best:
     """The best evaluation of a run; higher is better, and of equals the first."""
 
-    def __init__(self, metric: str, *, first_step: int = 0, patience: int | None = None) -> None:
-        """`first_step`: earlier evaluations don't count. `patience`: evaluations without a new best
-        until it is time to stop.
-        """
-        self.metric, self.first_step, self.patience = metric, first_step, patience
-        self.step: int | None = None
-        self.value = -float("inf")
-        self.num_since = 0
+    metric: str
+    _: KW_ONLY
+    first_step: int = 0  # earlier evaluations don't count
+    patience: int | None = None  # evaluations without a new best that end a run
+    step: int | None = None
+    value: float = -float("inf")
+    num_since: int = 0
 
     def see(self, row: Mapping[str, Any]) -> bool:
         """Whether this evaluation is a new best."""
@@ -48,23 +47,17 @@ class Best:
         return self.patience is not None and self.num_since >= self.patience
 
 
+@dataclass
 class Choosing(Evaluating):
-    """Evaluates, asks for a resume point of a new best model, and ends a run that has none for
-    long.
-    """
+    """Evaluates, asks for a resume point of each new best model, and ends a run without one."""
 
-    def __init__(
-        self, every_steps: int, evaluate: Callable[[], dict[str, float]], best: Best
-    ) -> None:
-        """`best` sees every evaluation."""
-        super().__init__(every_steps, evaluate)
-        self._best = best
+    best: Best
 
     def begin(self, at: Progress) -> None:
         """See the evaluations of earlier launches again."""
         if at.step:
-            self._best.replay(at.run.rows())
-        if self._best.step != at.best_step:
+            self.best.replay(at.run.rows())
+        if self.best.step != at.best_step:
             path = at.run.directory / "metrics.jsonl"
             raise RunError(f"{path}: has lost evaluations; start anew")
         self._end_when_patience_is_over(at)
@@ -72,11 +65,11 @@ class Choosing(Evaluating):
     def see(self, at: Progress, row: Row) -> None:
         """Log an evaluation, and compare it."""
         super().see(at, row)
-        if self._best.see(row):
-            at.best_step, at.wants_point = self._best.step, True
+        if self.best.see(row):
+            at.best_step, at.wants_point = self.best.step, True
         self._end_when_patience_is_over(at)
 
     def _end_when_patience_is_over(self, at: Progress) -> None:
-        if self._best.is_time_to_stop and not at.is_end:
-            log.info("step %d: no better for %d evaluations", at.step, self._best.num_since)
+        if self.best.is_time_to_stop and not at.is_end:
+            log.info("step %d: no better for %d evaluations", at.step, self.best.num_since)
             at.is_over = True

@@ -1,6 +1,4 @@
-"""The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits; and
-the concern that starts 8 bits.
-"""
+"""The model that is fine-tuned, made ready: its zeros are held, its layers observe for 8 bits."""
 
 import logging
 from collections.abc import Mapping
@@ -46,9 +44,7 @@ def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.
 
 
 class Quantizing(Concern):
-    """Computes in 8 bits from `first_step` on, and lets ranges move until `freeze_step`; steps
-    before only observe.
-    """
+    """Computes in 8 bits from `first_step` on; ranges move until `freeze_step`."""
 
     def __init__(self, settings: Quantization, model: nn.Module, steps: int) -> None:
         """`steps` is the length of the run; `prepare_8_bits` has made its layers."""
@@ -74,25 +70,22 @@ class Quantizing(Concern):
 
 
 def hold_zeros(model: PreTrainedModel, init: str) -> None:
-    """Lock a model's zeros: those that its sparsity.json names, if it has one, and then exactly
-    those. Of what is not in the encoder's layers, such as the pooler, the task's model may lack
-    some; that is left out.
+    """Lock a model's zeros: exactly those that its sparsity.json names, if it has one.
+
+    Of layers outside the encoder, such as the pooler, the task's model may lack some.
     """
     directory = directory_of(init)
     stated = stated_report(directory)
     if stated is None or not stated["tensors"]:
         inspect(directory)  # refuses masks that lie beside their weights
-        report = _lock(model, init, None)
-        log.info(
-            "locked %d zeros, sparsity %.4f", report["total"]["zeros"], report["total"]["sparsity"]
-        )
+        total = _lock(model, init, None)["total"]
+        log.info("locked %d zeros, sparsity %.4f", total["zeros"], total["sparsity"])
         return
     names = _names_in(model, stated["tensors"])
     lost = [name for name in stated["tensors"] if name not in names]
-    if lost_layers := [name for name in lost if layer_of(name)]:
-        raise ModelError(
-            f"{init}: its sparsity.json names {lost_layers[0]}, and the model has no such layer"
-        )
+    if layers := [name for name in lost if layer_of(name)]:
+        what = f"its sparsity.json names {layers[0]}, and the model has no such layer"
+        raise ModelError(f"{init}: {what}")
     if lost:
         kind = type(model).__name__
         log.warning("%s: left out, since %s has no such layer: %s", init, kind, ", ".join(lost))
@@ -101,19 +94,15 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     if not lost:
         is_same &= all(found[key] == stated[key] for key in ("total", "fingerprint"))
     if not is_same:
-        raise ModelError(
-            f"{init}: its zeros are not where its sparsity.json says; "
-            "was it changed after it was written?"
-        )
+        what = "its zeros are not where its sparsity.json says; was it changed afterwards?"
+        raise ModelError(f"{init}: {what}")
 
 
 def _names_in(model: PreTrainedModel, stated: Mapping[str, Any]) -> dict[str, str]:
-    """What the stated tensors are called in the model, as far as it has linear layers of their
-    shape. A bare encoder's tensors are stated without the encoder's prefix.
-    """
+    """What stated tensors are called in the model, where linear layers have their shape."""
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes = {f"{name}.weight": list(layer.weight.shape) for name, layer in linear.items()}
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are stated without it
     return {
         name: place
         for name, tensor in stated.items()

@@ -1,9 +1,8 @@
 """Several fine-tunings of one recipe, compared: other seeds, and the values of a sweep.
 
-Each is a whole run in a directory of its own, OUTPUT/learning_rate-3e-05/seed-42; the comparison is
-in OUTPUT/results.json and OUTPUT/table.md. Values are compared by the mean over seeds of what
-[selection] looked at, else of the task's first metric. Deviations are of a sample (n - 1). A run
-that diverges is told, and its value is not the best while another had none that did.
+Values are compared by the mean over seeds of what [selection] looked at, else of the task's first
+metric. A value of which a run diverged can win only if every other has such a run too. Deviations
+are of a sample (n - 1).
 """
 
 import logging
@@ -53,32 +52,27 @@ def sweep(
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
     steady = [row for row in ended if not row["num_diverged"]]
     best = max(steady or ended, key=lambda row: row["score"])
-    result = seal.write_sealed(
-        output / "results.json",
-        {
-            "task": recipe.name,
-            "metrics": best["mean"],
-            "std": best["std"],
-            "learning_rate": best["learning_rate"],
-            "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
-            "sparsity": best["runs"][0]["sparsity"],
-            "quantized": best["runs"][0]["quantized"],
-            "recipe_sha256": recipe.sha256(),
-            "rows": rows,
-        },
-    )
+    result = {
+        "task": recipe.name,
+        "metrics": best["mean"],
+        "std": best["std"],
+        "learning_rate": best["learning_rate"],
+        "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
+        "sparsity": best["runs"][0]["sparsity"],
+        "quantized": best["runs"][0]["quantized"],
+        "recipe_sha256": recipe.sha256(),
+        "rows": rows,
+    }
+    result = seal.write_sealed(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
     if len(ended) > 1:
         report.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
     rates = [row["learning_rate"] for row in ended]
-    if len(rates) > 1 and best["learning_rate"] in (min(rates), max(rates)):
-        log.info(
-            "the best learning rate, %s, is at an edge; the same command with more of them in "
-            "sweep.learning_rate and --resume runs only those",
-            best["learning_rate"],
-        )
+    if len(rates) > 1 and (rate := best["learning_rate"]) in (min(rates), max(rates)):
+        what = "with more of them in sweep.learning_rate and --resume runs only those"
+        log.info("the best learning rate, %s, is at an edge; the same command %s", rate, what)
     return result
 
 
@@ -100,9 +94,7 @@ def _run_all(
 
 
 def _stop_if_told(output: Path, name: str, supervisor: Supervisor) -> None:
-    """Between two runs: answer a signal, SWEEP/stop or RUN/stop that came too late for the one
-    before.
-    """
+    """Between two runs: answer a signal, or a `stop` that came too late for the last one."""
     what = f"{output}: stopped before {name}; continue with the same command and --resume"
     stops = [path for rule in ("", "seed-*/", "*/seed-*/") for path in output.glob(f"{rule}stop")]
     for stop in stops:
@@ -118,10 +110,8 @@ def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
     numbers = (path.parent.name.removeprefix("seed-") for path in paths)
     lost = sorted({int(number) for number in numbers if number.isdecimal()} - set(seeds))
     if lost:
-        raise RunError(
-            f"{output}: --resume with {len(seeds)} seed(s), and it holds seed-{lost[0]} too; say "
-            "--seeds as before, or more"
-        )
+        what = f"and it holds seed-{lost[0]} too; say --seeds as before, or more"
+        raise RunError(f"{output}: --resume with {len(seeds)} seed(s), {what}")
 
 
 def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str) -> Result:

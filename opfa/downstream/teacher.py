@@ -3,14 +3,14 @@
     soft = T^2 * KL(teacher || student), over classes, choices, tags, or an answer's start and end
     hidden = squared distance of hidden states
 
-A teacher in evaluation mode gives an example the same logits in every epoch, so they are computed
-once, by length, and kept in a file. Hidden states would be thousands of times as many.
+README.md says why the logits are kept in a file.
 """
 
 import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from opfa.training.loop import Concern, Progress
 FILE = "teacher.safetensors"  # its logits, while a run lasts
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
+Precision = Callable[[], contextlib.AbstractContextManager]
 log = logging.getLogger(__name__)
 
 
@@ -69,9 +70,7 @@ class Teacher:
                 f"size is {theirs}, the student's {ours}; 0 leaves hidden states out"
             )
 
-    def remember(
-        self, split: Split, path: Path, precision: Callable[[], contextlib.AbstractContextManager]
-    ) -> None:
+    def remember(self, split: Split, path: Path, precision: Precision) -> None:
         """Compute the logits of a whole split, or take those that an earlier launch left."""
         if self.settings.hidden_weight or not (self.settings.cache and self.settings.soft_weight):
             return
@@ -90,9 +89,7 @@ class Teacher:
     def losses(
         self, outputs: Any, batch: Batch, indices: Sequence[int]
     ) -> tuple[Tensor, Tensor | float]:
-        """Mean soft loss over targets, and summed hidden loss over tokens; `outputs` are the
-        student's, `indices` the features' places in the split.
-        """
+        """Mean soft loss over targets, and summed hidden loss over tokens, of these features."""
         targets, states = self._targets(batch, indices)
         logits = in_context(self.task, logits_of(self.task, outputs), batch)
         pairs = zip(logits, targets, strict=True)
@@ -124,21 +121,17 @@ class Teacher:
         return in_context(self.task, logits, batch), states
 
 
+@dataclass
 class Remembering(Concern):
     """Lets a teacher compute its logits of the training examples once, before the first step."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        split: Split,
-        precision: Callable[[], contextlib.AbstractContextManager],
-    ) -> None:
-        """`split` holds the training examples."""
-        self._teacher, self._split, self._precision = teacher, split, precision
+    teacher: Teacher
+    split: Split
+    precision: Precision
 
     def begin(self, at: Progress) -> None:
         """Compute them, or read what an earlier launch left."""
-        self._teacher.remember(self._split, at.run.directory / FILE, self._precision)
+        self.teacher.remember(self.split, at.run.directory / FILE, self.precision)
 
 
 def _read(path: Path) -> tuple[Tensor, ...] | None:
@@ -186,6 +179,6 @@ def _check_tokenizer(
     if cuts[0] != cuts[1]:
         raise ModelError(
             f"distillation.teacher = {teacher!r}: its tokenizer has the student's vocabulary and "
-            f"cuts text in another way ({PROBE!r}: {cuts[0]}, student's "
-            f"{cuts[1]}); does one keep capitals?"
+            f"cuts text in another way ({PROBE!r}: {cuts[0]}, student's {cuts[1]}); does one keep "
+            "capitals?"
         )

@@ -1,7 +1,4 @@
-"""What a run began with: digests of its data and of the models that it read.
-
-They are in `environment.json`. A resume goes on with the same, or is refused.
-"""
+"""What data and models a run began with (`environment.json`); a resume with others is refused."""
 
 import logging
 from collections.abc import Mapping
@@ -11,7 +8,7 @@ from typing import Any
 from opfa.errors import RunError, opening
 from opfa.storage import seal
 from opfa.storage.seal import Files
-from opfa.training.checkpoint import start_digest
+from opfa.training.checkpoint import model_digest
 from opfa.training.finished import changed_model
 
 FILE = "environment.json"
@@ -20,21 +17,19 @@ log = logging.getLogger(__name__)
 
 
 def models(read: Mapping[str, str | None]) -> dict[str, Any]:
-    """The facts about models, by the recipe's keys; those of the Hub have no digest. Warns of one
-    that was changed after the run that wrote it.
-    """
+    """Digests of the models by the recipe's keys. Warns of one that was changed after its run."""
     found = {key: Path(name) for key, name in read.items() if name and Path(name).is_dir()}
     for key, directory in found.items():
         if changed := changed_model(directory):
             log.warning("%s = %s: is not what its run wrote: %s", key, directory, changed)
     files = {key: seal.model_files(directory) for key, directory in found.items()}
-    return {"start_sha256": start_digest(read.get("model.init")), seal.FILES: files}
+    init = found.get("model.init")
+    start = model_digest(init) if init and any(init.glob("*.safetensors")) else None
+    return {"start_sha256": start, seal.FILES: files}
 
 
 def check(run: Path, facts: Facts) -> None:
-    """Refuse to go on with other data or models than those that a run began with; nothing was
-    trained where nothing is recorded.
-    """
+    """Refuse to go on with other data or models than a run began with, if it recorded any."""
     path = run / FILE
     if not path.exists():
         return
@@ -42,7 +37,8 @@ def check(run: Path, facts: Facts) -> None:
     with opening(path, RunError, "is damaged"):
         data, now = _digests(before["data"]), _digests(facts["data"])
         changed = [name for name in now if data[name] != now[name]]
-        pairs = [_tokenizers(before, facts), *_models(before, facts)]
+        old, new = (_tokenizer(each["data"]) for each in (before, facts))
+        pairs = [("data", old, new if old else {}), *_models(before, facts)]
     if changed:
         raise RunError(f"{run}: the {' and '.join(changed)} examples have changed meanwhile")
     for name, old, new in pairs:
@@ -64,12 +60,7 @@ def _models(before: Facts, now: Facts) -> list[tuple[str, Files, Files]]:
     return [("model.init", {"its weights": old}, {"its weights": str(new)})] if old else []
 
 
-def _tokenizers(before: Facts, now: Facts) -> tuple[str, Files, Files]:
-    """Of the prepared examples, where they list their files."""
-    old, new = (_tokenizer_of(facts["data"]) for facts in (before, now))
-    return "data", old, new if old else {}
-
-
-def _tokenizer_of(data: Facts) -> dict[str, str]:
+def _tokenizer(data: Facts) -> Files:
+    """The tokenizer's files, where prepared examples list them."""
     files = data.get(seal.FILES, {})
     return {name: files[name] for name in files if name.startswith("tokenizer/")}

@@ -1,10 +1,4 @@
-"""Resume points and finished models: each is written aside, verified, and only then given its name.
-
-A resume point is a directory `checkpoints/step-NNNNNNNN` with a MANIFEST.json that lists the size
-and SHA-256 of every file. The newest one is found by reading: one that is damaged or half-written
-is passed over with a warning. Masks are stored packed; randomness needs no state, because every
-step seeds its own from (seed, step, rank).
-"""
+"""Resume points and finished models: made in a temporary place, verified, and then renamed."""
 
 import hashlib
 import json
@@ -24,7 +18,7 @@ from opfa.sparsity import masks
 from opfa.sparsity.anatomy import is_matrix
 from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
-from opfa.storage.seal import SEAL, digest, read_json, sealed
+from opfa.storage.seal import SEAL, digest, one_digest, read_json, sealed
 from opfa.storage.temporary import remove
 from opfa.training.distributed import barrier, rank
 from opfa.weights.compact import tensors
@@ -42,8 +36,7 @@ def save_point(
     *,
     keep: int,
 ) -> None:
-    """Save a resume point, and remove old ones but the newest `keep` and those that these name in
-    their facts as the "best".
+    """Save a resume point. Of the old ones the newest `keep` stay, and the best that they name.
 
     Collective: every rank's `write` puts its files in one shared directory.
     """
@@ -61,9 +54,8 @@ def save_point(
         raise
     barrier()
     if is_writer:
-        files = {
-            str(p.relative_to(work)): digest(p) for p in sorted(work.rglob("*")) if p.is_file()
-        }
+        paths = [path for path in sorted(work.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(work)): digest(path) for path in paths}
         with writing(root, KEPT):
             manifest = sealed({"step": step, "files": files, **facts})
             (work / MANIFEST).write_text(json.dumps(manifest))
@@ -86,27 +78,20 @@ def point_name(step: int) -> str:
 
 
 def newest_point(root: Path) -> Path | None:
-    """The newest complete and undamaged resume point; None where none was ever saved.
-
-    Raises `RunError` when there are some and all are damaged: starting anew in silence would throw
-    a run away.
-    """
+    """The newest undamaged resume point, or None. Raises `RunError` if all are damaged."""
     points = sorted(root.glob("step-*"), reverse=True)
     for point in points:
-        problem = problem_of(point)
-        if problem is None:
+        if (problem := problem_of(point)) is None:
             return point
         log.warning("%s: passed over, %s", point, problem)
-    if points:
-        raise RunError(
-            f"{root}: every resume point here is damaged; restore one, or remove them all to start "
-            "anew"
-        )
+    if points:  # to start anew in silence would throw a run away
+        what = "restore one, or remove them all to start anew"
+        raise RunError(f"{root}: every resume point here is damaged; {what}")
     return None
 
 
 def facts_of(point: Path) -> dict[str, Any]:
-    """What was saved beside the state: the step, and whatever else the trainer noted."""
+    """What was saved beside the state, such as the step."""
     return read_json(point / MANIFEST)
 
 
@@ -140,9 +125,7 @@ def write_finished(
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write a run's finished model, in the place of one that a stopped process left, as
-    `fill_finished` does; nothing is left where that fails.
-    """
+    """Write a run's finished model, in place of one that a stopped process left."""
     with new_directory(directory, is_new=False) as aside:
         return fill_finished(model, tokenizer, aside, write_more)
 
@@ -153,12 +136,9 @@ def fill_finished(
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Fuse a model and save it in plain transformers form with `sparsity.json`, verified from the
-    files, in an empty directory.
+    """Fuse a model, save it in an empty directory with `sparsity.json`, and verify the files.
 
-    Returns the sparsity report: of what was masked, and of zeros that are elsewhere though nothing
-    held them, so that it says what inspecting the files says. Raises `ModelError` when the files
-    don't hold the zeros of the masks.
+    Returns the sparsity report: masked tensors, and others with zeros that nothing held.
     """
     write_more(directory)  # before the layers are plain again
     held = masks_of(model)  # not what fuse made of them: the files are verified against this
@@ -177,36 +157,23 @@ def fill_finished(
 
 def verify(directory: Path, report: dict[str, Any]) -> None:
     """Check that the tensors in a directory have exactly the zeros of a sparsity report."""
-    found: masks.Masks = {}
-    for path in directory.glob("*.safetensors"):
-        for name, tensor in tensors(path):
-            if name in report["tensors"]:
-                found[name] = tensor != 0
-    again = masks.report({name: found[name] for name in report["tensors"] if name in found})
-    for name, expected in report["tensors"].items():
-        if again["tensors"].get(name) != expected:
-            raise ModelError(
-                f"{directory}: {name} has {again['tensors'].get(name)}, not {expected}"
-            )
+    stated = report["tensors"]
+    files = directory.glob("*.safetensors")
+    found = {n: t != 0 for path in files for n, t in tensors(path) if n in stated}
+    again = masks.report({name: found[name] for name in stated if name in found})
+    for name, expected in stated.items():
+        if (now := again["tensors"].get(name)) != expected:
+            raise ModelError(f"{directory}: {name} has {now}, not {expected}")
     if again["fingerprint"] != report["fingerprint"]:
         raise ModelError(f"{directory}: the zeros are not where its sparsity.json says")
 
 
 def model_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a model's safetensors files."""
-    files = sorted(directory.glob("*.safetensors"))
-    return hashlib.sha256("".join(f"{p.name} {digest(p)}\n" for p in files).encode()).hexdigest()
-
-
-def start_digest(init: str | None) -> str | None:
-    """`model_digest` of what a run begins with; None where no safetensors lie in a directory."""
-    directory = Path(init or "")
-    return model_digest(directory) if init and any(directory.glob("*.safetensors")) else None
+    return one_digest({path.name: digest(path) for path in directory.glob("*.safetensors")})
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch for one step, so that dropout is a function of (seed, step, rank) and a resume
-    needs no state.
-    """
+    """Seed torch: dropout is a function of (seed, step, rank), so a resume needs no state."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,23 +1,20 @@
-"""Seconds by part of a step: data, teacher forward, and so on.
-
-Off it costs nothing. On, it waits for the GPU at the end of each part, which a run doesn't do.
-"""
+"""Seconds by part of a step. A clock that is on waits for the GPU after each part."""
 
 import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 
+@dataclass
 class Clock:
-    """Adds up what each part took, in `seconds`."""
+    """Adds up what each part took; one that is not on only names them."""
 
-    def __init__(self, is_on: bool = False) -> None:
-        """`is_on`: measure; otherwise parts are only named."""
-        self.is_on = is_on
-        self.seconds: dict[str, float] = defaultdict(float)
+    is_on: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

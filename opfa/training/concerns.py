@@ -1,6 +1,7 @@
 """The concerns that upstream and downstream share: prune, log, evaluate, stop, save."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from opfa.compression.pruner import Pruner
@@ -10,12 +11,11 @@ from opfa.training.loop import Concern, Progress
 from opfa.training.metrics import Row
 
 
+@dataclass
 class Pruning(Concern):
     """Lets a pruner see every gradient and update the masks when its schedule says so."""
 
-    def __init__(self, pruner: Pruner) -> None:
-        """`pruner` has masked the model already."""
-        self._pruner = pruner
+    pruner: Pruner  # has masked the model already
 
     def begin(self, at: Progress) -> None:
         """The schedule may begin with an update."""
@@ -24,80 +24,80 @@ class Pruning(Concern):
 
     def after_backward(self, at: Progress) -> None:
         """A score may observe gradients."""
-        self._pruner.after_backward(at.step + 1, at.engine)
+        self.pruner.after_backward(at.step + 1, at.engine)
 
     def after_step(self, at: Progress) -> None:
         """Update the masks when it is time."""
-        self._pruner.after_step(at.step, at.engine)
+        self.pruner.after_step(at.step, at.engine)
 
     def save(self, at: Progress, directory: Path) -> None:
         """Write what the score has gathered; the masks of all layers are saved anyway."""
-        self._pruner.save(directory, at.engine, at.run.is_writer)
+        self.pruner.save(directory, at.engine, at.run.is_writer)
 
     def load(self, at: Progress, directory: Path) -> None:
         """Read it."""
-        self._pruner.load(directory, at.step, at.engine)
+        self.pruner.load(directory, at.step, at.engine)
 
 
+@dataclass
 class Logging(Concern):
     """Moves the progress bar, and logs a row every so many steps."""
 
-    def __init__(self, every_steps: int, row: Callable[[Progress], Row]) -> None:
-        """`row` is asked on every rank, and may be collective."""
-        self._every_steps, self._row = every_steps, row
+    every_steps: int
+    row: Callable[[Progress], Row]  # asked on every rank, and may be collective
 
     def after_step(self, at: Progress) -> None:
         """Log when it is time."""
         at.run.advance(at.step)
-        if at.is_due(self._every_steps):
-            at.run.log({"step": at.step, **self._row(at)})
+        if at.is_due(self.every_steps):
+            at.run.log({"step": at.step, **self.row(at)})
 
 
+@dataclass
 class Evaluating(Concern):
     """Logs an evaluation every so many steps."""
 
-    def __init__(
-        self, every_steps: int, evaluate: Callable[[], dict[str, float]], *, at_end: bool = True
-    ) -> None:
-        """`evaluate` is asked on every rank, and may be collective."""
-        self._every_steps, self._evaluate, self._at_end = every_steps, evaluate, at_end
+    every_steps: int
+    evaluate: Callable[[], dict[str, float]]  # asked on every rank, and may be collective
+    _: KW_ONLY
+    at_end: bool = True
 
     def after_step(self, at: Progress) -> None:
         """Evaluate when it is time."""
-        if at.is_due(self._every_steps) and (self._at_end or not at.is_end):
-            self.see(at, {"step": at.step, "eval": True, **self._evaluate()})
+        if at.is_due(self.every_steps) and (self.at_end or not at.is_end):
+            self.see(at, {"step": at.step, "eval": True, **self.evaluate()})
 
     def see(self, at: Progress, row: Row) -> None:
         """Do something with an evaluation."""
         at.run.log(row)
 
 
+@dataclass
 class Stopping(Concern):
     """Ends a run early, after a resume point, when a signal or a file asks for it."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        """`supervisor` notes the signals of this process."""
-        self._supervisor, self._is_stopping = supervisor, False
+    supervisor: Supervisor
+    is_stopping: bool = False
 
     def begin(self, at: Progress) -> None:
         """From now on there is something to save."""
-        self._supervisor.save_on_signals()
+        self.supervisor.save_on_signals()
 
     def before_step(self, at: Progress) -> None:
         """Tell the watchdog what comes."""
-        self._supervisor.beat(f"training step {at.step + 1}")
+        self.supervisor.beat(f"training step {at.step + 1}")
 
     def after_step(self, at: Progress) -> None:
         """All ranks stop when one was asked to."""
         if at.is_end:
             return
-        is_asked = bool(self._supervisor.signal) or (at.run.is_writer and at.run.is_told_to_stop)
+        is_asked = bool(self.supervisor.signal) or (at.run.is_writer and at.run.is_told_to_stop)
         if distributed.sum_over_ranks([is_asked])[0]:
-            self._is_stopping = at.wants_point = at.is_over = True
+            self.is_stopping = at.wants_point = at.is_over = True
 
     def end(self, at: Progress) -> None:
         """Raise `Stopped`, if that is why the loop ended."""
-        if self._is_stopping:
+        if self.is_stopping:
             at.run.stopped()
             raise Stopped(
                 f"{at.run.directory}: stopped at step {at.step}, which is saved; continue with the "
@@ -105,17 +105,18 @@ class Stopping(Concern):
             )
 
 
+@dataclass
 class Saving(Concern):
     """Saves a resume point every so many steps, and when another concern asks for one."""
 
-    def __init__(self, every_steps: int, keep: int, supervisor: Supervisor) -> None:
-        """`keep`: how many of the newest stay."""
-        self._every_steps, self._keep, self._supervisor = every_steps, keep, supervisor
+    every_steps: int
+    keep: int  # so many of the newest stay
+    supervisor: Supervisor
 
     def after_step(self, at: Progress) -> None:
         """Save when it is time."""
-        is_due = at.step % self._every_steps == 0 and not at.is_end
+        is_due = at.step % self.every_steps == 0 and not at.is_end
         if is_due or at.wants_point:
-            self._supervisor.beat(f"saving step {at.step}")
-            points.save(at, self._keep)
+            self.supervisor.beat(f"saving step {at.step}")
+            points.save(at, self.keep)
             at.wants_point = False

@@ -1,9 +1,8 @@
 """Processes that work together: what they tell each other, and how they stop.
 
-A rank that died is noticed by the others within a second, when a collective fails; one that hangs,
-or a cable that was pulled, by nobody (DeepSpeed leaves its groups at torch's 30 minutes). So every
-process has a watchdog, which ends it when nothing was finished for a while, and then the launcher
-ends the others.
+A rank that died makes the others' collectives fail within a second. Nobody notices one that hangs,
+or a pulled cable: DeepSpeed's groups wait 30 minutes. So a watchdog ends each process in which
+nothing was finished for a while, and then the launcher ends the others.
 """
 
 import functools
@@ -26,6 +25,7 @@ from opfa.training import launch
 CONTACT = ("gloo", "nccl", "connection")  # words of collectives that failed
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set
 AGAIN = "The same command with --resume goes on; scripts of launch/ do so by themselves"
+SHARED = "RUN must be in a directory that all machines share"
 HUNG = 76  # exit code that a watchdog leaves with
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -78,9 +78,7 @@ def on_first_rank(find: Callable[[], T]) -> T:
     """What rank 0 finds. Collective; an `OpfaError` there is raised on every rank."""
     if world_size() == 1:
         return find()
-    box: list[Any] = [None, None]  # Any: what was found, and the error
-    if rank() == 0:
-        box = list(_tried(find))
+    box: list[Any] = list(_tried(find)) if rank() == 0 else [None, None]  # Any: as below
     dist.broadcast_object_list(box, src=0)
     found, error = box
     if error is not None:
@@ -93,15 +91,13 @@ def on_every_rank(find: Callable[[], T]) -> T:
     found, error = _tried(find)
     errors: list[OpfaError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    for each in (error, *errors):
-        if each is not None:
-            raise each
+    if first := next(filter(None, (error, *errors)), None):
+        raise first
     return found
 
 
-def _tried(
-    find: Callable[[], T],
-) -> tuple[Any, OpfaError | None]:  # Any: T, or None beside an error
+# Any: T, or None beside an error
+def _tried(find: Callable[[], T]) -> tuple[Any, OpfaError | None]:
     try:
         return find(), None
     except OpfaError as error:
@@ -109,9 +105,7 @@ def _tried(
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-    """Whether something about files of other machines becomes true: network file systems show them
-    with a delay.
-    """
+    """Whether this becomes true in time: network file systems show new files with a delay."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -127,9 +121,7 @@ def barrier() -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """Leave at once, all files closed: some ranks abort in the interpreter's own exit after a
-    successful run.
-    """
+    """Leave at once, all files closed: some ranks abort in the interpreter's own exit."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -139,15 +131,13 @@ def end_process(status: int) -> NoReturn:
 class Supervisor:
     """Looks after this process while it trains; a context manager.
 
-    A watchdog thread ends the process when `beat` was not called for `seconds`, or when the
-    launcher that started it is gone (it would train on, unseen, beside its replacement). A thread,
-    because the main one may hang inside a collective, where Python's own signal handlers don't run
-    either. A collective that failed because another process is gone becomes a `LostContactError`.
+    A watchdog thread ends the process when `beat` was not called for `seconds`, or when its
+    launcher is gone (it would train on beside its replacement). A thread, because a main one that
+    hangs in a collective runs no signal handlers.
 
-    While a run is loaded there is nothing to save, and SIGTERM ends it at once, as `Stopped`. From
-    `save_on_signals` on, SIGTERM and the first Ctrl-C are noted in `signal`, so that a run can save
-    before it ends; a second Ctrl-C interrupts at once. Supervisors may be nested: of several runs,
-    each has its own, and what one of them noted and didn't answer is handed on to the outer one.
+    SIGTERM raises `Stopped` at once. From `save_on_signals` on, SIGTERM and the first Ctrl-C are
+    noted in `signal`, so that a run can save before it ends. The supervisor of one of several runs
+    hands what it noted and didn't answer to the outer one.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -167,7 +157,6 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         """Start watching."""
-        self.beat("starting up")
         threading.Thread(target=self._watch, daemon=True).start()
         self._handle(self._end)
         return self
@@ -216,10 +205,8 @@ class Supervisor:
         elif number == signal.SIGINT and not self._is_nested:
             raise KeyboardInterrupt
         else:
-            name = signal.Signals(number).name
-            raise Stopped(
-                f"{name} while {self._doing}: stopped before the next step; nothing is lost"
-            )
+            what = f"{signal.Signals(number).name} while {self._doing}"
+            raise Stopped(f"{what}: stopped before the next step; nothing is lost")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -232,7 +219,6 @@ class Supervisor:
     def _watch(self) -> None:
         rank = launch.place().rank
         while not self._is_over.wait(min(1.0, self._seconds / 10)):
-            problem = ""
             if self._launcher is not None and os.getppid() != self._launcher:
                 problem = "the launcher is gone"
             elif time.monotonic() - self._since > self._seconds:
@@ -240,10 +226,11 @@ class Supervisor:
                     f"nothing was finished for {self._seconds:g} s while {self._doing}; another "
                     "process hangs or is out of reach, or launch.timeout_seconds is too short"
                 )
-            if problem:
-                said = f"opfa: rank {rank}: {problem}. This process ends. {AGAIN}"
-                print(said, file=sys.stderr, flush=True)
-                os._exit(HUNG)
+            else:
+                continue
+            said = f"opfa: rank {rank}: {problem}. This process ends. {AGAIN}"
+            print(said, file=sys.stderr, flush=True)
+            os._exit(HUNG)
 
 
 def _is_lost_contact(error: BaseException) -> bool:

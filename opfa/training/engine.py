@@ -1,13 +1,4 @@
-"""The DeepSpeed engine, and the only file that names it. Runs on one process too.
-
-What was measured of DeepSpeed 0.19 and is arranged here: on CPU its shared-memory op would need a
-compiler, so it is switched off; `round_robin_gradients` breaks the map from parameters to fp32
-masters, so it stays off; gradients are accumulated in fp32; its process groups keep torch's timeout
-of 30 minutes whatever is asked, so a watchdog looks after every process. Elsewhere parameters are
-only read, through `Engine.read` and `Engine.whole`. So that stages and world sizes round alike in
-16 bits, gradients are reduced in fp32, and stage 3 gathers a whole encoder layer at a time: hooks
-inside a layer would change the order in which autograd adds up its gradients.
-"""
+"""The DeepSpeed engine, and the only file that names it. README.md has what was measured of it."""
 
 import contextlib
 import io
@@ -44,14 +35,11 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of
 
 
 def start_distributed(timeout_seconds: float) -> torch.device:
-    """Join the process group that a launcher announced, or make one of this process alone; the
-    device to use.
-    """
+    """Join the launcher's process group, or make one of this process alone; the device to use."""
     accelerated = choose_accelerator() == "cuda"
     if not (launch.has_rendezvous() or dist.is_initialized()):
         os.environ.update(_alone())  # RANK may be there for another purpose
-    os.environ.setdefault("LOCAL_RANK", "0")
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     # Imported here, since DeepSpeed reads DS_ACCELERATOR while it is imported.
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -74,10 +62,7 @@ def start_distributed(timeout_seconds: float) -> torch.device:
 
 
 def choose_accelerator() -> str:
-    """Where to compute, "cuda" or "cpu"; DeepSpeed is told too.
-
-    transformers imports it while it saves a model, and it would warn that it had to guess.
-    """
+    """Where to compute, "cuda" or "cpu"; DeepSpeed would warn that it had to guess."""
     if torch.cuda.is_available():
         return "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -93,11 +78,7 @@ def _alone() -> dict[str, str]:
 
 
 class Engine(Weights):
-    """A model, its optimizer and its shards. Every rank makes the same calls in the same order.
-
-    A parameter's run is the part of its flattened fp32 master, or of an optimizer moment, that this
-    rank holds: all of it at ZeRO stage 0.
-    """
+    """A model, its optimizer and its shards. Every rank makes the same calls in the same order."""
 
     def __init__(
         self,
@@ -157,31 +138,26 @@ class Engine(Weights):
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate the gradient of this rank's share of the global batch's loss.
-
-        DeepSpeed divides by accumulation steps and ranks; our shares are already divided by the
-        global counts. A loss that is not finite makes all gradients so, which `step` finds.
-        """
+        """Accumulate the gradient of this rank's share of the global batch's loss."""
+        # DeepSpeed divides by both; a loss that is not finite makes all gradients so, for `step`.
         scale = self._engine.gradient_accumulation_steps() * dist.get_world_size()
         self._engine.backward(loss * (scale + 0 * loss.detach()))
         if not is_last:
             self._engine.step()
 
     def step(self, learning_rate: float) -> Tensor | None:
-        """One optimizer step after the last backward pass; the gradient norm before clipping, which
-        is still on its way on a GPU.
+        """One optimizer step; the gradient norm before clipping, which a GPU may still compute.
 
-        None when gradients overflowed fp16: the step is skipped and the loss scale halved. In other
-        precisions raises `RunError`, on every rank, and the weights are as they were.
+        A gradient that is not finite changes nothing: None in fp16, where the step is skipped and
+        the loss scale halved; else `RunError`, on every rank.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._stage == 0:
             # DeepSpeed clips there too, but neither tells the norm nor minds what it is.
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            is_finite = math.isfinite(norm)
-            if is_finite:
+            norm = nn.utils.get_total_norm(gradients)
+            if is_finite := math.isfinite(norm):
                 self._engine.step()
         else:
             self._engine.step()  # skipped when gradients are not finite
@@ -205,13 +181,8 @@ class Engine(Weights):
         return self._masters.run(parameter)[0].detach()
 
     def read_gradient(self, layer: MaskedLinear) -> Tensor:
-        """This rank's run of the gradient of the global batch by the weight that a layer computes
-        with. Collective.
-
-        Every rank keeps its share of the whole tensor, at every stage alike, because DeepSpeed's
-        own gradients are masked.
-        """
-        whole = layer.take_gradient()
+        """This rank's run of the batch's gradient by a layer's effective weight. Collective."""
+        whole = layer.take_gradient()  # on every rank and at every stage: DeepSpeed's are masked
         dist.all_reduce(whole)
         scale = self._engine.optimizer.loss_scaler.cur_scale if self._is_fp16 else 1.0
         return self.cut(layer.weight, whole.div_(dist.get_world_size() * scale))

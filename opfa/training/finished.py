@@ -1,7 +1,6 @@
 """A finished run: `done.json`, and whether its files are still those that it lists.
 
-It lists the model's files and those that describe the run. Runs of older versions list none, and
-have SHA-256 of the model's weights alone.
+Older versions' runs list no files; they have SHA-256 of the model's weights alone.
 """
 
 from pathlib import Path
@@ -23,9 +22,7 @@ def write(run: Path, facts: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What a finished run says of itself; raises `RunError` where the files that describe it are
-    not those that it wrote.
-    """
+    """What a finished run says of itself. Raises `RunError` if files that describe it changed."""
     path = run / FILE
     done = seal.read_json(path)
     for key, kind in (("step", int), ("model_sha256", str)):
@@ -39,16 +36,12 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def check(run: Path) -> dict[str, Any]:
-    """What a finished run says of itself; raises `ModelError` too, where its model is there and not
-    what it wrote.
-    """
+    """`read`, and `ModelError` where the model is there and not what the run wrote."""
     done = read(run)
     model = run / "model"
     if model.is_dir() and (changed := changed_model(model)):
-        raise ModelError(
-            f"{model}: its files are not those that the run wrote and evaluated: {changed} "
-            f"(SHA-256 in {run / FILE})"
-        )
+        what = f"its files are not those that the run wrote and evaluated: {changed}"
+        raise ModelError(f"{model}: {what} (SHA-256 in {run / FILE})")
     return done
 
 
@@ -70,9 +63,7 @@ def model_files(done: dict[str, Any]) -> dict[str, str]:
 
 
 def changed_model(directory: Path) -> str:
-    """How RUN/model differs from what its run wrote, in words; empty where it doesn't, or where no
-    run lists its files.
-    """
+    """How RUN/model differs from what its run wrote; empty where it doesn't or no run says."""
     path = directory.absolute().parent / FILE
     if directory.absolute().name != "model" or not path.is_file():
         return ""

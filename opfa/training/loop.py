@@ -2,9 +2,7 @@
 
     batch, forward passes, loss, backward, step; then whatever the concerns do: prune, log, save
 
-A `Trainer` knows its data, its model and its loss. A `Concern` is anything else that happens while
-a model trains. The loop knows no concern by name: `pretrain(concerns=...)` and
-`finetune(concerns=...)` take more of them.
+README.md says how a `Trainer` and a `Concern` share the work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +24,7 @@ Losses = Sequence[Tensor]  # of one micro-batch: the total, then its parts
 
 
 class Concern:
-    """Something that happens while a model trains. Override the hooks that it needs.
-
-    Every rank calls every hook at the same time, so a hook may be collective. `end` is called in
-    the reverse order, and not at all when an error ends the run.
-    """
+    """Something that happens while a model trains; README.md says when which hook is called."""
 
     def begin(self, at: "Progress") -> None:
         """Before the first step of this launch; `at.step` is above 0 after a resume."""
@@ -61,7 +55,7 @@ class Progress:
     run: Run
     model: nn.Module  # its parameters may be 16-bit or shards: read them through `engine`
     engine: Engine | SoloEngine
-    concerns: Sequence[Concern]
+    concerns: Sequence[Concern] = ()
     steps: int  # of the whole run
     step: int = 0  # finished steps
     losses: list[Losses] = field(default_factory=list)  # of this step's micro-batches, detached
@@ -82,10 +76,7 @@ class Progress:
 
 
 class Trainer(Protocol):
-    """Data, model, loss and optimizer of one kind of training, and what is written of it.
-
-    Its batches and their counts are its own affair, hence `Any`.
-    """
+    """Data, model, loss and optimizer of one kind of training; its batches are its own affair."""
 
     seed: int
     rank: int
@@ -96,18 +87,15 @@ class Trainer(Protocol):
 
     def batches(self, start: int) -> Iterator[list[Any]]:
         """This rank's micro-batches of every step from `start` on."""
-        ...
 
     def counts(self, micro_batches: list[Any]) -> Any:
         """What the losses of this step are divided by. Collective."""
 
     def holding(self, num_passes: int) -> AbstractContextManager[None]:
         """What may be computed once for so many passes with the same weights."""
-        ...
 
     def losses(self, batch: Any, counts: Any) -> Losses:
         """The forward passes of one micro-batch, and its share of the step's loss."""
-        ...
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients."""
@@ -117,15 +105,12 @@ class Trainer(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
-        ...
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """Those that change the model, and the one that evaluates it."""
-        ...
 
     def row(self, at: Progress) -> Row:
         """What is logged of a step. Collective."""
-        ...
 
     def finish(self, at: Progress) -> None:
         """Write the finished model. Collective."""

@@ -13,22 +13,11 @@ from typing import Any
 
 from opfa.errors import redacted
 
-LIBRARIES = (
-    "opfa",
-    "torch",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "deepspeed",
-    "safetensors",
-    "numpy",
-)
+LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "deepspeed", "safetensors", "numpy")
 
 
 def arithmetic() -> dict[str, Any]:
-    """What decides the order and the instructions in which this process computes, and so the last
-    bits of its results.
-    """
+    """What decides the order and instructions of this process's sums, and so their last bits."""
     import torch  # only here, so that reading a recipe stays fast
 
     has_gpu = torch.cuda.is_available()
@@ -49,9 +38,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def has_bf16() -> bool:
-    """Whether this machine has instructions for bf16: without them a matrix product in bf16 took
-    ten times that in fp32.
-    """
+    """Whether there are instructions for bf16; without them a product took ten times as long."""
     import torch  # only here, so that reading a recipe stays fast
 
     able = torch.cpu.get_capabilities()
@@ -63,33 +50,29 @@ def environment() -> dict[str, Any]:
     """The software and the machine."""
     import torch  # only here, so that reading a recipe stays fast
 
-    git = shutil.which("git")
-    commit = None
-    if git:
-        found = subprocess.run(
-            [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        commit = found.stdout.strip() or None
+    versions = {name: version(name) for name in ("opfa", *LIBRARIES)}
+    machine = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "processors": os.cpu_count(),
-            "accelerators": [
-                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-            ],
-        },
-        "git_commit": commit,
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": machine,
+        "git_commit": _commit(),
         "command": redacted(sys.argv[1:]),
     }
+
+
+def _commit() -> str | None:
+    """The commit of this code, where it is a checkout and git is installed."""
+    if (git := shutil.which("git")) is None:
+        return None
+    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -1,10 +1,7 @@
-"""Where DeepSpeed keeps the fp32 master and the moments of each parameter, at every ZeRO stage.
-
-A rank holds one run of a parameter's flattened master: all of it at stage 0, perhaps nothing above.
-DeepSpeed's fields are read here and never replaced.
-"""
+"""Where DeepSpeed keeps fp32 masters and moments, of which a rank holds runs, at every stage."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +11,18 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 
+@dataclass
 class Masters:
     """Runs of masters and moments, as views that may be written to."""
 
-    def __init__(self, engine: Any, stage: int) -> None:  # Any: DeepSpeed is not typed
-        """Read those of a DeepSpeed engine."""
-        self._engine, self._stage = engine, stage
+    engine: Any  # DeepSpeed's, which is not typed
+    stage: int  # of ZeRO
 
     def run(self, parameter: Tensor, moment: str | None = None) -> tuple[Tensor, int]:
         """This rank's run of a master or moment, and where in the flattened parameter it starts."""
         place = self._place(parameter)
         if place is None:
-            return torch.empty(0, device=self._engine.device), 0
+            return torch.empty(0, device=self.engine.device), 0
         flat, offset, size, start = place
         tensor = flat if moment is None else self._states[flat][moment]
         return tensor.view(-1).narrow(0, offset, size), start
@@ -53,16 +50,14 @@ class Masters:
 
     @property
     def _states(self) -> Any:
-        return self._engine.basic_optimizer.state
+        return self.engine.basic_optimizer.state
 
     def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """The tensor that the optimizer steps, this parameter's offset and size in it, and its
-        start in the parameter; None if this rank holds nothing of it.
-        """
-        if self._stage == 0:
+        """The stepped tensor, offset and size in it, and start in the parameter; None: not here."""
+        if self.stage == 0:
             return parameter, 0, parameter.numel(), 0
-        optimizer = self._engine.optimizer
-        if self._stage == 3:
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = dist.get_rank() * parameter.ds_tensor.ds_numel
             size = min(size, parameter.ds_numel - start)  # the last run is padded

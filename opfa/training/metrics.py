@@ -1,26 +1,19 @@
-"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
-
-A kill may cut the last line, and nothing else. A resume point notes how long the file was and its
-SHA-256, so that a resume takes exactly those rows along, or refuses.
-"""
+"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from opfa.errors import RunError
-from opfa.storage.files import new_file
+from opfa.storage.files import new_file, sync
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]  # step and eval, then numbers
 
 
 def read(run: Path) -> list[Row]:
-    """All rows of a run; none before its first. Raises `RunError` where a line other than the last,
-    or a line that was finished, is damaged.
-    """
+    """All rows of a run. A kill may have cut the last line; other damage raises `RunError`."""
     path = run / FILE
     lines = _bytes(path).splitlines(keepends=True)
     rows = []
@@ -44,21 +37,15 @@ def append(run: Path, row: Row) -> None:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What a resume point notes: the length and the SHA-256 of all rows so far, which are on the
-    disk from now on.
-    """
-    path = run / FILE
-    if path.exists():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """What a resume point notes of all rows so far, which are on the disk from now on."""
+    if (path := run / FILE).exists():
+        sync(path)
     found = _bytes(path)
     return {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
 
 
 def forget_after(run: Path, step: int, known: dict[str, Any] | None) -> None:
-    """Drop the rows of steps that are going to be run again, and of a final evaluation. `known` is
-    the `state` that the resume point noted; None without one.
-    """
+    """Drop the rows after the resume point of `step`, which noted `known`; without it all rows."""
     path = run / FILE
     kept = b""
     if known is not None:

@@ -1,11 +1,4 @@
-"""The resume points of a run: one form for upstream and downstream.
-
-    state-NNNNN.safetensors   each rank's runs of fp32 weights and optimizer moments (`state.py`)
-    masks.safetensors         all masks, packed; none where nothing is masked
-    MANIFEST.json             the step, the best step, and what a resume compares (`checkpoint.py`)
-
-and the files of concerns. Any number of ranks at any ZeRO stage reads any upstream point.
-"""
+"""The resume points of a run, upstream and downstream: README.md says which files they have."""
 
 import logging
 from pathlib import Path
@@ -35,10 +28,8 @@ def save(at: Progress, keep: int) -> None:
         if at.run.is_writer and not distributed.eventually(
             lambda: len(list(directory.glob("state-*"))) == wanted
         ):
-            raise RunError(
-                f"{directory}: not the state of all {wanted} ranks is here; RUN must be in a "
-                "directory that all machines share"
-            )
+            what = f"not the state of all {wanted} ranks is here; {distributed.SHARED}"
+            raise RunError(f"{directory}: {what}")
 
     facts = {"world_size": distributed.world_size(), "best": at.best_step}
     if at.run.is_writer:

@@ -1,16 +1,4 @@
-"""The run directory: what ran, on what, and how it went.
-
-    recipe.toml        resolved and complete
-    environment.json   versions, machine, world size, digests of data, tokenizer and first model
-    metrics.jsonl      one object per logged step; evaluation rows carry "eval": true
-    checkpoints/       resume points
-    model/ report/     what came out
-    done.json          written last: the run is complete, and these are its files
-    stop               made by whoever wants a run to save and end; it becomes `stopped`
-    .lock              held while a process trains here
-
-A row goes to the file, to wandb and to the console: the same dict. Only rank 0 writes.
-"""
+"""The run directory: what ran, on what, and how it went. README.md lists its files."""
 
 import hashlib
 import logging
@@ -31,7 +19,7 @@ from opfa.recipe import Recipe
 from opfa.storage import seal
 from opfa.storage.files import check_directory, write_text, writing
 from opfa.storage.temporary import lock
-from opfa.training import finished, launch, machine, metrics
+from opfa.training import launch, machine, metrics
 from opfa.training.metrics import Row
 
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
@@ -44,10 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """An open run.
-
-    Use it as a context manager, so that bars and files are closed whatever happens.
-    """
+    """An open run, as a context manager: bars and files are closed whatever happens."""
 
     def __init__(
         self,
@@ -58,9 +43,7 @@ class Run:
         is_writer: bool = True,
         within: Path | None = None,
     ) -> None:
-        """Make a run directory, or reopen one that `check_output` let pass. Of several runs,
-        `within` is the directory of all; a `stop` there counts too.
-        """
+        """Make or reopen a directory. A `stop` in `within`, which has several runs, counts too."""
         self.directory = directory
         self._stops = [path / "stop" for path in (directory, within) if path is not None]
         self.recipe = recipe
@@ -101,9 +84,7 @@ class Run:
             self._lock.close()
 
     def describe(self, facts: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
-        """Write these facts, the software and the machine to `environment.json`, and add this
-        launch, with `more` of it, to its list.
-        """
+        """Write facts, software and machine to `environment.json`, and add this launch to it."""
         if not self.is_writer:
             return
         path = self.directory / "environment.json"
@@ -117,9 +98,7 @@ class Run:
         seal.write_sealed(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
-        """Also send rows to wandb, offline or online. Each directory has one run there, which a
-        resume continues, in a group of all runs with this recipe's name.
-        """
+        """Also send rows to wandb: one run a directory, in a group of the recipe's name."""
         if mode == "disabled" or not self.is_writer:
             return
         import wandb  # only here: it is slow to import, and most runs don't use it
@@ -144,9 +123,7 @@ class Run:
         return {"metrics": metrics.state(self.directory), "arithmetic": self._arithmetic()}
 
     def go_back(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
-        """Drop the rows after a resume point, of which these are the facts, or all. Warns when the
-        machine computes in another way now.
-        """
+        """Drop the rows after a resume point. Warns if the machine computes in another way now."""
         if not self.is_writer:
             return
         facts = facts or {"metrics": None}
@@ -169,18 +146,16 @@ class Run:
         with writing(self.directory / metrics.FILE, CONTINUED):
             metrics.append(self.directory, row)
         if self._wandb is not None:
-            step = row["step"]
             prefix = "eval/" if row.get("eval") else ""
-            self._wandb.log(
-                {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}, step=step
-            )
+            numbers = {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}
+            self._wandb.log(numbers, step=row["step"])
         hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
         shown = {k: v for k, v in row.items() if k not in hidden}
-        text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
-        kind = "evaluation" if row.get("eval") else "step"
         if self._progress is not None and not row.get("eval"):
             self._progress.update(self._task, state=f"loss {_short(row['loss'])}")
         else:
+            text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
+            kind = "evaluation" if row.get("eval") else "step"
             log.info("%s: %s %d/%d  %s", self.directory.name, kind, row["step"], self._steps, text)
 
     def advance(self, step: int) -> None:
@@ -198,11 +173,6 @@ class Run:
         for path in self._stops:
             if self.is_writer and path.exists():
                 os.replace(path, path.with_name("stopped"))
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Mark the run as complete, and list the files that it is judged by."""
-        if self.is_writer:
-            finished.write(self.directory, facts)
 
 
 def _wandb_id(path: Path) -> str:
@@ -226,24 +196,17 @@ def _short(value: Any) -> str:  # Any: a number or a text
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def check_output(
-    directory: Path, recipe: Recipe, resume: bool, *, has_several: bool = False
-) -> None:
-    """Refuse a directory that holds something else, and a resume of nothing, of another recipe, or
-    of several runs as one.
-
-    Only the first process of a launch looks, since it alone makes the directory.
-    """
-    if launch.place().rank > 0:
+def check_output(directory: Path, recipe: Recipe, resume: bool, has_several: bool = False) -> None:
+    """Refuse a directory that holds something else, and a resume of what isn't this run."""
+    if launch.place().rank > 0:  # the first process alone makes the directory
         return
     check_directory(directory)
     for name in ("checkpoints", "model", "report", "wandb"):
         check_directory(directory / name)
     if not resume:
         if directory.exists() and _has_more_than_a_start(directory):
-            raise RunError(
-                f"{directory}: holds another run or other files; give a new directory, or --resume"
-            )
+            what = "holds another run or other files; give a new directory, or --resume"
+            raise RunError(f"{directory}: {what}")
         return
     path = directory / "recipe.toml"
     if not path.exists():

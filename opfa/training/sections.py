@@ -1,10 +1,12 @@
-"""Sections that recipes of pre-training and of fine-tuning have in common."""
+"""What recipes of pre-training and of fine-tuning have in common."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from opfa.compression.pattern import Pattern
-from opfa.compression.schedules import Gradual
-from opfa.recipe import Section, Weight
+from opfa.compression.schedules import Gradual, LearningRate
+from opfa.recipe import Count, Section, Weight
 
 
 class Pruning(Section):
@@ -29,3 +31,27 @@ class Teacher(Section):
     """Weight of the distance between all hidden states; 0 leaves them out."""
     temperature: float = Field(default=2.0, gt=0.0)
     """Temperature T of the softened answers."""
+
+
+class Saving(Section):
+    """How often a run is saved, and where else its metrics go."""
+
+    checkpoint_steps: Count = 1_000
+    """Steps between resume points."""
+    keep_checkpoints: Count = 2
+    """Resume points that are kept."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Log to Weights & Biases too."""
+    wandb_project: str = "opfa"
+    """Its project there."""
+
+
+def learning_rate(
+    peak: float, pruning: Pruning | None, rewinds: bool | None, *, steps: int, warmup_steps: int
+) -> LearningRate:
+    """The schedule of [training]; `rewinds` is its `rewind_learning_rate`."""
+    if rewinds and pruning is None:
+        what = "needs [pruning], whose updates it follows"
+        raise ValueError(f"training.rewind_learning_rate: {what}")
+    rewind_at = pruning.schedule if pruning and rewinds else None
+    return LearningRate(peak=peak, warmup_steps=warmup_steps, steps=steps, rewind_at=rewind_at)

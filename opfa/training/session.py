@@ -1,6 +1,4 @@
-"""Everything around the loop, once for upstream and downstream: the run directory, the watchdog,
-resuming, and what is written before the first step and after the last.
-"""
+"""All that is around the loop: the run directory, the watchdog, a resume, what is written of it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +8,7 @@ from typing import Any
 from opfa.errors import RunError
 from opfa.training import began, distributed, finished, points
 from opfa.training.concerns import Logging, Saving, Stopping
-from opfa.training.distributed import Supervisor
+from opfa.training.distributed import SHARED, Supervisor
 from opfa.training.loop import Concern, Progress, Trainer, train
 from opfa.training.run import Run, check_output
 
@@ -27,11 +25,7 @@ def run_to_end(
     concerns: Sequence[Concern] = (),
     within: Path | None = None,
 ) -> None:
-    """Train what `load` loads, in the directory `output`, until it is done. Collective.
-
-    Returns at once when the run is done already. `within` is the directory of several runs that
-    this is one of.
-    """
+    """Train what `load` loads, in the directory `output`, unless it is done. Collective."""
     check_output(output, recipe, resume)
     with Supervisor(timeout_seconds) as supervisor:
         trainer = load(supervisor)
@@ -42,7 +36,8 @@ def run_to_end(
                 distributed.on_first_rank(lambda: finished.check(output))
                 log.info("%s: is finished already", output)
                 return
-            at = _progress(recipe.logging, trainer, run, supervisor, concerns)
+            at = Progress(run=run, model=trainer.student, engine=trainer.engine, steps=steps)
+            at.concerns = _concerns(recipe.logging, trainer, supervisor, concerns)
             _begin(trainer, at, resume)
             run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
             at.model.train()  # a model that was loaded is in evaluation mode
@@ -50,16 +45,12 @@ def run_to_end(
             trainer.finish(at)
 
 
-def _progress(
-    settings: Any,  # Any: [logging] of either recipe
-    trainer: Trainer,
-    run: Run,
-    supervisor: Supervisor,
-    more: Sequence[Concern],
-) -> Progress:
+def _concerns(
+    settings: Any, trainer: Trainer, supervisor: Supervisor, more: Sequence[Concern]
+) -> list[Concern]:  # Any: [logging] of either recipe
     """In this order every concern sees what those before it did to the model."""
     changing, evaluating = trainer.concerns()
-    concerns = [
+    return [
         *changing,
         *more,
         Logging(settings.every_steps, trainer.row),
@@ -67,8 +58,6 @@ def _progress(
         Stopping(supervisor),
         Saving(settings.checkpoint_steps, settings.keep_checkpoints, supervisor),
     ]
-    steps, model, engine = trainer.schedule.steps, trainer.student, trainer.engine
-    return Progress(run=run, model=model, engine=engine, concerns=concerns, steps=steps)
 
 
 def _begin(trainer: Trainer, at: Progress, resume: bool) -> None:
@@ -76,10 +65,8 @@ def _begin(trainer: Trainer, at: Progress, resume: bool) -> None:
     directory = at.run.directory
     resumes = distributed.on_first_rank(lambda: resume)
     if not distributed.eventually((directory / "recipe.toml").exists):
-        raise RunError(
-            f"{directory}: rank 0 made this directory, and rank {trainer.rank} can't see it; "
-            "RUN must be in a directory that all machines share"
-        )
+        what = f"rank 0 made this directory, and rank {trainer.rank} can't see it; {SHARED}"
+        raise RunError(f"{directory}: {what}")
     facts = distributed.on_first_rank(trainer.facts)
     if resumes:
         distributed.on_first_rank(lambda: began.check(directory, facts))

@@ -1,8 +1,4 @@
-"""The engine of one process and one device, by torch alone: AdamW, fp32 weights.
-
-It offers what `engine.Engine` offers upstream, so that both have one loop and one form of resume
-point, and downstream needs no DeepSpeed.
-"""
+"""The engine of one process by torch alone: AdamW, fp32 weights, the methods of `Engine`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +29,7 @@ class SoloEngine(Weights):
         self._max_grad_norm = max_grad_norm
 
     def step(self, learning_rate: float) -> Tensor:
-        """One optimizer step; the gradient norm before clipping. Raises `DivergedError` when it is
-        not finite, and then the weights are as they were.
-        """
+        """One optimizer step; the gradient norm. `DivergedError`, and no step, if not finite."""
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
         if not torch.isfinite(norm):
             raise DivergedError(f"the gradient norm is {norm}; {UNCHANGED}")

@@ -1,12 +1,8 @@
 """Training state in runs: each rank writes the runs of flattened tensors that it holds, and any
 number of ranks, at any ZeRO stage, reads the whole back bit for bit.
-
-DeepSpeed's own checkpoints are not used: they fit one world size, their conversion for another
-loses hyper-parameters at stage 3 and does not exist at stage 0, and they are pickles.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opfa.errors import RunError
+from opfa.storage.files import sync
 
 
 class Run(NamedTuple):
@@ -31,8 +28,7 @@ def save_runs(path: Path, runs: Iterable[Run], facts: dict[str, Any]) -> None:
     """Write one rank's runs, and a few numbers, as safetensors."""
     tensors = {f"{run.name}@{run.start}": run.values.cpu().clone() for run in runs}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # by the node that wrote it
+    sync(path)  # by the node that wrote it
 
 
 class Runs:

@@ -1,8 +1,7 @@
 """The part of a DeepSpeed configuration file that a launch may choose: how state is shared out.
 
-What defines the result is in the recipe, and is refused here by name, so a recipe gives the same
-training under every file. So are options under which zeros or fp32 masters could not be held
-exactly; what is not known here is refused too.
+What the recipe decides is refused by name, and so are options under which zeros or fp32 masters
+could not be held exactly.
 """
 
 import json
@@ -24,8 +23,7 @@ IN_THE_RECIPE = {
     "fp16": "training.precision",
 }
 NOT_EXACT = {
-    "round_robin_gradients": "it breaks DeepSpeed's map from parameters to fp32 masters, "
-    "by which masks are computed",
+    "round_robin_gradients": "it breaks the map to fp32 masters, by which masks are computed",
     "offload_param": "masks under offloaded parameters are not tested",
     "zero_quantized_weights": "it rounds weights",
     "zero_quantized_gradients": "it rounds gradients",
@@ -46,9 +44,7 @@ class OffloadOptimizer(Section):
 
 
 class ZeroOptimization(Section):
-    """DeepSpeed's `zero_optimization`; sizes in elements. What is left out keeps DeepSpeed's
-    default.
-    """
+    """DeepSpeed's `zero_optimization`, sizes in elements; what is left out keeps its default."""
 
     stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: OffloadOptimizer | None = None
@@ -97,9 +93,7 @@ class DeepSpeedFile(Recipe):
 
     @classmethod
     def load(cls, path: str | None, processes: int = 1) -> Self:
-        """Read a file, or take the default: ZeRO 2, and ZeRO 1 for a process alone, which is spared
-        the copies. Raises `RecipeError`.
-        """
+        """Read a file, or take ZeRO 2, and ZeRO 1 for a process alone. Raises `RecipeError`."""
         if path is None:
             return cls(zero_optimization=ZeroOptimization(stage=1 if processes == 1 else 2))
         where = f"launch.deepspeed = {brief(path)!r}"

@@ -1,8 +1,4 @@
-"""Prepared examples to masked batches, in the order of `opfa.data.order`.
-
-Masking and order are functions of (seed, epoch, example), so ranks, micro-batches, workers and a
-resume change neither. Shape letters: B sequences, T tokens.
-"""
+"""Prepared examples to masked batches, B sequences of T tokens, by (seed, epoch, example)."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -27,23 +23,18 @@ MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
 
 
 class Batch(NamedTuple):
-    """One micro-batch: model inputs [B, T]; flat positions in [B * T] of the tokens to predict [M]
-    and of all other real ones [O], found here so that the trainer needn't wait for a GPU; MLM
-    labels [M], next-sentence labels [B] (-100: none).
-    """
+    """One micro-batch; positions are found here so that the trainer needn't wait for a GPU."""
 
-    inputs: dict[str, Tensor]
-    predicted: Tensor
-    others: Tensor
-    labels: Tensor
-    next_sentence: Tensor
+    inputs: dict[str, Tensor]  # of the model, [B, T]
+    predicted: Tensor  # flat positions in [B * T] of the tokens to predict, [M]
+    others: Tensor  # those of all other real tokens, [O]
+    labels: Tensor  # of masked language modelling, [M]
+    next_sentence: Tensor  # labels [B]; -100: none
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        inputs = {
-            name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()
-        }
-        return Batch(inputs, *(tensor.to(device, non_blocking=True) for tensor in self[1:]))
+        inputs = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
+        return Batch(inputs, *(t.to(device, non_blocking=True) for t in self[1:]))
 
     def counts(self) -> tuple[int, int, int]:
         """How many tokens are predicted, how many are real, and how many sequences there are."""
@@ -72,9 +63,7 @@ def masker(tokenizer: PreTrainedTokenizerBase, masking: Masking, seed: int) -> M
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches of (epoch, index), masked for that epoch. Rows are padded to the longest one, rounded
-    up to `MULTIPLE` tokens, and never beyond the model's positions.
-    """
+    """Batches of (epoch, index), masked for that epoch; rows are padded to `MULTIPLE` tokens."""
 
     def __init__(self, prepared: Prepared, examples: Dataset, mask: Masker) -> None:
         """`examples` are a split of `prepared`."""

@@ -1,10 +1,4 @@
-"""Documents to pre-training examples: read, tokenize once, cut, and write memory-mapped Arrow
-shards with a digest.
-
-Every example is a pure function of (corpus, seed, document), so the number of processes changes
-nothing. Masking is not done here but anew in every epoch. The directory appears under its name only
-when it is complete.
-"""
+"""Documents to pre-training examples, each a pure function of (corpus, seed, document)."""
 
 import contextlib
 import hashlib
@@ -18,16 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import (
-    Dataset,
-    Features,
-    List,
-    Value,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from datasets import Dataset, Features, List, Value
 from pyarrow.compute import call_function
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
@@ -62,22 +49,21 @@ def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _bars() -> Iterator[None]:
     """Let `datasets` draw progress bars on a terminal only."""
-    had_bars = not are_progress_bars_disabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     if not sys.stderr.isatty():
-        disable_progress_bars()
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         if had_bars:
-            enable_progress_bars()
+            datasets.enable_progress_bars()
 
 
 def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     skipped = work / "skipped.txt" if corpus.bad_records == "skip" else None
     documents = documents_of(corpus, work / "cache", skipped)
-    num_skipped = 0
-    if skipped is not None and skipped.exists():
-        num_skipped = len(skipped.read_text(encoding="utf-8").splitlines())
+    has_skipped = skipped is not None and skipped.exists()
+    num_skipped = len(skipped.read_text(encoding="utf-8").splitlines()) if has_skipped else 0
     log.info("%d documents read, %d bad records skipped", len(documents), num_skipped)
     tokenizer = _tokenizer(corpus, documents)
     tokenizer.save_pretrained(work / "tokenizer")
@@ -95,10 +81,8 @@ def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     for name, chosen in (("train", ~is_held_out), ("validation", is_held_out)):
         part = tokenized.select(np.flatnonzero(chosen))
         if len(part) < 2:
-            raise DataError(
-                f"{len(documents)} documents leave only {len(part)} for {name}; "
-                "at least 2 are needed"
-            )
+            few = f"{len(documents)} documents leave only {len(part)} for {name}"
+            raise DataError(f"{few}; at least 2 are needed")
         examples = _examples(part, tokenizer, corpus, work / "cache" / name)
         if len(examples) == 0:
             raise DataError(f"the {name} documents are too short: not one example came out")
@@ -138,11 +122,7 @@ def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
 
 
 def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]:
-    """A WordPiece vocabulary, the same on every run.
-
-    The trainer numbers "##a", "##b", … in random order and breaks ties by number
-    (huggingface/tokenizers#1794), so a first pass finds them, and the second one gets them sorted.
-    """
+    """A WordPiece vocabulary, the same on every run; README.md says why it takes two passes."""
     vocabulary: dict[str, int] = {}
     size = _num_at_once(documents)
     for num_tokens in (1, wanted.vocabulary):

@@ -1,7 +1,4 @@
-"""The documents of a corpus, from files or from the Hub, each of them checked.
-
-A bad document stops, or is noted in skipped.txt and left out.
-"""
+"""The documents of a corpus, from files or the Hub; a bad one stops, or is noted in skipped.txt."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -42,11 +39,7 @@ def documents_of(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
             features=Features({"text": Value("string")}),
             cache_dir=str(cache),
             writer_batch_size=100,  # each document may be long
-            gen_kwargs={
-                "files": [str(file) for file in files],
-                "column": corpus.text_column,
-                "skipped": str(skipped) if skipped else None,
-            },
+            gen_kwargs={"files": files, "column": corpus.text_column, "skipped": skipped},
         )
     except DatasetGenerationError as error:  # what it wraps says which line, or that a disk is full
         raise error.__cause__ or error from None
@@ -64,10 +57,9 @@ def _good(dataset: Dataset, corpus: Corpus, skipped: Path | None) -> Dataset:
     return dataset.select(np.delete(np.arange(len(dataset)), left_out)) if left_out else dataset
 
 
-def _all_texts(files: list[str], column: str, skipped: str | None) -> Iterator[dict[str, str]]:
-    bad = _bad(Path(skipped) if skipped else None)
+def _all_texts(files: list[Path], column: str, skipped: Path | None) -> Iterator[dict[str, str]]:
     for file in files:
-        for text in _texts(Path(file), column, bad):
+        for text in _texts(file, column, _bad(skipped)):
             yield {"text": text}
 
 

@@ -1,14 +1,9 @@
-"""Dynamic masking (BERT, section 3.1) of a whole batch at once; what becomes of an example is a
-pure function of (seed, epoch, example).
+"""Dynamic masking (BERT, section 3.1) of a batch: a pure function of (seed, epoch, example).
 
-Of each example's ordinary tokens, round(probability * n) are chosen, at least one (but none where
-the probability is 0): those with the smallest of random numbers that every token draws. With whole
-words, all tokens of a word share one number, so words are taken in random order until that many
-tokens are chosen. Of the chosen, 80 % become [MASK], 10 % a random token and 10 % stay. Nothing
-here depends on ranks, workers, the batch or what was masked before.
-
-The numbers come from a counter and a mixing function (SplitMix64, Steele et al., 2014) instead of a
-generator's state, so that numpy draws them for all tokens in one go.
+Of each example's n ordinary tokens, round(probability * n) are chosen, at least one unless the
+probability is 0: those with the smallest random numbers. With whole words, all tokens of a word
+share a number. Of the chosen, 80 % become [MASK], 10 % a random token and 10 % stay. The numbers
+come from a counter and a mixing function (SplitMix64), for all tokens in one go.
 """
 
 from dataclasses import dataclass
@@ -20,16 +15,14 @@ CHOICE, FATE, REPLACEMENT = 1, 2, 3  # what a random number is for
 
 @dataclass(frozen=True, kw_only=True)
 class Masker:
-    """Masks batches. `is_special` and `is_continuation`, bool [V], say of each token that it is
-    never chosen, or belongs to the word before it.
-    """
+    """Masks batches."""
 
     seed: int
     probability: float
     whole_word: bool
     mask_id: int
-    is_special: np.ndarray
-    is_continuation: np.ndarray
+    is_special: np.ndarray  # bool [V]: tokens that are never chosen
+    is_continuation: np.ndarray  # bool [V]: tokens that belong to the word before
 
     def __call__(
         self, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray
@@ -73,7 +66,7 @@ def _numbers(seed: int, use: int, places: np.ndarray, counters: np.ndarray) -> n
     return number
 
 
-def _mixed(number: np.ndarray) -> np.ndarray:
+def _mixed(number: np.ndarray) -> np.ndarray:  # Steele et al., 2014
     number = number + np.uint64(0x9E3779B97F4A7C15)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,15 +1,10 @@
-"""The upstream loss of one micro-batch: masked tokens, next sentence, and the distance to a frozen
-teacher.
+"""The upstream loss of one micro-batch, after Prune Once for All, section 3.
 
     with a teacher:  hard * (CE_mlm + CE_nsp) + soft * (KD_mlm + KD_nsp) + hidden * MSE
     without:         CE_mlm + CE_nsp
 
-after Prune Once for All, section 3.
-
-Each term is a sum divided by a count of the whole global batch (predicted tokens, real tokens,
-sequences), so micro-batches and ranks don't change the result. The vocabulary projection runs only
-over the tokens that a term needs: over none where hidden states alone are learnt, and then `mlm`
-and the vocabulary's share of `distill` are zero.
+Each term is a sum divided by a count of the whole global batch, so micro-batches and ranks don't
+change the result. The vocabulary projection runs only over the tokens that a term needs.
 """
 
 from typing import NamedTuple
@@ -52,10 +47,11 @@ class Losses(NamedTuple):
     hidden: Tensor
 
 
+PLAIN = Distillation(teacher="", hard_weight=1.0, soft_weight=0.0, temperature=1.0, tokens="masked")
+
+
 class Objective(nn.Module):
-    """A model and its losses in one forward pass, which is what an engine wraps: sharded
-    parameters are there in it.
-    """
+    """A model and its losses in one forward pass, in which an engine's shards are whole."""
 
     def __init__(
         self,
@@ -68,38 +64,28 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.vocabulary_loss = VocabularyLoss(projection(model), is_compiled)
-        self.distillation = distillation
+        self.distillation = distillation or PLAIN
         self._clock = clock or Clock()
 
     def forward(self, batch: Batch, targets: Targets | None, counts: Counts) -> Losses:
         """The losses of one micro-batch, with or without a teacher's targets for it."""
-        settings = self.distillation if targets else None
-        rows = rows_of(batch, settings)
+        settings = self.distillation if targets else PLAIN
+        rows, wants_states = rows_of(batch, settings), settings.hidden_weight > 0
         with self._clock.part("student forward"):
-            features = pretraining_features(
-                self.model, batch.inputs, rows, bool(settings and settings.hidden_weight)
-            )
+            features = pretraining_features(self.model, batch.inputs, rows, wants_states)
         with self._clock.part("loss"):
-            return self._losses(batch, features, targets, settings, counts)
+            return self._losses(batch, features, targets, counts)
 
     def _losses(
-        self,
-        batch: Batch,
-        features: Features,
-        targets: Targets | None,
-        settings: Distillation | None,
-        counts: Counts,
+        self, batch: Batch, features: Features, targets: Targets | None, counts: Counts
     ) -> Losses:
-        num_soft = counts.masked if settings is None or settings.tokens == "masked" else counts.real
-        weights = (1.0, 0.0) if settings is None else (settings.hard_weight, settings.soft_weight)
+        settings = self.distillation if targets else PLAIN
+        hard, soft = settings.hard_weight, settings.soft_weight
+        num_soft = counts.masked if settings.tokens == "masked" else counts.real
         sums = self.vocabulary_loss(
             features.mlm,
             batch.labels[: len(features.mlm)],
-            Scales(
-                hard=weights[0] / counts.masked,
-                soft=weights[1] / num_soft,
-                temperature=settings.temperature if settings else 1.0,
-            ),
+            Scales(hard / counts.masked, soft / num_soft, settings.temperature),
             teacher=(targets.features.mlm, targets.projection) if targets else None,
         )
         total, mlm, distill = sums.total, sums.hard / counts.masked, sums.soft / num_soft
@@ -108,12 +94,12 @@ class Objective(nn.Module):
             logits = features.nsp_logits
             loss = functional.cross_entropy(logits.float(), batch.next_sentence, reduction="sum")
             loss = loss / counts.sequences
-            total, nsp = total + weights[0] * loss, loss.detach()
-            if settings and targets and targets.features.nsp_logits is not None:
-                soft = soft_loss(logits, targets.features.nsp_logits, settings.temperature)
-                soft = soft / counts.sequences
-                total, distill = total + weights[1] * soft, distill + soft.detach()
-        if settings and targets and settings.hidden_weight:
+            total, nsp = total + hard * loss, loss.detach()
+            if targets and targets.features.nsp_logits is not None:
+                loss = soft_loss(logits, targets.features.nsp_logits, settings.temperature)
+                loss = loss / counts.sequences
+                total, distill = total + soft * loss, distill + loss.detach()
+        if targets and settings.hidden_weight:
             states = features.hidden_states, targets.features.hidden_states
             real = torch.cat([batch.predicted, batch.others])
             hidden = hidden_loss(*states, real) / counts.real
@@ -121,11 +107,11 @@ class Objective(nn.Module):
         return Losses(total, mlm, nsp, distill, hidden.detach())
 
 
-def rows_of(batch: Batch, settings: Distillation | None) -> Tensor:
+def rows_of(batch: Batch, settings: Distillation) -> Tensor:
     """The flat positions [N] that the vocabulary projection runs over, those with labels first."""
-    if settings is not None and settings.is_of_states_alone:
+    if settings.is_of_states_alone:
         return batch.predicted[:0]
-    if settings is None or settings.tokens == "masked":
+    if settings.tokens == "masked":
         return batch.predicted
     return torch.cat([batch.predicted, batch.others])
 
@@ -140,10 +126,8 @@ class Teacher:
         for key in ("vocab_size", *(["hidden_size"] if settings.hidden_weight else [])):
             ours, theirs = getattr(student.config, key), getattr(model.config, key)
             if ours != theirs:
-                raise ModelError(
-                    f"distillation.teacher = {settings.teacher!r}: its {key} is {theirs}, "
-                    f"the student's {ours}"
-                )
+                what = f"its {key} is {theirs}, the student's {ours}"
+                raise ModelError(f"distillation.teacher = {settings.teacher!r}: {what}")
         self.model = model.eval().requires_grad_(False)
         self._settings = settings
 

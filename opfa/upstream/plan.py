@@ -1,24 +1,4 @@
-"""What a launch will need, on paper: memory of each GPU, bytes on the wire, and how much of the
-time goes into waiting for them.
-
-Formulas and where they are from; P parameters, N GPUs, W bytes of a working weight (2, in fp32 4):
-
-    state       W P weights, 4 P gradients (summed in fp32), 12 P master and Adam's two moments;
-                stage 1 divides the last by N, stage 2 the last two, stage 3 all three
-                (ZeRO, Rajbhandari et al. 2020, section 5)
-    masks       1 byte and a masked copy of W bytes for each pruned weight, on every GPU
-    teacher     W bytes for each of its parameters, on every GPU
-    activations tokens x layers x (18 hidden + 4 intermediate) bytes in 16 bits, twice that in fp32
-                (Korthikanti et al. 2022, equation 1, without the attention scores, which fused
-                attention doesn't keep), and five fp32 chunks of logits
-    wire        of one GPU in one step, rings of (N - 1) / N; gradients in fp32, reduced once a step
-                (stages 0 and 1) or after every micro-batch (2 and 3); weights gathered once a step
-                (1, 2) or twice a micro-batch (3); a mask update sums 768 KiB of histograms a tensor
-                and one byte a pruned weight
-    compute     6 operations for each weight in a product and token, 2 for the teacher's
-
-Time on the wire is counted as if nothing overlapped, so the efficiency is a floor.
-"""
+"""What a launch needs: memory of each GPU, bytes on the wire, time. README.md has the formulas."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,9 +66,8 @@ class Plan(Result):
         best = next(r for r in self.configurations if r.configuration == self.recommended)
         file = f"launch/{self.recommended}.json" if self.recommended in FILES else self.recommended
         yield f"use: launch.deepspeed={file} launch.micro_batch={best.micro_batch}"
-        days = self.days
-        long = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
-        yield f"about {long}, if sending never overlaps with computing"
+        time = f"{self.days:.1f} days" if self.days >= 1 else f"{24 * self.days:.1f} hours"
+        yield f"about {time}, if sending never overlaps with computing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +102,8 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
     try:
         config = new_config(values) if values is not None else load_config(str(recipe.model.init))
     except ModelError as error:
-        raise ModelError(
-            f"{error}; to plan without it give its shape: model.init= "
-            "'model.config={model_type=\"bert\"}'"
-        ) from error
+        shape = "model.init= 'model.config={model_type=\"bert\"}'"
+        raise ModelError(f"{error}; to plan without it give its shape: {shape}") from error
     model = pretraining_skeleton(config, objective)
     parameters = sum(p.numel() for p in model.parameters())
     teacher = 0
@@ -138,11 +115,9 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
             teacher = parameters
     pruned = list(recipe.pruning.pattern.layers(model).values()) if recipe.pruning else []
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    predicted = recipe.masking.probability
-    if distillation is not None and distillation.tokens == "all":
-        predicted = 1.0
-    if recipe.metric == "hidden_loss":
-        predicted = 0.0
+    is_everywhere = distillation is not None and distillation.tokens == "all"
+    predicted = 1.0 if is_everywhere else recipe.masking.probability
+    predicted = 0.0 if recipe.metric == "hidden_loss" else predicted
     return Shape(
         parameters=parameters,
         pruned=sum(layer.weight.numel() for layer in pruned),
@@ -181,13 +156,13 @@ def wire_bytes(shape: Shape, *, stage: int, gpus: int, accumulation: int) -> flo
     """Bytes that each GPU sends in one step, without mask updates."""
     share = (gpus - 1) / gpus
     gradients, weights = 4 * shape.parameters * share, shape.width * shape.parameters * share
-    if stage == 0:
-        return 2 * gradients
-    if stage == 1:
-        return gradients + weights
-    if stage == 2:
-        return accumulation * gradients + weights
-    return accumulation * (gradients + 2 * weights)
+    by_stage = (
+        2 * gradients,
+        gradients + weights,
+        accumulation * gradients + weights,
+        accumulation * (gradients + 2 * weights),
+    )
+    return by_stage[stage]
 
 
 def mask_update_bytes(shape: Shape, *, stage: int, gpus: int) -> float:
@@ -210,12 +185,7 @@ def operations(shape: Shape, batch: int) -> float:
 
 
 def plan(
-    recipe: PretrainRecipe,
-    *,
-    gpus: int,
-    memory_gb: float,
-    bandwidth_gbps: float,
-    teraflops: float,
+    recipe: PretrainRecipe, *, gpus: int, memory_gb: float, bandwidth_gbps: float, teraflops: float
 ) -> Plan:
     """Plan with the recipe's DeepSpeed file, or with each file of launch/ if it names none.
 

@@ -1,21 +1,16 @@
 """A directory of `opfa prepare`, checked before anything is computed from it.
 
-`corpus.json` lists SHA-256 of every file and has a seal of its own. Small files are always checked,
-the examples themselves unless they are trusted: they may be hundreds of gigabytes. What older
-versions prepared lists no files; its examples are compared with the digests of their tokens.
+`corpus.json` is sealed and lists SHA-256 of every file; older versions have digests of tokens.
 """
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_from_disk
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RecipeError, opening, redacted
@@ -28,7 +23,6 @@ from opfa.upstream.recipe import Corpus
 # What another machine may call otherwise, and what examples that are there no longer depend on.
 PATHS = {"documents", "tokenizer", "bad_records"}
 SPLITS = ("train", "validation")
-LARGE = 1 << 30  # bytes of examples; to check more takes so long that a bar is shown
 AGAIN = "prepare it again, or get it again"
 log = logging.getLogger(__name__)
 
@@ -46,7 +40,7 @@ class Prepared:
     def open(cls, directory: Path, corpus: Corpus) -> "Prepared":
         """Open a directory; checks that it was made from this corpus section and is unchanged."""
         summary = summary_of(directory, corpus)
-        for name in _with_bar(directory, _examples_of(summary)):
+        for name in _examples_of(summary):
             _check_examples(directory, summary, name)
         return cls.load(directory, summary)
 
@@ -55,9 +49,8 @@ class Prepared:
         """Open what was checked."""
         tokenizer = load_tokenizer(str(directory / "tokenizer"))
         if tokenizer_digest(tokenizer) != summary["tokenizer_sha256"]:
-            raise DataError(
-                f"{directory}/tokenizer: its vocabulary is not the one that the examples had"
-            )
+            what = "its vocabulary is not the one that the examples had"
+            raise DataError(f"{directory}/tokenizer: {what}")
         train, validation = (_split(directory / name) for name in SPLITS)
         return cls(train=train, validation=validation, tokenizer=tokenizer, summary=summary)
 
@@ -70,9 +63,7 @@ class Prepared:
 def open_together(
     directory: Path, corpus: Corpus, *, trust_data: bool, beat: Callable[[str], None]
 ) -> Prepared:
-    """Open a prepared directory on every rank. Collective. Machines may have copies of their own,
-    so one process of each checks the files; what is wrong on one machine ends all of them.
-    """
+    """Open a directory on every rank; one process of each machine checks it. Collective."""
     summary = distributed.on_every_rank(lambda: summary_of(directory, corpus))
     if len(set(distributed.gather_texts(str(summary)))) > 1:
         raise DataError(f"{directory}: holds other examples on one machine than on another")
@@ -83,7 +74,9 @@ def open_together(
             _check_examples(directory, summary, name)
 
     names = () if trust_data else _examples_of(summary)
-    for name in _with_bar(directory, names):
+    if names:
+        log.info("%s: checking the examples", directory)
+    for name in names:
         beat(f"checking {directory / name}")
         distributed.on_every_rank(lambda name=name: check(name))
     return distributed.on_every_rank(lambda: Prepared.load(directory, summary))
@@ -107,10 +100,8 @@ def summary_of(directory: Path, corpus: Corpus) -> dict[str, Any]:
         assert all(isinstance(digest, str) for digest in digests)
         for key, value in redacted(corpus.model_dump(mode="json", exclude=PATHS)).items():
             if made_with[key] != value:
-                raise RecipeError(
-                    f"corpus.{key} = {value!r}: but {directory} was prepared with "
-                    f"{made_with[key]!r}"
-                )
+                other = f"but {directory} was prepared with {made_with[key]!r}"
+                raise RecipeError(f"corpus.{key} = {value!r}: {other}")
     if known is not None:
         _check_small(directory, known)
     if found == OLD_FORMAT and corpus.objective == "mlm+nsp":
@@ -153,20 +144,6 @@ def _check_examples(directory: Path, summary: dict[str, Any], name: str) -> None
             found, known = seal.digest(directory / name), summary[seal.FILES][name]
     if found != known:
         raise DataError(f"{directory}: not as `opfa prepare` wrote it: {name} has changed; {AGAIN}")
-
-
-def _with_bar(directory: Path, names: Iterable[str]) -> Iterator[str]:
-    """These names; on a terminal with a progress bar, where their files are large."""
-    names = list(names)
-    sizes = [path.stat().st_size if (path := directory / name).is_file() else 0 for name in names]
-    if sum(sizes) < LARGE or launch.place().rank > 0 or not sys.stderr.isatty():
-        yield from names
-        return
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"checking {directory}", total=sum(sizes))
-        for name, size in zip(names, sizes, strict=True):
-            yield name
-            progress.advance(task, size)
 
 
 def _split(directory: Path) -> Dataset:

@@ -1,11 +1,7 @@
-"""Upstream training: prepare a teacher, or prune a student under one (Prune Once for All, section
-3). The loop is `opfa.training.loop`.
-
-Without [pruning] and [distillation] this is ordinary pre-training and gives the losses of a plain
-loop, step by step.
-"""
+"""Upstream training: prepare a teacher, or prune a student under one, in `training.loop`."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +14,10 @@ from torch import Tensor, nn
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
-from opfa.models.pretraining import (
-    compile_models,
-    decay_groups,
-)
+from opfa.models.pretraining import compile_models, decay_groups
 from opfa.report import pictures as report
 from opfa.sparsity.layers import hold_weights
-from opfa.training import began, distributed, launch
+from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
 from opfa.training.clock import Clock
 from opfa.training.concerns import Evaluating, Pruning
@@ -38,7 +31,7 @@ from opfa.upstream import objective
 from opfa.upstream.batches import Batch, masker, training_steps, validation_batches
 from opfa.upstream.objective import Counts, Objective
 from opfa.upstream.prepared import Prepared, open_together
-from opfa.upstream.progress import Meter, global_losses, mean_losses
+from opfa.upstream.progress import global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.student import load_student, load_teacher
 
@@ -53,9 +46,8 @@ def pretrain(
 ) -> None:
     """Run a recipe to its end and write RUN/model. Collective.
 
-    The files of the examples are read once before, and compared with their digests, unless
-    `trust_data`. Raises `Stopped` when SIGTERM or Ctrl-C ended it after a resume point was saved,
-    and `LostContactError` when another process of the launch is gone.
+    The files of the examples are compared with their digests before, unless `trust_data`. Raises
+    `Stopped` when a signal ended a run that is saved, `LostContactError` when a process is gone.
     """
     launch.check_rendezvous()
     file = recipe.deepspeed_file(launch.place().world_size)
@@ -94,10 +86,7 @@ class Trainer:
         self.pruner = Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
         if recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
-        self.launched: dict[str, Any] = {
-            "world_size": self.order.world_size,
-            "deepspeed": file.values(),
-        }
+        self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
         self.engine = Engine(
             Objective(self.student, recipe.distillation, self.clock, recipe.launch.compile),
             decay_groups(self.student, training.weight_decay),
@@ -110,16 +99,15 @@ class Trainer:
             file=file,
         )
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
-        self.meter = Meter()
+        self._since, self._num_tokens = time.monotonic(), 0.0  # since the last row
         self._is_of_states_alone = recipe.metric == "hidden_loss"
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
-        settings = self.recipe.distillation
-        read = {"model.init": self.recipe.model.init}
-        read["distillation.teacher"] = settings.teacher if settings else None
-        size = self.order.world_size
-        return {"world_size": size, "data": self.prepared.summary, **began.models(read)}
+        settings, size = self.recipe.distillation, self.order.world_size
+        teacher = settings.teacher if settings else None
+        models = {"model.init": self.recipe.model.init, "distillation.teacher": teacher}
+        return {"world_size": size, "data": self.prepared.summary, **began.models(models)}
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """Pruning, if the recipe has some; evaluation."""
@@ -145,7 +133,7 @@ class Trainer:
         """What the global batch holds. Collective."""
         local = [sum(column) for column in zip(*(b.counts() for b in micro_batches), strict=True)]
         counts = Counts(*(max(1.0, count) for count in distributed.sum_over_ranks(local)))
-        self.meter.add(counts)
+        self._num_tokens += counts.real
         return counts
 
     def holding(self, num_passes: int) -> contextlib.AbstractContextManager[None]:
@@ -182,27 +170,25 @@ class Trainer:
     def row(self, at: Progress) -> Row:
         """Losses of the last step, and rates. Collective."""
         alone, norm = self._is_of_states_alone, at.grad_norm
-        return {
+        found: Row = {
             **global_losses(at.losses, at.step - 1, is_of_states_alone=alone),
             "learning_rate": at.learning_rate,
             "sparsity": self.pruner.sparsity() if self.pruner else 0.0,
             "grad_norm": None if norm is None else float(norm),
-            **self.meter.rates(),
         }
+        now = time.monotonic()  # after the GPU was waited for
+        found["tokens_per_second"] = round(self._num_tokens / (now - self._since), 1)
+        self._since, self._num_tokens = now, 0.0
+        return found
 
     def evaluate(self) -> dict[str, float]:
-        """The student's mean losses on held-out examples, and its distance from a teacher whose
-        hidden states it learns. Every rank computes the same.
-        """
+        """The student's mean losses on held-out examples; the same on every rank."""
         self.supervisor.beat("evaluating")
-        num_examples = self.recipe.logging.evaluate_examples
-        micro_batch = self.order.micro_batch
-        batches = validation_batches(
-            self.prepared, self.mask, batch=micro_batch, num_examples=num_examples
-        )
+        num, size = self.recipe.logging.evaluate_examples, self.order.micro_batch
+        batches = validation_batches(self.prepared, self.mask, batch=size, num_examples=num)
         settings, alone = self.recipe.distillation, self._is_of_states_alone
         teacher = self.teacher if settings and settings.hidden_weight else None
-        with self.holding(num_examples):
+        with self.holding(num):
             found = (batch.to(self.device) for batch in batches)
             return mean_losses(self.engine.module, found, teacher, is_of_states_alone=alone)
 
@@ -220,7 +206,8 @@ class Trainer:
             metric, pictures = self.recipe.metric, directory / "report"
             report.pretraining_pictures(at.run.rows(), metric, result, pictures)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
-            at.run.finish({"step": at.step, "sparsity": sparsity, "model_sha256": digest})
+            facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
+            finished.write(directory, facts)
         distributed.barrier()
 
 
@@ -229,9 +216,8 @@ def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size:
     batch = recipe.training.batch
     micro_batch = recipe.launch.micro_batch or batch // world_size
     if batch % world_size:
-        raise RecipeError(
-            f"training.batch = {batch}: can't be shared out evenly over {world_size} processes"
-        )
+        what = f"can't be shared out evenly over {world_size} processes"
+        raise RecipeError(f"training.batch = {batch}: {what}")
     if batch % (micro_batch * world_size):
         raise RecipeError(
             f"training.batch = {batch}: is not a multiple of launch.micro_batch x processes = "

@@ -1,10 +1,6 @@
-"""How an upstream run goes: the global batch's losses, held-out losses, tokens per second.
-
-Only here a run waits for its GPU: losses stay where they were computed until a row is logged.
-"""
+"""The global batch's losses, and held-out losses. Only here a run waits for its GPU."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -24,8 +20,8 @@ def mean_losses(
     *,
     is_of_states_alone: bool = False,
 ) -> dict[str, float]:
-    """The mean losses per predicted token and per sequence of an `Objective`, without dropout; with
-    a teacher also its distance in hidden states, per real token; or that alone.
+    """An `Objective`'s mean losses per predicted token and sequence, without dropout; with a
+    teacher also the distance of hidden states per real token, or that alone.
     """
     module.eval()
     sums, counts = [0.0] * 4, [0] * 4
@@ -47,39 +43,17 @@ def global_losses(
     losses: Sequence[Sequence[torch.Tensor]], step: int, *, is_of_states_alone: bool = False
 ) -> dict[str, float]:
     """The global batch's losses from those of this rank's micro-batches, or of hidden states alone.
-    Waits for a GPU.
 
-    Collective; raises `RunError` on every rank when one is not finite.
+    Collective, and waits for a GPU; raises `RunError` on every rank when one is not finite.
     """
     local = torch.stack([torch.stack(tuple(parts)) for parts in losses]).double().sum(0).tolist()
     total, *parts = distributed.sum_over_ranks(local)
     if not math.isfinite(total):
         places = distributed.gather_texts(f"{local[0]}")
         ranks = [rank for rank, value in enumerate(places) if value in ("nan", "inf", "-inf")]
-        raise RunError(
-            f"step {step + 1}: the loss is not finite on rank {ranks}; "
-            "nothing was changed by this step"
-        )
+        what = f"the loss is not finite on rank {ranks}; nothing was changed by this step"
+        raise RunError(f"step {step + 1}: {what}")
     if is_of_states_alone:
         return {"loss": total, "hidden_loss": parts[-1]}
     names = (f"{name}_loss" for name in Losses._fields[1:])
     return {"loss": total, **dict(zip(names, parts, strict=True))}
-
-
-class Meter:
-    """Counts tokens per second."""
-
-    def __init__(self) -> None:
-        """Start the clock."""
-        self._since, self._num_tokens = time.monotonic(), 0.0
-
-    def add(self, counts: Counts) -> None:
-        """One step is done."""
-        self._num_tokens += counts.real
-
-    def rates(self) -> dict[str, float]:
-        """Real tokens per second, over all ranks, since the last call."""
-        now = time.monotonic()
-        rate = self._num_tokens / (now - self._since)
-        self._since, self._num_tokens = now, 0.0
-        return {"tokens_per_second": round(rate, 1)}

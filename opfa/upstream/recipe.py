@@ -1,6 +1,4 @@
-"""What an upstream recipe can say: corpus, model, training, and for a student its teacher and
-pruning.
-"""
+"""What an upstream recipe can say: corpus, model, training, and a student's teacher and pruning."""
 
 from typing import Literal, Self
 
@@ -9,7 +7,7 @@ from pydantic import Field, model_validator
 from opfa.compression.schedules import LearningRate
 from opfa.errors import RecipeError
 from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Steps, Weight
-from opfa.training.sections import Pruning, Teacher
+from opfa.training.sections import Pruning, Saving, Teacher, learning_rate
 from opfa.training.zero import DeepSpeedFile
 
 LAYERS = ("num_hidden_layers", "n_layers")  # as a transformers configuration says it
@@ -158,8 +156,8 @@ class Launch(Section):
     """A rank that hangs longer ends the job."""
 
 
-class Logging(Section):
-    """How often something is logged, evaluated and saved, and where else metrics go."""
+class Evaluating(Section):
+    """How often something is logged and evaluated."""
 
     every_steps: Count = 100
     """Steps between logged rows."""
@@ -167,14 +165,10 @@ class Logging(Section):
     """Steps between evaluations of the held-out loss."""
     evaluate_examples: Count = 512
     """Held-out examples that are evaluated."""
-    checkpoint_steps: Count = 1_000
-    """Steps between resume points."""
-    keep_checkpoints: Count = 2
-    """Resume points that are kept."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Log to Weights & Biases too."""
-    wandb_project: str = "opfa"
-    """Its project there."""
+
+
+class Logging(Saving, Evaluating):  # keys of the last come first in digests
+    """How often something is logged, evaluated and saved, and where else metrics go."""
 
 
 class PretrainRecipe(Recipe):
@@ -198,15 +192,9 @@ class PretrainRecipe(Recipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         steps, pruning = self.training.steps, self.pruning
-        if self.training.rewind_learning_rate and pruning is None:
-            raise ValueError(
-                "training.rewind_learning_rate: needs [pruning], whose updates it follows"
-            )
-        if self.training.warmup_steps >= steps:
-            raise ValueError(
-                f"training.warmup_steps = {self.training.warmup_steps}: "
-                f"must be below steps = {steps}"
-            )
+        self.learning_rate()  # refuses one that can't be
+        if (warmup := self.training.warmup_steps) >= steps:
+            raise ValueError(f"training.warmup_steps = {warmup}: must be below steps = {steps}")
         if pruning is not None and pruning.schedule.last_update > steps:
             raise ValueError(
                 f"pruning.schedule: the last mask update, {pruning.schedule.last_update}, "
@@ -241,20 +229,17 @@ class PretrainRecipe(Recipe):
 
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
-        training, pruning = self.training, self.pruning
-        return LearningRate(
-            peak=training.learning_rate,
-            warmup_steps=training.warmup_steps,
-            steps=training.steps,
-            rewind_at=pruning.schedule if pruning and training.rewind_learning_rate else None,
+        given, rewinds = self.training, self.training.rewind_learning_rate
+        steps, warmup = given.steps, given.warmup_steps
+        return learning_rate(
+            given.learning_rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup
         )
 
 
 def _masks_nothing(found: Distillation | None) -> str:
-    keys = ("hard_weight", "soft_weight", "hidden_weight")
-    given = "there is no [distillation]"
-    if found is not None:
-        given = ", ".join(f"distillation.{key} = {getattr(found, key)}" for key in keys)
+    keys = ("hard_weight", "soft_weight", "hidden_weight") if found else ()
+    given = ", ".join(f"distillation.{key} = {getattr(found, key)}" for key in keys)
+    given = given or "there is no [distillation]"
     return (
         "masking.probability = 0: no token is masked, so only hidden states can be learnt: "
         f"distillation.hard_weight = 0, soft_weight = 0 and hidden_weight above 0; here {given}"

@@ -4,7 +4,7 @@
                is in half of the cases what follows A (label 0), else from another document (1)
     "mlm"      token streams of whole documents, parted by [SEP], cut into full sequences
 
-A document is a list of segments (sentences, or one segment for all), a segment a list of token ids.
+A document is a list of segments, a segment a list of token ids.
 """
 
 import numpy as np
@@ -16,9 +16,7 @@ from opfa.upstream.recipe import Corpus
 EXAMPLE = Features(
     {
         "input_ids": List(Value("int32")),
-        "second_segment": Value(
-            "int32"
-        ),  # index of the first token of segment B; the length if there is none
+        "second_segment": Value("int32"),  # where segment B starts; the length if there is none
         "next_sentence_label": Value("int8"),
     }
 )
@@ -42,11 +40,7 @@ def packed(
 def segment_pairs(
     documents: Dataset, index: int, corpus: Corpus, special: tuple[int, int]
 ) -> list[Example]:
-    """The pairs of one document, [CLS] A [SEP] B [SEP], by BERT's create_pretraining_data.py.
-
-    With the probability `short_sequences` the whole document aims at shorter pairs. Sentences are
-    gathered up to that aim; a pair is cut only where it is longer than a sequence.
-    """
+    """The pairs of one document, [CLS] A [SEP] B [SEP], as BERT makes them (README.md)."""
     random, documents = generator(corpus.seed, PAIRS, index), documents.with_format("arrow")
     segments = documents[index]["segments"][0].as_py()
     cls, sep = special

@@ -1,9 +1,4 @@
-"""A text to its sentences, by nupunkt: an English Punkt model (Kiss and Strunk, 2006) that comes
-with its data, and knows "Mr.", "U.S. Army", initials and "Fig. 2".
-
-The end of a line always ends a sentence, as in BERT's own files: corpora have a paragraph, a
-heading or what somebody says to a line, and joining lines would glue headings to what follows them.
-"""
+"""A text to its sentences, by nupunkt; README.md says why, and why a line's end ends a sentence."""
 
 import re
 
@@ -13,9 +8,7 @@ UNBROKEN = re.compile(r"((?<!\S)\S{1000,})")
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences in order, without the white space between them. Runs of 1,000 characters
-    without a space stay whole: nupunkt would take quadratic time.
-    """
+    """The sentences in order. 1,000 characters without a space stay whole: they would take long."""
     find = load("default").tokenize
     found: list[str] = []
     for line in text.splitlines():

@@ -1,6 +1,4 @@
-"""What an upstream run trains and learns from: the student, its frozen teacher, and the checks that
-they fit the recipe.
-"""
+"""The student of an upstream run and its frozen teacher, checked against the recipe."""
 
 import torch
 from torch import nn
@@ -26,8 +24,7 @@ def load_student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
     if recipe.model.init is not None:
         student = load_pretraining_model(recipe.model.init, objective, dropout)
     else:
-        assert recipe.model.config is not None
-        config = recipe.model.config
+        assert (config := recipe.model.config) is not None
         student = new_pretraining_model(config, objective, prepared.tokenizer, dropout)
     check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
     if recipe.pruning is None:
@@ -58,10 +55,8 @@ def _refuse_heads(model: PreTrainedModel, pattern: Pattern) -> None:
     encoder = f"{model.base_model_prefix}."
     heads = [name for name in pattern.layers(model) if not name.startswith(encoder)]
     if heads:
-        raise RecipeError(
-            f"pruning.pattern: matches {heads[0]}, which belongs to the head of pre-training; only "
-            "the encoder can be pruned"
-        )
+        what = "which belongs to the head of pre-training; only the encoder can be pruned"
+        raise RecipeError(f"pruning.pattern: matches {heads[0]}, {what}")
 
 
 def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:
