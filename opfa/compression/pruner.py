@@ -1,6 +1,4 @@
-"""The pruner: score -> grain -> selection -> masks, when the schedule says so, and the same masks
-on every rank.
-"""
+"""The pruner: score -> grain -> selection -> masks, the same on every rank, by a schedule."""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +22,8 @@ FILE = "scores.safetensors"  # in a resume point: what a score has gathered
 
 
 class Weights:
-    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of the flattened
-    parameters overrides every method, and all are collective then.
+    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of flattened
+    parameters overrides every method, each then collective.
     """
 
     ranks: Ranks = ALONE
@@ -35,9 +33,7 @@ class Weights:
         return parameter.detach().view(-1)
 
     def read_gradient(self, layer: MaskedLinear) -> Tensor:
-        """This rank's run, in fp32, of the gradient of the global batch by the weight that a layer
-        computes with, since the last call. The layer must keep it.
-        """
+        """This rank's fp32 run of the global batch's gradient, which the layer has to keep."""
         return layer.take_gradient().view(-1)
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
@@ -68,9 +64,7 @@ class Pruner:
         score: Score | None = None,
         grain: Grain | None = None,
     ) -> None:
-        """Mask the layers that the pattern names; all their weights are kept until the first
-        update. `score` and `grain` replace the pattern's.
-        """
+        """Mask the layers that the pattern names. `score` and `grain` replace the pattern's."""
         self.schedule, self.pattern = schedule, pattern
         self.layers = mask_layers(model, pattern.layers(model))
         self._model, self._layers = model, {f"{n}.weight": m for n, m in self.layers.items()}
@@ -80,7 +74,7 @@ class Pruner:
 
     @torch.no_grad()
     def after_backward(self, step: int, weights: Weights | None = None) -> None:
-        """Let the score observe the gradient of the optimizer's step that comes next, the `step`th.
+        """Let the score observe the gradient before the optimizer's step number `step`.
 
         A gradient that overflowed fp16 is left out, as the optimizer leaves out its step.
         """
@@ -98,8 +92,7 @@ class Pruner:
     def after_step(self, step: int, weights: Weights | None = None) -> bool:
         """Update the masks if the schedule says so after `step` steps; whether it did.
 
-        Raises `RunError` on every rank when a score is not finite, and when the ranks come to
-        different masks.
+        Raises `RunError` on every rank for scores that aren't finite and masks that differ.
         """
         self._keep_gradients(step + 1)
         if not self.schedule.is_update(step):

@@ -1,8 +1,7 @@
-"""The weights of a release: in fp32 as they were trained, in 16 bits, or the matrices in 8; in one
-file that plain transformers reads, or in a compact one.
+"""The weights of a release: in fp32, in 16 bits, or the matrices in 8; plain, or compact.
 
-Zeros stay where the masks have them, whatever the type: a live weight that a smaller type rounds to
-zero becomes its smallest normal number.
+Zeros stay where the masks have them: a live weight that a smaller type rounds to zero becomes its
+smallest normal number.
 """
 
 from collections.abc import Mapping
@@ -45,10 +44,9 @@ def write_weights(
 ) -> Written:
     """Write the weights of a finished model into a directory, and read them again.
 
-    `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers
-    and what the model was quantized in are written in 8 bits, and with `embeddings` every embedding
-    too; other matrices in `dtype`, and vectors in fp32. Raises `ModelError` if a tensor that is not
-    in 8 bits isn't the same in the file.
+    `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers,
+    what the model was quantized in, and with `embeddings` every embedding are written in 8 bits,
+    other matrices in `dtype`, and vectors in fp32.
     """
     files = sorted(source.glob("model*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in compact.tensors(path)}
@@ -81,11 +79,9 @@ def _schemes(
     source: Path, tensors: Mapping[str, Tensor], pruned: set[str], embeddings: bool
 ) -> dict[str, quant.Scheme]:
     """How each matrix goes into 8 bits: as the model was quantized, else with a scale a row."""
-    schemes: dict[str, quant.Scheme] = {name: "channel" for name in pruned}
     parts = ("encoder", "embeddings") if embeddings else ("encoder",)
-    for name, tensor in tensors.items():
-        if part_of(name, tensor.shape) in parts:
-            schemes[name] = "channel"
+    chosen = {name for name, tensor in tensors.items() if part_of(name, tensor.shape) in parts}
+    schemes: dict[str, quant.Scheme] = dict.fromkeys(pruned | chosen, "channel")
     ranges = source / quant.FILE
     for key, scale in (load_file(ranges) if ranges.is_file() else {}).items():
         name = key.removesuffix("_scale")

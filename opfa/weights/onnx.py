@@ -1,9 +1,8 @@
 """The weights in an ONNX file, ours or another exporter's.
 
-Our files hold matrices under the names and in the layout of the state dict. Others transpose them
-to [input, output] and call them onnx::MatMul_123; the node that multiplies by one still says which
-module it was (/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is whatever equals the zero
-point. Rejected: onnx_graph.py, which needs torch's exporter and transformers to be there.
+Our files have the names and the layout of the state dict. Others transpose matrices to [input,
+output] and call them onnx::MatMul_123; the node that multiplies by one says which module it was
+(/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is whatever equals the zero point.
 """
 
 import os

@@ -1,13 +1,10 @@
 """Where the tensors of a checkpoint come from: files, directories, runs, ONNX files, the Hub.
 
 Every source is one iterator of (name, tensor). A tensor that the caller doesn't want may come
-without its values, on torch's "meta" device: it has a name, a shape and a type, and costs nothing.
-No model class, no code of the checkpoint and no unsafe pickle is used. A new kind of file is one
-more row of `READERS`. Rejected: loading models with transformers, which downloads all of them and
-fills what a file lacks with random numbers.
+without its values, on torch's "meta" device. No model class, no code of the checkpoint and no
+unsafe pickle is used. A new kind of file is one more row of `READERS`.
 """
 
-import contextlib
 import fnmatch
 import json
 import os
@@ -50,8 +47,8 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """The source that a path or Hub name means; raises `ModelError` if there is none, and while
-    tensors are read if weights are stored apart from their masks.
+    """The source that a path or Hub name means. While tensors are read, weights that are stored
+    apart from their masks raise `ModelError`.
     """
     source = _source(name)
 
@@ -77,17 +74,14 @@ def is_mask(name: str, shape: Sequence[int]) -> bool:
 
 def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
     """Raise `ModelError` if a mask has a zero where the weight beside it has none; `found` are the
-    nonzeros of weights. A mask of rows or columns is [out, 1] or [1, in]; one of another shape
-    masks something else.
+    nonzeros of weights. A mask of rows or columns is [out, 1] or [1, in].
     """
     for name, mask in masks.items():
         weight = f"{name.rpartition('.')[0]}.weight"
-        live = found.get(weight)
-        if live is None or any(
-            m not in (1, n) for m, n in zip(mask.shape, live.shape, strict=True)
-        ):
+        if (live := found.get(weight)) is None:
             continue
-        if bool((live & ~mask).any()):
+        is_its = all(m in (1, n) for m, n in zip(mask.shape, live.shape, strict=True))
+        if is_its and bool((live & ~mask).any()):
             raise ModelError(
                 f"{where}: {name}: a mask that is not applied: {weight} has live weights where it "
                 "is zero; multiply the two, and save the model again"
@@ -97,7 +91,7 @@ def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
 def _source(name: str) -> Source:
     path = Path(name)
     if path.is_file():
-        return _files([path], beside=None)
+        return _files([path], is_whole=False)
     if path.is_dir():
         return _directory(path)
     refuse_path(name, "no such directory or file")
@@ -140,9 +134,7 @@ def small_files_of(name: str) -> Path:
 
 
 def _downloaded(name: str, patterns: list[str]) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    return downloaded(name, patterns)
+    return Path(name) if Path(name).is_dir() else downloaded(name, patterns)
 
 
 def _checked(
@@ -169,7 +161,7 @@ def _directory(directory: Path) -> Source:
     if is_run and (directory / "model").is_dir():
         return _directory(directory / "model")
     files, tensors = weight_files(names, directory, lambda name: _read(directory / name))
-    return _files([directory / name for name in files], beside=directory, tensors=tensors)
+    return _files([directory / name for name in files], tensors)
 
 
 def _read(path: Path) -> bytes:
@@ -179,7 +171,7 @@ def _read(path: Path) -> bytes:
 
 
 def _files(
-    files: list[Path], beside: Path | None, tensors: Mapping[str, str] | None = None
+    files: list[Path], tensors: Mapping[str, str] | None = None, *, is_whole: bool = True
 ) -> Source:
     """Files together. One alone may be a part of a model: a sparsity.json is not about it."""
     for file in files:
@@ -188,10 +180,8 @@ def _files(
         check_weights(file)
 
     def read_json(name: str) -> Any:  # Any: what JSON can hold
-        if beside is None and name != "config.json":
-            return None
         path = files[0].with_name(name)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) or not (is_whole or name == "config.json"):
             return None
         content = _read(path)
         with opening(path, ModelError, "not valid JSON"):
@@ -219,28 +209,19 @@ def _parts(file: Path) -> list[Path]:
     return [file, *data_files(file)]
 
 
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Turn every way in which a file can't be read into one `ModelError`."""
-    with opening(file):
-        try:
-            yield
-        except pickle.UnpicklingError as error:  # torch's text says how to run its code
-            raise ModelError(
-                f"{file}: can't be read: no pickle, or one of more than tensors"
-            ) from error
-
-
 def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    with _readable(file):  # pages of the mapped file are read when they are used
+    with opening(file):  # pages of the mapped file are read when they are used
         yield from compact.tensors(file, wanted)
 
 
-def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted
-    with _readable(file):
+def _pickle(file: Path, _: Wanted) -> Iterator[tuple[str, Tensor]]:
+    with opening(file):
         is_mapped = zipfile.is_zipfile(file)  # files from before 2020 are not
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+        except pickle.UnpicklingError as error:  # torch's text says how to run its code
+            problem = "can't be read: no pickle, or one of more than tensors"
+            raise ModelError(f"{file}: {problem}") from error
     if not isinstance(state, dict):
         raise ModelError(f"{file}: holds a {type(state).__name__}, not a state dict")
     for name, value in state.items():
@@ -257,8 +238,7 @@ def _plain(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _onnx(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted
+def _onnx(file: Path, _: Wanted) -> Iterator[tuple[str, Tensor]]:
     from opfa.weights.onnx import read_onnx  # an optional extra
 
     return read_onnx(file)
