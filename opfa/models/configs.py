@@ -1,6 +1,4 @@
-"""Configurations and tokenizers of a directory or Hub name, loaded by plain transformers, after a
-check that nothing in the directory asks for code.
-"""
+"""Configurations and tokenizers, loaded by plain transformers once nothing asks for code."""
 
 import contextlib
 import importlib.util
@@ -60,15 +58,11 @@ def loading(what: str, name: str) -> Iterator[None]:
             if "trust_remote_code" in str(error):  # its advice can't be followed here
                 raise code_refused(f"{what} {name!r}", ["auto_map"]) from error
             if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
-                reason = f"can't be loaded: {_no_sentencepiece()}"
-                raise ModelError(f"{what} {name!r}: {reason}") from error
+                reason = "its sentencepiece model is damaged, or is none"
+                if importlib.util.find_spec("sentencepiece") is None:
+                    reason = "its tokenizer needs sentencepiece: pip install sentencepiece"
+                raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
             raise
-
-
-def _no_sentencepiece() -> str:
-    if importlib.util.find_spec("sentencepiece") is None:
-        return "its tokenizer is of sentencepiece, which is missing: pip install sentencepiece"
-    return "its sentencepiece model is damaged, or is none"
 
 
 def checked_directory(what: str, name: str, *, with_weights: bool = False) -> Path:
@@ -112,9 +106,7 @@ def new_config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or Hub name; raises `ModelError` where its files are not there,
-    for which transformers makes one up that knows no word.
-    """
+    """The tokenizer of a directory or Hub name; without files transformers would make one up."""
     directory = checked_directory("tokenizer", name)
     with loading("tokenizer", name):
         if needed := tokenizer_files(directory, {}):

@@ -1,6 +1,5 @@
-"""Encoders with their pre-training heads, taken apart so that the vocabulary projection can run in
-chunks: the backbone, the head's transform (dense, activation, norm), and the projection. `FAMILIES`
-says where each family keeps them; a new family is one more row.
+"""Pre-training models in parts, so that the vocabulary projection can run in chunks: backbone, the
+head's transform, projection. `FAMILIES` says where they are; a new family is one more row.
 """
 
 import copy
@@ -57,9 +56,7 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a forward pass gives before the vocabulary projection. B batch, T tokens, N of them with
-    features, H hidden.
-    """
+    """A forward pass before the vocabulary projection: B batch, T tokens, N of them, H hidden."""
 
     mlm: Tensor  # [N, H]
     nsp_logits: Tensor | None  # [B, 2]
@@ -69,8 +66,8 @@ class Features:
 def load_pretraining_model(
     name: str, objective: str, dropout: float | None = None, *, needs_head: bool = False
 ) -> PreTrainedModel:
-    """A model with its pre-training head, fp32. A head that the checkpoint lacks, or a pooler, is
-    initialized; with `needs_head`, and for tensors of the encoder, `ModelError` is raised instead.
+    """A model with its pre-training head, fp32. The checkpoint may lack the head, unless
+    `needs_head`; `ModelError` if it lacks tensors of the encoder.
     """
     config = load_config(name)
     cls = _pretraining_class(config, objective)
@@ -89,9 +86,7 @@ def new_pretraining_model(
     tokenizer: PreTrainedTokenizerBase,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model from scratch, by the values of its configuration. The size of the vocabulary and the
-    ids of special tokens are the tokenizer's, unless the values say otherwise.
-    """
+    """A model from scratch, by the values of its configuration; the others are the tokenizer's."""
     known = new_config(values).to_dict()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     ids = {name: value for name, value in special.items() if name in known and value is not None}
@@ -119,9 +114,8 @@ def _pretraining_class(config: PretrainedConfig, objective: str) -> Any:  # Auto
     if objective == "mlm":
         return AutoModelForMaskedLM
     if config.model_type != "bert":
-        raise ModelError(
-            f"objective 'mlm+nsp': {config.model_type} has no next-sentence head; use 'mlm'"
-        )
+        what = f"{config.model_type} has no next-sentence head; use 'mlm'"
+        raise ModelError(f"objective 'mlm+nsp': {what}")
     return AutoModelForPreTraining
 
 
@@ -137,12 +131,8 @@ def _attention() -> str:
 
 
 def dropouts(config: PretrainedConfig, probability: float | None) -> dict[str, float]:
-    """This probability under each name that the family has for dropout in embeddings, attention and
-    layers, to train with; nothing if it is None. Raises `ModelError` for another family.
-    """
-    if probability is None:
-        return {}
-    return dict.fromkeys(_family(config).dropouts, probability)
+    """This probability under each name that the family has for dropout; nothing if it is None."""
+    return {} if probability is None else dict.fromkeys(_family(config).dropouts, probability)
 
 
 def keep_values(model: PreTrainedModel, config: PretrainedConfig, changed: Iterable[str]) -> None:
@@ -154,9 +144,7 @@ def keep_values(model: PreTrainedModel, config: PretrainedConfig, changed: Itera
 def pretraining_features(
     model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, hidden_states: bool = False
 ) -> Features:
-    """Run the backbone, and the head's transform for the tokens at these flat positions [N], but
-    not the vocabulary projection.
-    """
+    """Run the backbone, and the head's transform for the tokens at these flat positions [N]."""
     outputs = model.base_model(**inputs, output_hidden_states=hidden_states)
     last = outputs.last_hidden_state.flatten(0, 1)[rows]
     has_nsp = isinstance(model, BertForPreTraining)

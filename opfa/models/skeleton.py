@@ -1,8 +1,7 @@
 """What a model is, found in the model itself: how large, what its tables hold, whether it computes.
 
-Built on torch's meta device, a model has shapes and nothing else, so that a configuration which
-asks for 10^12 weights costs nothing. Positions and token types are counted in the model's own
-tables, since no two families say them in the same way in a configuration.
+Positions and token types are counted in tables, since families name them in different ways in a
+configuration.
 """
 
 import contextlib
@@ -25,9 +24,7 @@ TYPES = ("token_type_embeddings",)
 def without_memory(
     most_tensors: int = MOST_TENSORS, most_weights: int | None = None
 ) -> Iterator[None]:
-    """Let modules be made without memory; raises `ModelError` once there are more tensors or
-    weights than these.
-    """
+    """Let modules be made without memory; `ModelError` for more tensors or weights than these."""
     tensors = weights = 0
 
     def look(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -60,10 +57,8 @@ def _tables(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Modul
 
 
 def num_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
-    """The longest sequence in tokens that a model has positions for; None where none is the last.
-
-    A table with a padding row is counted from after that row (RoBERTa, MPNet, ...); others may
-    leave some rows free at the beginning (BART, OPT).
+    """The longest sequence that a model has positions for. Some tables begin after a padding row
+    (RoBERTa) or an offset (BART).
     """
     found = [getattr(config, "max_position_embeddings", None)]
     for module, table in _tables(model, POSITIONS):
@@ -95,9 +90,7 @@ def num_entries(model: PreTrainedModel) -> int:
 
 
 def try_out(model: PreTrainedModel, name: str, shape: Sequence[int]) -> Mapping[str, Tensor]:
-    """What a model answers to tokens of this shape. Raises `ModelError` where it fails: its
-    configuration can be wrong in ways that only show when it computes.
-    """
+    """What a model answers to tokens of this shape; a wrong configuration may show only then."""
     check_positions(model, model.config, shape[-1])
     special = {getattr(model.config, f"{each}_token_id", None) for each in SPECIAL}
     rows = num_entries(model)
