@@ -216,8 +216,7 @@ def _load(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
         low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
         if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
             raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
-    layers = prepare(model, momentum=0.0, embeddings=names > linear)
-    for name, layer in layers.items():
+    for name, layer in prepare(model, momentum=0.0, embeddings=names > linear).items():
         layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"
     set_ranges(model, values)
     start(model)

@@ -5,7 +5,7 @@ head's transform, projection. `FAMILIES` says where they are; a new family is on
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +26,25 @@ from opfa.models.skeleton import SPECIAL, try_out, without_memory
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(NamedTuple):
     """Where a family's masked-language head is, and what its configuration calls dropout."""
 
     transform: Transform
     dropouts: tuple[str, ...]
 
 
+BERTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 FAMILIES = {
-    "bert": Family(
-        transform=lambda m, h: m.cls.predictions.transform(h),
-        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    ),
+    "bert": Family(lambda m, h: m.cls.predictions.transform(h), BERTS),
     "distilbert": Family(
-        transform=lambda m, h: m.vocab_layer_norm(m.activation(m.vocab_transform(h))),
-        dropouts=("dropout", "attention_dropout"),
+        lambda m, h: m.vocab_layer_norm(m.activation(m.vocab_transform(h))),
+        ("dropout", "attention_dropout"),
     ),
     "roberta": Family(
-        transform=lambda m, h: m.lm_head.layer_norm(nn.functional.gelu(m.lm_head.dense(h))),
-        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        lambda m, h: m.lm_head.layer_norm(nn.functional.gelu(m.lm_head.dense(h))), BERTS
     ),
     "modernbert": Family(
-        transform=lambda m, h: m.head(h),
-        dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        lambda m, h: m.head(h), ("embedding_dropout", "attention_dropout", "mlp_dropout")
     ),
 }
 

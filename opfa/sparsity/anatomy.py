@@ -6,6 +6,7 @@ A head or an adapter (LoRA's B) often begins as zeros, so there it is new and ha
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -103,15 +104,14 @@ def problem_of_storage(name: str) -> str | None:
     """Why a tensor's name shows that a weight is stored apart from its mask, or in parts."""
     if not APART.search(name):
         return None
-    if "parametrizations" in name:
-        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"
-    elif name.endswith("_orig"):
-        remedy = "torch.nn.utils.prune.remove(layer, ...)"
-    else:
+    if name.endswith("mask_scores"):
         return f"{name}: scores from which masks are made; apply the masks to the weights first"
+    is_new = "parametrizations" in name
+    function = "parametrize.remove_parametrizations" if is_new else "prune.remove"
     return (
-        f"{name}: this weight is stored apart from its mask or in parts; call {remedy} for each "
-        "such layer, so that its zeros are in its weight, and save the model again"
+        f"{name}: this weight is stored apart from its mask or in parts; call "
+        f"torch.nn.utils.{function}(layer, ...) for each such layer, so that its zeros are in its "
+        "weight, and save the model again"
     )
 
 
@@ -144,29 +144,16 @@ def paired_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
     """Which names of two checkpoints mean the same tensor: equal, or one is the other behind the
     path of a base model (`bert.`), and no second one is.
     """
-    ours, theirs = list(ours), list(theirs)
-    pairs = {name: name for name in set(ours) & set(theirs)}
-    open_ours = [name for name in ours if name not in pairs]
-    open_theirs = [name for name in theirs if name not in pairs]
-    longer = _by_endings(open_ours), _by_endings(open_theirs)
-    for name in open_ours:
-        found = {n for n in open_theirs if n in _endings(name)} | set(longer[1].get(name, []))
-        if len(found) == 1:
-            other = found.pop()
-            back = {n for n in open_ours if n in _endings(other)} | set(longer[0].get(other, []))
-            if len(back) == 1:
-                pairs[name] = other
+    ours, theirs = dict.fromkeys(ours), dict.fromkeys(theirs)
+    found = [(name, name) for name in ours if name in theirs]
+    ours_left, theirs_left = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    found += [(name, end) for name in ours_left for end in _endings(name) if end in theirs_left]
+    found += [(end, name) for name in theirs_left for end in _endings(name) if end in ours_left]
+    counts = Counter(one for one, _ in found), Counter(other for _, other in found)
+    pairs = {a: b for a, b in found if counts[0][a] == counts[1][b] == 1}
     return {name: pairs[name] for name in ours if name in pairs}
 
 
 def _endings(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts))]
-
-
-def _by_endings(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        for ending in _endings(name):
-            found.setdefault(ending, []).append(name)
-    return found

@@ -90,9 +90,9 @@ def compare(a: str, b: str) -> Comparison:
     compared = {name: other for name, other in pairs.items() if name not in shapes}
     if not compared:
         raise ModelError(f"{a}, {b}: no two matrices have the same shape, so nothing to compare")
-    masks = _masks(first), _masks(second)
+    masks_a, masks_b = _masks(first), _masks(second)
     tensors = {
-        name: _compared(first[name], second[other], masks[0][name], masks[1][other])
+        name: _compared(first[name], second[other], masks_a[name], masks_b[other])
         for name, other in compared.items()
     }
     sparse = [name for name, row in tensors.items() if row.zeros_a or row.zeros_b]
@@ -100,9 +100,9 @@ def compare(a: str, b: str) -> Comparison:
     total = _total(list(tensors.values()))
     only_a = [name for name in first if name not in pairs]
     only_b = [name for name in second if name not in pairs.values()]
-    unpaired = [name for name in only_a if not masks[0][name].all()]
-    unpaired += [name for name in only_b if not masks[1][name].all()]
-    unpaired += [n for n in shapes if not (masks[0][n].all() and masks[1][pairs[n]].all())]
+    unpaired = [name for name in only_a if not masks_a[name].all()]
+    unpaired += [name for name in only_b if not masks_b[name].all()]
+    unpaired += [n for n in shapes if not (masks_a[n].all() and masks_b[pairs[n]].all())]
     same = not (total.only_a or total.only_b or unpaired)
     return Comparison(
         a=a,
@@ -113,8 +113,8 @@ def compare(a: str, b: str) -> Comparison:
         tensors=tensors,
         layers=[LayerKinds(stack=s, layer=n, kinds=k) for (s, n), k in by_layer(shares).items()],
         fingerprints={
-            "a": fingerprint({name: masks[0][name] for name in sparse}),
-            "b": fingerprint({name: masks[1][compared[name]] for name in sparse}),
+            "a": fingerprint({name: masks_a[name] for name in sparse}),
+            "b": fingerprint({name: masks_b[compared[name]] for name in sparse}),
         },
         only_in_a=only_a,
         only_in_b=only_b,
