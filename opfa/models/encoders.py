@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
 from opfa.models.configs import checked_directory, load_config, loading, quiet_transformers
@@ -27,10 +19,10 @@ FEW_TOKENS = 5  # that a model is tried out with
 SPARE_WEIGHTS = 1 << 24  # beyond those in the files: a new head, and little memory in any case
 SPARE_TENSORS = 1_000
 HEADS: dict[str, Any] = {  # Any: Auto classes share no base
-    "SequenceClassification": AutoModelForSequenceClassification,
-    "QuestionAnswering": AutoModelForQuestionAnswering,
-    "TokenClassification": AutoModelForTokenClassification,
-    "MultipleChoice": AutoModelForMultipleChoice,
+    "SequenceClassification": transformers.AutoModelForSequenceClassification,
+    "QuestionAnswering": transformers.AutoModelForQuestionAnswering,
+    "TokenClassification": transformers.AutoModelForTokenClassification,
+    "MultipleChoice": transformers.AutoModelForMultipleChoice,
 }
 
 

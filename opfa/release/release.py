@@ -38,7 +38,7 @@ from opfa.training import finished
 from opfa.training.checkpoint import model_digest, verify
 from opfa.weights import compact
 from opfa.weights.findings import Inspection
-from opfa.weights.inspection import inspect_checkpoint, stated_report
+from opfa.weights.inspection import NOT_STATED, inspect_checkpoint, stated_report
 from opfa.weights.sources import read_before
 
 READABLE = 0o644
@@ -128,10 +128,7 @@ def _write_model(
     write_json(directory / "sparsity.json", stated)
     inspected = inspect_checkpoint(str(directory), read_before(directory, written.tensors))
     if inspected.stated != "matches":
-        raise ModelError(
-            f"{model}: its zeros are not what its sparsity.json says; was it changed after it was "
-            "written?"
-        )
+        raise ModelError(f"{model}: {NOT_STATED}")
     return written, inspected
 
 
@@ -189,17 +186,12 @@ def _checked(step: Step) -> dict[str, Any]:
     if finished.files(step.done):
         changed = finished.changed_model(model)
     else:
-        log.warning(
-            "%s: was finished by an older version, which noted SHA-256 of its weights alone; that "
-            "its configuration, tokenizer, recipe and results are what it wrote can't be checked",
-            step.run,
-        )
+        what = "noted SHA-256 of its weights alone; its other files can't be checked"
+        log.warning("%s: was finished by an older version, which %s", step.run, what)
         changed = "" if model_digest(model) == step.done["model_sha256"] else "its weights"
     if changed:
-        raise ModelError(
-            f"{model}: its files are not those that the run wrote and evaluated: {changed} "
-            f"(SHA-256 in {step.run / finished.FILE})"
-        )
+        what = f"not those that the run wrote and evaluated: {changed}"
+        raise ModelError(f"{model}: its files are {what} (SHA-256 in {step.run / finished.FILE})")
     stated = stated_report(model)
     if stated is None:
         raise ModelError(f"{model}: has no sparsity.json; was this model written by opfa?")
@@ -218,10 +210,8 @@ def _measuring(step: Step, overrides: Sequence[str], *, may_round: bool) -> Fine
 def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> list[Row]:
     found = measure(str(directory), recipe)
     if found.examples_sha256 != before.data:
-        raise RunError(
-            f"task.validation = {recipe.task.validation!r}: is other data than the run was "
-            "evaluated on; a release is measured on the same"
-        )
+        what = "is other data than the run was evaluated on; a release is measured on the same"
+        raise RunError(f"task.validation = {recipe.task.validation!r}: {what}")
     return [replace(before, metrics=found.metrics), replace(before, label="before it was rounded")]
 
 

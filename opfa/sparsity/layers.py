@@ -135,11 +135,7 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks in force, by the name of the weight that each belongs to."""
-    return {f"{name}.weight": layer.mask for name, layer in _pruned_layers(model).items()}
-
-
-def _pruned_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    return {name: layer for name, layer in masked_layers(model).items() if layer.is_pruned}
+    return {f"{name}.weight": m.mask for name, m in masked_layers(model).items() if m.is_pruned}
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -147,9 +143,10 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     own = masks_of(model)
     if {n: mask.shape for n, mask in own.items()} != {n: mask.shape for n, mask in masks.items()}:
         raise ModelError("the masks and this model's masked layers have different names or shapes")
-    for name, layer in _pruned_layers(model).items():
-        assert not layer.is_held, "masks change while effective weights are held"
-        layer.mask.copy_(masks[f"{name}.weight"])
+    held = any(layer.is_held for layer in masked_layers(model).values())
+    assert not held, "masks change while effective weights are held"
+    for name, mask in own.items():
+        mask.copy_(masks[name])
 
 
 def zero_masks(model: nn.Module) -> Masks:
@@ -199,9 +196,8 @@ def whole_weight(name: str, layer: nn.Linear) -> Tensor:
     if layer.weight.ndim != 2:
         raise ModelError(
             f"{name}.weight: is partitioned (ZeRO 3?), and whole weights are needed here. Lock a "
-            "model before TrainingArguments or an engine are made; or call this, on every rank, "
-            "inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), "
-            "modifier_rank=0):`"
+            "model before TrainingArguments or an engine are made; or call this on every rank in "
+            "`with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):`"
         )
     return layer.weight
 

@@ -33,6 +33,8 @@ from opfa.weights.sources import (
     open_source,
 )
 
+NOT_STATED = "its zeros are not what its sparsity.json says; was it changed after it was written?"
+
 
 def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     """The sparsity report of a model, with the keys of sparsity.json. For a checkpoint (directory,
@@ -52,23 +54,21 @@ def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
     is_equal = all(found[key] == value for key, value in (stated or {}).items())
     layers = _layers(found["tensors"], read.dense)
     zeros, size = found["total"]["zeros"], found["total"]["size"]
-    file_bytes, limit = source.file_bytes, math.ceil(read.limit_bytes)
+    sizes: dict[str, int | None] = {"dense": read.dense_bytes, "file": source.file_bytes}
+    limit = math.ceil(read.limit_bytes)
+    sizes["limit"] = limit if limit <= source.file_bytes else None  # a file in 8 bits is below it
     return Inspection(
         name=name,
         **found,
         dense=read.dense,
-        bytes=file_bytes,
+        bytes=source.file_bytes,
         stated=None if stated is None else "matches" if is_equal else "differs",
         patterns=read.patterns,
         layers=layers,
         encoder=_sum(layers),
         whole=Share.of(zeros, size + sum(part["size"] for part in read.excluded.values())),
         excluded=read.excluded,
-        sizes={
-            "dense": read.dense_bytes,
-            "file": file_bytes,
-            "limit": limit if limit <= file_bytes else None,  # a file in 8 bits is below it
-        },
+        sizes=sizes,
         downloaded_bytes=source.downloaded_bytes(),
     )
 
@@ -77,10 +77,7 @@ def check_stated(name: str) -> dict[str, Any]:
     """The sparsity report of a checkpoint; `ModelError` if its own sparsity.json says another."""
     found = inspect(directory_of(name))
     if found["stated"] == "differs":
-        raise ModelError(
-            f"{name}: its zeros are not what its sparsity.json says; was it changed after it was "
-            "written?"
-        )
+        raise ModelError(f"{name}: {NOT_STATED}")
     return found
 
 
@@ -109,9 +106,7 @@ class _Found:
     masks: Masks = field(default_factory=dict)
     patterns: dict[str, Structure] = field(default_factory=dict)
     dense: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, dict[str, int]] = field(
-        default_factory=lambda: {part: {"tensors": 0, "size": 0} for part in PARTS}
-    )
+    excluded: dict[str, dict[str, int]] = field(default_factory=dict)
     dense_bytes: int = 0
     limit_bytes: float = 0.0
 
@@ -119,6 +114,7 @@ class _Found:
 def _read(source: Source, stated: set[str], where: str) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
     found, beside, live = _Found(), {}, {}
+    found.excluded = {part: {"tensors": 0, "size": 0} for part in PARTS}
     num_heads = _num_heads(source.read_json("config.json"))
 
     def is_linear(name: str, shape: Sequence[int]) -> bool:

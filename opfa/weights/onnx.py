@@ -75,10 +75,8 @@ def _graph(file: Path) -> onnx.GraphProto:
 
 
 def _tensor(values: np.ndarray, file: Path, name: str) -> Tensor:
-    try:
+    with opening(f"{file}: {name}"):
         return torch.from_numpy(values.copy())
-    except TypeError as error:
-        raise ModelError(f"{file}: {name}: values of type {values.dtype} can't be read") from error
 
 
 def _values(item: onnx.TensorProto, file: Path) -> np.ndarray:

@@ -22,13 +22,7 @@ from opfa.errors import ModelError, opening
 from opfa.hub.cache import cached_directory, downloaded, missing_in_cache, refuse_path
 from opfa.hub.tensors import RemoteFiles
 from opfa.sparsity.anatomy import MASK, problem_of_storage
-from opfa.storage.foreign import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_content,
-    check_weights,
-    weight_files,
-)
+from opfa.storage import foreign
 from opfa.weights import compact
 from opfa.weights.compact import Wanted
 
@@ -99,7 +93,7 @@ def _source(name: str) -> Source:
     if cached is not None:
         return _directory(cached)
     remote = _remote(name)
-    files, tensors = weight_files(remote.sizes, name, remote.read)
+    files, tensors = foreign.weight_files(remote.sizes, name, remote.read)
     if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
         source = _directory(directory_of(name))
         return replace(source, downloaded_bytes=lambda: source.file_bytes)
@@ -130,7 +124,7 @@ def directory_of(name: str) -> Path:
 
 def small_files_of(name: str) -> Path:
     """The directory of a model's configurations and tokenizer. Only these are downloaded."""
-    return _downloaded(name, list(TOKENIZER_FILES))
+    return _downloaded(name, list(foreign.TOKENIZER_FILES))
 
 
 def _downloaded(name: str, patterns: list[str]) -> Path:
@@ -157,15 +151,15 @@ def _directory(directory: Path) -> Source:
     """A directory of weights, or of a run with its model in it."""
     with opening(directory):
         names = [path.name for path in directory.iterdir()]
-    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in WEIGHT_FILES)
+    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in foreign.WEIGHT_FILES)
     if is_run and (directory / "model").is_dir():
         return _directory(directory / "model")
-    files, tensors = weight_files(names, directory, lambda name: _read(directory / name))
+    files, tensors = foreign.weight_files(names, directory, lambda name: _read(directory / name))
     return _files([directory / name for name in files], tensors)
 
 
 def _read(path: Path) -> bytes:
-    check_content(path)
+    foreign.check_content(path)
     with opening(path):
         return path.read_bytes()
 
@@ -177,7 +171,7 @@ def _files(
     for file in files:
         if file.suffix not in READERS:
             raise ModelError(f"{file}: not weights; {', '.join(READERS)} can be read")
-        check_weights(file)
+        foreign.check_weights(file)
 
     def read_json(name: str) -> Any:  # Any: what JSON can hold
         path = files[0].with_name(name)
