@@ -75,10 +75,8 @@ class Pattern(Section):
         excluded = [_matches("exclude", rule, linear) for rule in self.exclude]
         names = set().union(*included) - set().union(*excluded)
         if not names:
-            raise RecipeError(
-                f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}: "
-                "no linear layer is left to prune"
-            )
+            rules = f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}"
+            raise RecipeError(f"{rules}: no linear layer is left to prune")
         return {name: layer for name, layer in linear.items() if name in names}
 
 

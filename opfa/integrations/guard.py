@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from opfa.errors import ModelError
 from opfa.sparsity.layers import MaskedLinear, masks_of, whole_weight, zero_masks
 
+HINT = "call opfa.lock(model) before the Trainer is made"
 log = logging.getLogger(__name__)
 
 
@@ -57,8 +58,7 @@ class SparsityGuard(TrainerCallback):
         if masks_of(model):
             log.info("SparsityGuard: held %s", what)
         else:
-            hint = "the model is not locked; call opfa.lock(model) before the Trainer is made"
-            log.warning("SparsityGuard: kept %s, though nothing held them: %s", what, hint)
+            log.warning("SparsityGuard: kept %s, though nothing held them; %s", what, HINT)
 
     @torch.no_grad()
     def check(self, model: nn.Module, when: str = "now") -> None:
@@ -73,7 +73,5 @@ class SparsityGuard(TrainerCallback):
                 weight = whole_weight(path, layer) if is_linear else model.get_parameter(name)
                 num_lost = int((weight[~mask.to(weight.device)] != 0).sum())
             if num_lost:
-                raise ModelError(
-                    f"{name}: {num_lost} of its {int((~mask).sum())} zeros were lost by {when}; "
-                    "call opfa.lock(model) before the Trainer is made"
-                )
+                what = f"{num_lost} of its {int((~mask).sum())} zeros were lost by {when}"
+                raise ModelError(f"{name}: {what}; {HINT}")

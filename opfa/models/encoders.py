@@ -67,10 +67,10 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def encoder_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """A bare encoder that has shapes and no memory."""
+def skeleton(config: PretrainedConfig, cls: Any = AutoModel) -> PreTrainedModel:
+    """A model, by default a bare encoder, that has shapes and no memory."""
     with loading("model", config.name_or_path or config.model_type), without_memory():
-        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+        return cls.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
 def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
-from opfa.models.encoders import encoder_skeleton
+from opfa.models.encoders import skeleton
 from opfa.models.skeleton import check_positions, num_entries, num_token_types
 
 TYPES = "token_type_ids"
@@ -18,7 +18,7 @@ def fit_tokenizer(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> None:
     """Let a tokenizer give no token types to a model that has at most one; then `check_fit`."""
-    model = encoder_skeleton(config)
+    model = skeleton(config)
     if num_token_types(model) in (0, 1) and TYPES in tokenizer.model_input_names:
         names = [name for name in tokenizer.model_input_names if name != TYPES]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
@@ -27,7 +27,7 @@ def fit_tokenizer(
 
 def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Refuse more entries or token types than the model has, and sequences that are too long."""
-    model = encoder_skeleton(config)
+    model = skeleton(config)
     entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     rows = num_entries(model)
     if entries > rows:

@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opfa.errors import ModelError, RunError, first_line
+from opfa.errors import ModelError, RunError, opening
 from opfa.models.configs import load_config, loading, new_config
-from opfa.models.encoders import FEW_TOKENS, load_weights, of_encoder
-from opfa.models.skeleton import SPECIAL, try_out, without_memory
+from opfa.models.encoders import FEW_TOKENS, load_weights, of_encoder, skeleton
+from opfa.models.skeleton import SPECIAL, try_out
 
 Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
 
@@ -82,9 +82,9 @@ def new_pretraining_model(
     dropout: float | None = None,
 ) -> PreTrainedModel:
     """A model from scratch, by the values of its configuration; the others are the tokenizer's."""
-    known = new_config(values).to_dict()
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
-    ids = {name: value for name, value in special.items() if name in known and value is not None}
+    known, names = new_config(values).to_dict(), [f"{name}_token_id" for name in SPECIAL]
+    special = {name: getattr(tokenizer, name) for name in names if name in known}
+    ids = {name: value for name, value in special.items() if value is not None}
     config = new_config({"vocab_size": len(tokenizer), **ids, **values})
     cls = _pretraining_class(config, objective)
     changed = dropouts(config, dropout)
@@ -99,9 +99,7 @@ def new_pretraining_model(
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
     """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
-    cls = _pretraining_class(config, objective)
-    with loading("model", config.name_or_path or config.model_type), without_memory():
-        return cls.from_config(config)
+    return skeleton(config, _pretraining_class(config, objective))
 
 
 def _pretraining_class(config: PretrainedConfig, objective: str) -> Any:  # Auto classes: no base
@@ -159,12 +157,9 @@ def projection(model: PreTrainedModel) -> nn.Linear:
 
 def compile_models(*models: PreTrainedModel) -> None:
     """Run their backbones through torch.compile, in place; raises `RunError` where it can't."""
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with opening("launch.compile = true", RunError, "torch can't compile here"):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except (RuntimeError, OSError) as error:
-        reason = first_line(error)
-        raise RunError(f"launch.compile = true: torch can't compile here: {reason}") from error
     for model in models:
         model.base_model.compile(dynamic=True)  # batches differ in length
 

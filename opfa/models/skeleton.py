@@ -33,19 +33,14 @@ def without_memory(
             return
         tensors, weights = tensors + 1, weights + parameter.numel()
         if tensors > most_tensors or (most_weights is not None and weights > most_weights):
-            shape = " x ".join(map(str, parameter.shape))
             what = f"more than {most_weights:,} weights" if tensors <= most_tensors else "layers"
-            raise ModelError(
-                f"its config.json asks for {what}, more than its files can hold (at a {name} of "
-                f"{shape}, tensor {tensors:,})"
-            )
+            where = f"at a {name} of {' x '.join(map(str, parameter.shape))}, tensor {tensors:,}"
+            what = f"its config.json asks for {what}, more than its files can hold"
+            raise ModelError(f"{what} ({where})")
 
-    handle = register_module_parameter_registration_hook(look)  # pyright: ignore[reportArgumentType] - may return nothing
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        handle.remove()
+    watching = register_module_parameter_registration_hook(look)  # pyright: ignore[reportArgumentType] - may return nothing
+    with watching, torch.device("meta"), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _tables(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module, Tensor]]:

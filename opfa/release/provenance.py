@@ -49,12 +49,6 @@ class Step:
         """Digest of what its metrics were measured on."""
         return self.splits["validation"]["sha256"]
 
-    def check(self) -> None:
-        """Look at all that a card says of the environment: a KeyError where it isn't there."""
-        facts, machine = self.environment, self.environment["machine"]
-        _ = self.data, facts["world_size"], dict(facts["versions"])
-        _ = machine["processors"], list(machine["accelerators"])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -73,8 +67,7 @@ def step_of(run: Path) -> Step:
     path = run / "recipe.toml"
     if not path.is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
-    done = finished.read(run)
-    values = seal.read_toml(path)
+    done, values = finished.read(run), seal.read_toml(path)
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
     public = kind.check(shortened(values), str(path))
     step = Step(
@@ -86,8 +79,9 @@ def step_of(run: Path) -> Step:
         environment=redacted(shortened(seal.read_json(run / "environment.json"))),
         start=values["model"].get("init", ""),
     )
-    with opening(run / "environment.json", RunError, "is damaged"):
-        step.check()
+    with opening(run / "environment.json", RunError, "is damaged"):  # what a card shows of it
+        machine, _ = step.environment["machine"], (step.data, step.environment["world_size"])
+        _ = dict(step.environment["versions"]), machine["processors"], list(machine["accelerators"])
     return step
 
 
@@ -109,9 +103,8 @@ def _check_start(step: Step, before: Step) -> None:
     if known and known != before.done["model_sha256"]:
         raise RunError(f"{step.run}: began with another model than {step.start} is now")
     if began and wrote and (found := seal.differences(wrote, began)):
-        raise RunError(
-            f"{step.run}: began with another model than {step.start} was when it was made: {found}"
-        )
+        what = f"began with another model than {step.start} was when it was made: {found}"
+        raise RunError(f"{step.run}: {what}")
 
 
 def shortened(value: Any) -> Any:  # Any: what JSON can hold

@@ -67,15 +67,13 @@ def parity(
     """Logits, predictions and metrics of both over a whole split; in 8 bits torch once more."""
     torch_logits = predict(model, task, split, batch=64, device="cpu")
     onnx_logits = predict(OnnxModel(path), task, split, batch=64, device="cpu")
-    both = list(zip(torch_logits, onnx_logits, strict=True))
+    pairs = zip(torch_logits, onnx_logits, strict=True)
+    both = {"torch": torch_logits, "onnx": onnx_logits}
     found: dict[str, Any] = {
         "examples": len(split.examples.texts),
-        "max_difference": max(_difference(*pair) for pair in both),
+        "max_difference": max(_difference(*pair) for pair in pairs),
         "equal_predictions": _equal(task, torch_logits, onnx_logits, split),
-    }
-    found["metrics"] = {
-        "torch": score(task, torch_logits, split),
-        "onnx": score(task, onnx_logits, split),
+        "metrics": {name: score(task, logits, split) for name, logits in both.items()},
     }
     if is_int8:
         with _disturbed(model):
@@ -96,12 +94,10 @@ def _disturbed(model: nn.Module) -> Iterator[None]:
         return output * (1 + NOISE * torch.randn(output.shape, generator=numbers))
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(disturb) for module in leaves]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in leaves:
+            hooks.enter_context(module.register_forward_hook(disturb))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:

@@ -23,7 +23,7 @@ GROUPS = (2, 4, 8, 16, 32)  # of N:M
 EDGES = (2, 4, 8, 16, 32, 64)  # of blocks
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Structure:
     """What was found in one mask; `exceptions` are zeros that the pattern doesn't explain."""
 
@@ -50,13 +50,7 @@ def structure_of(mask: Tensor, heads: tuple[int, int] | None = None) -> Structur
             or _n_of_m(mask[rows] if dead[0] else mask)
         )
         pattern, exceptions = found or (pattern, exceptions)
-    return Structure(
-        pattern=pattern,
-        exceptions=exceptions,
-        dead_rows=dead[0],
-        dead_columns=dead[1],
-        dead_heads=dead_heads,
-    )
+    return Structure(pattern, exceptions, *dead, dead_heads)
 
 
 def _explains(num_inside: int, num_zeros: int, size: int) -> bool:

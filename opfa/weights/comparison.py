@@ -82,11 +82,8 @@ def compare(a: str, b: str) -> Comparison:
     pairs = paired_names(first, second)
     if not pairs:
         raise ModelError(f"{a}, {b}: have no matrix with the same name, so nothing to compare")
-    shapes = {
-        name: [list(first[name].shape), list(second[other].shape)]
-        for name, other in pairs.items()
-        if first[name].shape != second[other].shape
-    }
+    shapes = {n: [list(first[n].shape), list(second[m].shape)] for n, m in pairs.items()}
+    shapes = {name: both for name, both in shapes.items() if both[0] != both[1]}
     compared = {name: other for name, other in pairs.items() if name not in shapes}
     if not compared:
         raise ModelError(f"{a}, {b}: no two matrices have the same shape, so nothing to compare")
