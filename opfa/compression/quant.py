@@ -71,7 +71,7 @@ class QuantLinear(MaskedLinear):
 class QuantEmbedding(nn.Embedding):
     """An embedding whose vectors are rounded to 8 bits once `is_quantizing`."""
 
-    is_quantizing: bool
+    is_quantizing = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Look vectors up, then round them by the scale of the whole table: the same, for less."""
@@ -134,8 +134,6 @@ def prepare(
     for module in model.modules():
         if embeddings and type(module) is nn.Embedding:
             module.__class__ = QuantEmbedding
-            assert isinstance(module, QuantEmbedding)
-            module.is_quantizing = False
     return layers
 
 
@@ -202,22 +200,18 @@ def load(model: nn.Module, path: Path) -> None:
     """Make a plain model compute as it did when its ranges were saved."""
     check_weights(path)
     with opening(path, ModelError, "doesn't fit the model"):
-        _load(model, load_file(path), path)
-
-
-def _load(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
-    names = {name.rpartition(".")[0] for name in values}
-    missing = names - {name for name, _ in model.named_modules()}
-    if missing:
-        raise ModelError(f"{path}: the model has no layer {min(missing)}")
-    linear = {name for name in names if f"{name}.input_low" in values}
-    mask_layers(model, linear)  # its zeros are in its weights
-    for name in sorted(linear):
-        low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
-        if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
-            raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
-    for name, layer in prepare(model, momentum=0.0, embeddings=names > linear).items():
-        layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"
-    set_ranges(model, values)
+        values = load_file(path)
+        names = {name.rpartition(".")[0] for name in values}
+        if missing := names - {name for name, _ in model.named_modules()}:
+            raise ModelError(f"{path}: the model has no layer {min(missing)}")
+        linear = {name for name in names if f"{name}.input_low" in values}
+        mask_layers(model, linear)  # its zeros are in its weights
+        for name in sorted(linear):
+            low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
+            if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
+                raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
+        for name, layer in prepare(model, momentum=0.0, embeddings=names > linear).items():
+            layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"
+        set_ranges(model, values)
     start(model)
     freeze(model)

@@ -26,18 +26,6 @@ PIPELINES = {  # of the Hub; the other kinds of tasks have the same name there
     "hidden_loss": "feature-extraction",
 }
 UPSTREAM = {"mlm_loss": "AutoModelForMaskedLM", "hidden_loss": "AutoModel"}
-LOSSES = {
-    "mlm_loss": "Loss of a masked token",
-    "hidden_loss": "Squared distance of a token's hidden states from the teacher's, a mean over "
-    "layers and their dimensions,",
-}
-INPUTS = {
-    "mlm_loss": 'tokenizer(f"The man {tokenizer.mask_token} the sea.", return_tensors="pt")',
-    "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
-    "multiple-choice": "{name: ids[None] for name, ids in "
-    'tokenizer(["He sees"] * 2, ["it.", "her."], return_tensors="pt").items()}',
-}
-ANY_INPUTS = 'tokenizer("The old man sees the sea.", return_tensors="pt")'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +98,6 @@ def model_card(release: Release) -> str:
         release=release,
         metadata=yaml.safe_dump(_metadata(release), sort_keys=False, allow_unicode=True).strip(),
         auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
-        inputs=INPUTS.get(release.purpose, ANY_INPUTS),
-        loss=LOSSES.get(release.purpose),
         data_name=_data_name(task) if task else None,
         layers=_layers(release.sparsity["tensors"]),
         picture=PICTURE,

@@ -92,7 +92,12 @@ def _source(name: str) -> Source:
     cached = cached_directory(name)
     if cached is not None:
         return _directory(cached)
-    remote = _remote(name)
+    try:
+        remote = RemoteFiles(name)
+    except ModelError as error:
+        if missing := missing_in_cache(name):
+            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
+        raise
     files, tensors = foreign.weight_files(remote.sizes, name, remote.read)
     if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
         source = _directory(directory_of(name))
@@ -103,15 +108,6 @@ def _source(name: str) -> Source:
         file_bytes=sum(remote.sizes[file] for file in files),
         downloaded_bytes=lambda: remote.num_bytes,
     )
-
-
-def _remote(name: str) -> RemoteFiles:
-    try:
-        return RemoteFiles(name)
-    except ModelError as error:
-        if missing := missing_in_cache(name):
-            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
-        raise
 
 
 def directory_of(name: str) -> Path:
