@@ -23,13 +23,11 @@ from opfa.models.configs import load_config, loading, new_config
 from opfa.models.encoders import FEW_TOKENS, load_weights, of_encoder, skeleton
 from opfa.models.skeleton import SPECIAL, try_out
 
-Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
-
 
 class Family(NamedTuple):
     """Where a family's masked-language head is, and what its configuration calls dropout."""
 
-    transform: Transform
+    transform: Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
     dropouts: tuple[str, ...]
 
 

@@ -29,7 +29,7 @@ from opfa.hub.publish import check_name, push
 from opfa.release import provenance
 from opfa.release.card import PICTURE, Release, model_card
 from opfa.release.provenance import Facts, Row, Step
-from opfa.release.rounding import PLAIN, Dtype, Format, Written, write_weights
+from opfa.release.rounding import PLAIN, Dtype, Format, write_weights
 from opfa.report import pictures as report
 from opfa.sparsity import masks
 from opfa.storage import seal
@@ -88,8 +88,8 @@ def release(
     recipe = _measuring(steps[0], overrides, may_round=(form, dtype) not in EXACT)
     with new_directory(output) as aside:
         log.info("%s: writing %s weights", output, form)
-        written, inspected = _write_model(steps[0], aside, stated, form, dtype, has_int8)
-        if recipe is not None and not written.is_same:
+        is_same, inspected = _write_model(steps[0], aside, stated, form, dtype, has_int8)
+        if recipe is not None and not is_same:
             log.info("%s: its weights are not the run's any more; measuring them", output)
             rows = [*_measured(aside, recipe, rows[0]), *rows[1:]]
         weights = sorted(aside.glob("*.safetensors"))
@@ -106,7 +106,7 @@ def release(
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
             steps=steps,
             rows=rows,
-            is_measured=written.is_same or recipe is not None,
+            is_measured=is_same or recipe is not None,
             licence=licence,
             base_model=base_model or provenance.base_model(steps),
         )
@@ -116,20 +116,20 @@ def release(
 
 def _write_model(
     step: Step, directory: Path, stated: Facts, form: Format, dtype: Dtype, embeddings: bool
-) -> tuple[Written, Inspection]:
-    """Write weights, configuration and tokenizer, and inspect them."""
+) -> tuple[bool, Inspection]:
+    """Write weights, configuration and tokenizer; whether no weight changed, and what is there."""
     model = step.run / "model"
     _copy(model, directory, finished.model_files(step.done))
     pruned = set(stated["tensors"])
-    written = write_weights(model, directory, pruned, form=form, dtype=dtype, embeddings=embeddings)
+    tensors, is_same = write_weights(model, directory, pruned, form, dtype, embeddings=embeddings)
     if form != "dense":
         config = seal.read_json(directory / "config.json", ModelError)
         _write_config({**config, **compact.CONFIG}, directory)
     write_json(directory / "sparsity.json", stated)
-    inspected = inspect_checkpoint(str(directory), read_before(directory, written.tensors))
+    inspected = inspect_checkpoint(str(directory), read_before(directory, tensors))
     if inspected.stated != "matches":
         raise ModelError(f"{model}: {NOT_STATED}")
-    return written, inspected
+    return is_same, inspected
 
 
 def _write_config(values: Facts, directory: Path) -> None:

@@ -5,7 +5,6 @@ smallest normal number.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,24 +24,17 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAIN = "model.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """Weights as they were read again from the file that was written."""
-
-    tensors: Mapping[str, Tensor]
-    is_same: bool  # as the finished model's
-
-
 def write_weights(
     source: Path,
     directory: Path,
     pruned: set[str],
-    *,
     form: Format,
     dtype: Dtype,
+    *,
     embeddings: bool = True,
-) -> Written:
-    """Write the weights of a finished model into a directory, and read them again.
+) -> tuple[dict[str, Tensor], bool]:
+    """Write the weights of a finished model into a directory; what is read again, and whether all
+    of it is as it was.
 
     `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers,
     what the model was quantized in, and with `embeddings` every embedding are written in 8 bits,
@@ -71,8 +63,7 @@ def write_weights(
     for name, tensor in plain.items():
         if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
             raise ModelError(f"{directory}: {name} was not written as it is")
-    is_same = all(torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
-    return Written(tensors=found, is_same=is_same)
+    return found, all(torch.equal(found[n].float(), t.float()) for n, t in tensors.items())
 
 
 def _schemes(

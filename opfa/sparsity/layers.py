@@ -196,8 +196,9 @@ def whole_weight(name: str, layer: nn.Linear) -> Tensor:
     if layer.weight.ndim != 2:
         raise ModelError(
             f"{name}.weight: is partitioned (ZeRO 3?), and whole weights are needed here. Lock a "
-            "model before TrainingArguments or an engine are made; or call this on every rank in "
-            "`with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):`"
+            "model before TrainingArguments or an engine are made; or call this, on every rank, "
+            "inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), "
+            "modifier_rank=0):`"
         )
     return layer.weight
 
