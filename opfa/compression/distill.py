@@ -1,16 +1,9 @@
-"""Distillation: a frozen teacher's soft targets, and the loss over the vocabulary, whose logits
-never exist for a whole batch.
+"""Distillation: loss = hard * CE(labels) + soft * T^2 * KL(teacher || student).
 
-    loss = hard * CE(labels) + soft * T^2 * KL(teacher || student)
-
-after Hinton et al. (2015) and Prune Once for All, section 3.
-
-The vocabulary projection, student's and teacher's, runs over chunks of tokens, once: each chunk's
-gradient is known as soon as its logits are, takes their place, and is added to the gradients of
-features and weight (as in Liger Kernel, Hsu et al., 2024). Nothing is computed again in the
-backward pass. All sums are scaled by counts of the whole global batch, so the result does not
-depend on how it is cut into micro-batches and ranks. Shape letters: N tokens, H hidden, V
-vocabulary.
+After Hinton et al. (2015) and Prune Once for All, section 3. The vocabulary projection runs over
+chunks of tokens, once (as in Liger Kernel, Hsu et al., 2024). All sums are scaled by counts of the
+whole global batch, so micro-batches and ranks don't change the result. Shape letters: N tokens, H
+hidden, V vocabulary.
 """
 
 import math
@@ -29,10 +22,8 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(teacher || student) summed over rows of logits [N, V], in fp32."""
     log_student = functional.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)
-    return (
-        functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-        * temperature**2
-    )
+    divergence = functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return divergence * temperature**2
 
 
 class Scales(NamedTuple):
@@ -55,15 +46,10 @@ class Sums(NamedTuple):
 
 
 class VocabularyLoss(nn.Module):
-    """The loss over the vocabulary of a projection whose parameters it shares.
-
-    A module of its own, so that an engine which shards parameters gathers them for it.
-    """
+    """The loss over the vocabulary: a module, so that engines gather its sharded parameters."""
 
     def __init__(self, projection: nn.Linear, is_compiled: bool = False) -> None:
-        """`projection`: weight [V, H], bias [V] or none. `is_compiled`: what is done to each logit
-        goes through torch.compile.
-        """
+        """Share a projection's weight [V, H], and bias [V] if it has one."""
         super().__init__()
         self.weight, self.bias = projection.weight, projection.bias
         self._part = torch.compile(_part, dynamic=True) if is_compiled else _part
@@ -77,8 +63,7 @@ class VocabularyLoss(nn.Module):
     ) -> Sums:
         """Cross-entropy of the first rows, as many as there are labels; soft loss over all rows.
 
-        `features` [N, H], `labels` [at most N], `teacher` its features [N, H] and projection;
-        without one the soft loss is zero.
+        `features` are [N, H]; `teacher` has its own features [N, H] and projection.
         """
         targets = None if teacher is None else (teacher[0], teacher[1].weight, teacher[1].bias)
         settings = scales, targets, self._part, torch.is_grad_enabled()
@@ -86,10 +71,7 @@ class VocabularyLoss(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """Gradients are computed beside the loss, without the factor that comes in the backward pass.
-
-    In units of about the larger scale, so that they are of order one, also in fp16.
-    """
+    """Gradients are computed beside the loss, in units that keep them of order one in fp16."""
 
     @staticmethod
     def forward(  # noqa: D102 - torch's protocol
@@ -131,17 +113,13 @@ class _Loss(torch.autograd.Function):
 
 
 def rows_of_a_chunk(tokens: int, hidden: int, vocabulary: int) -> int:
-    """How many tokens a chunk has: all, as long as their logits take no more memory than the fp32
-    sum of several chunks' gradients of the weight would.
-    """
+    """How many tokens a chunk has: all, if their logits fit into the memory that chunks need."""
     rows = max(1, CHUNK_LOGITS // vocabulary)
     return tokens if tokens <= rows + hidden else rows
 
 
 def _project(room: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits [N, V] of features [N, H], in the first rows of `room`: fresh memory for each chunk
-    would cost a CPU as much time as what is done with it.
-    """
+    """Logits [N, V] of features [N, H], in `room`: fresh memory would cost a CPU much time."""
     logits = room[: len(features)]
     if bias is None:
         return torch.mm(features, weight.t(), out=logits)
@@ -149,9 +127,7 @@ def _project(room: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None
 
 
 class _Gradients:
-    """Gradients of features, weight and bias, added up chunk by chunk; in fp32 if there are
-    several.
-    """
+    """Gradients of features, weight and bias, added up chunk by chunk; in fp32 if several."""
 
     def __init__(
         self, features: Tensor, weight: Tensor, bias: Tensor | None, has_several: bool
@@ -184,9 +160,7 @@ def _to_gradients(
     logits: Tensor, labels: Tensor, units: Scales, targets: Tensor | None, part: Part
 ) -> Tensor:
     """Both sums [2] of a chunk; its logits become their gradient."""
-    num_rows = len(logits)
-    if not logits.is_cuda:
-        num_rows = max(1, PART_LOGITS // logits.shape[1])
+    num_rows = len(logits) if logits.is_cuda else max(1, PART_LOGITS // logits.shape[1])
     sums = torch.zeros(2, device=logits.device)
     for start in range(0, len(logits), num_rows):
         rows = slice(start, start + num_rows)
@@ -221,9 +195,7 @@ def _part(logits: Tensor, labels: Tensor, units: Scales, targets: Tensor | None)
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     """Squared distance of hidden states [B, T, H] at flat positions [N]: mean over H and layers,
-    summed over tokens.
-
-    Each student layer is matched with the teacher layer at the same relative depth.
+    summed over tokens. A student's layer is matched with the teacher's at the same relative depth.
     """
     ratio = (len(teacher) - 1) / (len(student) - 1)
     matched = [teacher[round(index * ratio)] for index in range(len(student))]

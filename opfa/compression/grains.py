@@ -1,6 +1,4 @@
-"""Grains: which weights are pruned together. A grain pools scores into one for each unit, and
-spreads what is kept back to weights.
-"""
+"""Grains: which weights are pruned together, as a unit with one score."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -16,8 +14,7 @@ if TYPE_CHECKING:  # recipes hold grains, and a recipe is read without waiting f
 class Grain(Section):
     """Base of all grains; a new one is a class with `pool` and `spread`.
 
-    Both see the whole tensors of all pruned weights, so a unit may span several of them: a neuron
-    is a row of one matrix and a column of the next. The target sparsity counts units.
+    Both see all pruned tensors, so a unit may span several. The target sparsity counts units.
     """
 
     needs_whole: ClassVar[bool] = True  # tensors; else each rank pools and spreads its own runs
@@ -50,6 +47,5 @@ class Weight(Grain):
         return dict(kept)
 
 
-AnyGrain = (
-    Weight  # all that a recipe may name; of several: Annotated[A | B, Field(discriminator="kind")]
-)
+# All that a recipe may name; of several, Annotated[A | B, Field(discriminator="kind")].
+AnyGrain = Weight

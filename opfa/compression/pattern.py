@@ -1,9 +1,7 @@
 """Patterns: which tensors are pruned, and over what the target sparsity is counted.
 
 The default is the paper's: the weight of every `nn.Linear` of the encoder. Embeddings, the pooler
-and all heads are left out, upstream and downstream alike, because a head is thrown away by
-fine-tuning, and the models of question answering and of tagging have no pooler. The reference
-prunes the pooler upstream. Its classification holds those zeros.
+and all heads stay dense: fine-tuning throws heads away, and not every task's model has a pooler.
 """
 
 import re
@@ -24,20 +22,13 @@ if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting
 # The path of a linear layer that belongs to a numbered encoder layer, in every family known:
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
-
-
 LONGEST_RULE = 500  # characters
 LONGEST_SECONDS = 0.2  # to look for a rule in one name; a nested repetition may take for ever
 
 
 class Pattern(Section):
-    """Which weights are pruned.
-
-    `include` and `exclude` are regular expressions searched for in the names of linear layers.
-    `score` says what each weight is worth, and `grain` which weights are pruned together. `scope`
-    says whether every tensor reaches the target ("layer") or all of them together ("global"). A
-    pruned weight keeps the value it had, and a later update takes it back if live ones have come to
-    be worth less; not if `monotone`.
+    """Which weights are pruned. A pruned weight keeps its value, and a later update takes it back
+    if live ones have come to be worth less; not if `monotone`.
     """
 
     include: tuple[str, ...] = (ENCODER_LAYER,)
@@ -76,9 +67,7 @@ class Pattern(Section):
         return rules
 
     def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
-        """The matching linear layers by module path; raises `RecipeError` when a rule matches
-        nothing.
-        """
+        """The matching linear layers by module path; `RecipeError` when a rule matches nothing."""
         from torch import nn
 
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -86,10 +75,8 @@ class Pattern(Section):
         excluded = [_matches("exclude", rule, linear) for rule in self.exclude]
         names = set().union(*included) - set().union(*excluded)
         if not names:
-            raise RecipeError(
-                f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}: "
-                "no linear layer is left to prune"
-            )
+            rules = f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}"
+            raise RecipeError(f"{rules}: no linear layer is left to prune")
         return {name: layer for name, layer in linear.items() if name in names}
 
 
@@ -101,7 +88,6 @@ def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]
         raise RecipeError(f"pruning.{key} = {brief(rule)!r}: {what}; write it simpler") from error
     if not names:
         some = ", ".join(list(layers)[:3])
-        raise RecipeError(
-            f"pruning.{key} = {rule!r}: matches no linear layer (there are {some}, …)"
-        )
+        what = f"matches no linear layer (there are {some}, …)"
+        raise RecipeError(f"pruning.{key} = {rule!r}: {what}")
     return names

@@ -1,6 +1,4 @@
-"""The pruner: score -> grain -> selection -> masks, when the schedule says so, and the same masks
-on every rank.
-"""
+"""The pruner: score -> grain -> selection -> masks, the same on every rank, by a schedule."""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +22,8 @@ FILE = "scores.safetensors"  # in a resume point: what a score has gathered
 
 
 class Weights:
-    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of the flattened
-    parameters overrides every method, and all are collective then.
+    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of flattened
+    parameters overrides every method, each then collective.
     """
 
     ranks: Ranks = ALONE
@@ -35,9 +33,7 @@ class Weights:
         return parameter.detach().view(-1)
 
     def read_gradient(self, layer: MaskedLinear) -> Tensor:
-        """This rank's run, in fp32, of the gradient of the global batch by the weight that a layer
-        computes with, since the last call. The layer must keep it.
-        """
+        """This rank's fp32 run of the global batch's gradient, which the layer has to keep."""
         return layer.take_gradient().view(-1)
 
     def join(self, parameter: Tensor, run: Tensor) -> Tensor:
@@ -53,10 +49,13 @@ class Weights:
         return [text]
 
 
+HERE = Weights()
+
+
 class Pruner:
     """Holds the masks of a model over time. Make it before an engine wraps the model.
 
-    Every method that takes `weights` is collective; without them one process holds the model.
+    Every method that takes `weights` is collective.
     """
 
     def __init__(
@@ -68,9 +67,7 @@ class Pruner:
         score: Score | None = None,
         grain: Grain | None = None,
     ) -> None:
-        """Mask the layers that the pattern names; all their weights are kept until the first
-        update. `score` and `grain` replace the pattern's.
-        """
+        """Mask the layers that the pattern names. `score` and `grain` replace the pattern's."""
         self.schedule, self.pattern = schedule, pattern
         self.layers = mask_layers(model, pattern.layers(model))
         self._model, self._layers = model, {f"{n}.weight": m for n, m in self.layers.items()}
@@ -79,14 +76,13 @@ class Pruner:
         self._keep_gradients(0, 1)
 
     @torch.no_grad()
-    def after_backward(self, step: int, weights: Weights | None = None) -> None:
-        """Let the score observe the gradient of the optimizer's step that comes next, the `step`th.
+    def after_backward(self, step: int, weights: Weights = HERE) -> None:
+        """Let the score observe the gradient before the optimizer's step number `step`.
 
         A gradient that overflowed fp16 is left out, as the optimizer leaves out its step.
         """
         if not self._observes(step):
             return
-        weights = weights or Weights()
         gradients = {name: weights.read_gradient(m) for name, m in self._layers.items()}
         num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
         if not weights.ranks.total(np.array([num_bad])).any():
@@ -95,16 +91,14 @@ class Pruner:
                 self._states[name] = self._score.observe(part, gradient)
 
     @torch.no_grad()
-    def after_step(self, step: int, weights: Weights | None = None) -> bool:
+    def after_step(self, step: int, weights: Weights = HERE) -> bool:
         """Update the masks if the schedule says so after `step` steps; whether it did.
 
-        Raises `RunError` on every rank when a score is not finite, and when the ranks come to
-        different masks.
+        Raises `RunError` on every rank for scores that aren't finite and masks that differ.
         """
         self._keep_gradients(step + 1)
         if not self.schedule.is_update(step):
             return False
-        weights = weights or Weights()
         try:
             masks = self._select(step, weights)
         except ValueError as error:  # on every rank
@@ -150,12 +144,12 @@ class Pruner:
 
     def _keep_gradients(self, *steps: int) -> None:
         """Let layers keep what the score will observe in these steps, and nothing else."""
-        for layer in self.layers.values():
+        for layer in self._layers.values():
             layer.keep_gradient(any(map(self._observes, steps)))
 
-    def save(self, directory: Path, weights: Weights | None = None, is_writer: bool = True) -> None:
+    def save(self, directory: Path, weights: Weights = HERE, is_writer: bool = True) -> None:
         """Write what the score has gathered, if anything, into a resume point."""
-        weights, whole = weights or Weights(), {}
+        whole = {}
         for name, state in self._states.items():
             for key, run in state.items():
                 found = weights.join(self._layers[name].weight, run)
@@ -164,19 +158,15 @@ class Pruner:
         if whole:
             save_file(whole, directory / FILE)
 
-    def load(self, directory: Path, step: int, weights: Weights | None = None) -> None:
+    def load(self, directory: Path, step: int, weights: Weights = HERE) -> None:
         """Read what `save` wrote after `step` steps, on any number of ranks."""
-        weights, states = weights or Weights(), {}
+        states: dict[str, dict[str, Tensor]] = {}
         found = load_file(directory / FILE) if (directory / FILE).exists() else {}
         for path, whole in found.items():
             key, _, name = path.partition("/")
             states.setdefault(name, {})[key] = weights.cut(self._layers[name].weight, whole)
-        self._states = states
+        self._states = dict(states)
         self._keep_gradients(step + 1)
-
-    def restore(self, masks: Mapping[str, Tensor]) -> None:
-        """Put back the masks of a resume point."""
-        set_masks(self._model, masks)
 
     def masks(self) -> dict[str, Tensor]:
         """The masks in force."""

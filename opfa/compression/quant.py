@@ -1,15 +1,11 @@
-"""8-bit quantization-aware training on masked layers (Zafrir et al., 2019, Q8BERT; Jacob et al.,
-2018).
+"""8-bit quantization-aware training on masked layers (Q8BERT, Zafrir et al., 2019).
 
     weights, symmetric:             q = clamp(round(w / s), -127, 127), s = max|w| / 127
     activations, affine per tensor: q = clamp(round(x / s) + z, 0, 255)
 
-The max|w| is that of an output channel, or of the whole tensor; of an embedding always the latter.
-Forward passes compute with the rounded values, gradients pass straight through. Zero maps to zero:
-symmetric weights have no offset, and an activation's range always includes it. The ranges of
-activations are moving averages of the minima and maxima (or of a low and a high percentile) of each
-batch. Saved beside a model are its ranges and scales; its weights stay in fp32, so the masks stay
-what they are.
+The max|w| is by output channel or tensor; an embedding's is always by tensor. Forward passes
+compute with rounded values, gradients pass straight through, and zero maps to zero. Ranges of
+activations are moving averages over batches.
 """
 
 from pathlib import Path
@@ -32,9 +28,7 @@ Scheme = Literal["channel", "tensor"]
 
 
 class QuantLinear(MaskedLinear):
-    """A masked layer that computes with 8-bit weights and inputs once `is_quantizing`; before, it
-    only observes.
-    """
+    """A masked layer that computes in 8 bits once `is_quantizing`; before, it only observes."""
 
     low: Tensor
     high: Tensor
@@ -77,7 +71,7 @@ class QuantLinear(MaskedLinear):
 class QuantEmbedding(nn.Embedding):
     """An embedding whose vectors are rounded to 8 bits once `is_quantizing`."""
 
-    is_quantizing: bool
+    is_quantizing = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Look vectors up, then round them by the scale of the whole table: the same, for less."""
@@ -102,18 +96,12 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def extremes(input: Tensor, percentile: float | None) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum, or with a percentile of 99.9 the 0.1th and the 99.9th; zero is between.
-
-    By `topk`, which is exact: `torch.quantile` takes no more than 2^24 values.
-    """
+    """Minimum and maximum, or by percentile (99.9: the 0.1th and the 99.9th); zero is between."""
     if percentile is None:
         low, high = input.amin(), input.amax()
     else:
-        num_beyond = int(input.numel() * (1 - percentile / 100))
-        low, high = (
-            input.flatten().topk(num_beyond + 1, largest=is_high).values[-1]
-            for is_high in (False, True)
-        )
+        values, k = input.flatten(), 1 + int(input.numel() * (1 - percentile / 100))
+        low, high = (values.topk(k, largest=is_high).values[-1] for is_high in (False, True))
     return low.float().clamp(max=0), high.float().clamp(min=0)
 
 
@@ -131,28 +119,21 @@ def prepare(
     percentile: float | None = None,
     embeddings: bool = False,
 ) -> dict[str, QuantLinear]:
-    """Make every masked layer a `QuantLinear` that observes, and with `embeddings` every
-    `nn.Embedding` a `QuantEmbedding`.
-
-    Raises `ModelError` when none is masked.
-    """
+    """Make masked layers `QuantLinear` that observe, and with `embeddings` embeddings too."""
     for layer in masked_layers(model).values():
         layer.__class__ = QuantLinear
         assert isinstance(layer, QuantLinear)
         layer.momentum, layer.percentile, layer.scheme = momentum, percentile, weights
         layer.is_observing, layer.is_quantizing = True, False
         for name in ("low", "high"):
-            layer.register_buffer(
-                name, torch.zeros((), device=layer.weight.device), persistent=False
-            )
+            zero = torch.zeros((), device=layer.weight.device)
+            layer.register_buffer(name, zero, persistent=False)
     layers = quant_layers(model)
     if not layers:
         raise ModelError("no layer to quantize: mask or lock the model's layers first")
     for module in model.modules():
         if embeddings and type(module) is nn.Embedding:
             module.__class__ = QuantEmbedding
-            assert isinstance(module, QuantEmbedding)
-            module.is_quantizing = False
     return layers
 
 
@@ -187,12 +168,9 @@ def int8_weight(layer: QuantLinear | QuantEmbedding) -> tuple[Tensor, Tensor]:
 
 
 def to_int8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as int8 with its scales.
-
-    The integers are those of the values that a layer computes with: torch multiplies by 1 / scale
-    where others divide, and a weight half-way between two steps may go another way.
-    """
+    """A weight [out, in] as int8 with its scales."""
     scale = weight_scale(weight, scheme)
+    # By `rounded`, as the layer computes: torch multiplies by 1 / scale where others divide.
     steps = rounded(weight, scale) / (scale[:, None] if scale.ndim else scale)
     return steps.round().to(torch.int8), scale
 
@@ -200,11 +178,8 @@ def to_int8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def ranges(model: nn.Module) -> dict[str, Tensor]:
     """The observed ranges of all quantized layers."""
     layers = quant_layers(model).items()
-    return {
-        f"{name}.input_{end}": getattr(m, end).clone()
-        for name, m in layers
-        for end in ("low", "high")
-    }
+    ends = [(f"{name}.input_", m, end) for name, m in layers for end in ("low", "high")]
+    return {prefix + end: getattr(m, end).clone() for prefix, m, end in ends}
 
 
 def set_ranges(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -215,40 +190,28 @@ def set_ranges(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """Write ranges and weight scales. Call it before the layers are fused.
-
-    A layer with ranges is linear, one without is an embedding; a scale with one value for each row
-    is one per channel. So the file says everything that `load` needs.
-    """
+    """Write ranges and weight scales. Call it before the layers are fused."""
     layers = {**quant_layers(model), **quant_embeddings(model)}
     scales = {f"{name}.weight_scale": int8_weight(m)[1] for name, m in layers.items()}
     save_file({**ranges(model), **scales}, path, metadata={"format": "opfa-quantization/1"})
 
 
 def load(model: nn.Module, path: Path) -> None:
-    """Make a plain model compute as it did when its ranges were saved.
-
-    Raises `ModelError` when file and model don't fit.
-    """
+    """Make a plain model compute as it did when its ranges were saved."""
     check_weights(path)
     with opening(path, ModelError, "doesn't fit the model"):
-        _load(model, load_file(path), path)
-
-
-def _load(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
-    names = {name.rpartition(".")[0] for name in values}
-    missing = names - {name for name, _ in model.named_modules()}
-    if missing:
-        raise ModelError(f"{path}: the model has no layer {min(missing)}")
-    linear = {name for name in names if f"{name}.input_low" in values}
-    mask_layers(model, linear)  # its zeros are in its weights
-    for name in sorted(linear):
-        low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
-        if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
-            raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
-    layers = prepare(model, momentum=0.0, embeddings=names > linear)
-    for name, layer in layers.items():
-        layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"
-    set_ranges(model, values)
+        values = load_file(path)
+        names = {name.rpartition(".")[0] for name in values}
+        if missing := names - {name for name, _ in model.named_modules()}:
+            raise ModelError(f"{path}: the model has no layer {min(missing)}")
+        linear = {name for name in names if f"{name}.input_low" in values}
+        mask_layers(model, linear)  # its zeros are in its weights
+        for name in sorted(linear):
+            low, high = values[f"{name}.input_low"], values[f"{name}.input_high"]
+            if not bool(((low <= 0) & (high >= 0) & (high - low).isfinite()).all()):
+                raise ModelError(f"{path}: {name}: its inputs have no range with zero in it")
+        for name, layer in prepare(model, momentum=0.0, embeddings=names > linear).items():
+            layer.scheme = "channel" if values[f"{name}.weight_scale"].ndim else "tensor"
+        set_ranges(model, values)
     start(model)
     freeze(model)

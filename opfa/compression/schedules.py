@@ -2,13 +2,8 @@
 
 Sparsity follows Zhu & Gupta (2017), eq. 1, from `start` to `end`:
     s_t = s_f + (s_i - s_f) * (1 - (t - t0) / (t1 - t0)) ** 3
-and then stays at the target; s_i, `initial`, is the size of the first step. Masks are updated every
-`every` steps from `start` until `hold_until`: after the ramp a mask may still exchange weights at
-constant sparsity, after `hold_until` it never changes again.
-
-The learning rate warms up linearly, then falls linearly to zero. With rewinding (Renda et al.,
-2020; Prune Once for All, section 3) each mask update of the ramp sets the decay back to its
-beginning.
+Until `hold_until` a mask may exchange weights at constant sparsity. With rewinding (Renda et al.,
+2020) each mask update of the ramp sets the decay of the learning rate back to its beginning.
 """
 
 from typing import Self
@@ -42,10 +37,9 @@ class Gradual(Section):
         if self.end < self.start:
             raise ValueError(f"end = {self.end}: the ramp must not end before start = {self.start}")
         if self.last_update < self.end:
-            raise ValueError(
-                f"hold_until = {self.hold_until}: the last mask update must not come before the "
-                f"end of the ramp (end = {self.end}), or the target would not be reached"
-            )
+            what = "the last mask update must not come before the end of the ramp, or the target"
+            what += f" would not be reached (end = {self.end})"
+            raise ValueError(f"hold_until = {self.hold_until}: {what}")
         if self.target < self.initial:
             raise ValueError(f"target = {self.target}: must not be below initial = {self.initial}")
         return self

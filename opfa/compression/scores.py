@@ -32,15 +32,11 @@ class Score(Section):
     """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients."""
 
     def observes(self, step: int) -> bool:
-        """Whether `observe` is called in the backward passes that lead to `step`; 0 is a
-        calibration before training.
-        """
+        """Whether `observe` is called before `step`; 0 is a calibration before training."""
         return False
 
     def observe(self, part: Part, gradient: "Tensor") -> State:
-        """The new state, fp32 runs [n], after the gradient [n] of the global batch by the weight
-        that the layer computes with: before masking, so pruned weights have one too.
-        """
+        """The new state, fp32 runs [n], after the global batch's gradient [n] before masking."""
         raise NotImplementedError
 
     def of(self, part: Part) -> "Tensor":

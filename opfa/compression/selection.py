@@ -2,9 +2,7 @@
 
 IEEE floats order like their bits read as integers, once the lower 31 bits of negative ones are
 flipped. So the k-th lowest score is found with two histograms (16 high bits, then 16 low ones),
-without sorting. Ties at the threshold go by (tensor, position): the lower index is kept. Plain
-`score > t` thresholds miss the count as soon as scores repeat, which is the rule for weights that
-came from bf16.
+without sorting. Ties at the threshold go by (tensor, position): the lower index is kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +27,11 @@ def num_zeros(sparsity: float, size: int) -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes that share tensors: each holds one run of every flattened tensor, the lower rank
-    the earlier run. `total` sums an integer array over them (collective).
-    """
+    """Processes that share tensors: each holds a run of every flattened one, in order of rank."""
 
     rank: int = 0
     size: int = 1
-    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
+    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts  # over ranks; collective
 
 
 ALONE = Ranks()
@@ -48,10 +44,7 @@ def select(
     ranks: Ranks = ALONE,
     candidates: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Prune to a sparsity, in every tensor ("layer") or in all of them together ("global").
-
-    Collective with several ranks.
-    """
+    """Prune every tensor ("layer"), or all together ("global"), to a sparsity; collective."""
     sizes = ranks.total(np.array([score.numel() for score in scores.values()])).tolist()
     if scope == "global":
         return keep(scores, num_zeros(sparsity, sum(sizes)), ranks, candidates)
@@ -70,13 +63,13 @@ def keep(
 ) -> Masks:
     """Keep all but the `k` lowest fp32 scores of all tensors together.
 
-    Ties go to the earlier tensor, then to the lower index, so the count is exact even when scores
-    repeat. Where `candidates` is False a score counts as lower than all others. With several
-    `ranks`, scores, candidates and masks are this rank's runs, and only histograms travel (1 MiB).
-    Collective then. Raises `ValueError` for other types than fp32 and, on every rank, for
-    non-finite scores.
+    Where `candidates` is False a score counts as lower than all others. With several `ranks`
+    (collective), scores, candidates and masks are this rank's runs, and only histograms travel.
+    Raises `ValueError` for other types than fp32 and, on every rank, for non-finite scores.
     """
-    flat = {name: _flat(name, score) for name, score in scores.items()}
+    if others := [name for name, score in scores.items() if score.dtype != torch.float32]:
+        raise ValueError(f"{others[0]}: scores must be fp32, not {scores[others[0]].dtype}")
+    flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
     size = _finite_size(flat, ranks)
     if not 0 <= k <= size:
         raise ValueError(f"k = {k}: must be between 0 and the number of scores, {size}")
@@ -102,12 +95,6 @@ def magnitude_mask(weight: Tensor, k: int) -> Tensor:
     return keep({"weight": weight.abs()}, k)["weight"]
 
 
-def _flat(name: str, score: Tensor) -> Tensor:
-    if score.dtype != torch.float32:
-        raise ValueError(f"{name}: scores must be fp32, not {score.dtype}")
-    return score.detach().reshape(-1)
-
-
 def _finite_size(tensors: Mapping[str, Tensor], ranks: Ranks) -> int:
     counts = [(v.numel(), not bool(v.isfinite().all())) for v in tensors.values()]
     totals = ranks.total(np.array(counts, dtype=np.int64).reshape(-1, 2))
@@ -127,9 +114,7 @@ def _order(values: Tensor, alive: Tensor | None) -> Tensor:
 def _kth_lowest(
     flat: Mapping[str, Tensor], alive: Mapping[str, Tensor | None], k: int, ranks: Ranks
 ) -> tuple[int, int, int]:
-    """The k-th lowest score (counted from 1) as an integer, how many are lower, and how many are
-    equal. Integers are made chunk by chunk and not kept.
-    """
+    """The k-th lowest score as an integer, how many are lower, and how many are equal."""
 
     def count(digit: Callable[[Tensor], Tensor]) -> np.ndarray:
         counts = np.zeros(1 << 16, dtype=np.int64)

@@ -10,16 +10,13 @@ from transformers import TrainerCallback
 from opfa.errors import ModelError
 from opfa.sparsity.layers import MaskedLinear, masks_of, whole_weight, zero_masks
 
+HINT = "call opfa.lock(model) before the Trainer is made"
 log = logging.getLogger(__name__)
 
 
 class SparsityGuard(TrainerCallback):
     """Remembers where the zeros are when training begins, and looks every so many steps, before
-    every checkpoint and at the end, when it logs what it held (level INFO).
-
-    It looks at the weights that layers compute with, whether the model is locked or not. Those of a
-    locked layer are told by its mask, so ZeRO 3, where no rank holds a whole weight, is no obstacle
-    then.
+    every checkpoint and at the end. A locked layer is judged by its mask, so ZeRO 3 is no obstacle.
     """
 
     def __init__(self, every_steps: int = 100) -> None:
@@ -29,9 +26,7 @@ class SparsityGuard(TrainerCallback):
         self._num_steps = 0  # of this call of Trainer.train
 
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Remember the zeros; raises `ModelError` for a model without any, and for one that is
-        partitioned and not locked.
-        """
+        """Remember the zeros; `ModelError` if there are none, or parts of an unlocked model."""
         masks = masks_of(model) or zero_masks(model)
         if not masks:
             raise ModelError("SparsityGuard: this model has no zeros to look after")
@@ -54,7 +49,7 @@ class SparsityGuard(TrainerCallback):
             self.check(model, f"step {state.global_step}")
 
     def on_train_end(self, _: Any, state: Any, *__: Any, model: nn.Module, **___: Any) -> None:
-        """Look, and log how many zeros were held; a warning where they were kept by luck alone."""
+        """Look, and log how many zeros were held; a warning where nothing held them."""
         self.check(model, f"the end (step {state.global_step})")
         if not state.is_world_process_zero:
             return
@@ -63,11 +58,7 @@ class SparsityGuard(TrainerCallback):
         if masks_of(model):
             log.info("SparsityGuard: held %s", what)
         else:
-            log.warning(
-                "SparsityGuard: kept %s, though nothing held them: the model is not locked; call "
-                "opfa.lock(model) before the Trainer is made",
-                what,
-            )
+            log.warning("SparsityGuard: kept %s, though nothing held them; %s", what, HINT)
 
     @torch.no_grad()
     def check(self, model: nn.Module, when: str = "now") -> None:
@@ -82,7 +73,5 @@ class SparsityGuard(TrainerCallback):
                 weight = whole_weight(path, layer) if is_linear else model.get_parameter(name)
                 num_lost = int((weight[~mask.to(weight.device)] != 0).sum())
             if num_lost:
-                raise ModelError(
-                    f"{name}: {num_lost} of its {int((~mask).sum())} zeros were lost by {when}; "
-                    "call opfa.lock(model) before the Trainer is made"
-                )
+                what = f"{num_lost} of its {int((~mask).sum())} zeros were lost by {when}"
+                raise ModelError(f"{name}: {what}; {HINT}")

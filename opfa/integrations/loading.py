@@ -1,11 +1,8 @@
-"""Compact files in `transformers.AutoModel*.from_pretrained`, by transformers' own registration of
-quantizers.
+"""Compact files in `from_pretrained`, by transformers' own registration of quantizers.
 
 `config.json` of a compact release says `quant_method: "opfa"`. What is loaded is a plain model: its
 matrices are unpacked, the entry is gone from its configuration, and it trains and saves as any
-other. Without opfa, transformers warns of the unknown method and stops, because there is no file of
-the name it looks for. The file's usual name was rejected for that reason: transformers would go on
-with random weights.
+other.
 """
 
 from collections.abc import Sequence
@@ -45,10 +42,7 @@ class Unpack(ConversionOps):
         **_: Any,  # what else transformers gives
     ) -> dict[str, Tensor]:
         """Unpack in the type and on the device that the parameter will have."""
-        parts = {
-            name.rpartition(".")[2].removesuffix("$"): tensors[0]
-            for name, tensors in input_dict.items()
-        }
+        parts = {name.rpartition(".")[2].removesuffix("$"): t[0] for name, t in input_dict.items()}
         parameter = model.get_parameter(full_layer_name)
         weight = unpack({name: part.cpu() for name, part in parts.items()})
         return {full_layer_name: weight.to(parts["form"].device, parameter.dtype)}

@@ -1,8 +1,6 @@
 """LoRA (Hu et al., 2021) on a locked model: a merge keeps the zeros and changes no answer.
 
-PEFT adds B A to a weight, and that is dense: merging it fills every zero. Masking only the merged
-weight would keep the zeros, but not what was trained. Here the update itself is masked, while
-training and in the merge alike:
+PEFT adds a dense B A to a weight. Here the update is masked, in training and in the merge alike:
 
     y = (W * mask) x + scale * ((B A) * mask) dropout(x)
 
@@ -53,8 +51,7 @@ def masked_lora(config: LoraConfig) -> LoraConfig:
     """The same configuration, for a locked model: its masked layers get masked updates.
 
     Use it again when an adapter is loaded: `PeftModel.from_pretrained(locked, directory,
-    config=masked_lora(LoraConfig.from_pretrained(directory)))`. Raises `ModelError` for variants
-    whose update isn't a plain B A.
+    config=masked_lora(LoraConfig.from_pretrained(directory)))`.
     """
     for key in ("use_dora", "lora_bias"):
         if getattr(config, key):

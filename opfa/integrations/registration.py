@@ -1,8 +1,6 @@
 """After `import opfa`, `from_pretrained` knows compact files, whichever is imported first.
 
-Registering needs transformers, whose import takes seconds, and `opfa --help` should not wait for
-it. So a finder waits until transformers' models are imported, and registers then. Rejected: to
-import transformers here, and a call that everyone would have to remember.
+`opfa --help` should not wait for transformers: a finder registers when its models are imported.
 """
 
 import importlib.util

@@ -1,6 +1,4 @@
-"""Configurations and tokenizers of a directory or Hub name, loaded by plain transformers, after a
-check that nothing in the directory asks for code.
-"""
+"""Configurations and tokenizers, loaded by plain transformers once nothing asks for code."""
 
 import contextlib
 import importlib.util
@@ -21,14 +19,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging as transformers_logging
 
 from opfa.errors import ModelError, opening
-from opfa.storage.foreign import (
-    CONFIG,
-    check_directory,
-    check_model,
-    check_plain,
-    code_refused,
-    tokenizer_files,
-)
+from opfa.storage import foreign
 from opfa.weights.compact import METHOD
 from opfa.weights.sources import directory_of, small_files_of
 
@@ -58,35 +49,31 @@ def loading(what: str, name: str) -> Iterator[None]:
             raise ModelError(f"{what} {name!r}: can't be loaded: {error}") from error
         except Exception as error:
             if "trust_remote_code" in str(error):  # its advice can't be followed here
-                raise code_refused(f"{what} {name!r}", ["auto_map"]) from error
+                raise foreign.code_refused(f"{what} {name!r}", ["auto_map"]) from error
             if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
-                reason = f"can't be loaded: {_no_sentencepiece()}"
-                raise ModelError(f"{what} {name!r}: {reason}") from error
+                reason = "its sentencepiece model is damaged, or is none"
+                if importlib.util.find_spec("sentencepiece") is None:
+                    reason = "its tokenizer needs sentencepiece: pip install sentencepiece"
+                raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
             raise
-
-
-def _no_sentencepiece() -> str:
-    if importlib.util.find_spec("sentencepiece") is None:
-        return "its tokenizer is of sentencepiece, which is missing: pip install sentencepiece"
-    return "its sentencepiece model is damaged, or is none"
 
 
 def checked_directory(what: str, name: str, *, with_weights: bool = False) -> Path:
     """The directory that a path or Hub name means, with nothing in it that asks for code."""
     path = Path(name)
-    if path.is_dir() and not os.path.lexists(path / CONFIG) and (path / "model").is_dir():
+    if path.is_dir() and not os.path.lexists(path / foreign.CONFIG) and (path / "model").is_dir():
         raise ModelError(f"{what} {name!r}: can't be loaded: a run; did you mean {path / 'model'}?")
     if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelError(f"{what} {name!r}: can't be loaded: no such directory")
     with loading(what, name):
         directory = directory_of(name) if with_weights else small_files_of(name)
-        config = check_directory(
+        config = foreign.check_directory(
             directory,
             CONFIG_MAPPING.__contains__,
             lambda n: tokenizer_class_from_name(n) is not None,
         )
         if with_weights:
-            check_plain(directory, config, METHOD)
+            foreign.check_plain(directory, config, METHOD)
         return directory
 
 
@@ -94,7 +81,7 @@ def load_config(name: str) -> PretrainedConfig:
     """The configuration of a directory or Hub name."""
     directory = checked_directory("model", name)
     with loading("model", name):
-        check_model(directory)
+        foreign.check_model(directory)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
@@ -112,15 +99,13 @@ def new_config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or Hub name; raises `ModelError` where its files are not there,
-    for which transformers makes one up that knows no word.
-    """
+    """The tokenizer of a directory or Hub name; without files transformers would make one up."""
     directory = checked_directory("tokenizer", name)
     with loading("tokenizer", name):
-        if needed := tokenizer_files(directory, {}):
+        if needed := foreign.tokenizer_files(directory, {}):
             raise _no_tokenizer(needed)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        needed = tokenizer_files(directory, tokenizer.vocab_files_names)
+        needed = foreign.tokenizer_files(directory, tokenizer.vocab_files_names)
         if needed or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             raise _no_tokenizer(needed or ["an empty vocabulary"])
         tokenizer("What fails", "fails here")

@@ -1,23 +1,13 @@
-"""Encoders through plain transformers classes: loaded in fp32, with the head of a task, and saved.
-Nothing is subclassed or patched.
-"""
+"""Encoders through plain transformers classes: loaded in fp32, with a task's head, and saved."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
 from opfa.models.configs import checked_directory, load_config, loading, quiet_transformers
@@ -29,10 +19,10 @@ FEW_TOKENS = 5  # that a model is tried out with
 SPARE_WEIGHTS = 1 << 24  # beyond those in the files: a new head, and little memory in any case
 SPARE_TENSORS = 1_000
 HEADS: dict[str, Any] = {  # Any: Auto classes share no base
-    "SequenceClassification": AutoModelForSequenceClassification,
-    "QuestionAnswering": AutoModelForQuestionAnswering,
-    "TokenClassification": AutoModelForTokenClassification,
-    "MultipleChoice": AutoModelForMultipleChoice,
+    "SequenceClassification": transformers.AutoModelForSequenceClassification,
+    "QuestionAnswering": transformers.AutoModelForQuestionAnswering,
+    "TokenClassification": transformers.AutoModelForTokenClassification,
+    "MultipleChoice": transformers.AutoModelForMultipleChoice,
 }
 
 
@@ -42,19 +32,15 @@ def head_of(config: PretrainedConfig) -> str:
     for head in HEADS:
         if made_for.endswith(f"For{head}"):
             return head
-    raise ModelError(
-        f"a model for {made_for} has no head of a task; fine-tune it first (heads: "
-        f"{', '.join(HEADS)})"
-    )
+    what = f"has no head of a task; fine-tune it first (heads: {', '.join(HEADS)})"
+    raise ModelError(f"a model for {made_for} {what}")
 
 
 def load_weights(
     cls: Any, name: str, config: PretrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model of a directory or Hub name in one of transformers' classes, fp32, and the names of
-    the tensors that its files lack, or have in another shape where the options allow it.
-
-    The model may not be much larger than its files, which is found out before memory is asked for.
+    """A model in one of transformers' classes, fp32, and the tensors that its files lack or have in
+    another shape. Without memory it is checked first that it isn't much larger than its files.
     """
     directory = checked_directory("model", name, with_weights=True)
     with loading("model", name):
@@ -62,32 +48,16 @@ def load_weights(
         sizes = [tensor.numel() for _, tensor in stored]
         with without_memory(SPARE_TENSORS + 4 * len(sizes), SPARE_WEIGHTS + 2 * sum(sizes)):
             AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
-        model, info = cls.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
-    check_storage(name, info)
+        options |= {"dtype": torch.float32, "trust_remote_code": False}
+        model, info = cls.from_pretrained(directory, output_loading_info=True, **options)
+    for problem in filter(None, map(problem_of_storage, sorted(info["unexpected_keys"]))):
+        raise ModelError(f"model {name!r}: {problem}")
     changed = (key for key, *_ in info["mismatched_keys"])
     return model, sorted({*info["missing_keys"], *changed})
 
 
-def check_storage(name: str, info: Mapping[str, Any]) -> None:
-    """Raise `ModelError` when a checkpoint has weights apart from their masks; `info` is
-    transformers' report of loading it.
-    """
-    for problem in filter(None, map(problem_of_storage, sorted(info["unexpected_keys"]))):
-        raise ModelError(f"model {name!r}: {problem}")
-
-
 def load_finetuned_model(name: str) -> PreTrainedModel:
-    """A model with the head that it was saved with, fp32, for evaluation.
-
-    Attention is written out in full: of the two forms, only this one gives padding the same values
-    in torch and in an exported graph.
-    """
+    """A model with the head that it was saved with, fp32, for evaluation."""
     config = load_config(name)
     head = head_of(config)
     model, missing = load_weights(HEADS[head], name, config, attn_implementation="eager")
@@ -97,10 +67,10 @@ def load_finetuned_model(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def encoder_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """A bare encoder that has shapes and no memory."""
+def skeleton(config: PretrainedConfig, cls: Any = AutoModel) -> PreTrainedModel:
+    """A model, by default a bare encoder, that has shapes and no memory."""
     with loading("model", config.name_or_path or config.model_type), without_memory():
-        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+        return cls.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
 def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

@@ -1,12 +1,11 @@
-"""Encoders with their pre-training heads, taken apart so that the vocabulary projection can run in
-chunks: the backbone, the head's transform (dense, activation, norm), and the projection. `FAMILIES`
-says where each family keeps them; a new family is one more row.
+"""Pre-training models in parts, so that the vocabulary projection can run in chunks: backbone, the
+head's transform, projection. `FAMILIES` says where they are; a new family is one more row.
 """
 
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +18,38 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opfa.errors import ModelError, RunError, first_line
+from opfa.errors import ModelError, RunError, opening
 from opfa.models.configs import load_config, loading, new_config
-from opfa.models.encoders import FEW_TOKENS, load_weights, of_encoder
-from opfa.models.skeleton import SPECIAL, try_out, without_memory
-
-Transform = Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
+from opfa.models.encoders import FEW_TOKENS, load_weights, of_encoder, skeleton
+from opfa.models.skeleton import SPECIAL, try_out
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(NamedTuple):
     """Where a family's masked-language head is, and what its configuration calls dropout."""
 
-    transform: Transform
+    transform: Callable[[Any, Tensor], Tensor]  # Any: the family's own model class
     dropouts: tuple[str, ...]
 
 
+BERTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 FAMILIES = {
-    "bert": Family(
-        transform=lambda m, h: m.cls.predictions.transform(h),
-        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    ),
+    "bert": Family(lambda m, h: m.cls.predictions.transform(h), BERTS),
     "distilbert": Family(
-        transform=lambda m, h: m.vocab_layer_norm(m.activation(m.vocab_transform(h))),
-        dropouts=("dropout", "attention_dropout"),
+        lambda m, h: m.vocab_layer_norm(m.activation(m.vocab_transform(h))),
+        ("dropout", "attention_dropout"),
     ),
     "roberta": Family(
-        transform=lambda m, h: m.lm_head.layer_norm(nn.functional.gelu(m.lm_head.dense(h))),
-        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        lambda m, h: m.lm_head.layer_norm(nn.functional.gelu(m.lm_head.dense(h))), BERTS
     ),
     "modernbert": Family(
-        transform=lambda m, h: m.head(h),
-        dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        lambda m, h: m.head(h), ("embedding_dropout", "attention_dropout", "mlp_dropout")
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a forward pass gives before the vocabulary projection. B batch, T tokens, N of them with
-    features, H hidden.
-    """
+    """A forward pass before the vocabulary projection: B batch, T tokens, N of them, H hidden."""
 
     mlm: Tensor  # [N, H]
     nsp_logits: Tensor | None  # [B, 2]
@@ -69,8 +59,8 @@ class Features:
 def load_pretraining_model(
     name: str, objective: str, dropout: float | None = None, *, needs_head: bool = False
 ) -> PreTrainedModel:
-    """A model with its pre-training head, fp32. A head that the checkpoint lacks, or a pooler, is
-    initialized; with `needs_head`, and for tensors of the encoder, `ModelError` is raised instead.
+    """A model with its pre-training head, fp32. The checkpoint may lack the head, unless
+    `needs_head`; `ModelError` if it lacks tensors of the encoder.
     """
     config = load_config(name)
     cls = _pretraining_class(config, objective)
@@ -89,12 +79,10 @@ def new_pretraining_model(
     tokenizer: PreTrainedTokenizerBase,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A model from scratch, by the values of its configuration. The size of the vocabulary and the
-    ids of special tokens are the tokenizer's, unless the values say otherwise.
-    """
-    known = new_config(values).to_dict()
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
-    ids = {name: value for name, value in special.items() if name in known and value is not None}
+    """A model from scratch, by the values of its configuration; the others are the tokenizer's."""
+    known, names = new_config(values).to_dict(), [f"{name}_token_id" for name in SPECIAL]
+    special = {name: getattr(tokenizer, name) for name in names if name in known}
+    ids = {name: value for name, value in special.items() if value is not None}
     config = new_config({"vocab_size": len(tokenizer), **ids, **values})
     cls = _pretraining_class(config, objective)
     changed = dropouts(config, dropout)
@@ -109,9 +97,7 @@ def new_pretraining_model(
 
 def pretraining_skeleton(config: PretrainedConfig, objective: str) -> PreTrainedModel:
     """A model with its pre-training head that has shapes and no memory (on torch's meta device)."""
-    cls = _pretraining_class(config, objective)
-    with loading("model", config.name_or_path or config.model_type), without_memory():
-        return cls.from_config(config)
+    return skeleton(config, _pretraining_class(config, objective))
 
 
 def _pretraining_class(config: PretrainedConfig, objective: str) -> Any:  # Auto classes: no base
@@ -119,9 +105,8 @@ def _pretraining_class(config: PretrainedConfig, objective: str) -> Any:  # Auto
     if objective == "mlm":
         return AutoModelForMaskedLM
     if config.model_type != "bert":
-        raise ModelError(
-            f"objective 'mlm+nsp': {config.model_type} has no next-sentence head; use 'mlm'"
-        )
+        what = f"{config.model_type} has no next-sentence head; use 'mlm'"
+        raise ModelError(f"objective 'mlm+nsp': {what}")
     return AutoModelForPreTraining
 
 
@@ -137,12 +122,8 @@ def _attention() -> str:
 
 
 def dropouts(config: PretrainedConfig, probability: float | None) -> dict[str, float]:
-    """This probability under each name that the family has for dropout in embeddings, attention and
-    layers, to train with; nothing if it is None. Raises `ModelError` for another family.
-    """
-    if probability is None:
-        return {}
-    return dict.fromkeys(_family(config).dropouts, probability)
+    """This probability under each name that the family has for dropout; nothing if it is None."""
+    return {} if probability is None else dict.fromkeys(_family(config).dropouts, probability)
 
 
 def keep_values(model: PreTrainedModel, config: PretrainedConfig, changed: Iterable[str]) -> None:
@@ -154,9 +135,7 @@ def keep_values(model: PreTrainedModel, config: PretrainedConfig, changed: Itera
 def pretraining_features(
     model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, hidden_states: bool = False
 ) -> Features:
-    """Run the backbone, and the head's transform for the tokens at these flat positions [N], but
-    not the vocabulary projection.
-    """
+    """Run the backbone, and the head's transform for the tokens at these flat positions [N]."""
     outputs = model.base_model(**inputs, output_hidden_states=hidden_states)
     last = outputs.last_hidden_state.flatten(0, 1)[rows]
     has_nsp = isinstance(model, BertForPreTraining)
@@ -176,12 +155,9 @@ def projection(model: PreTrainedModel) -> nn.Linear:
 
 def compile_models(*models: PreTrainedModel) -> None:
     """Run their backbones through torch.compile, in place; raises `RunError` where it can't."""
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with opening("launch.compile = true", RunError, "torch can't compile here"):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except (RuntimeError, OSError) as error:
-        reason = first_line(error)
-        raise RunError(f"launch.compile = true: torch can't compile here: {reason}") from error
     for model in models:
         model.base_model.compile(dynamic=True)  # batches differ in length
 

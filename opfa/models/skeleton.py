@@ -1,8 +1,7 @@
 """What a model is, found in the model itself: how large, what its tables hold, whether it computes.
 
-Built on torch's meta device, a model has shapes and nothing else, so that a configuration which
-asks for 10^12 weights costs nothing. Positions and token types are counted in the model's own
-tables, since no two families say them in the same way in a configuration.
+Positions and token types are counted in tables, since families name them in different ways in a
+configuration.
 """
 
 import contextlib
@@ -25,9 +24,7 @@ TYPES = ("token_type_embeddings",)
 def without_memory(
     most_tensors: int = MOST_TENSORS, most_weights: int | None = None
 ) -> Iterator[None]:
-    """Let modules be made without memory; raises `ModelError` once there are more tensors or
-    weights than these.
-    """
+    """Let modules be made without memory; `ModelError` for more tensors or weights than these."""
     tensors = weights = 0
 
     def look(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -36,19 +33,14 @@ def without_memory(
             return
         tensors, weights = tensors + 1, weights + parameter.numel()
         if tensors > most_tensors or (most_weights is not None and weights > most_weights):
-            shape = " x ".join(map(str, parameter.shape))
             what = f"more than {most_weights:,} weights" if tensors <= most_tensors else "layers"
-            raise ModelError(
-                f"its config.json asks for {what}, more than its files can hold (at a {name} of "
-                f"{shape}, tensor {tensors:,})"
-            )
+            where = f"at a {name} of {' x '.join(map(str, parameter.shape))}, tensor {tensors:,}"
+            what = f"its config.json asks for {what}, more than its files can hold"
+            raise ModelError(f"{what} ({where})")
 
-    handle = register_module_parameter_registration_hook(look)  # pyright: ignore[reportArgumentType] - may return nothing
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        handle.remove()
+    watching = register_module_parameter_registration_hook(look)  # pyright: ignore[reportArgumentType] - may return nothing
+    with watching, torch.device("meta"), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _tables(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -60,10 +52,8 @@ def _tables(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Modul
 
 
 def num_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
-    """The longest sequence in tokens that a model has positions for; None where none is the last.
-
-    A table with a padding row is counted from after that row (RoBERTa, MPNet, ...); others may
-    leave some rows free at the beginning (BART, OPT).
+    """The longest sequence that a model has positions for. Some tables begin after a padding row
+    (RoBERTa) or an offset (BART).
     """
     found = [getattr(config, "max_position_embeddings", None)]
     for module, table in _tables(model, POSITIONS):
@@ -95,9 +85,7 @@ def num_entries(model: PreTrainedModel) -> int:
 
 
 def try_out(model: PreTrainedModel, name: str, shape: Sequence[int]) -> Mapping[str, Tensor]:
-    """What a model answers to tokens of this shape. Raises `ModelError` where it fails: its
-    configuration can be wrong in ways that only show when it computes.
-    """
+    """What a model answers to tokens of this shape; a wrong configuration may show only then."""
     check_positions(model, model.config, shape[-1])
     special = {getattr(model.config, f"{each}_token_id", None) for each in SPECIAL}
     rows = num_entries(model)

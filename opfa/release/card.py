@@ -1,11 +1,9 @@
 """The model card of a release: what it is, how it was made, what it is worth, how to use it.
 
-Every number comes from the files of runs; nothing is typed in. The text is in the jinja2 template
-`model_card.md`. This file has what it needs beyond the facts themselves.
+Every number comes from the files of runs. The text is in the jinja2 template `model_card.md`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +19,13 @@ from opfa.tasks.kinds import KINDS
 
 PICTURE = "sparsity.png"
 TEMPLATE = Path(__file__).parent / "model_card.md"
-PIPELINES = {
+PIPELINES = {  # of the Hub; the other kinds of tasks have the same name there
     "classification": "text-classification",
     "regression": "text-classification",
-    "question-answering": "question-answering",
-    "token-classification": "token-classification",
-    "multiple-choice": "multiple-choice",
     "mlm_loss": "fill-mask",
     "hidden_loss": "feature-extraction",
 }
 UPSTREAM = {"mlm_loss": "AutoModelForMaskedLM", "hidden_loss": "AutoModel"}
-LOSSES = {
-    "mlm_loss": "Loss of a masked token",
-    "hidden_loss": "Squared distance of a token's hidden states from the teacher's, a mean over "
-    "layers and their dimensions,",
-}
-INPUTS = {
-    "mlm_loss": 'tokenizer(f"The man {tokenizer.mask_token} the sea.", return_tensors="pt")',
-    "question-answering": 'tokenizer("Who sees?", "The man sees it.", return_tensors="pt")',
-    "multiple-choice": "{name: ids[None] for name, ids in "
-    'tokenizer(["He sees"] * 2, ["it.", "her."], return_tensors="pt").items()}',
-}
-ANY_INPUTS = 'tokenizer("The old man sees the sea.", return_tensors="pt")'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +60,7 @@ class Release:
 
     @property
     def purpose(self) -> str:
-        """The kind of task; for a pre-trained model the loss that it is judged by."""
+        """The kind of task, or the loss that a pre-trained model is judged by."""
         return self.kind or next(iter(self.rows[0].metrics))
 
     @property
@@ -115,8 +98,6 @@ def model_card(release: Release) -> str:
         release=release,
         metadata=yaml.safe_dump(_metadata(release), sort_keys=False, allow_unicode=True).strip(),
         auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
-        inputs=INPUTS.get(release.purpose, ANY_INPUTS),
-        loss=LOSSES.get(release.purpose),
         data_name=_data_name(task) if task else None,
         layers=_layers(release.sparsity["tensors"]),
         picture=PICTURE,
@@ -135,7 +116,8 @@ class _Missing(StrictUndefined):
 def _metadata(release: Release) -> dict[str, Any]:
     """What the Hub reads of a card, in the order of huggingface_hub's ModelCardData."""
     task = release.steps[0].recipe.get("task", {})
-    pipeline, hub = PIPELINES[release.purpose], task.get("hub")
+    hub = task.get("hub")
+    pipeline = PIPELINES.get(release.purpose, release.purpose)
     tags = ["opfa", *(["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else [])]
     values = {
         "base_model": release.base_model,
@@ -147,17 +129,11 @@ def _metadata(release: Release) -> dict[str, Any]:
         "tags": [*tags, "8-bit"] if release.is_quantized else tags,
     }
     if release.kind:
-        dataset = {
-            "name": _data_name(task),
-            "type": hub or "local",
-            "config": task.get("hub_config"),
-            "split": task["validation"] if hub else "validation",
-        }
-        results = {
-            "task": {"type": pipeline},
-            "dataset": _given(dataset),
-            "metrics": [{"type": n, "value": v} for n, v in release.rows[0].metrics.items()],
-        }
+        split = task["validation"] if hub else "validation"
+        dataset = {"name": _data_name(task), "type": hub or "local"}
+        dataset |= {"config": task.get("hub_config"), "split": split}
+        metrics = [{"type": n, "value": v} for n, v in release.rows[0].metrics.items()]
+        results = {"task": {"type": pipeline}, "dataset": _given(dataset), "metrics": metrics}
         values["model-index"] = [{"name": release.title, "results": [results]}]
     return _given(values)
 
@@ -174,13 +150,13 @@ def _data_name(task: Facts) -> str:
 
 def _layers(tensors: Mapping[str, Facts]) -> dict[str, tuple[int, int]]:
     """Zeros and size by layer; a matrix outside of the layers stands for itself."""
-    zeros, sizes = Counter[str](), Counter[str]()
+    found: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
         layer = layer_of(name)
         where = name if layer is None else f"{layer.stack} layer {layer.number}"
-        zeros[where] += tensor["zeros"]
-        sizes[where] += math.prod(tensor["shape"])
-    return {where: (zeros[where], size) for where, size in sizes.items()}
+        zeros, size = found.get(where, (0, 0))
+        found[where] = zeros + tensor["zeros"], size + math.prod(tensor["shape"])
+    return found
 
 
 def _flat(values: Facts, without: str | None = None) -> str:

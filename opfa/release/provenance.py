@@ -18,9 +18,7 @@ Facts = Mapping[str, Any]  # what JSON files of runs hold
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One finished run on the way to a model: its recipe and what its run directory says, without
-    the directories of whoever ran it. Its files are read once.
-    """
+    """One finished run on the way to a model, its files read once, without anyone's directories."""
 
     run: Path
     done: dict[str, Any]  # done.json, checked against the files that describe the run
@@ -51,12 +49,6 @@ class Step:
         """Digest of what its metrics were measured on."""
         return self.splits["validation"]["sha256"]
 
-    def check(self) -> None:
-        """Look at all that a card says of the environment: a KeyError where it isn't there."""
-        facts, machine = self.environment, self.environment["machine"]
-        _ = self.data, facts["world_size"], dict(facts["versions"])
-        _ = machine["processors"], list(machine["accelerators"])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -75,8 +67,7 @@ def step_of(run: Path) -> Step:
     path = run / "recipe.toml"
     if not path.is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
-    done = finished.read(run)
-    values = seal.read_toml(path)
+    done, values = finished.read(run), seal.read_toml(path)
     kind: type[Recipe] = FinetuneRecipe if "task" in values else PretrainRecipe
     public = kind.check(shortened(values), str(path))
     step = Step(
@@ -88,15 +79,14 @@ def step_of(run: Path) -> Step:
         environment=redacted(shortened(seal.read_json(run / "environment.json"))),
         start=values["model"].get("init", ""),
     )
-    with opening(run / "environment.json", RunError, "is damaged"):
-        step.check()
+    with opening(run / "environment.json", RunError, "is damaged"):  # what a card shows of it
+        machine, _ = step.environment["machine"], (step.data, step.environment["world_size"])
+        _ = dict(step.environment["versions"]), machine["processors"], list(machine["accelerators"])
     return step
 
 
 def steps(run: Path) -> Iterator[Step]:
-    """This run, and those that its model was made from, as far as they are here; raises `RunError`
-    where one that it began with was made anew since.
-    """
+    """This run, and those that its model was made from, as far as they are here."""
     step = step_of(run)
     yield step
     before = Path(step.start).parent
@@ -113,9 +103,8 @@ def _check_start(step: Step, before: Step) -> None:
     if known and known != before.done["model_sha256"]:
         raise RunError(f"{step.run}: began with another model than {step.start} is now")
     if began and wrote and (found := seal.differences(wrote, began)):
-        raise RunError(
-            f"{step.run}: began with another model than {step.start} was when it was made: {found}"
-        )
+        what = f"began with another model than {step.start} was when it was made: {found}"
+        raise RunError(f"{step.run}: {what}")
 
 
 def shortened(value: Any) -> Any:  # Any: what JSON can hold
@@ -148,9 +137,7 @@ def row_of(label: str, run: Path) -> Row:
 
 
 def _row(label: str, step: Step) -> Row:
-    """The results of a run; of a pre-training its loss on held-out text, in tokens or, if it learnt
-    nothing else, in hidden states.
-    """
+    """The results of a run; of a pre-training its loss on held-out text."""
     path = step.run / ("results.json" if step.kind else finished.FILE)
     found = seal.read_json(path) if step.kind else step.done
     with opening(path, RunError, "is damaged"):
@@ -164,15 +151,14 @@ def _row(label: str, step: Step) -> Row:
 
 def last_evaluation(run: Path) -> Facts:
     """What a pre-training logged of its last evaluation; raises `RunError` if there was none."""
-    if not (evaluations := [row for row in metrics.read(run) if row.get("eval")]):
-        raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
-    return evaluations[-1]
+    for row in reversed(metrics.read(run)):
+        if row.get("eval"):
+            return row
+    raise RunError(f"{run}: has no results to show, its metrics.jsonl has no evaluation")
 
 
 def _rates(sweep: Path) -> list[dict[str, Any]]:
-    """The rows of several runs' results.json, one for each learning rate; none where it is of one
-    run.
-    """
+    """The rows of several runs' results.json, one for each learning rate; none for one run."""
     path = sweep / "results.json"
     return seal.read_json(path).get("rows", []) if path.is_file() else []
 
@@ -193,10 +179,8 @@ def check_comparable(rows: Sequence[Row]) -> None:
     """Refuse rows that were measured on other data than the first."""
     for row in rows[1:]:
         if row.data != rows[0].data:
-            raise RunError(
-                f"--compare {row.label}: was measured on other data than this model, so the two "
-                "don't belong into one table"
-            )
+            what = "was measured on other data than this model; they don't belong into one table"
+            raise RunError(f"--compare {row.label}: {what}")
 
 
 def base_model(path: Sequence[Step]) -> str | None:

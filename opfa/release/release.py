@@ -1,14 +1,12 @@
 """Release: a finished run -> a directory that others can use, verified before it gets its name.
 
-    weights            in fp32 or 16 bits, plain or compact; or the matrices in 8 bits, compact
-    config.json        and the tokenizer, as the run left them
-    sparsity.json      zeros and fingerprint, checked against the weight file that was written
-    recipe.toml        of the run, absolute paths shortened
-    README.md          the model card, with its picture
-    release.json       size and SHA-256 of every file, and results
+weights            in fp32 or 16 bits, plain or compact; or the matrices in 8 bits, compact
+config.json        and the tokenizer, as the run left them
+sparsity.json      zeros and fingerprint, checked against the weight file that was written
+recipe.toml        of the run, absolute paths shortened
+README.md          the model card, with its picture
+release.json       size and SHA-256 of every file, and results
 
-Weights that differ from the run's (rounded, or in 8 bits) are measured anew on the task of the run:
-a card has no number of another model.
 """
 
 import json
@@ -16,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from opfa.hub.publish import check_name, push
 from opfa.release import provenance
 from opfa.release.card import PICTURE, Release, model_card
 from opfa.release.provenance import Facts, Row, Step
-from opfa.release.rounding import PLAIN, Dtype, Format, Written, write_weights
+from opfa.release.rounding import PLAIN, Dtype, Format, write_weights
 from opfa.report import pictures as report
 from opfa.sparsity import masks
 from opfa.storage import seal
@@ -39,23 +38,16 @@ from opfa.training import finished
 from opfa.training.checkpoint import model_digest, verify
 from opfa.weights import compact
 from opfa.weights.findings import Inspection
-from opfa.weights.inspection import inspect_checkpoint, stated_report
+from opfa.weights.inspection import NOT_STATED, inspect_checkpoint, stated_report
 from opfa.weights.sources import read_before
 
 READABLE = 0o644
 EXACT = (("dense", "fp32"), ("compact", "fp32"))  # nothing is rounded
 COPIED = (
-    "config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "*.jinja",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    quant.FILE,
-)
+    "config.json generation_config.json tokenizer*.json special_tokens_map.json added_tokens.json "
+    f"vocab.* merges.txt *.model *.jinja {quant.FILE}"
+).split()
+WRITTEN = ("sparsity.json", "model*.safetensors*")  # anew, so not copied
 __all__ = ["push", "release", "unpack"]
 log = logging.getLogger(__name__)
 
@@ -77,9 +69,8 @@ def release(
 
     `name` is what the card calls it (default: the directory's name). `dtype` is for what is not in
     8 bits (default: fp32; for the few matrices that compact-int8 leaves fp16), `embeddings` says
-    whether compact-int8 has them in 8 bits (default: yes). `compare` gives runs whose results stand
-    beside it, by label; `overrides` of the recipe say where its data are now. Raises `ModelError`
-    or `RunError`, and leaves nothing, when a check fails.
+    whether compact-int8 has them in 8 bits (default: yes). `compare` gives runs to show beside it,
+    by label; `overrides` of the recipe say where its data are now.
     """
     name = name or output.name
     check_new(output)
@@ -87,6 +78,7 @@ def release(
     if embeddings is not None and form != "compact-int8":
         raise RunError(f"--embeddings is for compact-int8, and this is {form}")
     dtype = dtype or ("fp16" if form == "compact-int8" else "fp32")
+    has_int8 = embeddings is not False
     _check_is_finished(run)
     steps = list(provenance.steps(run))
     stated = _checked(steps[0])
@@ -96,20 +88,17 @@ def release(
     recipe = _measuring(steps[0], overrides, may_round=(form, dtype) not in EXACT)
     with new_directory(output) as aside:
         log.info("%s: writing %s weights", output, form)
-        written, inspected = _write_model(
-            steps[0], aside, stated, form=form, dtype=dtype, embeddings=embeddings is not False
-        )
-        if recipe is not None and not written.is_same:
+        is_same, inspected = _write_model(steps[0], aside, stated, form, dtype, has_int8)
+        if recipe is not None and not is_same:
             log.info("%s: its weights are not the run's any more; measuring them", output)
-            measured = _measured(aside, recipe, rows[0])
-            rows = [measured, replace(rows[0], label="before it was rounded"), *rows[1:]]
+            rows = [*_measured(aside, recipe, rows[0]), *rows[1:]]
         weights = sorted(aside.glob("*.safetensors"))
         found = Release(
             name=name,
             form=form,
             dtype=dtype,
             is_quantized=(aside / quant.FILE).is_file(),
-            has_int8_embeddings=embeddings is not False,
+            has_int8_embeddings=has_int8,
             sparsity=stated,
             whole_sparsity=inspected.whole.sparsity,
             num_bytes=sum(path.stat().st_size for path in weights),
@@ -117,7 +106,7 @@ def release(
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
             steps=steps,
             rows=rows,
-            is_measured=written.is_same or recipe is not None,
+            is_measured=is_same or recipe is not None,
             licence=licence,
             base_model=base_model or provenance.base_model(steps),
         )
@@ -126,26 +115,26 @@ def release(
 
 
 def _write_model(
-    step: Step, directory: Path, stated: Facts, *, form: Format, dtype: Dtype, embeddings: bool
-) -> tuple[Written, Inspection]:
-    """Write what answers: weights, configuration, tokenizer; and look at what was written."""
+    step: Step, directory: Path, stated: Facts, form: Format, dtype: Dtype, embeddings: bool
+) -> tuple[bool, Inspection]:
+    """Write weights, configuration and tokenizer; whether no weight changed, and what is there."""
     model = step.run / "model"
     _copy(model, directory, finished.model_files(step.done))
     pruned = set(stated["tensors"])
-    written = write_weights(model, directory, pruned, form=form, dtype=dtype, embeddings=embeddings)
+    tensors, is_same = write_weights(model, directory, pruned, form, dtype, embeddings=embeddings)
     if form != "dense":
-        config = directory / "config.json"
-        values = {**seal.read_json(config, ModelError), **compact.CONFIG}
-        text = json.dumps(values, indent=2) + "\n"
-        write_text(config, text)  # it names classes, so nothing is redacted
+        config = seal.read_json(directory / "config.json", ModelError)
+        _write_config({**config, **compact.CONFIG}, directory)
     write_json(directory / "sparsity.json", stated)
-    inspected = inspect_checkpoint(str(directory), read_before(directory, written.tensors))
+    inspected = inspect_checkpoint(str(directory), read_before(directory, tensors))
     if inspected.stated != "matches":
-        raise ModelError(
-            f"{model}: its zeros are not what its sparsity.json says; was it changed after it was "
-            "written?"
-        )
-    return written, inspected
+        raise ModelError(f"{model}: {NOT_STATED}")
+    return is_same, inspected
+
+
+def _write_config(values: Facts, directory: Path) -> None:
+    """Not by `write_json`: it names classes, so nothing is redacted."""
+    write_text(directory / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
@@ -173,8 +162,7 @@ def unpack(directory: Path, output: Path) -> None:
     with new_directory(output) as aside:
         _copy(directory, aside)
         save_file(tensors, aside / PLAIN, {"format": "pt"})
-        values = {k: v for k, v in config.items() if k != compact.ENTRY}
-        write_text(aside / "config.json", json.dumps(values, indent=2) + "\n")
+        _write_config({k: v for k, v in config.items() if k != compact.ENTRY}, aside)
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
@@ -183,33 +171,27 @@ def unpack(directory: Path, output: Path) -> None:
 def _check_is_finished(run: Path) -> None:
     if not (run / "recipe.toml").is_file():
         raise RunError(f"{run}: not a run, it has no recipe.toml")
-    if not (run / finished.FILE).is_file() or not (run / "model").is_dir():
-        hint = ""
-        if (run / "table.md").is_file():
-            best = seal.read_json(run / "results.json").get("best_run", "")
-            hint = f"; it holds several, the best is {run / best}"
-        raise RunError(f"{run}: not a finished run{hint}")
+    if (run / finished.FILE).is_file() and (run / "model").is_dir():
+        return
+    hint = ""
+    if (run / "table.md").is_file():
+        best = seal.read_json(run / "results.json").get("best_run", "")
+        hint = f"; it holds several, the best is {run / best}"
+    raise RunError(f"{run}: not a finished run{hint}")
 
 
 def _checked(step: Step) -> dict[str, Any]:
-    """The sparsity report of a finished run's model; raises `ModelError` if any file of the model
-    is not what the run wrote and evaluated.
-    """
+    """The sparsity report of a model; `ModelError` if a file is not what the run wrote."""
     model = step.run / "model"
     if finished.files(step.done):
         changed = finished.changed_model(model)
     else:
-        log.warning(
-            "%s: was finished by an older version, which noted SHA-256 of its weights alone; that "
-            "its configuration, tokenizer, recipe and results are what it wrote can't be checked",
-            step.run,
-        )
+        what = "noted SHA-256 of its weights alone; its other files can't be checked"
+        log.warning("%s: was finished by an older version, which %s", step.run, what)
         changed = "" if model_digest(model) == step.done["model_sha256"] else "its weights"
     if changed:
-        raise ModelError(
-            f"{model}: its files are not those that the run wrote and evaluated: {changed} "
-            f"(SHA-256 in {step.run / finished.FILE})"
-        )
+        what = f"not those that the run wrote and evaluated: {changed}"
+        raise ModelError(f"{model}: its files are {what} (SHA-256 in {step.run / finished.FILE})")
     stated = stated_report(model)
     if stated is None:
         raise ModelError(f"{model}: has no sparsity.json; was this model written by opfa?")
@@ -225,29 +207,21 @@ def _measuring(step: Step, overrides: Sequence[str], *, may_round: bool) -> Fine
     return FinetuneRecipe.read(step.run / "recipe.toml", overrides) if step.kind else None
 
 
-def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> Row:
+def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> list[Row]:
     found = measure(str(directory), recipe)
     if found.examples_sha256 != before.data:
-        raise RunError(
-            f"task.validation = {recipe.task.validation!r}: is other data than the run was "
-            "evaluated on; a release is measured on the same"
-        )
-    return replace(before, metrics=found.metrics)
+        what = "is other data than the run was evaluated on; a release is measured on the same"
+        raise RunError(f"task.validation = {recipe.task.validation!r}: {what}")
+    return [replace(before, metrics=found.metrics), replace(before, label="before it was rounded")]
 
 
 def _copy(source: Path, directory: Path, listed: Collection[str] = ()) -> None:
-    """Copy configuration, tokenizer and ranges and no other file: the listed ones, or if none is
-    listed the usual ones.
-    """
+    """Copy configuration, tokenizer and ranges: the listed files, or if none the usual ones."""
     usual = sorted(path for pattern in COPIED for path in source.glob(pattern))
-    written = (source / name for name in listed if not _is_written_anew(name))
-    for path in written if listed else usual:
+    names = (name for name in listed if not any(fnmatchcase(name, p) for p in WRITTEN))
+    for path in (source / name for name in names) if listed else usual:
         if path.is_symlink():
             raise ModelError(f"{path}: is a link; what it points to is not released")
         target = directory / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
-
-
-def _is_written_anew(name: str) -> bool:
-    return name == "sparsity.json" or (name.startswith("model") and ".safetensors" in name)

@@ -1,12 +1,10 @@
-"""The weights of a release: in fp32 as they were trained, in 16 bits, or the matrices in 8; in one
-file that plain transformers reads, or in a compact one.
+"""The weights of a release: in fp32, in 16 bits, or the matrices in 8; plain, or compact.
 
-Zeros stay where the masks have them, whatever the type: a live weight that a smaller type rounds to
-zero becomes its smallest normal number.
+Zeros stay where the masks have them: a live weight that a smaller type rounds to zero becomes its
+smallest normal number.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,29 +24,21 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAIN = "model.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """Weights as they were read again from the file that was written."""
-
-    tensors: Mapping[str, Tensor]
-    is_same: bool  # as the finished model's
-
-
 def write_weights(
     source: Path,
     directory: Path,
     pruned: set[str],
-    *,
     form: Format,
     dtype: Dtype,
+    *,
     embeddings: bool = True,
-) -> Written:
-    """Write the weights of a finished model into a directory, and read them again.
+) -> tuple[dict[str, Tensor], bool]:
+    """Write the weights of a finished model into a directory; what is read again, and whether all
+    of it is as it was.
 
-    `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers
-    and what the model was quantized in are written in 8 bits, and with `embeddings` every embedding
-    too; other matrices in `dtype`, and vectors in fp32. Raises `ModelError` if a tensor that is not
-    in 8 bits isn't the same in the file.
+    `pruned` names the matrices with zeros. With `compact-int8` these, all matrices of the layers,
+    what the model was quantized in, and with `embeddings` every embedding are written in 8 bits,
+    other matrices in `dtype`, and vectors in fp32.
     """
     files = sorted(source.glob("model*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in compact.tensors(path)}
@@ -73,19 +63,16 @@ def write_weights(
     for name, tensor in plain.items():
         if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
             raise ModelError(f"{directory}: {name} was not written as it is")
-    is_same = all(torch.equal(found[name].float(), t.float()) for name, t in tensors.items())
-    return Written(tensors=found, is_same=is_same)
+    return found, all(torch.equal(found[n].float(), t.float()) for n, t in tensors.items())
 
 
 def _schemes(
     source: Path, tensors: Mapping[str, Tensor], pruned: set[str], embeddings: bool
 ) -> dict[str, quant.Scheme]:
     """How each matrix goes into 8 bits: as the model was quantized, else with a scale a row."""
-    schemes: dict[str, quant.Scheme] = {name: "channel" for name in pruned}
     parts = ("encoder", "embeddings") if embeddings else ("encoder",)
-    for name, tensor in tensors.items():
-        if part_of(name, tensor.shape) in parts:
-            schemes[name] = "channel"
+    chosen = {name for name, tensor in tensors.items() if part_of(name, tensor.shape) in parts}
+    schemes: dict[str, quant.Scheme] = dict.fromkeys(pruned | chosen, "channel")
     ranges = source / quant.FILE
     for key, scale in (load_file(ranges) if ranges.is_file() else {}).items():
         name = key.removesuffix("_scale")

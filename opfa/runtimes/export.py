@@ -15,15 +15,7 @@ from opfa.compression import quant
 from opfa.errors import ModelError, RunError
 from opfa.models.configs import load_tokenizer
 from opfa.models.encoders import load_finetuned_model
-from opfa.runtimes.onnx_graph import (
-    OPSET,
-    input_names,
-    nonzeros,
-    quantize,
-    rounded_to_zero,
-    trace,
-    write,
-)
+from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
 from opfa.sparsity import masks
 from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
@@ -43,8 +35,7 @@ def export(
     task: Task | None = None,
     report: Path | None = None,
 ) -> dict[str, Any]:
-    """Write FILE.onnx and return what is in it. It is in 8 bits if the model has them, unless
-    `is_int8` is False.
+    """Write FILE.onnx and return what is in it; in 8 bits if the model has them, by default.
 
     With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
     leaves only the report, when the two don't agree.
@@ -75,13 +66,13 @@ def export(
             tasks.check_head(task, model.config)
             split = tasks.load_validation(task, tokenizer, model.config)
         log.info("%s: tracing", name)
-        graph = trace(model, input_names(model, tokenizer.model_input_names))
+        graph = onnx_graph.trace(model, onnx_graph.input_names(model, tokenizer.model_input_names))
         if is_int8:
             quant.load(model, ranges)
-            quantize(graph, model)
-        write(graph, aside / output.name)
+            onnx_graph.quantize(graph, model)
+        onnx_graph.write(graph, aside / output.name)
         result, wrong = _zeros(stated, model, aside / output.name)
-        result = {"precision": "int8" if is_int8 else "fp32", "opset": OPSET, **result}
+        result = {"precision": "int8" if is_int8 else "fp32", "opset": onnx_graph.OPSET, **result}
         if task is not None and split is not None:
             log.info("%s: comparing %d examples", name, len(split.examples.texts))
             result["parity"] = parity(model, aside / output.name, task, split, is_int8=is_int8)
@@ -97,14 +88,11 @@ def export(
 def _zeros(
     stated: dict[str, Any], model: PreTrainedModel, path: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """Zeros and bytes of a file and of the model's own files, and problems of the zeros.
-
-    Live weights that 8 bits round to zero are counted apart; the fingerprint has them live.
-    """
-    rounded = rounded_to_zero(model)
-    found = nonzeros(path, stated["tensors"])
+    """Zeros and bytes of a file and of the model; and what is wrong with the zeros."""
+    rounded = onnx_graph.rounded_to_zero(model)
+    found = onnx_graph.nonzeros(path, stated["tensors"])
     counted = masks.report(found)["total"]["zeros"]
-    live = {n: mask | rounded[n] if n in rounded else mask for n, mask in found.items()}
+    live = found | {name: found[name] | rounded[name] for name in found.keys() & rounded.keys()}
     num_rounded = sum(int(rounded[n].sum()) for n in found if n in rounded)
     fingerprints = {"model": stated["fingerprint"], "onnx": masks.fingerprint(live)}
     zeros = {"model": stated["total"]["zeros"], "onnx": counted, "rounded": num_rounded}

@@ -3,11 +3,7 @@
     x -> QuantizeLinear -> DequantizeLinear ----------------------> MatMul
     weight, int8 [out, in] -> Transpose -> DequantizeLinear ------^
 
-Initializers are named as in the state dict and keep its layout, so the zeros of a matrix can be
-counted in the file. A runtime folds the transposition of a constant when it loads the file, and
-ONNX Runtime then fuses the rest to integer products (`MatMulIntegerToFloat`). Rejected: torch's own
-8-bit export, which knows no masked layers, and the exporter's default optimization, which folds
-the transpositions and with them the names away.
+Initializers keep the names and the layout of the state dict, so zeros can be counted in the file.
 """
 
 import contextlib
@@ -119,8 +115,8 @@ class _Rewriting:
             if layer is not None:
                 weight, scale = int8_weight(layer)
                 self._add(f"{initializer.name}_scale", scale.cpu().numpy())
-                array = numpy_helper.from_array(weight.cpu().numpy(), initializer.name)
-                initializer.CopyFrom(array)
+                values = weight.cpu().numpy()
+                initializer.CopyFrom(numpy_helper.from_array(values, initializer.name))
 
     def of(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """What stands for this node in 8 bits."""
@@ -137,11 +133,8 @@ class _Rewriting:
             # Said here, since ONNX Runtime's session.x64quantprecision asks for it before a Gemm.
             _, scale = int8_weight(self.layers[weight])
             zero_point = self._add(f"{weight}_zero_point", np.zeros(scale.shape, np.int8))
-            return [
-                *self._input(node, weight),
-                self._dequantize(weight, node.input[1], weight, 0, zero_point),
-                node,
-            ]
+            numbers = self._dequantize(weight, node.input[1], weight, 0, zero_point)
+            return [*self._input(node, weight), numbers, node]
         return [node]
 
     def _add(self, name: str, values: np.ndarray) -> str:
@@ -173,19 +166,18 @@ class _Rewriting:
             self._add(f"{name}.input_zero_point", zero_point.cpu().numpy().astype(np.uint8)),
         ]
         integers, values = f"{name}.input_int8", f"{name}.input_values"
-        both = [
-            helper.make_node("QuantizeLinear", [node.input[0], *parameters], [integers]),
-            helper.make_node("DequantizeLinear", [integers, *parameters], [values]),
-        ]
+        to_integers = helper.make_node("QuantizeLinear", [node.input[0], *parameters], [integers])
         node.input[0] = values
         self.done.add(weight)
-        return both
+        return [
+            to_integers,
+            helper.make_node("DequantizeLinear", [integers, *parameters], [values]),
+        ]
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
     """Write one file, or for the largest models two."""
-    num_bytes = sum(len(initializer.raw_data) for initializer in proto.graph.initializer)
-    is_external = num_bytes > EXTERNAL_FROM
+    is_external = sum(len(item.raw_data) for item in proto.graph.initializer) > EXTERNAL_FROM
     location = f"{path.name}.data" if is_external else None
     onnx.save(proto, path, save_as_external_data=is_external, location=location)
 

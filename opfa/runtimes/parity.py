@@ -1,13 +1,10 @@
 """Whether an exported file answers as the model does: torch and ONNX Runtime on the same batches.
 
-In 8 bits both compute with the same integers, but sums in another order can carry a value over the
-middle between two steps, so there the measure is the predictions and the metrics, not the logits.
-From layer to layer more values fall to the other side, until two runs differ as much as 8 bits
-themselves; a model that decides narrowly then answers differently, whoever computes it. How much
-is measured: torch once more, with every layer's output disturbed by less than fp32 can tell apart.
-A file's answers may differ from torch's by the limit, or by one point more than torch's own do. Its
-metrics may differ by the limit, by what torch's own do, and by one standard error: each answer that
-torch doesn't repeat may be won or lost.
+In 8 bits sums in another order can carry a value to the next step, so there predictions and metrics
+are compared, not logits. How much torch itself repeats is measured: once more, with every layer's
+output disturbed by less than fp32 can tell apart. A file's answers may differ by the limit, or by
+one point more than torch's own; its metrics by the limit, what torch's own do, and one standard
+error.
 """
 
 import contextlib
@@ -67,20 +64,16 @@ class OnnxModel(nn.Module):
 def parity(
     model: nn.Module, path: Path, task: Task, split: Split, *, is_int8: bool
 ) -> dict[str, Any]:
-    """Logits, predictions and metrics of both, compared over a whole split; in 8 bits also torch
-    with itself.
-    """
+    """Logits, predictions and metrics of both over a whole split; in 8 bits torch once more."""
     torch_logits = predict(model, task, split, batch=64, device="cpu")
     onnx_logits = predict(OnnxModel(path), task, split, batch=64, device="cpu")
-    both = list(zip(torch_logits, onnx_logits, strict=True))
+    pairs = zip(torch_logits, onnx_logits, strict=True)
+    both = {"torch": torch_logits, "onnx": onnx_logits}
     found: dict[str, Any] = {
         "examples": len(split.examples.texts),
-        "max_difference": max(_difference(*pair) for pair in both),
+        "max_difference": max(_difference(*pair) for pair in pairs),
         "equal_predictions": _equal(task, torch_logits, onnx_logits, split),
-        "metrics": {
-            "torch": score(task, torch_logits, split),
-            "onnx": score(task, onnx_logits, split),
-        },
+        "metrics": {name: score(task, logits, split) for name, logits in both.items()},
     }
     if is_int8:
         with _disturbed(model):
@@ -92,9 +85,7 @@ def parity(
 
 @contextlib.contextmanager
 def _disturbed(model: nn.Module) -> Iterator[None]:
-    """Every float that a module without parts gives changes in its last digit, always the same
-    way.
-    """
+    """Every float that a module without parts gives changes in its last digit, always alike."""
     numbers = torch.Generator().manual_seed(0)
 
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:  # Any: torch's protocol
@@ -103,12 +94,10 @@ def _disturbed(model: nn.Module) -> Iterator[None]:
         return output * (1 + NOISE * torch.randn(output.shape, generator=numbers))
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(disturb) for module in leaves]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in leaves:
+            hooks.enter_context(module.register_forward_hook(disturb))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:

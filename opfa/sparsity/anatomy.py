@@ -1,9 +1,4 @@
-"""Which part of a model a tensor is, told by its name and shape alone.
-
-Numbered layers are found in every family known: bert.encoder.layer.0.…, distilbert.transformer.
-layer.0.…, model.layers.0.…, and in others' models h.0.…, block.0.…, albert_layers.0.… and
-attentions.0.…. Loading the model class would say the same for the families that transformers knows,
-at the price of running its code on whatever was downloaded.
+"""Which part of a model a tensor is, by its name and shape alone.
 
 A matrix of zeros alone is pruned where it belongs to the encoder: nobody begins to train one there.
 A head or an adapter (LoRA's B) often begins as zeros, so there it is new and has to stay trainable.
@@ -11,8 +6,9 @@ A head or an adapter (LoRA's B) often begins as zeros, so there it is new and ha
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 EMBEDDING = re.compile(
     r"embed(?!dings_project|ding_hidden_mapping)|wte|wpe|lm_head\.weight|(^|\.)decoder\.weight|"
@@ -45,6 +41,7 @@ READING_ORDER = (  # as data flow through a layer
     re.compile(r"intermediate|lin1|Wi|fc1|gate|up_proj"),
 )
 PARTS = ("encoder", "embeddings", "pooler", "heads", "norms", "biases", "other")
+Value = TypeVar("Value")
 
 
 class Layer(NamedTuple):
@@ -57,11 +54,18 @@ class Layer(NamedTuple):
 
 def layer_of(name: str) -> Layer | None:
     """Where a tensor of a numbered layer is; None for all others."""
-    found = LAYER.match(name)
-    if found is None:
+    if (found := LAYER.match(name)) is None:
         return None
-    kind = found["kind"].removesuffix(".weight")
-    return Layer(found["stack"], int(found["number"]), kind)
+    return Layer(found["stack"], int(found["number"]), found["kind"].removesuffix(".weight"))
+
+
+def by_layer(values: Mapping[str, Value]) -> dict[tuple[str, int], dict[str, Value]]:
+    """What is known of tensors in numbered layers: by (stack, number) in order, then by kind."""
+    found: dict[tuple[str, int], dict[str, Value]] = {}
+    for name, value in values.items():
+        if layer := layer_of(name):
+            found.setdefault((layer.stack, layer.number), {})[layer.kind] = value
+    return dict(sorted(found.items()))
 
 
 def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
@@ -91,26 +95,23 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def is_pruned(name: str, shape: Sequence[int], num_zeros: int) -> bool:
-    """Whether a matrix with so many zeros is pruned; see above of one with nothing else."""
+    """Whether a matrix is pruned; one of zeros alone is only where it says so above."""
     has_live = num_zeros < math.prod(shape)
     return num_zeros > 0 and (has_live or part_of(name, shape) not in ("heads", "other"))
 
 
 def problem_of_storage(name: str) -> str | None:
-    """Why a tensor of this name shows that a weight is stored apart from its mask, or in parts;
-    None where it doesn't.
-    """
+    """Why a tensor's name shows that a weight is stored apart from its mask, or in parts."""
     if not APART.search(name):
         return None
-    if "parametrizations" in name:
-        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"
-    elif name.endswith("_orig"):
-        remedy = "torch.nn.utils.prune.remove(layer, ...)"
-    else:
+    if name.endswith("mask_scores"):
         return f"{name}: scores from which masks are made; apply the masks to the weights first"
+    is_new = "parametrizations" in name
+    function = "parametrize.remove_parametrizations" if is_new else "prune.remove"
     return (
-        f"{name}: this weight is stored apart from its mask or in parts; call {remedy} for each "
-        "such layer, so that its zeros are in its weight, and save the model again"
+        f"{name}: this weight is stored apart from its mask or in parts; call "
+        f"torch.nn.utils.{function}(layer, ...) for each such layer, so that its zeros are in its "
+        "weight, and save the model again"
     )
 
 
@@ -131,9 +132,7 @@ def part_of(name: str, shape: Sequence[int]) -> str:
 
 
 def heads_of(name: str, num_heads: int) -> tuple[int, int] | None:
-    """Where an attention matrix holds its heads: (dimension, number of groups of lines); None for
-    every other matrix.
-    """
+    """Where an attention matrix holds its heads: (dimension, number of groups of lines)."""
     if FUSED.search(name):
         return 0, 3 * num_heads
     if HEAD_ROWS.search(name):
@@ -145,29 +144,16 @@ def paired_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
     """Which names of two checkpoints mean the same tensor: equal, or one is the other behind the
     path of a base model (`bert.`), and no second one is.
     """
-    ours, theirs = list(ours), list(theirs)
-    pairs = {name: name for name in set(ours) & set(theirs)}
-    open_ours = [name for name in ours if name not in pairs]
-    open_theirs = [name for name in theirs if name not in pairs]
-    longer = _by_endings(open_ours), _by_endings(open_theirs)
-    for name in open_ours:
-        found = {n for n in open_theirs if n in _endings(name)} | set(longer[1].get(name, []))
-        if len(found) == 1:
-            other = found.pop()
-            back = {n for n in open_ours if n in _endings(other)} | set(longer[0].get(other, []))
-            if len(back) == 1:
-                pairs[name] = other
+    ours, theirs = dict.fromkeys(ours), dict.fromkeys(theirs)
+    found = [(name, name) for name in ours if name in theirs]
+    ours_left, theirs_left = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    found += [(name, end) for name in ours_left for end in _endings(name) if end in theirs_left]
+    found += [(end, name) for name in theirs_left for end in _endings(name) if end in ours_left]
+    counts = Counter(one for one, _ in found), Counter(other for _, other in found)
+    pairs = {a: b for a, b in found if counts[0][a] == counts[1][b] == 1}
     return {name: pairs[name] for name in ours if name in pairs}
 
 
 def _endings(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts))]
-
-
-def _by_endings(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        for ending in _endings(name):
-            found.setdefault(ending, []).append(name)
-    return found

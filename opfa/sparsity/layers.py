@@ -1,9 +1,7 @@
-"""`MaskedLinear`: a linear layer that computes with `weight * mask`, and the swap into and out of a
-model.
+"""`MaskedLinear`: a linear layer that computes with `weight * mask`, and how models get it.
 
-The gradient of a masked weight is exactly zero by the chain rule, so gradient norms, clipping and
-optimizer moments are right in any training loop and under any sharding. `weight` keeps its name,
-its identity and its optimizer state; the mask is a buffer that is not saved with the model.
+The gradient of a masked weight is zero by the chain rule, so norms, clipping and moments are right
+in any loop. `weight` keeps its name and identity; the mask is a buffer that is not saved.
 """
 
 import contextlib
@@ -22,9 +20,7 @@ SPARSE_FROM = 0.01  # a model with fewer zeros than this has none to speak of: r
 
 
 class _Masked(torch.autograd.Function):
-    """weight * mask, keeping for the backward pass one byte a weight instead of a copy of the
-    weights.
-    """
+    """weight * mask; the backward pass keeps the mask, one byte a weight, and no weights."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, mask: Tensor, known: Tensor | None) -> Tensor:  # noqa: D102 - torch's protocol
@@ -40,9 +36,7 @@ INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _product(values: Tensor, mask: Tensor) -> Tensor:
-    """values * mask, as integers: bits times 1 are the same bits, and times 0 are +0.0. To make
-    floating-point numbers of the mask would take longer than the product.
-    """
+    """values * mask, as integers: bits times 1 are the same bits, and times 0 are +0.0."""
     integer = INTEGERS[values.element_size()]
     if not torch.compiler.is_compiling():  # on CUDA its compiler can't view a mask as integers
         mask = mask.view(torch.int8)
@@ -80,14 +74,10 @@ class MaskedLinear(nn.Linear):
         self._gradient += gradient
 
     def take_gradient(self) -> Tensor:
-        """The sum [out, in], in fp32, of this process's gradients of the effective weight since the
-        last call.
-        """
+        """The fp32 sum [out, in] of gradients of the effective weight since the last call."""
         assert self.keeps_gradient, "the gradient before masking was not kept"
-        gradient, self._gradient = self._gradient, None
-        if gradient is None:  # the layer took no part
-            return torch.zeros_like(self.mask, dtype=torch.float32)
-        return gradient
+        gradient, self._gradient = self._gradient, None  # None: the layer took no part
+        return torch.zeros_like(self.mask, dtype=torch.float32) if gradient is None else gradient
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its masked weight."""
@@ -104,8 +94,8 @@ class MaskedLinear(nn.Linear):
 def mask_layers(
     model: nn.Module, names: Iterable[str], *, is_pruned: bool = True
 ) -> dict[str, MaskedLinear]:
-    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now. Without
-    `is_pruned` they are kept for good, and `masks_of` and `fuse` leave these layers out.
+    """Make the named linear layers `MaskedLinear`, in place, with all weights kept for now; without
+    `is_pruned` for good, so that `masks_of` leaves them out.
     """
     layers = []
     for name in names:
@@ -117,9 +107,8 @@ def mask_layers(
         layers.append(layer)
     for layer in layers:
         layer.__class__ = MaskedLinear  # keeps parameters, hooks and whoever holds the module
-        layer.register_buffer(
-            "mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False
-        )
+        mask = torch.ones_like(layer.weight, dtype=torch.bool)
+        layer.register_buffer("mask", mask, persistent=False)
         if not is_pruned:
             layer.is_pruned = False
     return masked_layers(model)
@@ -132,12 +121,7 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 @contextlib.contextmanager
 def hold_weights(model: nn.Module) -> Iterator[None]:
-    """Compute each effective weight once for all forward passes inside, where neither weights nor
-    masks may change.
-
-    Said by the caller and not found out: sharding engines write weights behind autograd's version
-    counters.
-    """
+    """Compute each effective weight once for all forward passes inside, where none may change."""
     layers = masked_layers(model).values()
     for layer in layers:
         layer.is_held = True
@@ -151,11 +135,7 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 
 def masks_of(model: nn.Module) -> Masks:
     """The masks in force, by the name of the weight that each belongs to."""
-    return {f"{name}.weight": layer.mask for name, layer in _pruned_layers(model).items()}
-
-
-def _pruned_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    return {name: layer for name, layer in masked_layers(model).items() if layer.is_pruned}
+    return {f"{name}.weight": m.mask for name, m in masked_layers(model).items() if m.is_pruned}
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -163,17 +143,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     own = masks_of(model)
     if {n: mask.shape for n, mask in own.items()} != {n: mask.shape for n, mask in masks.items()}:
         raise ModelError("the masks and this model's masked layers have different names or shapes")
-    for name, layer in _pruned_layers(model).items():
-        assert not layer.is_held, "masks change while effective weights are held"
-        layer.mask.copy_(masks[f"{name}.weight"])
+    held = any(layer.is_held for layer in masked_layers(model).values())
+    assert not held, "masks change while effective weights are held"
+    for name, mask in own.items():
+        mask.copy_(masks[name])
 
 
 def zero_masks(model: nn.Module) -> Masks:
-    """Masks from the zeros of a model's matrices, where these are pruned (`anatomy.is_pruned`).
-
-    Those are linear layers anywhere, and every other matrix of a numbered layer. An embedding,
-    whose padding row is zero, is none, nor is a linear layer that shares its weight.
-    """
+    """Masks from the zeros of a model's matrices, where these are pruned (`anatomy.is_pruned`)."""
     masks = {}
     for name, weight in _matrices(model).items():
         mask = mask_functions.nonzero(weight)
@@ -183,8 +160,8 @@ def zero_masks(model: nn.Module) -> Masks:
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight in which zeros would be pruned ones; raises `ModelError` where one is
-    partitioned or made anew in every pass.
+    """Weights in which zeros are pruned ones: linear layers anywhere, but none that shares an
+    embedding's weight, and every other matrix of a numbered layer.
     """
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
@@ -205,21 +182,17 @@ def _check_whole(name: str, layer: nn.Module) -> None:
     """Refuse a linear layer whose weight is made of other tensors in every pass."""
     if not isinstance(layer, nn.Linear) or "weight" in layer._parameters:
         return
-    if hasattr(layer, "parametrizations"):
-        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-    else:
-        remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+    is_new = hasattr(layer, "parametrizations")
+    function = "parametrize.remove_parametrizations" if is_new else "prune.remove"
     if layer_of(f"{name}.weight") or bool((layer.weight == 0).any()):
         raise ModelError(
             f"{name}.weight: is made of other tensors in every pass, as by torch.nn.utils.prune; "
-            f"call {remedy} for each such layer first"
+            f"call torch.nn.utils.{function}(layer, 'weight') for each such layer first"
         )
 
 
 def whole_weight(name: str, layer: nn.Linear) -> Tensor:
-    """A layer's weight. Raises `ModelError` where it is partitioned: this process then sees nothing
-    of it, or a flat part.
-    """
+    """A layer's weight. Raises `ModelError` where this process sees only a part of it."""
     if layer.weight.ndim != 2:
         raise ModelError(
             f"{name}.weight: is partitioned (ZeRO 3?), and whole weights are needed here. Lock a "
@@ -234,12 +207,10 @@ def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
     """Hold the zeros that a model's linear layers have now, through any training.
 
     Swaps each sparse `nn.Linear` in place for a `MaskedLinear`. Call it before an optimizer, a
-    Trainer or an engine is made. On one process it may also come later: momentum may then move what
-    is stored under a mask, but the layers compute with zeros and `fuse` writes them. `names` are
-    the weights to lock, whatever number of zeros each has. Without it a matrix of zeros alone is
-    locked in the encoder, and counts as new in a head or an adapter. Returns the sparsity report of
-    what was locked. Raises `ModelError` for a model without zeros, one that is locked, one whose
-    weights are partitioned or made in every pass, and where zeros are in no `nn.Linear`.
+    Trainer or an engine is made. `names` are the weights to lock, whatever number of zeros each
+    has. Without it a matrix of zeros alone is locked in the encoder, and counts as new in a head or
+    an adapter. Returns the sparsity report. Raises `ModelError` for a model without zeros, one that
+    is locked or partitioned, and where zeros are in no `nn.Linear`.
     """
     if masked_layers(model):
         raise ModelError("this model is locked already; opfa.fuse(model) unlocks it")
@@ -263,9 +234,7 @@ def lock(model: nn.Module, names: Iterable[str] | None = None) -> dict:
 
 
 def _lockable(model: nn.Module, masks: Masks) -> Masks:
-    """Without the few zeros that rounding leaves in layers of other kinds; with more of them there,
-    the swap refuses the layer.
-    """
+    """Without the few zeros that rounding leaves in layers of other kinds."""
     return {
         name: mask
         for name, mask in masks.items()
@@ -278,9 +247,9 @@ def _lockable(model: nn.Module, masks: Masks) -> Masks:
 def fuse(model: nn.Module) -> dict:
     """Turn every masked layer back into a plain `nn.Linear` whose masked weights are exactly +0.0.
 
-    A kept weight that happens to be zero becomes the smallest normal number of its type, so that
-    the zeros in a file and the mask always say the same. Returns the sparsity report. Raises
-    `ModelError` on a model without masked layers, and on non-finite and partitioned weights.
+    A kept weight that is zero becomes the smallest normal number of its type, so that zeros and
+    mask say the same. Returns the sparsity report. Raises `ModelError` on a model without masked
+    layers, and on non-finite and partitioned weights.
     """
     layers, masks = masked_layers(model), masks_of(model)
     if not layers:

@@ -1,6 +1,7 @@
 """Masks: which weights live, what is reported of them, and their files. True = kept, always."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,28 +27,17 @@ def nonzero_masks(weights: Mapping[str, Tensor]) -> Masks:
 
 
 def relative_names(names: Iterable[str]) -> dict[str, str]:
-    """Names without the module path that they all share.
-
-    So `bert.encoder.layer.0.…` of a pre-training model and `encoder.layer.0.…` of a bare encoder
-    are the same.
-    """
+    """Names without the module path that they all share, such as the `bert.` of a base model."""
     names = list(names)
     parents = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while parents and all(len(p) > shared and p[shared] == parents[0][shared] for p in parents):
-        shared += 1
+    shared = len(os.path.commonprefix(parents))
     return {name: ".".join(name.split(".")[shared:]) for name in names}
 
 
 def fingerprint(masks: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names (relative), shapes and packed bits.
-
-    Equal masks, equal fingerprint, on any machine.
-    """
-    digest = hashlib.sha256()
-    short = relative_names(masks)
-    for name in sorted(masks):
-        mask = masks[name]
+    """SHA-256 over names (relative), shapes and packed bits; the same on any machine."""
+    digest, short = hashlib.sha256(), relative_names(masks)
+    for name, mask in sorted(masks.items()):
         digest.update(f"{short[name]}{tuple(mask.shape)}".encode())
         digest.update(np.packbits(mask.cpu().numpy()).tobytes())
     return digest.hexdigest()
@@ -58,11 +48,8 @@ def report(masks: Mapping[str, Tensor]) -> dict:
     tensors = {}
     for name, mask in masks.items():
         zeros = mask.numel() - int(mask.sum())
-        tensors[name] = {
-            "shape": list(mask.shape),
-            "zeros": zeros,
-            "sparsity": zeros / mask.numel() if zeros else 0.0,
-        }
+        share = zeros / mask.numel() if zeros else 0.0
+        tensors[name] = {"shape": list(mask.shape), "zeros": zeros, "sparsity": share}
     zeros = sum(tensor["zeros"] for tensor in tensors.values())
     size = sum(mask.numel() for mask in masks.values())
     return {

@@ -6,16 +6,12 @@
     empty   nothing lives
 
 "Nearly" is nine in ten (`REGULAR`): 8 bits round some live weights to zero, and those must not hide
-a structure. No structure passes by chance. Of a random mask with sparsity s, blocks of k weights
-hold s^(k-1) of its zeros, so nine tenths need s >= 0.9, and then at most 0.53 of the other blocks'
-weights live. Exactly N of M is true of at most half of random groups, whatever the density.
-Rejected: "at most N of M in every group" alone, which at high sparsity is true of any mask.
-Weights are [output, input]; True = kept.
+a structure. No structure passes by chance (see README.md). Weights are [output, input].
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product, takewhile
 
 import torch
 from torch import Tensor
@@ -27,7 +23,7 @@ GROUPS = (2, 4, 8, 16, 32)  # of N:M
 EDGES = (2, 4, 8, 16, 32, 64)  # of blocks
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Structure:
     """What was found in one mask; `exceptions` are zeros that the pattern doesn't explain."""
 
@@ -39,30 +35,22 @@ class Structure:
 
 
 def structure_of(mask: Tensor, heads: tuple[int, int] | None = None) -> Structure:
-    """The structure of a mask [output, input]; `heads` is the dimension that heads share, and into
-    how many groups of lines.
-    """
+    """The structure of a mask; `heads`: the dimension that heads share, and how many groups."""
     rows, columns = mask.any(1), mask.any(0)
+    dead = int((~rows).sum()), int((~columns).sum())
     num_zeros = mask.numel() - int(mask.count_nonzero())
     dead_heads = None
     if heads is not None and len(lines := (rows, columns)[heads[0]]) % heads[1] == 0:
         dead_heads = int((~lines.view(heads[1], -1).any(1)).sum())
     pattern, exceptions = "unstructured" if rows.any() else "empty", 0
     if MIN_WEIGHTS <= num_zeros <= mask.numel() - MIN_WEIGHTS:
-        dead = int((~rows).sum()), int((~columns).sum())
         found = (
             _lines(mask, num_zeros, dead, heads, dead_heads)
             or _block(mask, num_zeros)
             or _n_of_m(mask[rows] if dead[0] else mask)
         )
         pattern, exceptions = found or (pattern, exceptions)
-    return Structure(
-        pattern=pattern,
-        exceptions=exceptions,
-        dead_rows=int((~rows).sum()),
-        dead_columns=int((~columns).sum()),
-        dead_heads=dead_heads,
-    )
+    return Structure(pattern, exceptions, *dead, dead_heads)
 
 
 def _explains(num_inside: int, num_zeros: int, size: int) -> bool:
@@ -91,9 +79,7 @@ def _lines(
 
 
 def _block(mask: Tensor, num_zeros: int) -> tuple[str, int] | None:
-    """The largest block that explains the zeros. What a block explains its parts explain too, so
-    edges grow from the smallest, and a mask without blocks is seen at 1x2 and 2x1.
-    """
+    """The largest block that explains the zeros. What a block explains, its parts explain too."""
 
     def inside(rows: int, columns: int) -> int | None:
         if mask.shape[0] % rows or mask.shape[1] % columns:
@@ -101,17 +87,10 @@ def _block(mask: Tensor, num_zeros: int) -> tuple[str, int] | None:
         num_inside = _num_empty(mask, (rows, columns)) * rows * columns
         return num_inside if _explains(num_inside, num_zeros, mask.numel()) else None
 
-    def growing(edges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        fitting = [(1, 1)]
-        for edge in edges:
-            if inside(*edge) is None:
-                break
-            fitting.append(edge)
-        return fitting
-
-    heights, widths = growing([(e, 1) for e in EDGES]), growing([(1, e) for e in EDGES])
-    sizes = [(height, width) for height, _ in heights for _, width in widths]
-    for height, width in sorted(sizes, key=math.prod, reverse=True)[:-1]:
+    heights = [1, *takewhile(lambda edge: inside(edge, 1) is not None, EDGES)]
+    widths = [1, *takewhile(lambda edge: inside(1, edge) is not None, EDGES)]
+    sizes = sorted(product(heights, widths), key=math.prod, reverse=True)
+    for height, width in sizes[:-1]:
         num_inside = inside(height, width)
         if num_inside is not None:
             return f"block {height}x{width}", num_zeros - num_inside

@@ -37,10 +37,9 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, Safetens
 
 
 def write(tensors: Mapping[str, Tensor | Int8], path: Path, *, sparse: Iterable[str] = ()) -> None:
-    """Write tensors: the named ones by positions and values, other matrices by their values.
+    """Write tensors: the `sparse` ones by positions and values, other matrices by their values.
 
-    Only the fp32, fp16 and bf16 matrices called `weight` are packed. All comes back bit for bit,
-    an `Int8` as fp32. The digest is computed before anything is written.
+    Only matrices called `weight` are packed. All comes back bit for bit, an `Int8` as fp32.
     """
     sparse, parts = set(sparse), {}
     for name, tensor in tensors.items():
@@ -68,13 +67,10 @@ class CompactFile:
         try:
             with path.open("rb") as file:
                 header, offset = _header(file)
-                metadata = header["__metadata__"]
-                version = metadata["opfa-compact"]
-                if version != VERSION:
-                    raise ModelError(
-                        f"{path}: compact format {version!r}; this opfa reads {VERSION!r}"
-                    )
-                if metadata["sha256"] != _digest(file, header, offset):
+                if (version := header["__metadata__"]["opfa-compact"]) != VERSION:
+                    what = f"compact format {version!r}; this opfa reads {VERSION!r}"
+                    raise ModelError(f"{path}: {what}")
+                if header["__metadata__"]["sha256"] != _digest(file, header, offset):
                     raise ModelError(f"{path}: is damaged, its SHA-256 is not what it says")
                 self._file = safe_open(path, "pt")
                 self._stored = set(self._file.keys())
@@ -86,15 +82,14 @@ class CompactFile:
         parts = {f"{name}.{part}" for name in packed for part in PARTS}
         self.names = sorted(packed | (self._stored - parts))
 
-    def parts(self, name: str) -> dict[str, Tensor]:
-        """What is stored of a packed tensor: form, values, perhaps positions and scale."""
-        there = [part for part in PARTS if f"{name}.{part}" in self._stored]
-        return {part: self._file.get_tensor(f"{name}.{part}") for part in there}
-
     def read(self, name: str) -> Tensor:
         """A tensor as it was; 8-bit values as fp32. Raises `ModelError` if its parts don't fit."""
         try:
-            return unpack(self.parts(name)) if name in self.forms else self._file.get_tensor(name)
+            if name not in self.forms:
+                return self._file.get_tensor(name)
+            parts = {part: f"{name}.{part}" for part in PARTS}
+            stored = {part: key for part, key in parts.items() if key in self._stored}
+            return unpack({part: self._file.get_tensor(key) for part, key in stored.items()})
         except UNREADABLE as error:
             raise ModelError(f"{self.path}: {name}: can't be unpacked: {error!r}") from error
 
@@ -104,9 +99,7 @@ class CompactFile:
 
 
 def tensors(path: Path, wanted: Wanted = lambda *_: True) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a safetensors file, a compact one or any, one at a time. A packed matrix that
-    isn't wanted stays packed: it comes on the "meta" device.
-    """
+    """All tensors of a safetensors file; an unwanted packed matrix comes on the "meta" device."""
     with safe_open(path, "pt") as file:
         if "opfa-compact" not in (file.metadata() or {}):
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -123,8 +116,8 @@ def tensors(path: Path, wanted: Wanted = lambda *_: True) -> Iterator[tuple[str,
 
 
 def _is_packable(name: str, tensor: Tensor) -> bool:
-    is_weight = name.rpartition(".")[2] == "weight"
-    return is_weight and tensor.ndim == 2 and tensor.numel() > 0 and tensor.dtype in TYPES[:-1]
+    is_matrix = tensor.ndim == 2 and tensor.numel() > 0
+    return name.split(".")[-1] == "weight" and is_matrix and tensor.dtype in TYPES[:-1]
 
 
 def _check_limit(path: Path, forms: Iterable[Form], file: IO[bytes]) -> None:

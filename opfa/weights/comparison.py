@@ -1,10 +1,8 @@
-"""Two checkpoints side by side, A as it was before and B after: are the masks the same, and how
-far did the live weights move?
+"""Two checkpoints, A before and B after: are the masks the same, and how far did live weights move?
 
-Tensors are matched by name, with or without the path of a base model. Only matrices of linear
-layers are compared: those are what pruning is about. One that is not pruned (a new head of zeros)
-has no zeros here. Distances are relative, |b - a| / |a|, over the weights that live in both;
-between integers and floats there is none.
+Only matrices of linear layers are compared, matched by name, with or without the path of a base
+model. One that is not pruned (a new head of zeros) has no zeros here. Distances are relative,
+|b - a| / |a|, over the weights that live in both; between integers and floats there is none.
 """
 
 import math
@@ -16,21 +14,19 @@ from torch import Tensor
 
 from opfa.errors import ModelError
 from opfa.report.tables import LayerKinds, Result, Row, Table, column, layer_table
-from opfa.sparsity.anatomy import is_matrix, is_pruned, layer_of, paired_names
+from opfa.sparsity.anatomy import by_layer, is_matrix, is_pruned, paired_names
 from opfa.sparsity.masks import Masks, fingerprint, nonzero
 from opfa.weights.sources import check_masks, is_mask, open_source
 
 
 class Change(Row):
-    """How masks and live weights changed; `moved` and `max_abs` are None where nothing can be
-    compared.
-    """
+    """How masks and live weights changed."""
 
     size: int
     both: int = column("zero in both", ",")
     only_a: int = column("came back", ",")  # zero in A alone
     only_b: int = column("newly pruned", ",")  # zero in B alone
-    moved: float | None = column("moved", ".2%")
+    moved: float | None = column("moved", ".2%")  # None where nothing can be compared
     max_abs: float | None = column("at most by", ".2e")
 
 
@@ -86,26 +82,24 @@ def compare(a: str, b: str) -> Comparison:
     pairs = paired_names(first, second)
     if not pairs:
         raise ModelError(f"{a}, {b}: have no matrix with the same name, so nothing to compare")
-    shapes = {
-        name: [list(first[name].shape), list(second[other].shape)]
-        for name, other in pairs.items()
-        if first[name].shape != second[other].shape
-    }
+    shapes = {n: [list(first[n].shape), list(second[m].shape)] for n, m in pairs.items()}
+    shapes = {name: both for name, both in shapes.items() if both[0] != both[1]}
     compared = {name: other for name, other in pairs.items() if name not in shapes}
     if not compared:
         raise ModelError(f"{a}, {b}: no two matrices have the same shape, so nothing to compare")
-    masks = _masks(first), _masks(second)
+    masks_a, masks_b = _masks(first), _masks(second)
     tensors = {
-        name: _compared(first[name], second[other], masks[0][name], masks[1][other])
+        name: _compared(first[name], second[other], masks_a[name], masks_b[other])
         for name, other in compared.items()
     }
     sparse = [name for name, row in tensors.items() if row.zeros_a or row.zeros_b]
+    shares = {name: (row.only_a + row.only_b) / row.size for name, row in tensors.items()}
     total = _total(list(tensors.values()))
     only_a = [name for name in first if name not in pairs]
     only_b = [name for name in second if name not in pairs.values()]
-    unpaired = [name for name in only_a if not masks[0][name].all()]
-    unpaired += [name for name in only_b if not masks[1][name].all()]
-    unpaired += [n for n in shapes if not (masks[0][n].all() and masks[1][pairs[n]].all())]
+    unpaired = [name for name in only_a if not masks_a[name].all()]
+    unpaired += [name for name in only_b if not masks_b[name].all()]
+    unpaired += [n for n in shapes if not (masks_a[n].all() and masks_b[pairs[n]].all())]
     same = not (total.only_a or total.only_b or unpaired)
     return Comparison(
         a=a,
@@ -114,10 +108,10 @@ def compare(a: str, b: str) -> Comparison:
         summary=_summary(total, len(unpaired), same),
         total=total,
         tensors=tensors,
-        layers=_layers(tensors),
+        layers=[LayerKinds(stack=s, layer=n, kinds=k) for (s, n), k in by_layer(shares).items()],
         fingerprints={
-            "a": fingerprint({name: masks[0][name] for name in sparse}),
-            "b": fingerprint({name: masks[1][compared[name]] for name in sparse}),
+            "a": fingerprint({name: masks_a[name] for name in sparse}),
+            "b": fingerprint({name: masks_b[compared[name]] for name in sparse}),
         },
         only_in_a=only_a,
         only_in_b=only_b,
@@ -128,14 +122,11 @@ def compare(a: str, b: str) -> Comparison:
 
 def _matrices(name: str) -> dict[str, Tensor]:
     found, beside = {}, {}
-    for tensor_name, tensor in open_source(name).tensors(
-        lambda n, shape: is_matrix(n, shape) or is_mask(n, shape)
-    ):
-        if not tensor.numel():
-            continue
-        if is_matrix(tensor_name, tensor.shape):
+    source = open_source(name).tensors(lambda n, shape: is_matrix(n, shape) or is_mask(n, shape))
+    for tensor_name, tensor in source:
+        if tensor.numel() and is_matrix(tensor_name, tensor.shape):
             found[tensor_name] = tensor
-        elif is_mask(tensor_name, tensor.shape):
+        elif tensor.numel() and is_mask(tensor_name, tensor.shape):
             beside[tensor_name] = nonzero(tensor)
     check_masks(beside, {n: nonzero(t) for n, t in found.items()} if beside else {}, name)
     return found
@@ -188,26 +179,12 @@ def _total(rows: Sequence[TensorChange]) -> Change:
 
 
 def _summary(total: Change, num_unpaired: int, same: bool) -> str:
+    values = f"live values moved by {total.moved:.2%}" if total.moved else "live values equal"
     if total.moved is None:
         values = "values can't be compared"
-    else:
-        values = f"live values moved by {total.moved:.2%}" if total.moved else "live values equal"
     if same:
         return f"masks equal, {total.both:,} zeros; {values}"
     counts = f"{total.only_a:,} weights came back, {total.only_b:,} were newly pruned"
     if num_unpaired:
         counts += f", {num_unpaired:,} pruned matrices have no partner"
     return f"masks differ: {counts}; {values}"
-
-
-def _layers(tensors: dict[str, TensorChange]) -> list[LayerKinds]:
-    grouped: dict[tuple[str, int], dict[str, float]] = {}
-    for name, row in tensors.items():
-        layer = layer_of(name)
-        if layer is not None and row.size:
-            share = (row.only_a + row.only_b) / row.size
-            grouped.setdefault((layer.stack, layer.number), {})[layer.kind] = share
-    return [
-        LayerKinds(stack=stack, layer=number, kinds=kinds)
-        for (stack, number), kinds in sorted(grouped.items())
-    ]

@@ -1,15 +1,13 @@
 """Inspection: exact sparsity of a model in memory, or of any checkpoint in a directory, in a file
 or on the Hub.
 
-Only tensors are read, one at a time: no model class, no code of the checkpoint, no unsafe pickle. A
-tensor counts as pruned when it is the matrix of a linear layer and has zeros; a matrix of zeros
-alone only in the encoder (`anatomy.is_pruned`). Embeddings are recognized by their names. Dense
-tensors are counted by part, so that a reader sees what a sparsity refers to.
+Only tensors are read, one at a time. A tensor counts as pruned when it is the matrix of a linear
+layer and has zeros; a matrix of zeros alone only in the encoder (`anatomy.is_pruned`). Others are
+counted by part, so that a reader sees what a sparsity refers to.
 """
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +18,22 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from opfa.errors import ModelError
-from opfa.sparsity.anatomy import PARTS, heads_of, is_matrix, is_pruned, layer_of, part_of
+from opfa.sparsity.anatomy import PARTS, by_layer, heads_of, is_matrix, is_pruned, part_of
 from opfa.sparsity.layers import masks_of, zero_masks
 from opfa.sparsity.masks import Masks, nonzero, report
 from opfa.sparsity.structure import Structure, structure_of
 from opfa.storage.foreign import read_object
 from opfa.weights.findings import Inspection, Layer, Share, Stated
-from opfa.weights.sources import MATRIX_DIMS, Source, check_masks, is_mask, open_source
-from opfa.weights.sources import directory_of as directory_of
+from opfa.weights.sources import (
+    MATRIX_DIMS,
+    Source,
+    check_masks,
+    directory_of,
+    is_mask,
+    open_source,
+)
+
+NOT_STATED = "its zeros are not what its sparsity.json says; was it changed after it was written?"
 
 
 def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
@@ -45,43 +51,33 @@ def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
     stated = _stated(source.read_json("sparsity.json"), name)
     read = _read(source, set(stated["tensors"]) if stated else set(), name)
     found = report(read.masks)
-    agreement = None
-    if stated is not None:
-        is_equal = all(stated[key] == found[key] for key in stated)
-        agreement = "matches" if is_equal else "differs"
+    is_equal = all(found[key] == value for key, value in (stated or {}).items())
     layers = _layers(found["tensors"], read.dense)
     zeros, size = found["total"]["zeros"], found["total"]["size"]
-    file_bytes, limit = source.file_bytes, math.ceil(read.limit_bytes)
+    sizes: dict[str, int | None] = {"dense": read.dense_bytes, "file": source.file_bytes}
+    limit = math.ceil(read.limit_bytes)
+    sizes["limit"] = limit if limit <= source.file_bytes else None  # a file in 8 bits is below it
     return Inspection(
         name=name,
         **found,
         dense=read.dense,
-        bytes=file_bytes,
-        stated=agreement,
+        bytes=source.file_bytes,
+        stated=None if stated is None else "matches" if is_equal else "differs",
         patterns=read.patterns,
         layers=layers,
         encoder=_sum(layers),
         whole=Share.of(zeros, size + sum(part["size"] for part in read.excluded.values())),
         excluded=read.excluded,
-        sizes={
-            "dense": read.dense_bytes,
-            "file": file_bytes,
-            "limit": limit if limit <= file_bytes else None,  # a file in 8 bits is below it
-        },
+        sizes=sizes,
         downloaded_bytes=source.downloaded_bytes(),
     )
 
 
 def check_stated(name: str) -> dict[str, Any]:
-    """The sparsity report of a checkpoint that is going to be used; raises `ModelError` if its own
-    sparsity.json says something else.
-    """
+    """The sparsity report of a checkpoint; `ModelError` if its own sparsity.json says another."""
     found = inspect(directory_of(name))
     if found["stated"] == "differs":
-        raise ModelError(
-            f"{name}: its zeros are not what its sparsity.json says; was it changed after it was "
-            "written?"
-        )
+        raise ModelError(f"{name}: {NOT_STATED}")
     return found
 
 
@@ -98,10 +94,8 @@ def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what J
         Stated.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ModelError(
-            f"{where}/sparsity.json: not a sparsity report: {key}: {first['msg']}"
-        ) from error
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ModelError(f"{where}/sparsity.json: not a sparsity report: {what}") from error
     return {key: values[key] for key in Stated.model_fields}
 
 
@@ -112,9 +106,7 @@ class _Found:
     masks: Masks = field(default_factory=dict)
     patterns: dict[str, Structure] = field(default_factory=dict)
     dense: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, dict[str, int]] = field(
-        default_factory=lambda: {part: {"tensors": 0, "size": 0} for part in PARTS}
-    )
+    excluded: dict[str, dict[str, int]] = field(default_factory=dict)
     dense_bytes: int = 0
     limit_bytes: float = 0.0
 
@@ -122,6 +114,7 @@ class _Found:
 def _read(source: Source, stated: set[str], where: str) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
     found, beside, live = _Found(), {}, {}
+    found.excluded = {part: {"tensors": 0, "size": 0} for part in PARTS}
     num_heads = _num_heads(source.read_json("config.json"))
 
     def is_linear(name: str, shape: Sequence[int]) -> bool:
@@ -161,11 +154,9 @@ def _is_pruned(name: str, mask: Tensor) -> bool:
 
 
 def _limit(mask: Tensor, value_bytes: int) -> float:
-    """The fewest bytes for a matrix whose zeros lie anywhere: the entropy of their positions, and
-    the live values as they are.
-    """
+    """The fewest bytes of a matrix: the entropy of its zeros' positions, and its live values."""
     num_live = int(mask.count_nonzero())
-    shares = [num_live / mask.numel(), 1 - num_live / mask.numel()]
+    shares = num_live / mask.numel(), 1 - num_live / mask.numel()
     bits = -sum(share * math.log2(share) for share in shares if share)
     return bits * mask.numel() / 8 + num_live * value_bytes
 
@@ -177,16 +168,11 @@ def _num_heads(config: Any) -> int | None:  # Any: what JSON can hold
 
 
 def _layers(tensors: dict[str, Any], dense: dict[str, int]) -> list[Layer]:
-    """Numbered layers in the order of their numbers."""
-    counts = {name: (0, size) for name, size in dense.items()}
-    counts |= {name: (row["zeros"], math.prod(row["shape"])) for name, row in tensors.items()}
-    grouped: dict[tuple[str, int], dict[str, Share]] = defaultdict(dict)
-    for name, (zeros, size) in counts.items():
-        layer = layer_of(name)
-        if layer is not None:
-            grouped[layer.stack, layer.number][layer.kind] = Share.of(zeros, size)
+    shares = {name: Share.of(0, size) for name, size in dense.items()}
+    for name, row in tensors.items():
+        shares[name] = Share.of(row["zeros"], math.prod(row["shape"]))
     rows = []
-    for (stack, number), found in sorted(grouped.items()):
+    for (stack, number), found in by_layer(shares).items():
         kinds = {kind: share.sparsity for kind, share in found.items()}
         rows.append(Layer(**dict(_sum(found.values())), stack=stack, layer=number, kinds=kinds))
     return rows

@@ -1,9 +1,8 @@
 """The weights in an ONNX file, ours or another exporter's.
 
-Our files hold matrices under the names and in the layout of the state dict. Others transpose them
-to [input, output] and call them onnx::MatMul_123; the node that multiplies by one still says which
-module it was (/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is whatever equals the zero
-point. Rejected: onnx_graph.py, which needs torch's exporter and transformers to be there.
+Our files have the names and the layout of the state dict. Others transpose matrices to [input,
+output] and call them onnx::MatMul_123; the node that multiplies by one says which module it was
+(/bert/encoder/layer.0/…/query/MatMul). In 8 bits, a zero is whatever equals the zero point.
 """
 
 import os
@@ -76,10 +75,8 @@ def _graph(file: Path) -> onnx.GraphProto:
 
 
 def _tensor(values: np.ndarray, file: Path, name: str) -> Tensor:
-    try:
+    with opening(f"{file}: {name}"):
         return torch.from_numpy(values.copy())
-    except TypeError as error:
-        raise ModelError(f"{file}: {name}: values of type {values.dtype} can't be read") from error
 
 
 def _values(item: onnx.TensorProto, file: Path) -> np.ndarray:

@@ -6,9 +6,7 @@
     scale      fp32 [rows] or []: of 8-bit values
 
 Bytes are zstandard frames. A gap counts the zeros before a value: one byte, and a byte of 255 for
-each 255 beyond. At 90 % zeros Huffman's code of gaps takes 0.471 bits a weight (entropy of
-independent positions: 0.469), where a packed bitmask takes 0.478 at zstandard's level 19 and is
-slower to read. Byte for byte: model_cards/FORMAT.md.
+each 255 beyond. Byte for byte: model_cards/FORMAT.md.
 """
 
 import math
@@ -39,18 +37,15 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """A matrix in 8 bits: `values` int8 [out, in], `scale` fp32 [out] or []; where `mask` is False
-    (all kept if None), nothing is stored.
-    """
+    """A matrix in 8 bits."""
 
-    values: Tensor
-    scale: Tensor
-    mask: Tensor | None = None
+    values: Tensor  # int8 [out, in]
+    scale: Tensor  # fp32 [out] or []
+    mask: Tensor | None = None  # nothing is stored where it is False; None keeps all
 
 
 def pack(matrix: Tensor | Int8, *, is_sparse: bool = False) -> dict[str, Tensor]:
-    """The parts of a matrix [out, in]: with `is_sparse`, and of an `Int8` with a mask, without its
-    zeros.
+    """The parts of a matrix [out, in]; with `is_sparse`, those without its zeros.
 
     A zero is what has no bit set, so what comes back is the same bit for bit; -0.0 is a value.
     """
@@ -62,15 +57,12 @@ def pack(matrix: Tensor | Int8, *, is_sparse: bool = False) -> dict[str, Tensor]
 def unpack(parts: Mapping[str, Tensor]) -> Tensor:
     """A tensor from its parts. Raises `OSError`, `ValueError` or `KeyError` when they don't fit.
 
-    A live weight whose 8 bits are zero becomes the smallest normal number, as in any model of ours,
-    so that zeros and mask say the same.
+    A live weight whose 8 bits are zero becomes the smallest normal number, as elsewhere in opfa.
     """
     form = form_of(parts["form"])
     values = _values(parts["values"], form)
-    positions = None
-    if "positions" in parts:
-        positions = _positions(parts["positions"], form)
-    elif form.count != math.prod(form.shape):
+    positions = _positions(parts["positions"], form) if "positions" in parts else None
+    if positions is None and form.count != math.prod(form.shape):
         raise ValueError(f"{form.count} values for a matrix of {form.shape}, and no positions")
     if form.dtype == torch.int8:
         values = _scaled(values, parts["scale"], form.shape, positions)

@@ -1,13 +1,10 @@
 """Where the tensors of a checkpoint come from: files, directories, runs, ONNX files, the Hub.
 
 Every source is one iterator of (name, tensor). A tensor that the caller doesn't want may come
-without its values, on torch's "meta" device: it has a name, a shape and a type, and costs nothing.
-No model class, no code of the checkpoint and no unsafe pickle is used. A new kind of file is one
-more row of `READERS`. Rejected: loading models with transformers, which downloads all of them and
-fills what a file lacks with random numbers.
+without its values, on torch's "meta" device. No model class, no code of the checkpoint and no
+unsafe pickle is used. A new kind of file is one more row of `READERS`.
 """
 
-import contextlib
 import fnmatch
 import json
 import os
@@ -25,13 +22,7 @@ from opfa.errors import ModelError, opening
 from opfa.hub.cache import cached_directory, downloaded, missing_in_cache, refuse_path
 from opfa.hub.tensors import RemoteFiles
 from opfa.sparsity.anatomy import MASK, problem_of_storage
-from opfa.storage.foreign import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_content,
-    check_weights,
-    weight_files,
-)
+from opfa.storage import foreign
 from opfa.weights import compact
 from opfa.weights.compact import Wanted
 
@@ -50,8 +41,8 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """The source that a path or Hub name means; raises `ModelError` if there is none, and while
-    tensors are read if weights are stored apart from their masks.
+    """The source that a path or Hub name means. While tensors are read, weights that are stored
+    apart from their masks raise `ModelError`.
     """
     source = _source(name)
 
@@ -77,17 +68,14 @@ def is_mask(name: str, shape: Sequence[int]) -> bool:
 
 def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
     """Raise `ModelError` if a mask has a zero where the weight beside it has none; `found` are the
-    nonzeros of weights. A mask of rows or columns is [out, 1] or [1, in]; one of another shape
-    masks something else.
+    nonzeros of weights. A mask of rows or columns is [out, 1] or [1, in].
     """
     for name, mask in masks.items():
         weight = f"{name.rpartition('.')[0]}.weight"
-        live = found.get(weight)
-        if live is None or any(
-            m not in (1, n) for m, n in zip(mask.shape, live.shape, strict=True)
-        ):
+        if (live := found.get(weight)) is None:
             continue
-        if bool((live & ~mask).any()):
+        is_its = all(m in (1, n) for m, n in zip(mask.shape, live.shape, strict=True))
+        if is_its and bool((live & ~mask).any()):
             raise ModelError(
                 f"{where}: {name}: a mask that is not applied: {weight} has live weights where it "
                 "is zero; multiply the two, and save the model again"
@@ -97,15 +85,20 @@ def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
 def _source(name: str) -> Source:
     path = Path(name)
     if path.is_file():
-        return _files([path], beside=None)
+        return _files([path], is_whole=False)
     if path.is_dir():
         return _directory(path)
     refuse_path(name, "no such directory or file")
     cached = cached_directory(name)
     if cached is not None:
         return _directory(cached)
-    remote = _remote(name)
-    files, tensors = weight_files(remote.sizes, name, remote.read)
+    try:
+        remote = RemoteFiles(name)
+    except ModelError as error:
+        if missing := missing_in_cache(name):
+            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
+        raise
+    files, tensors = foreign.weight_files(remote.sizes, name, remote.read)
     if files[0].endswith(".bin") or files == [compact.FILE]:  # all of it or nothing
         source = _directory(directory_of(name))
         return replace(source, downloaded_bytes=lambda: source.file_bytes)
@@ -115,15 +108,6 @@ def _source(name: str) -> Source:
         file_bytes=sum(remote.sizes[file] for file in files),
         downloaded_bytes=lambda: remote.num_bytes,
     )
-
-
-def _remote(name: str) -> RemoteFiles:
-    try:
-        return RemoteFiles(name)
-    except ModelError as error:
-        if missing := missing_in_cache(name):
-            raise ModelError(f"{error}; the cache lacks {missing[0]}") from error
-        raise
 
 
 def directory_of(name: str) -> Path:
@@ -136,13 +120,11 @@ def directory_of(name: str) -> Path:
 
 def small_files_of(name: str) -> Path:
     """The directory of a model's configurations and tokenizer. Only these are downloaded."""
-    return _downloaded(name, list(TOKENIZER_FILES))
+    return _downloaded(name, list(foreign.TOKENIZER_FILES))
 
 
 def _downloaded(name: str, patterns: list[str]) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    return downloaded(name, patterns)
+    return Path(name) if Path(name).is_dir() else downloaded(name, patterns)
 
 
 def _checked(
@@ -165,33 +147,31 @@ def _directory(directory: Path) -> Source:
     """A directory of weights, or of a run with its model in it."""
     with opening(directory):
         names = [path.name for path in directory.iterdir()]
-    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in WEIGHT_FILES)
+    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in foreign.WEIGHT_FILES)
     if is_run and (directory / "model").is_dir():
         return _directory(directory / "model")
-    files, tensors = weight_files(names, directory, lambda name: _read(directory / name))
-    return _files([directory / name for name in files], beside=directory, tensors=tensors)
+    files, tensors = foreign.weight_files(names, directory, lambda name: _read(directory / name))
+    return _files([directory / name for name in files], tensors)
 
 
 def _read(path: Path) -> bytes:
-    check_content(path)
+    foreign.check_content(path)
     with opening(path):
         return path.read_bytes()
 
 
 def _files(
-    files: list[Path], beside: Path | None, tensors: Mapping[str, str] | None = None
+    files: list[Path], tensors: Mapping[str, str] | None = None, *, is_whole: bool = True
 ) -> Source:
     """Files together. One alone may be a part of a model: a sparsity.json is not about it."""
     for file in files:
         if file.suffix not in READERS:
             raise ModelError(f"{file}: not weights; {', '.join(READERS)} can be read")
-        check_weights(file)
+        foreign.check_weights(file)
 
     def read_json(name: str) -> Any:  # Any: what JSON can hold
-        if beside is None and name != "config.json":
-            return None
         path = files[0].with_name(name)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) or not (is_whole or name == "config.json"):
             return None
         content = _read(path)
         with opening(path, ModelError, "not valid JSON"):
@@ -219,28 +199,19 @@ def _parts(file: Path) -> list[Path]:
     return [file, *data_files(file)]
 
 
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Turn every way in which a file can't be read into one `ModelError`."""
-    with opening(file):
-        try:
-            yield
-        except pickle.UnpicklingError as error:  # torch's text says how to run its code
-            raise ModelError(
-                f"{file}: can't be read: no pickle, or one of more than tensors"
-            ) from error
-
-
 def _safetensors(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    with _readable(file):  # pages of the mapped file are read when they are used
+    with opening(file):  # pages of the mapped file are read when they are used
         yield from compact.tensors(file, wanted)
 
 
-def _pickle(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted
-    with _readable(file):
+def _pickle(file: Path, _: Wanted) -> Iterator[tuple[str, Tensor]]:
+    with opening(file):
         is_mapped = zipfile.is_zipfile(file)  # files from before 2020 are not
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+        except pickle.UnpicklingError as error:  # torch's text says how to run its code
+            problem = "can't be read: no pickle, or one of more than tensors"
+            raise ModelError(f"{file}: {problem}") from error
     if not isinstance(state, dict):
         raise ModelError(f"{file}: holds a {type(state).__name__}, not a state dict")
     for name, value in state.items():
@@ -257,8 +228,7 @@ def _plain(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _onnx(file: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    del wanted
+def _onnx(file: Path, _: Wanted) -> Iterator[tuple[str, Tensor]]:
     from opfa.weights.onnx import read_onnx  # an optional extra
 
     return read_onnx(file)

@@ -29,6 +29,7 @@ from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Magnitude, Part, Score, State
 from opfa.compression.selection import keep
 from opfa.errors import ModelError, RunError
+from opfa.sparsity.layers import set_masks
 from opfa.sparsity.masks import fingerprint
 from opfa.training.distributed import end_process
 from opfa.training.engine import Engine, start_distributed
@@ -307,7 +308,7 @@ def test_alone_a_score_observes_the_dense_gradient_and_resumes(tmp_path: Path) -
     first = train_alone(model, pruner, range(1, STEPS), tmp_path / "first")
     again, resumed = made(Saliency())
     again.load_state_dict(model.state_dict())
-    resumed.restore(pruner.masks())
+    set_masks(again, pruner.masks())
     resumed.load(tmp_path / f"first/{STEPS - 1}", STEPS - 1)
     resumed.schedule = resumed.schedule.model_copy(update={"start": STEPS})  # no update before
     rest = train_alone(again, resumed, range(STEPS, STEPS + 1), tmp_path / "rest")

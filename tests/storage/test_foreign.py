@@ -24,7 +24,7 @@ from opfa.downstream.student import hold_zeros
 from opfa.errors import ModelError, OpfaError
 from opfa.hub.download import download
 from opfa.models.configs import load_config, load_tokenizer, new_config, wordpiece_tokenizer
-from opfa.models.encoders import encoder_skeleton, write_model
+from opfa.models.encoders import skeleton, write_model
 from opfa.models.fit import fit_tokenizer
 from opfa.models.skeleton import num_positions
 from opfa.sparsity.layers import zero_masks
@@ -399,7 +399,7 @@ def test_positions_are_those_of_the_model(
     config = new_config(
         {**shape, "model_type": kind, "vocab_size": 40, "pad_token_id": 0, **values}
     )
-    assert num_positions(encoder_skeleton(config), config) == positions
+    assert num_positions(skeleton(config), config) == positions
 
 
 def test_a_model_without_a_padding_token_is_one_message(tmp_path: Path) -> None:
