@@ -46,11 +46,7 @@ def plan(
     from opfa.upstream.plan import plan as execute
 
     result = execute(
-        checked,
-        gpus=gpus,
-        memory_gb=memory_gb,
-        bandwidth_gbps=bandwidth_gbps,
-        teraflops=teraflops,
+        checked, gpus=gpus, memory_gb=memory_gb, bandwidth_gbps=bandwidth_gbps, teraflops=teraflops
     )
     result.show(as_json=as_json)
 

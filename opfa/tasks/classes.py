@@ -1,7 +1,4 @@
-"""Classes by name: which there are, in which order a model has them, and which number each has.
-
-Names are compared as they are, and only then without regard to case.
-"""
+"""Classes by name: which there are, in which order a model has them, and their numbers."""
 
 import re
 from collections.abc import Collection
@@ -33,9 +30,8 @@ def of_training(task: Task, train: Examples) -> tuple[str, ...]:
 
 
 def of_model(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
-    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1.
-
-    Exact names come first; the rest may differ in case and in blanks at the ends.
+    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1. Names
+    that aren't the same may differ in case and in blanks at the ends.
     """
     by_index: dict[Any, Any] = config.id2label or {}  # Any: transformers says int or str
     trained = tuple(str(by_index[index]) for index in sorted(by_index))

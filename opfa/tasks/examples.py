@@ -1,7 +1,4 @@
-"""Examples of a task, checked as they are read.
-
-A mistake in line 40,000 is found before a GPU works, and is named by file and line.
-"""
+"""Examples of a task, checked as they are read: a mistake is named by file and line."""
 
 import hashlib
 import json
@@ -27,17 +24,13 @@ MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """One checked split, by column.
-
-    `texts` may be lists of words, `pairs` lists of choices; `labels` are names of classes, lists of
-    them, numbers, or SQuAD's answers.
-    """
+    """One checked split, by column."""
 
     source: str
     places: list[str]  # such as "line 17", for messages
-    texts: list[Any]  # Any: str or list[str]
-    pairs: list[Any] | None
-    labels: list[Any]
+    texts: list[Any]  # Any: str, or a list of words
+    pairs: list[Any] | None  # Any: str, or a list of choices
+    labels: list[Any]  # Any: names of classes, lists of them, numbers, or SQuAD's answers
     names: Names  # those of the data set's own ClassLabel feature, if it has one
 
     def sha256(self) -> str:
@@ -101,13 +94,9 @@ def read(task: Task, split: str, check: Check) -> Examples:
     if not checked:
         raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
+    pairs = None if pairs[0] is None else pairs
     return Examples(
-        source=source,
-        places=places,
-        texts=texts,
-        pairs=None if pairs[0] is None else pairs,
-        labels=labels,
-        names=names,
+        source=source, places=places, texts=texts, pairs=pairs, labels=labels, names=names
     )
 
 

@@ -7,11 +7,7 @@ from pydantic import Field, model_validator
 from opfa.recipe import Count, Section
 
 Kind = Literal[
-    "classification",
-    "regression",
-    "question-answering",
-    "token-classification",
-    "multiple-choice",
+    "classification", "regression", "question-answering", "token-classification", "multiple-choice"
 ]
 METRICS: dict[str, tuple[str, ...]] = {  # what each kind of task knows; higher is better in all
     "classification": ("accuracy", "f1", "matthews"),
