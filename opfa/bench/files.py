@@ -39,10 +39,13 @@ FORMS: tuple[tuple[Format, Dtype], ...] = (
     ("compact", "fp16"),
     ("compact-int8", "fp16"),
 )
+OF_ENCODER = {
+    "positions": "positions",
+    "values": "encoder values",
+    "scale": "encoder scales",
+    "form": "encoder scales",
+}
 KINDS = ("positions", "encoder values", "encoder scales", "embeddings", "rest")
-OF_ENCODER = dict(
-    zip(("positions", "values", "scale", "form"), (*KINDS[:3], KINDS[2]), strict=True)
-)
 
 
 class Form(Row):

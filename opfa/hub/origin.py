@@ -1,7 +1,4 @@
-"""Where a model comes from: a local directory, a web server, or the Hub.
-
-A name is looked for as a local directory, then in the index, then on the Hub.
-"""
+"""Where a model comes from: a local directory, or by the index a web server or the Hub."""
 
 import hashlib
 import io

@@ -1,9 +1,6 @@
-"""Parts of safetensors files on the Hub: headers first, then only the tensors that are wanted.
+"""Parts of safetensors files on the Hub: only the tensors that are wanted, and nothing is kept.
 
-A file is 8 bytes (length of the header, little-endian), a header in JSON, and data. Of BERT-base
-342 of 438 MB remain without embeddings. huggingface_hub's own reader of headers is not used:
-it doesn't say where the data begin, nor how much was transferred. Nothing is kept; what is in the
-local cache already is read from there.
+A file is 8 bytes (length of the header, little-endian), a header in JSON, and data.
 """
 
 import json
