@@ -105,8 +105,8 @@ def list_models(as_json: AsJson = False) -> None:
     for model in models:
         sparsity = "" if model.sparsity is None else f"{model.sparsity:.0%}"
         size = "" if model.bytes is None else f"{model.bytes:,}"
-        results = {k: v for k, v in (model.results or {}).items() if v is not None}
-        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results.items())
+        results = (model.results or {}).items()
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results if value is not None)
         rows.append((model.name, model.task, sparsity, size, shown))
     show([Table(("name", "task", "sparsity", "bytes", "results"), rows)])
     print("empty: not measured by this project")
@@ -250,10 +250,10 @@ def _exported(output: Path, result: dict[str, Any]) -> list[Table | str]:
     sides = ("model", "onnx")
     rows = [(key, *(f"{result[key][side]:,}" for side in sides)) for key in ("bytes", "zeros")]
     rows.append(("fingerprint", *(result["fingerprint"][side][:12] for side in sides)))
-    parity, lines = result.get("parity"), []
+    lines = []
     if result["zeros"]["rounded"]:
         lines.append(f"live weights that 8 bits round to zero: {result['zeros']['rounded']:,}")
-    if parity:
+    if parity := result.get("parity"):
         onnx, equal = parity["metrics"]["onnx"], parity["equal_predictions"]
         for name, value in parity["metrics"]["torch"].items():
             rows.append((name, f"{value:.4f}", f"{onnx[name]:.4f}"))
