@@ -21,10 +21,8 @@ app.add_typer(bench, name="bench")
 )
 def plan(
     recipe: RecipeFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")],
-    memory_gb: Annotated[
-        float, typer.Option("--memory-gb", min=0.1, max=1e9, help="Memory of each GPU.")
-    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
+    memory_gb: Annotated[float, typer.Option(min=0.1, max=1e9, help="Memory of each GPU.")],
     bandwidth_gbps: Annotated[
         float,
         typer.Option(
@@ -32,8 +30,7 @@ def plan(
         ),
     ],
     teraflops: Annotated[
-        float,
-        typer.Option("--teraflops", min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s."),
+        float, typer.Option(min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s.")
     ] = 150.0,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -71,10 +68,9 @@ def bench_train(
             help="Without a recipe: BERT-base, 8 x 128 random tokens, 90 % sparse.",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all is measured.")] = 2,
     write: Annotated[
-        Path | None,
-        typer.Option("--write", help="Put the tables into this Markdown file, between its marks."),
+        Path | None, typer.Option(help="Put the tables into this Markdown file, between its marks.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -40,7 +40,7 @@ def inspect(
     has_tensors: Annotated[
         bool, typer.Option("--tensors", help="Every tensor instead of layers.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="FILE.png: draw it too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="FILE.png: draw it too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
@@ -75,7 +75,7 @@ def download(
     ],
     output: Output,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, tag or commit on the Hub.")
+        str | None, typer.Option(help="A branch, tag or commit on the Hub.")
     ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
@@ -124,28 +124,24 @@ def release(
     ] = "dense",
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None,
-        typer.Option("--dtype", help="Default: fp32; for what compact-int8 leaves as it is: fp16."),
+        typer.Option(help="Default: fp32; for what compact-int8 leaves as it is: fp16."),
     ] = None,
     embeddings: Annotated[
-        Literal["int8", "same"] | None,
-        typer.Option("--embeddings", help="For compact-int8; default: int8."),
+        Literal["int8", "same"] | None, typer.Option(help="For compact-int8; default: int8.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="For the card; default: the directory's.")
+        str | None, typer.Option(help="For the card; default: the directory's.")
     ] = None,
     licence: Annotated[
         str | None, typer.Option("--license", help="For the card, as the Hub calls it: apache-2.0.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="For the card: the Hub name it began with.")
+        str | None, typer.Option(help="For the card: the Hub name it began with.")
     ] = None,
     compare: Annotated[
-        list[str] | None,
-        typer.Option("--compare", help="LABEL=RUN: its results too, in the card; repeatable."),
+        list[str] | None, typer.Option(help="LABEL=RUN: its results too, in the card; repeatable.")
     ] = None,
-    push: Annotated[
-        str | None, typer.Option("--push", help="Then upload to this Hub name.")
-    ] = None,
+    push: Annotated[str | None, typer.Option(help="Then upload to this Hub name.")] = None,
     private: Private = False,
     endpoint: Endpoint = None,
     overrides: Overrides = None,
@@ -215,21 +211,16 @@ def unpack(
 @app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
 def export(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", help="FILE.onnx; must be new.")],
+    output: Annotated[Path, typer.Option(help="FILE.onnx; must be new.")],
     is_int8: Annotated[
         bool | None,
         typer.Option("--int8/--fp32", help="Default: 8 bits if the model has its ranges."),
     ] = None,
     verify: Annotated[
-        str | None,
-        typer.Option("--verify", help="A file, or a Hub split: compare with torch on it first."),
+        str | None, typer.Option(help="A file, or a Hub split: compare with torch on it first.")
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="The recipe whose task is compared.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Also write the result here.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe whose task is compared.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""

@@ -84,8 +84,7 @@ def finetune(
     overrides: Overrides = None,
     resume: Resume = False,
     seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", min=1, help="How many seeds to run, from the recipe's on."),
+        int | None, typer.Option(min=1, help="How many seeds to run, from the recipe's on.")
     ] = None,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
@@ -107,12 +106,9 @@ def finetune(
 def evaluate(
     model: ModelName,
     recipe: TaskRecipe,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Also write the result here.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", help="Also write every answer here, as JSON Lines."),
+        Path | None, typer.Option(help="Also write every answer here, as JSON Lines.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -134,9 +130,7 @@ def calibrate(
     model: ModelName,
     recipe: TaskRecipe,
     output: Output,
-    examples: Annotated[
-        int, typer.Option("--examples", min=1, help="How many training examples it sees.")
-    ] = 512,
+    examples: Annotated[int, typer.Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""
