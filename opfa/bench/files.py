@@ -137,7 +137,6 @@ def _weights(directory: Path) -> Path:
 
 
 def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
-    """Stored bytes by kind."""
     sizes: Counter[str] = Counter()
     for name, tensor in load_file(_weights(directory)).items():
         owner, _, part = name.rpartition(".")

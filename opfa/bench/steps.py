@@ -176,7 +176,6 @@ def _seconds_of_a_step(directory: Path, teacher: str) -> tuple[float, float]:
 
 
 def _steps(trainer: Trainer) -> Callable[[], object]:
-    """One step at each call."""
     batches = enumerate(trainer.batches(0))
 
     def step() -> None:

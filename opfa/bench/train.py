@@ -52,10 +52,8 @@ log = logging.getLogger(__name__)
 def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Costs:
     """Measure all variants of a recipe's step, or of the standard one's with these overrides."""
     if recipe is not None and recipe.model.init is None:
-        raise RecipeError(
-            "model.config: opfa bench train needs a model that both loops can start from; give "
-            "model.init=DIRECTORY, and model.config= to take it away"
-        )
+        what = "opfa bench train needs a model that both loops can start from"
+        raise RecipeError(f"model.config: {what}; give model.init=DIRECTORY and model.config=")
     choose_accelerator()  # before transformers makes DeepSpeed guess
     with tempfile.TemporaryDirectory() as directory:
         if recipe is None:

@@ -32,10 +32,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     values = read_values(recipe, overrides or ())
     if not values.keys() & {"corpus", "task"}:
-        raise RecipeError(
-            f"{recipe}: has neither [corpus], as recipes for opfa pretrain have, nor [task], as "
-            "recipes for opfa finetune have"
-        )
+        what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
+        raise RecipeError(f"{recipe}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
     command = "pretrain" if kind is PretrainRecipe else "finetune"
     found = kind.read(recipe, overrides or ())

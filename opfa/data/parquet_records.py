@@ -65,7 +65,6 @@ def _one_by_one(file: Path, batch: pyarrow.RecordBatch, first: int) -> Iterator[
 
 
 def _texts(table: ParquetFile, wanted: list[str]) -> list[str]:
-    """The paths of all texts in these columns."""
     leaves = map(table.schema.column, range(len(table.schema)))
     texts = [
         leaf.path

@@ -53,11 +53,9 @@ def read_records(
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
-        raise DataError(
-            f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
-        )
-    is_empty = True
-    reader = READERS[kind](file, columns)
+        known = f"{', '.join(READERS)}, and .gz or .zst of text"
+        raise DataError(f"{file}: unknown kind of file; known are {known}")
+    is_empty, reader = True, READERS[kind](file, columns)
     while True:
         with opening(file, DataError):
             number, found = next(reader, (0, None))

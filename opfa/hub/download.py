@@ -118,6 +118,4 @@ def _check_same(output: Path, source: Source) -> None:
         MANIFEST in found and manifest.read_bytes(output) == source.manifest
     )
     if problems or found != files or not is_same:
-        raise RunError(
-            f"{output}: exists already, and is not this release; give a new directory, or remove it"
-        )
+        raise RunError(f"{output}: exists already, and is not this release; give a new directory")

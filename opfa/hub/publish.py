@@ -46,8 +46,6 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
             delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
-        raise RunError(
-            f"{name}: not uploaded: {str(error).strip()}. The release is whole in {directory}; "
-            f"to try again: opfa push {directory} {name}"
-        ) from error
+        what = f"{str(error).strip()}. The release is whole; to try again: opfa push {directory} {name}"
+        raise RunError(f"{name}: not uploaded: {what}") from error
     return str(commit.commit_url)

@@ -86,13 +86,11 @@ class HubModel(Source):
             try:
                 found = self._get(file, self.files[file].size, is_forced=is_again)
             except RemoteEntryNotFoundError:
-                raise ModelError(
-                    f"{self.name}: its {MANIFEST} lists {file}, which the repository doesn't have"
-                ) from None
+                what = f"its {MANIFEST} lists {file}, which the repository doesn't have"
+                raise ModelError(f"{self.name}: {what}") from None
             copyfile(found, path)
 
     def _get(self, file: str, limit: int, *, is_forced: bool) -> Path:
-        """A file's path in the cache."""
         what = f"{self.name}, {file}"
         if is_forced and constants.is_offline_mode():
             raise RunError(f"{what}: is damaged in the cache, and HF_HUB_OFFLINE forbids to ask")
@@ -121,7 +119,6 @@ class HubModel(Source):
         return files
 
     def _listed(self) -> Mapping[str, File | Blob]:
-        """The files that the Hub lists."""
         ask = functools.partial(
             HfApi(endpoint=self._endpoint).model_info,
             self.name,

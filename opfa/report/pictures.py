@@ -191,7 +191,6 @@ def _heat_map(
 
 
 def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of training, and those of evaluations."""
     evaluations = [row for row in rows if row.get("eval")]
     return [row for row in rows if not row.get("eval")], evaluations
 

@@ -83,10 +83,8 @@ def asks_for_code(values: Any) -> list[str]:  # Any: what JSON can hold
 
 def code_refused(what: object, keys: Iterable[str]) -> ModelError:
     """What to say of a configuration that asks for code of its own."""
-    return ModelError(
-        f"{what} asks for code of its own ({', '.join(keys)}), and remote code is never run; this "
-        "model is not taken"
-    )
+    asked = f"asks for code of its own ({', '.join(keys)})"
+    return ModelError(f"{what} {asked}, and remote code is never run")
 
 
 def check_directory(
@@ -150,10 +148,8 @@ def _leaves(values: Any) -> Iterable[tuple[str, Any]]:  # Any: what JSON can hol
 def check_model(directory: Path) -> None:
     """Refuse an adapter, and a directory without a model's configuration."""
     if (directory / ADAPTER).exists():
-        raise ModelError(
-            f"{directory}: holds an adapter ({ADAPTER}); merge it into its model first, with "
-            "peft's merge_and_unload, and save that"
-        )
+        advice = "merge it into its model first, with peft's merge_and_unload"
+        raise ModelError(f"{directory}: holds an adapter ({ADAPTER}); {advice}")
     if not (directory / CONFIG).exists():
         raise ModelError(f"{directory}: has no {CONFIG}")
 
@@ -161,14 +157,11 @@ def check_model(directory: Path) -> None:
 def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None:
     """Refuse an adapter, and weights quantized by another method than ours."""
     check_model(directory)
-    quantized = config.get(QUANTIZED)
-    if quantized is not None:
-        found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        if found != method:
-            raise ModelError(
-                f"{directory / CONFIG}: {QUANTIZED}: weights quantized by {found!r} can't be "
-                "used; take the model with plain weights"
-            )
+    quantized = config.get(QUANTIZED, {"quant_method": method})
+    found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if quantized is not None and found != method:
+        what = f"weights quantized by {found!r} can't be used; take the model with plain weights"
+        raise ModelError(f"{directory / CONFIG}: {QUANTIZED}: {what}")
 
 
 def weight_map(content: bytes, where: object) -> dict[str, str]:

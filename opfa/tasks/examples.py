@@ -52,11 +52,9 @@ class Examples:
         names = list(dict.fromkeys(groups))
         num_held = round(fraction * len(names))
         if not 0 < num_held < len(names):
-            what = "contexts" if by_context else "examples"
-            raise DataError(
-                f"{self.source}: selection.holdout = {fraction} of {len(names)} {what} is "
-                f"{num_held}; both parts need some"
-            )
+            whole = f"{len(names)} {'contexts' if by_context else 'examples'}"
+            what = f"selection.holdout = {fraction} of {whole} is {num_held}; both parts need some"
+            raise DataError(f"{self.source}: {what}")
         order = generator(0, HELD_OUT).permutation(len(names)).tolist()
         held = {names[index] for index in order[:num_held]}
         kept = [i for i, group in enumerate(groups) if group not in held]
@@ -82,15 +80,13 @@ def read(task: Task, split: str, check: Check) -> Examples:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
         num_bytes += _num_bytes((places[-1], checked[-1]))
         if num_bytes > MOST_BYTES:
-            raise DataError(
-                f"{source}, {places[-1]}: the examples up to here take more than {MOST_BYTES:,} "
-                "bytes of memory, which is the most that one split may have"
-            )
+            what = f"the examples up to here take more than {MOST_BYTES:,} bytes of memory"
+            raise DataError(f"{source}, {places[-1]}: {what}, the most that one may have")
     if misplaced:
-        num = f"{len(misplaced)} of {len(places)} examples"
-        raise DataError(
-            f"{source}: {num} have an answer that is not in the context; the first: {misplaced[0]}"
+        what = (
+            f"{len(misplaced)} of {len(places)} examples have an answer that is not in the context"
         )
+        raise DataError(f"{source}: {what}; the first: {misplaced[0]}")
     if not checked:
         raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
@@ -106,7 +102,6 @@ def _id(row: Row) -> str:
 
 
 def _num_bytes(value: object) -> int:
-    """What an example takes in memory."""
     size = sys.getsizeof(value)
     if isinstance(value, dict):
         return size + sum(map(_num_bytes, value.values()))

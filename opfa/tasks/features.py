@@ -104,10 +104,8 @@ def choices(
     num_choices = len(examples.pairs[0])
     for place, of_one in zip(examples.places[part], options, strict=True):
         if len(of_one) != num_choices:
-            raise DataError(
-                f"{examples.source}, {place}: has {len(of_one)} choices, the first example "
-                f"{num_choices}"
-            )
+            what = f"has {len(of_one)} choices, the first example {num_choices}"
+            raise DataError(f"{examples.source}, {place}: {what}")
     texts = [text for text in examples.texts[part] for _ in range(num_choices)]
     flat = [choice for of_one in options for choice in of_one]
     encoded = _encoded(task, tokenizer, texts, flat)
@@ -170,11 +168,11 @@ def _check_room(
     most = task.sequence_tokens - tokenizer.num_special_tokens_to_add(pair=True)
     for place, question in zip(examples.places[part], questions, strict=True):
         if most - len(question) <= task.stride_tokens:
-            raise DataError(
-                f"{examples.source}, {place}: the question has {len(question)} tokens, too many "
-                f"for windows of sequence_tokens = {task.sequence_tokens} that overlap by "
-                f"stride_tokens = {task.stride_tokens}"
+            sizes = (
+                f"sequence_tokens = {task.sequence_tokens}, stride_tokens = {task.stride_tokens}"
             )
+            what = f"the question has {len(question)} tokens, too many for windows of {sizes}"
+            raise DataError(f"{examples.source}, {place}: {what}")
 
 
 def _token_span(

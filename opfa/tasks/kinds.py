@@ -176,11 +176,9 @@ def check_head(task: Task, config: PretrainedConfig) -> None:
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
     is_number = task.kind == "regression"
     if head == "SequenceClassification" and (config.num_labels == 1) != is_number:
-        wanted = "one" if is_number else "two or more"
-        raise ModelError(
-            f"task.kind = {task.kind!r}: needs {wanted}, and this model has {config.num_labels} "
-            "output(s)"
-        )
+        wanted = "one output" if is_number else "two or more outputs"
+        what = f"needs {wanted}, and this model has {config.num_labels}"
+        raise ModelError(f"task.kind = {task.kind!r}: {what}")
 
 
 def load_model(
@@ -199,10 +197,9 @@ def load_model(
     if kind.has_classes and is_trained:
         trained = classing.of_model(config, tuple(classes))
         if trained != tuple(classes):
-            raise ModelError(
-                f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "
-                f"task's are {', '.join(classes)}"
-            )
+            theirs, ours = ", ".join(trained), ", ".join(classes)
+            what = f"its classes are in another order, {theirs}; the task's are {ours}"
+            raise ModelError(f"model {init!r}: {what}")
     options = {"ignore_mismatched_sizes": True, **_head_options(task, classes), **changed}
     model, new = load_weights(kind.head, init, config, **options)
     if lost := new if is_trained else of_encoder(model, new):
