@@ -46,6 +46,6 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
             delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
-        what = f"{str(error).strip()}. The release is whole; to try again: opfa push {directory} {name}"
-        raise RunError(f"{name}: not uploaded: {what}") from error
+        again = f"the release is whole; to try again: opfa push {directory} {name}"
+        raise RunError(f"{name}: not uploaded: {str(error).strip()}; {again}") from error
     return str(commit.commit_url)
