@@ -213,9 +213,8 @@ class Ours:
     def _loader_rate(self) -> float:
         """Real tokens a second, loaded in this process."""
         trainer = self.trainer
-        steps = training_steps(
-            trainer.prepared, trainer.mask, trainer.order, steps=range(ENDLESS), workers=0
-        )
+        parts = trainer.prepared, trainer.mask, trainer.order
+        steps = training_steps(*parts, steps=range(ENDLESS), workers=0)
         start, tokens = time.perf_counter(), 0
         while time.perf_counter() - start < LOADER_SECONDS:
             tokens += sum(batch.counts()[1] for batch in next(steps))

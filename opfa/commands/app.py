@@ -13,6 +13,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from opfa.commands import measure, models, train
 from opfa.commands.streams import secure
@@ -45,11 +46,10 @@ def _print_version(is_wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Also show the traceback of an error.")
+        bool, Option("--verbose", help="Also show the traceback of an error.")
     ] = False,
 ) -> None:
     pass

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from opfa.commands.options import (
     ModelName,
@@ -59,10 +60,10 @@ def pretrain(
     overrides: Overrides = None,
     resume: Resume = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say whether recipe and RUN would be accepted.")
+        bool, Option("--check", help="Only say whether recipe and RUN would be accepted.")
     ] = False,
     trust_data: Annotated[
-        bool, typer.Option("--trust-data", help="Don't read all examples first to verify them.")
+        bool, Option("--trust-data", help="Don't read all examples first to verify them.")
     ] = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
@@ -82,7 +83,7 @@ def finetune(
     overrides: Overrides = None,
     resume: Resume = False,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds to run, from the recipe's on.")
+        int | None, Option(min=1, help="How many seeds to run, from the recipe's on.")
     ] = None,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
@@ -104,9 +105,9 @@ def finetune(
 def evaluate(
     model: ModelName,
     recipe: TaskRecipe,
-    output: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
+    output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Also write every answer here, as JSON Lines.")
+        Path | None, Option(help="Also write every answer here, as JSON Lines.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -128,7 +129,7 @@ def calibrate(
     model: ModelName,
     recipe: TaskRecipe,
     output: Output,
-    examples: Annotated[int, typer.Option(min=1, help="How many training examples it sees.")] = 512,
+    examples: Annotated[int, Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""

@@ -83,10 +83,9 @@ def read(task: Task, split: str, check: Check) -> Examples:
             what = f"the examples up to here take more than {MOST_BYTES:,} bytes of memory"
             raise DataError(f"{source}, {places[-1]}: {what}, the most that one may have")
     if misplaced:
-        what = (
-            f"{len(misplaced)} of {len(places)} examples have an answer that is not in the context"
-        )
-        raise DataError(f"{source}: {what}; the first: {misplaced[0]}")
+        num = f"{len(misplaced)} of {len(places)} examples"
+        what = f"{num} have an answer that is not in the context; the first: {misplaced[0]}"
+        raise DataError(f"{source}: {what}")
     if not checked:
         raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))

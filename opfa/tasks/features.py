@@ -168,9 +168,7 @@ def _check_room(
     most = task.sequence_tokens - tokenizer.num_special_tokens_to_add(pair=True)
     for place, question in zip(examples.places[part], questions, strict=True):
         if most - len(question) <= task.stride_tokens:
-            sizes = (
-                f"sequence_tokens = {task.sequence_tokens}, stride_tokens = {task.stride_tokens}"
-            )
+            sizes = f"{task.sequence_tokens} that overlap by {task.stride_tokens}"
             what = f"the question has {len(question)} tokens, too many for windows of {sizes}"
             raise DataError(f"{examples.source}, {place}: {what}")
 
