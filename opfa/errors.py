@@ -1,8 +1,7 @@
 """What a user is told when something fails: kinds of errors, and how any failure becomes one.
 
-A foreign file (model, tokenizer, data, ONNX) makes the libraries that open it fail in more ways
-than a list of exceptions can name. `opening` is the one place that catches them all. Whoever wants
-to see the original traceback runs `opfa --verbose`.
+Libraries that open a foreign file fail in more ways than a list of exceptions can name. `opening`
+is the one place that catches them all.
 """
 
 import contextlib
@@ -57,11 +56,9 @@ Value = TypeVar("Value")
 
 
 class OpfaError(Exception):
-    """Something to tell the user: one message, no traceback, and the exit code `status`; 2 means a
-    mistake of theirs.
-    """
+    """Something to tell the user: one message, no traceback, and the exit code `status`."""
 
-    status = 2
+    status = 2  # a mistake of theirs
 
 
 class RecipeError(OpfaError):
@@ -85,9 +82,7 @@ class DivergedError(RunError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, at most `LONGEST` characters; with its type where the
-    text alone says little, as a KeyError's.
-    """
+    """The first line of an error, cut; with its type where the text says little (KeyError)."""
     lines = str(error).strip().splitlines()
     name = type(error).__name__
     if not lines:
@@ -110,10 +105,8 @@ def shown(value: object) -> str:
 def opening(
     what: object, kind: type[OpfaError] = ModelError, problem: str = "can't be read"
 ) -> Iterator[None]:
-    """Turn whatever fails while a foreign file is opened into one error of this kind, "`what`:
-    `problem`: reason".
-
-    Keep the block small: a mistake of ours in it would look like one of the file's.
+    """Turn whatever fails while a foreign file is opened into one error, "`what`: `problem`:
+    reason". Keep the block small: a mistake of ours in it would look like one of the file's.
     """
     try:
         yield
@@ -124,9 +117,7 @@ def opening(
 
 
 def not_plain(path: Path) -> str | None:
-    """Why something is no plain file, nor a link to one; None where it is. A pipe may never begin,
-    and a device may never end.
-    """
+    """Why something is no plain file, nor a link to one; None where it is."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -138,10 +129,7 @@ def not_plain(path: Path) -> str | None:
 
 
 def redacted(value: Value) -> Value:
-    """The same text, or the texts in a value that JSON can hold, with the secrets in them replaced:
-    passwords in addresses, tokens, keys. Nothing is hidden twice, so redacting again changes
-    nothing.
-    """
+    """The same text, or texts in a value that JSON can hold, without passwords, tokens and keys."""
     return _redacted(value, _secrets_of_environment())
 
 
@@ -153,17 +141,15 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:  # Any: what JSON can ho
             value = pattern.sub(_hide, value)
         return value
     if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if item and _is_secret(key, item) else _redacted(item, known)
-            for key, item in value.items()
-        }
+        return {key: _of_key(key, item, known) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_redacted(item, known) for item in value)
     return value
 
 
-def _is_secret(key: object, value: object) -> bool:
-    return isinstance(value, str) and bool(SECRET_NAME.fullmatch(str(key)))
+def _of_key(key: object, value: Any, known: Sequence[str]) -> Any:  # Any: what JSON can hold
+    is_secret = value and isinstance(value, str) and SECRET_NAME.fullmatch(str(key))
+    return HIDDEN if is_secret else _redacted(value, known)
 
 
 def _hide(match: re.Match[str]) -> str:
@@ -190,9 +176,7 @@ def brief(value: object, most: int = 100) -> str:
 
 
 class Redacting:
-    """A text stream that hides secrets from whatever is written to it, those of the environment at
-    its beginning too.
-    """
+    """A text stream that hides secrets, those of the environment when it begins too."""
 
     def __init__(self, stream: TextIO) -> None:
         """Write to this stream."""

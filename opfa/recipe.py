@@ -1,9 +1,8 @@
-"""Recipes: strict TOML files that become frozen, typed objects.
+"""Recipes: strict TOML files that become frozen, typed objects, which the code uses as they are.
 
-The object that a recipe fills is the object that the code uses. Unknown keys are refused, all
-problems of a file are in one error, and nothing is repaired or guessed. `section.key=value` on the
-command line (TOML on the right, bare words allowed) replaces a key. Size, depth, texts, lists and
-numbers are bounded, so that a wrong or hostile recipe is refused in seconds.
+Unknown keys are refused, all problems of a file are in one error, and nothing is repaired.
+`section.key=value` (TOML on the right, or a bare word) replaces a key. Everything is bounded, so
+that a wrong or hostile recipe is refused in seconds.
 """
 
 import difflib
@@ -49,16 +48,10 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """Base of everything a recipe can say: frozen, keyword-only, no unknown keys, no silent
-    conversions. The text below a key says what it means; recipes/README.md shows it.
-    """
+    """Base of everything a recipe can say; recipes/README.md shows the text below each key."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -167,18 +160,18 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             what = f"{brief(part)!r} is a value, not a section"
             raise RecipeError(f"{brief(override)!r}: {what}")
+    if not text.strip():
+        target.pop(parts[-1], None)
+        return
     try:
-        found = _parsed(f"value = {text}") if text.strip() else {}
+        found = _parsed(f"value = {text}")
     except tomllib.TOMLDecodeError:
         found = {"value": text.strip()}  # a bare word, such as a path
     except ValueError as error:
         raise RecipeError(f"{brief(override)!r}: {error}") from error
     if len(found) > 1:
         raise RecipeError(f"{brief(override)!r}: more than one value")
-    if found:
-        target[parts[-1]] = found["value"]
-    else:
-        target.pop(parts[-1], None)
+    target[parts[-1]] = found["value"]
 
 
 def _bounded(  # Any: what TOML and JSON can hold
@@ -214,11 +207,8 @@ def _problem(value: Any, *, is_deep: bool) -> str | None:  # Any: as above
             return "its keys must be texts in UTF-8 without zero bytes"
         case list() | Mapping():
             most = MOST_ITEMS if isinstance(value, list) else MOST_KEYS
-            return (
-                f"{len(value):,} values, at most {most:,} are accepted"
-                if len(value) > most
-                else None
-            )
+            is_long = len(value) > most
+            return f"{len(value):,} values, at most {most:,} are accepted" if is_long else None
         case None | str() | int() | float():
             return None
     return f"a {type(value).__name__} has no place in a recipe; write a text (got {brief(value)})"

@@ -47,10 +47,8 @@ class Costs(Result):
         )
         yield Table.of("step", self.variants)
         yield self._ratios()
-        yield (
-            f"{self.tokens_per_second:,.0f} real tokens per second in the fastest step. By part, "
-            "measured apart:"
-        )
+        rate = f"{self.tokens_per_second:,.0f} real tokens per second in the fastest step"
+        yield f"{rate}. By part, measured apart:"
         total = sum(self.seconds_by_part.values())
         rows = [(n, f"{s:.3g}", f"{s / total:.0%}") for n, s in self.seconds_by_part.items()]
         yield Table(("part", "seconds", "share"), rows, numbers_from=1)
@@ -61,16 +59,12 @@ class Costs(Result):
         rate, plain = self.matrix_flops_per_second, self.variants["plain"].seconds
         products = f"share of this machine's matrix products, {rate / 1e9:,.0f} GFLOP/s"
         loader = self.loader_tokens_per_second / self.tokens_per_second
-        rows = [(name, f"{ratio:.2f}") for name, ratio in self.ratios.items()]
-        rows += [
-            (
-                "matrix products of ours alone / plain, time",
-                f"{self.flops_per_step / rate / plain:.2f}",
-            ),
-            (products, f"{self.share_of_matrix_rate:.0%}"),
-            ("speed of the loader alone / of training", f"{loader:,.0f}"),
-        ]
+        rows = {name: f"{ratio:.2f}" for name, ratio in self.ratios.items()}
+        ours = self.flops_per_step / rate
+        rows["matrix products of ours alone / plain, time"] = f"{ours / plain:.2f}"
+        rows[products] = f"{self.share_of_matrix_rate:.0%}"
+        rows["speed of the loader alone / of training"] = f"{loader:,.0f}"
         if self.mask_update_share is not None:
-            share = f"{self.mask_update_share:.3%}"
-            rows.append(("mask update / time between two of them", share))
-        return Table(("ratio; times are of the fastest steps", ""), rows, numbers_from=1)
+            rows["mask update / time between two of them"] = f"{self.mask_update_share:.3%}"
+        head = ("ratio; times are of the fastest steps", "")
+        return Table(head, list(rows.items()), numbers_from=1)

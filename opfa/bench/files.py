@@ -1,10 +1,8 @@
 """Benchmark of released files at BERT-base's shape, 90 % sparse: the bytes of each part against
-their entropy, and what loading costs against the dense file.
+their entropy, and what loading from the disk costs against the dense file.
 
-The weights are random. The scales of their rows and columns differ as in trained encoders, so that
-8-bit values have about the entropy of real ones (7.2 bits, measured on a pruned MiniLM). Times are
-medians of loads, each in its own process. All forms are loaded in turn, from the disk: the cached
-pages of a file are dropped before each load.
+The weights are random, with scales of rows and columns that give 8-bit values about the entropy of
+real ones (7.2 bits, measured on a pruned MiniLM). Times are medians of loads in turn.
 """
 
 import json
@@ -99,25 +97,23 @@ def bench_files() -> Files:
         for (form, dtype), directory in directories.items():
             parts = _parts(directory, pruned)
             encoder = sum(parts[kind] for kind in KINDS[:3])
-            rows.append(
-                Form(
-                    format=form,
-                    dtype=dtype,
-                    parts=parts,
-                    limits=_limits(directory, pruned) if form != "dense" else {},
-                    bytes=_weights(directory).stat().st_size,
-                    encoder_bits=8 * encoder / sum(pruned.values()),
-                    **loads[directory],
-                )
+            found = Form(
+                format=form,
+                dtype=dtype,
+                parts=parts,
+                limits=_limits(directory, pruned) if form != "dense" else {},
+                bytes=_weights(directory).stat().st_size,
+                encoder_bits=8 * encoder / sum(pruned.values()),
+                **loads[directory],
             )
+            rows.append(found)
     return Files(weights=sum(pruned.values()), sparsity=SPARSITY, rows=rows)
 
 
 def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]]:
     """The model in every form; and how many weights each pruned matrix has."""
-    config = new_config({"model_type": "bert"})
     torch.manual_seed(0)
-    model = HEADS["SequenceClassification"].from_config(config)
+    model = HEADS["SequenceClassification"].from_config(new_config({"model_type": "bert"}))
     layers = Pattern().layers(model)
     with torch.no_grad():
         for layer in layers.values():
@@ -127,14 +123,12 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]
             weight.masked_fill_(~magnitude_mask(weight, num_zeros(SPARSITY, weight.numel())), 0.0)
     model.save_pretrained(root / "source")
     pruned = {f"{name}.weight": layer.weight.numel() for name, layer in layers.items()}
-    directories: dict[tuple[Format, Dtype], Path] = {}
-    for form, dtype in FORMS:
-        directory = root / f"{form}-{dtype}"
+    values = json.loads((root / "source/config.json").read_text())
+    directories = {(form, dtype): root / f"{form}-{dtype}" for form, dtype in FORMS}
+    for (form, dtype), directory in directories.items():
         directory.mkdir()
         write_weights(root / "source", directory, set(pruned), form=form, dtype=dtype)
-        values = json.loads((root / "source" / "config.json").read_text())
         write_json(directory / "config.json", {**values, **(CONFIG if form != "dense" else {})})
-        directories[form, dtype] = directory
     return directories, pruned
 
 
@@ -143,7 +137,6 @@ def _weights(directory: Path) -> Path:
 
 
 def _parts(directory: Path, pruned: Mapping[str, int]) -> dict[str, int]:
-    """Stored bytes by kind."""
     sizes: Counter[str] = Counter()
     for name, tensor in load_file(_weights(directory)).items():
         owner, _, part = name.rpartition(".")

@@ -1,10 +1,8 @@
-"""A pre-training step as one would write it with transformers, which `opfa bench train` compares
-with.
-
-fp32 weights that autocast casts at every step, the logits of all tokens at once, a hook that
-multiplies weights by their masks, and torch's AdamW, fused.
+"""A pre-training step as one would write it with transformers, to compare with: fp32 weights that
+autocast casts at every step, all logits at once, a hook that masks weights, and a fused AdamW.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +45,14 @@ class Plain:
             for layer in pattern.layers(self.student).values():
                 weight = layer.weight.detach()
                 mask = magnitude_mask(weight, num_zeros(target, weight.numel())).to(weight.dtype)
-                layer.register_forward_pre_hook(_Mask(mask))
+                layer.register_forward_pre_hook(partial(_mask_weight, mask))
         groups = decay_groups(self.student, recipe.training.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=recipe.training.learning_rate, fused=True)
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
         order = order_of(recipe, prepared.lengths(), rank=0, world_size=1)
         mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
-        steps = range(10**6)  # more than will be asked for
-        self._batches = training_steps(
-            prepared, mask, order, steps=steps, workers=recipe.launch.workers
-        )
+        endless, workers = range(10**6), recipe.launch.workers  # more than will be asked for
+        self._batches = training_steps(prepared, mask, order, steps=endless, workers=workers)
 
     def step(self) -> int:
         """One optimizer step; its real tokens."""
@@ -90,8 +86,7 @@ class Plain:
         key = "logits" if "logits" in student else "prediction_logits"
         is_taught = labels != IGNORED
         if settings.tokens == "all":
-            mask = batch.inputs.get("attention_mask", torch.ones_like(labels))
-            is_taught = mask.bool()
+            is_taught = batch.inputs.get("attention_mask", torch.ones_like(labels)).bool()
         ours, theirs = (
             functional.log_softmax(output[key].float() / settings.temperature, dim=-1)
             for output in (student, teacher)
@@ -109,11 +104,6 @@ class Plain:
         return loss
 
 
-class _Mask:
-    """A hook that multiplies a layer's weight by its mask before each forward pass."""
-
-    def __init__(self, mask: Tensor) -> None:
-        self._mask = mask
-
-    def __call__(self, layer: Any, _: Any) -> None:  # Any: a linear layer, and its inputs
-        layer.weight.data.mul_(self._mask)
+def _mask_weight(mask: Tensor, layer: Any, _: Any) -> None:  # Any: a linear layer, and its inputs
+    """Multiply a weight by its mask before each forward pass."""
+    layer.weight.data.mul_(mask)

@@ -24,9 +24,7 @@ STANDARD: dict[str, Any] = {
     "corpus": {"documents": ["random"], "objective": "mlm", "tokenizer": "random"},
     "model": {"config": {"model_type": "bert", "vocab_size": 30_522}},
     "training": {"steps": ENDLESS, "batch": 8, "learning_rate": 1e-5},
-    "pruning": {
-        "schedule": {"end": 50_000, "hold_until": 80_000, "every": 1_000, "target": 0.9},
-    },
+    "pruning": {"schedule": {"end": 50_000, "hold_until": 80_000, "every": 1_000, "target": 0.9}},
     "distillation": {"teacher": "random"},
 }
 

@@ -1,8 +1,6 @@
 """Benchmarks that users can repeat: a mask update at BERT-base's size, and a step under a teacher
-whose logits are kept or computed anew. Kept logits are those of every step after the first epoch.
-
-Times are medians of several runs. Extra memory is the growth of the peak resident set during the
-updates, the masks included. Each scope runs in its own process, since a peak never falls.
+whose logits are kept (every step after the first epoch) or computed anew. Times are medians. Extra
+memory is how far the updates raise the peak, masks included.
 """
 
 import json
@@ -121,9 +119,7 @@ def _bench_scope(scope: Any) -> Scope:  # Any: one of Pattern's scopes
 
 
 def bench_distillation() -> TeacherSteps:
-    """Measure a step of a student of BERT-base's shape, but for the vocabulary, under teachers of
-    this shape and of BERT-large's.
-    """
+    """Measure a step of a student of BERT-base's shape, but for the vocabulary, by teacher."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -138,11 +134,9 @@ def bench_distillation() -> TeacherSteps:
 
 def _write_examples(path: Path) -> None:
     choose, words = random.Random(0), list(VOCABULARY)[len(SPECIAL) :]
-    rows = [
-        {"text": " ".join(choose.choices(words, k=NUM_WORDS)), "label": i % 2}
-        for i in range(NUM_EXAMPLES)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = (" ".join(choose.choices(words, k=NUM_WORDS)) for _ in range(NUM_EXAMPLES))
+    rows = [json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(texts)]
+    path.write_text("".join(rows))
 
 
 def _write_classifier(directory: Path, shape: dict[str, int]) -> None:
@@ -158,7 +152,9 @@ def _seconds_of_a_step(directory: Path, teacher: str) -> tuple[float, float]:
     """Medians over steps taken in turn, with the teacher's logits kept and computed anew."""
     examples = str(directory / "examples.jsonl")
     task = {"text": "text", "sequence_tokens": NUM_WORDS + 2}
-    trainers = []
+    logits = directory / f"{teacher}-logits"
+    logits.mkdir()
+    steps = []
     for cache in (True, False):
         values = {
             "name": "bench",
@@ -167,14 +163,11 @@ def _seconds_of_a_step(directory: Path, teacher: str) -> tuple[float, float]:
             "training": {"epochs": 100.0, "batch": BATCH, "learning_rate": 1e-5},
             "distillation": {"teacher": str(directory / teacher), "cache": cache},
         }
-        trainers.append(Trainer(FinetuneRecipe.check(values)))
-    (directory / f"{teacher}-logits").mkdir()
-    for trainer in trainers:
+        trainer = Trainer(FinetuneRecipe.check(values))
         assert trainer.teacher is not None
-        path = directory / f"{teacher}-logits"
-        trainer.teacher.remember(trainer.data.train, path, trainer.precision)
+        trainer.teacher.remember(trainer.data.train, logits, trainer.precision)
         trainer.student.train()
-    steps = [_steps(trainer) for trainer in trainers]
+        steps.append(_steps(trainer))
     for step in steps:
         step()  # what libraries allocate once
     rounds = [[timed(step) for step in steps] for _ in range(REPEATS)]
@@ -183,7 +176,6 @@ def _seconds_of_a_step(directory: Path, teacher: str) -> tuple[float, float]:
 
 
 def _steps(trainer: Trainer) -> Callable[[], object]:
-    """One step at each call."""
     batches = enumerate(trainer.batches(0))
 
     def step() -> None:

@@ -3,14 +3,11 @@ plainly.
 
     ours        the recipe as it is
     no teacher  without [distillation]
-    dense       without [distillation] and [pruning], if there is [pruning]
-    plain       transformers and autocast as one would write them: fp32 weights cast at every step,
-                all logits kept, a hook that multiplies weights by their masks, fused AdamW
+    dense       without [distillation] and [pruning]
+    plain       transformers and autocast as one would write them (`opfa.bench.plain`)
 
-Each runs alone, in a process of its own, one after the other and then all again; each measures the
-machine's rate in matrix products too. Ratios are of the fastest steps for their tokens, as `timeit`
-advises: slower ones tell what else the machine did. Masks are at the target from the start. Without
-a recipe it is BERT-base with 8 x 128 random tokens.
+Each runs alone in a process, one after the other and then all again. Ratios are of the fastest
+steps for their tokens: slower ones tell what else the machine did. Masks are at the target.
 """
 
 import logging
@@ -53,24 +50,16 @@ log = logging.getLogger(__name__)
 
 
 def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds: int) -> Costs:
-    """Measure all variants of a recipe's step. Without a recipe it is the standard one with these
-    overrides.
-    """
+    """Measure all variants of a recipe's step, or of the standard one's with these overrides."""
     if recipe is not None and recipe.model.init is None:
-        raise RecipeError(
-            "model.config: opfa bench train needs a model that both loops can start from; give "
-            "model.init=DIRECTORY, and model.config= to take it away"
-        )
+        what = "opfa bench train needs a model that both loops can start from"
+        raise RecipeError(f"model.config: {what}; give model.init=DIRECTORY and model.config=")
     choose_accelerator()  # before transformers makes DeepSpeed guess
     with tempfile.TemporaryDirectory() as directory:
         if recipe is None:
             recipe = standard(Path(directory), overrides)
-        names = ["ours"]
-        if recipe.distillation is not None and recipe.pruning is not None:
-            names.append("no teacher")
-        if recipe.pruning is not None:
-            names.append("dense")
-        names.append("plain")
+        sparse = ["no teacher"] if recipe.distillation and recipe.pruning else []
+        names = ["ours", *sparse, *(["dense"] if recipe.pruning else []), "plain"]
         found: dict[str, list[Results]] = {name: [] for name in names}
         for index in range(rounds):
             for name in names:
@@ -151,9 +140,7 @@ def _matrix_rates(device: str, dtype: torch.dtype) -> list[float]:
 
 
 def _measured(name: str, recipe: PretrainRecipe) -> Results:
-    """Seconds and real tokens of steps of a variant, peak memory, and what ours finds out about
-    itself.
-    """
+    """What steps of a variant take, and for ours also by part."""
     library_bytes = peak_bytes()
     variant = Plain(recipe) if name == "plain" else Ours(variant_of(recipe, name))
     for _ in range(WARMUP):
@@ -165,10 +152,8 @@ def _measured(name: str, recipe: PretrainRecipe) -> Results:
     found |= {"peak_bytes": peak_bytes(), "library_bytes": library_bytes}
     if isinstance(variant, Ours) and name == "ours":
         found |= variant.facts(num_steps)
-    return {
-        **found,
-        "rates": _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision]),
-    }
+    rates = _matrix_rates(choose_accelerator(), DTYPES[recipe.training.precision])
+    return {**found, "rates": rates}
 
 
 def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
@@ -182,10 +167,8 @@ def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
     if name == "dense":
         values.pop("pruning", None)
     if "pruning" in values:
-        values["pruning"]["schedule"] = {
-            "end": 0,
-            "target": values["pruning"]["schedule"]["target"],
-        }
+        target = values["pruning"]["schedule"]["target"]
+        values["pruning"]["schedule"] = {"end": 0, "target": target}
     return PretrainRecipe.check(values)
 
 
@@ -197,10 +180,8 @@ class Ours:
         device = start_distributed(recipe.launch.timeout_seconds)
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)
         self._clock = Clock()
-        watch = Supervisor(float("inf"))
-        self.trainer = Trainer(
-            recipe, prepared, device, watch, recipe.deepspeed_file(1), self._clock
-        )
+        watch, file = Supervisor(float("inf")), recipe.deepspeed_file(1)
+        self.trainer = Trainer(recipe, prepared, device, watch, file, self._clock)
         self.trainer.student.train()
         self._prune()
         self._batches = self.trainer.batches(0)
@@ -232,9 +213,8 @@ class Ours:
     def _loader_rate(self) -> float:
         """Real tokens a second, loaded in this process."""
         trainer = self.trainer
-        steps = training_steps(
-            trainer.prepared, trainer.mask, trainer.order, steps=range(ENDLESS), workers=0
-        )
+        parts = trainer.prepared, trainer.mask, trainer.order
+        steps = training_steps(*parts, steps=range(ENDLESS), workers=0)
         start, tokens = time.perf_counter(), 0
         while time.perf_counter() - start < LOADER_SECONDS:
             tokens += sum(batch.counts()[1] for batch in next(steps))
@@ -248,8 +228,7 @@ def _loss_bytes(precision: str) -> Results:
     numbers = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        empty = torch.empty(shape, device=device, dtype=dtype)
-        return empty.normal_(generator=numbers)
+        return torch.empty(shape, device=device, dtype=dtype).normal_(generator=numbers)
 
     layers = [nn.Linear(hidden, 1, device=device, dtype=dtype) for _ in range(2)]
     for layer in layers:

@@ -1,9 +1,8 @@
 """The program `opfa`: all commands, and how a failure becomes a message and an exit code.
 
-Exit codes: 0 success, 2 a user's mistake (one message on stderr, no traceback), 1 a fault of ours
-or a lost process (`inspect --against`: masks differ), 75 stopped on request and saved, 76 hung, 130
-interrupted, 143 ended by SIGTERM in the middle of an output that is no run. Commands import heavy
-libraries when they run, so that `--help` and a refused recipe don't wait for torch.
+Exit codes: 0 success, 2 a user's mistake (one message, no traceback), 1 a fault of ours or a lost
+process (`inspect --against`: masks differ), 75 stopped on request and saved, 76 hung, 130
+interrupted, 143 ended by SIGTERM. Heavy libraries are imported when a command runs.
 """
 
 import logging
@@ -14,6 +13,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from opfa.commands import measure, models, train
 from opfa.commands.streams import secure
@@ -46,11 +46,10 @@ def _print_version(is_wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Also show the traceback of an error.")
+        bool, Option("--verbose", help="Also show the traceback of an error.")
     ] = False,
 ) -> None:
     pass
@@ -96,18 +95,14 @@ def run(arguments: list[str]) -> int:
 def _tell(error: OpfaError | OSError, rank: int | None) -> int:
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
-        message = f"{what}{named(error.errno or 0)}; nothing half-written is kept"
-        return _refuse(message, rank=rank)
-    is_told_by_rank_0 = isinstance(error, RecipeError) or error.status == STOPPED
-    if is_told_by_rank_0 and rank:
-        return error.status
+        return _refuse(f"{what}{named(error.errno or 0)}; nothing half-written is kept", rank=rank)
+    if rank and (isinstance(error, RecipeError) or error.status == STOPPED):
+        return error.status  # rank 0 says it
     return _refuse(str(error), error.status, rank)
 
 
 def _rank(arguments: list[str]) -> int | None:
-    """This process's rank in a launch of `opfa pretrain`; None of any other command, or where
-    nothing was launched.
-    """
+    """This process's rank in a launch of `opfa pretrain`; None where there is none."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     if command != "pretrain":
         return None

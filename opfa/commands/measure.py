@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from opfa.commands.options import AsJson, Overrides, RecipeFile, check_files
 from opfa.report.between import check_between, write_between
@@ -21,19 +22,14 @@ app.add_typer(bench, name="bench")
 )
 def plan(
     recipe: RecipeFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all.")],
-    memory_gb: Annotated[
-        float, typer.Option("--memory-gb", min=0.1, max=1e9, help="Memory of each GPU.")
-    ],
+    gpus: Annotated[int, Option(min=1, help="GPUs in all.")],
+    memory_gb: Annotated[float, Option(min=0.1, max=1e9, help="Memory of each GPU.")],
     bandwidth_gbps: Annotated[
         float,
-        typer.Option(
-            "--bandwidth-gbps", min=0.001, max=1e9, help="Gbit/s of each GPU to the others."
-        ),
+        Option("--bandwidth-gbps", min=0.001, max=1e9, help="Gbit/s of each GPU to the others."),
     ],
     teraflops: Annotated[
-        float,
-        typer.Option("--teraflops", min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s."),
+        float, Option(min=0.001, max=1e9, help="What a GPU sustains, in 10^12/s.")
     ] = 150.0,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -46,11 +42,7 @@ def plan(
     from opfa.upstream.plan import plan as execute
 
     result = execute(
-        checked,
-        gpus=gpus,
-        memory_gb=memory_gb,
-        bandwidth_gbps=bandwidth_gbps,
-        teraflops=teraflops,
+        checked, gpus=gpus, memory_gb=memory_gb, bandwidth_gbps=bandwidth_gbps, teraflops=teraflops
     )
     result.show(as_json=as_json)
 
@@ -70,15 +62,14 @@ def bench_masks(as_json: AsJson = False) -> None:
 def bench_train(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[RECIPE] [section.key=value]...",
             help="Without a recipe: BERT-base, 8 x 128 random tokens, 90 % sparse.",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often all is measured.")] = 2,
+    rounds: Annotated[int, Option(min=1, help="How often all is measured.")] = 2,
     write: Annotated[
-        Path | None,
-        typer.Option("--write", help="Put the tables into this Markdown file, between its marks."),
+        Path | None, Option(help="Put the tables into this Markdown file, between its marks.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

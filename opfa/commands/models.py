@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from opfa.commands.options import (
     AsJson,
@@ -26,21 +27,20 @@ app = typer.Typer()
 @app.command(epilog="Example: opfa inspect Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")
 def inspect(
     model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A directory, a run, a weight file or a Hub name."),
+        str, Argument(metavar="MODEL", help="A directory, a run, a weight file or a Hub name.")
     ],
     against: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--against",
             metavar="OTHER",
             help="Show changes from OTHER to MODEL; the exit code is 1 if masks changed.",
         ),
     ] = None,
     has_tensors: Annotated[
-        bool, typer.Option("--tensors", help="Every tensor instead of layers.")
+        bool, Option("--tensors", help="Every tensor instead of layers.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="FILE.png: draw it too.")] = None,
+    plot: Annotated[Path | None, Option(help="FILE.png: draw it too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
@@ -70,13 +70,9 @@ def inspect(
     "--output bert-base-90"
 )
 def download(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A Hub name, an https URL or a directory.")
-    ],
+    name: Annotated[str, Argument(metavar="NAME", help="A Hub name, an https URL or a directory.")],
     output: Output,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, tag or commit on the Hub.")
-    ] = None,
+    revision: Annotated[str | None, Option(help="A branch, tag or commit on the Hub.")] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,8 +101,8 @@ def list_models(as_json: AsJson = False) -> None:
     for model in models:
         sparsity = "" if model.sparsity is None else f"{model.sparsity:.0%}"
         size = "" if model.bytes is None else f"{model.bytes:,}"
-        results = {k: v for k, v in (model.results or {}).items() if v is not None}
-        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results.items())
+        results = (model.results or {}).items()
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results if value is not None)
         rows.append((model.name, model.task, sparsity, size, shown))
     show([Table(("name", "task", "sparsity", "bytes", "results"), rows)])
     print("empty: not measured by this project")
@@ -116,36 +112,30 @@ def list_models(as_json: AsJson = False) -> None:
     epilog="Example: opfa release runs/sst2-qat --output bert-base-90-sst2 --format compact-int8"
 )
 def release(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="A finished run.")],
     output: Output,
     form: Annotated[
         Literal["dense", "compact", "compact-int8"],
-        typer.Option("--format", help="Plain safetensors, or positions and values."),
+        Option("--format", help="Plain safetensors, or positions and values."),
     ] = "dense",
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16"] | None,
-        typer.Option("--dtype", help="Default: fp32; for what compact-int8 leaves as it is: fp16."),
+        Option(help="Default: fp32; for what compact-int8 leaves as it is: fp16."),
     ] = None,
     embeddings: Annotated[
-        Literal["int8", "same"] | None,
-        typer.Option("--embeddings", help="For compact-int8; default: int8."),
+        Literal["int8", "same"] | None, Option(help="For compact-int8; default: int8.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="For the card; default: the directory's.")
-    ] = None,
+    name: Annotated[str | None, Option(help="For the card; default: the directory's.")] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="For the card, as the Hub calls it: apache-2.0.")
+        str | None, Option("--license", help="For the card, as the Hub calls it: apache-2.0.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="For the card: the Hub name it began with.")
+        str | None, Option(help="For the card: the Hub name it began with.")
     ] = None,
     compare: Annotated[
-        list[str] | None,
-        typer.Option("--compare", help="LABEL=RUN: its results too, in the card; repeatable."),
+        list[str] | None, Option(help="LABEL=RUN: its results too, in the card; repeatable.")
     ] = None,
-    push: Annotated[
-        str | None, typer.Option("--push", help="Then upload to this Hub name.")
-    ] = None,
+    push: Annotated[str | None, Option(help="Then upload to this Hub name.")] = None,
     private: Private = False,
     endpoint: Endpoint = None,
     overrides: Overrides = None,
@@ -189,8 +179,8 @@ def _labelled(pairs: Sequence[str]) -> dict[str, Path]:
 
 @app.command(epilog="Example: opfa push bert-base-90-sst2 my-team/bert-base-90-sst2")
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A release.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name on the Hub.")],
+    directory: Annotated[Path, Argument(metavar="DIR", help="A release.")],
+    name: Annotated[str, Argument(metavar="NAME", help="Its name on the Hub.")],
     private: Private = False,
     endpoint: Endpoint = None,
 ) -> None:
@@ -202,8 +192,7 @@ def push(
 
 @app.command(epilog="Example: opfa unpack bert-base-90-sst2 --output bert-base-90-sst2-plain")
 def unpack(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compact model.")],
-    output: Output,
+    directory: Annotated[Path, Argument(metavar="DIR", help="A compact model.")], output: Output
 ) -> None:
     """Write the plain form of a compact model, which transformers reads without opfa."""
     check_new(output)
@@ -215,21 +204,15 @@ def unpack(
 @app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
 def export(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", help="FILE.onnx; must be new.")],
+    output: Annotated[Path, Option(help="FILE.onnx; must be new.")],
     is_int8: Annotated[
-        bool | None,
-        typer.Option("--int8/--fp32", help="Default: 8 bits if the model has its ranges."),
+        bool | None, Option("--int8/--fp32", help="Default: 8 bits if the model has its ranges.")
     ] = None,
     verify: Annotated[
-        str | None,
-        typer.Option("--verify", help="A file, or a Hub split: compare with torch on it first."),
+        str | None, Option(help="A file, or a Hub split: compare with torch on it first.")
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="The recipe whose task is compared.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Also write the result here.")
-    ] = None,
+    recipe: Annotated[Path | None, Option(help="The recipe whose task is compared.")] = None,
+    report: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
@@ -250,10 +233,10 @@ def _exported(output: Path, result: dict[str, Any]) -> list[Table | str]:
     sides = ("model", "onnx")
     rows = [(key, *(f"{result[key][side]:,}" for side in sides)) for key in ("bytes", "zeros")]
     rows.append(("fingerprint", *(result["fingerprint"][side][:12] for side in sides)))
-    parity, lines = result.get("parity"), []
+    lines = []
     if result["zeros"]["rounded"]:
         lines.append(f"live weights that 8 bits round to zero: {result['zeros']['rounded']:,}")
-    if parity:
+    if parity := result.get("parity"):
         onnx, equal = parity["metrics"]["onnx"], parity["equal_predictions"]
         for name, value in parity["metrics"]["torch"].items():
             rows.append((name, f"{value:.4f}", f"{onnx[name]:.4f}"))

@@ -3,27 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from opfa.errors import RunError
 from opfa.storage.files import check_file
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")]
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe (TOML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
+    Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
-TaskRecipe = Annotated[Path, typer.Option("--recipe", help="The recipe whose task is used.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or Hub name.")]
-Output = Annotated[Path, typer.Option("--output", help="Where the output goes; must be new.")]
+TaskRecipe = Annotated[Path, Option("--recipe", help="The recipe whose task is used.")]
+ModelName = Annotated[str, Argument(metavar="MODEL", help="A directory or Hub name.")]
+Output = Annotated[Path, Option("--output", help="Where the output goes; must be new.")]
 NewRun = Annotated[
-    Path, typer.Option("--output", help="The run directory; must be new, unless --resume.")
+    Path, Option("--output", help="The run directory; must be new, unless --resume.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest resume point.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Resume = Annotated[bool, Option("--resume", help="Continue from the newest resume point.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+Private = Annotated[bool, Option("--private", help="Make a new repository private.")]
 Endpoint = Annotated[
-    str | None, typer.Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
+    str | None, Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
 ]
 
 

@@ -1,8 +1,7 @@
 """Standard output and standard error, whatever the caller did to them.
 
-A reader that leaves early, as `head` does, wants no more: the rest goes nowhere, and the command
-ends as it would have. A closed stream becomes the null device; else the next file that is opened
-would get its number, and what a library prints would be in that file.
+What a reader that leaves early (`head`) doesn't want goes nowhere. A closed stream becomes the null
+device; else the next file that is opened would get its number, and what libraries print.
 """
 
 import io
@@ -55,6 +54,6 @@ def secure() -> None:
         if old is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
             continue
-        how = {"encoding": old.encoding, "errors": old.errors}
-        how |= {"line_buffering": old.line_buffering, "write_through": old.write_through}
+        kept = ("encoding", "errors", "line_buffering", "write_through")
+        how = {option: getattr(old, option) for option in kept}
         setattr(sys, name, Stream(old.detach(), **how))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from opfa.commands.options import (
     ModelName,
@@ -32,10 +33,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     values = read_values(recipe, overrides or ())
     if not values.keys() & {"corpus", "task"}:
-        raise RecipeError(
-            f"{recipe}: has neither [corpus], as recipes for opfa pretrain have, nor [task], as "
-            "recipes for opfa finetune have"
-        )
+        what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
+        raise RecipeError(f"{recipe}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
     command = "pretrain" if kind is PretrainRecipe else "finetune"
     found = kind.read(recipe, overrides or ())
@@ -61,10 +60,10 @@ def pretrain(
     overrides: Overrides = None,
     resume: Resume = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say whether recipe and RUN would be accepted.")
+        bool, Option("--check", help="Only say whether recipe and RUN would be accepted.")
     ] = False,
     trust_data: Annotated[
-        bool, typer.Option("--trust-data", help="Don't read all examples first to verify them.")
+        bool, Option("--trust-data", help="Don't read all examples first to verify them.")
     ] = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
@@ -84,8 +83,7 @@ def finetune(
     overrides: Overrides = None,
     resume: Resume = False,
     seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", min=1, help="How many seeds to run, from the recipe's on."),
+        int | None, Option(min=1, help="How many seeds to run, from the recipe's on.")
     ] = None,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
@@ -107,12 +105,9 @@ def finetune(
 def evaluate(
     model: ModelName,
     recipe: TaskRecipe,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Also write the result here.")
-    ] = None,
+    output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", help="Also write every answer here, as JSON Lines."),
+        Path | None, Option(help="Also write every answer here, as JSON Lines.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -134,9 +129,7 @@ def calibrate(
     model: ModelName,
     recipe: TaskRecipe,
     output: Output,
-    examples: Annotated[
-        int, typer.Option("--examples", min=1, help="How many training examples it sees.")
-    ] = 512,
+    examples: Annotated[int, Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""

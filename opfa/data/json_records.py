@@ -1,7 +1,5 @@
-"""JSON records: one object a line, or, in a .json file, one array of objects.
-
-An array is read piece by piece, so that a file may be larger than the memory. A key that stands
-twice in what is wanted is a mistake: which of its values counts would be chance.
+"""JSON records: one object a line, or in a .json file one array of objects, which is read piece by
+piece. A key that stands twice in what is wanted is a mistake: which value counts would be chance.
 """
 
 import json

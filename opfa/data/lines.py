@@ -1,7 +1,7 @@
-"""The lines of a text file, plain or compressed, however long the file or one of its lines is.
+"""The lines of a plain or compressed text file, however long the file or one of its lines is.
 
-What is wrong with a line (a byte that is no UTF-8, a zero byte, too many characters) comes with it,
-so that a reader can skip that record. Only plain files are opened: a pipe could block for ever.
+What is wrong with a line (no UTF-8, a zero byte, too many characters) comes with it, so that a
+reader can skip that record.
 """
 
 import gzip
@@ -50,9 +50,8 @@ def open_text(file: Path) -> TextIO:
 
 
 def read_lines(file: Path) -> Iterator[Line]:
-    """All lines of a file, numbered from 1; they end as Unix, Windows or the old Mac ends them.
-
-    Raises `DataError` where blanks go on and on: a few kilobytes may hold hours of empty lines.
+    """All lines of a file, numbered from 1, with the end of any system; raises `DataError` where
+    blanks go on and on: a few kilobytes may hold hours of empty lines.
     """
     with open_text(file) as lines:
         number = num_blank = 0

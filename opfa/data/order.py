@@ -1,12 +1,8 @@
 """Data order: which examples make up each step, as a function of (seed, epoch) alone.
 
-Global position p = step * batch + i is example `order(epoch)[p mod N]` of epoch p div N. Each rank
-takes its slice of every global batch, cut into micro-batches. So ranks, micro-batches, workers and
-a resume change nothing.
-
-An epoch's order is a permutation. With lengths, examples of similar length come together, so that
-little of a batch is padding: as in transformers' group_by_length, runs of `GROUPED` batches of the
-permutation are sorted by length and cut into batches again, and the batches shuffled.
+Global position p = step * batch + i is example `order(epoch)[p mod N]` of epoch p div N; each rank
+takes its slice of a batch. With lengths, as in transformers' group_by_length, runs of `GROUPED`
+batches of a permutation are sorted by length and cut again, and the batches shuffled.
 """
 
 from collections.abc import Iterator
@@ -26,10 +22,7 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which examples make up each rank's micro-batches.
-
-    `lengths` [N] are all examples' in tokens; without them an epoch is a plain permutation.
-    """
+    """Which examples make up each rank's micro-batches; with `lengths` [N] in tokens, by length."""
 
     seed: int
     num_examples: int

@@ -1,7 +1,5 @@
-"""Rows of a Parquet file: only the columns that are wanted are read, and few rows at a time.
-
-A value that stands in many rows is stored once, so a small file can hold more than any memory.
-Texts therefore stay in their dictionary until their row is looked at.
+"""Rows of a Parquet file: only the wanted columns, few rows at a time. Texts stay in the file's own
+dictionary until their row is looked at, since a small file can hold more than any memory.
 """
 
 from collections.abc import Iterator
@@ -23,9 +21,7 @@ TOO_LARGE = f"holds more than {LARGEST:,} bytes, which is the most that one reco
 
 
 def read_parquet(file: Path, columns: Columns) -> Iterator[Found]:
-    """The rows of a file. A column that isn't wanted is None in all of them: there are types of
-    columns that no Python object can be made of.
-    """
+    """The rows of a file. A column that isn't wanted is None: it may fit no Python object."""
     with ParquetFile(file) as table:
         schema = table.schema_arrow
         wanted = list(dict.fromkeys(schema.names if columns is None else columns))
@@ -69,15 +65,13 @@ def _one_by_one(file: Path, batch: pyarrow.RecordBatch, first: int) -> Iterator[
 
 
 def _texts(table: ParquetFile, wanted: list[str]) -> list[str]:
-    """The paths of all texts in these columns."""
-    leaves = [table.schema.column(index) for index in range(len(table.schema))]
-    return [
+    leaves = map(table.schema.column, range(len(table.schema)))
+    texts = [
         leaf.path
         for leaf in leaves
-        if leaf.physical_type == "BYTE_ARRAY"
-        and leaf.logical_type.type in ("STRING", "NONE")
-        and (leaf.path in wanted or leaf.path.split(".")[0] in wanted)
+        if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type in ("STRING", "NONE")
     ]
+    return [path for path in texts if path in wanted or path.split(".")[0] in wanted]
 
 
 def _size(array: Any) -> int:  # Any: pyarrow's stubs know no common class of all arrays

@@ -1,9 +1,8 @@
 """Records from local files, read strictly: a bad one is named by file and line, and none is skipped
 unless the caller says so.
 
-JSON Lines, arrays of objects, CSV, TSV, Parquet, plain text (documents parted by empty lines) and
-CoNLL's tagged words (one a line, sentences parted by empty lines); .gz and .zst where the format is
-text. No record may be larger than `LARGEST`, so that memory is bounded whatever a file holds.
+JSON Lines, arrays of objects, CSV, TSV, Parquet, documents and CoNLL's tagged words (both parted by
+empty lines); .gz and .zst where the format is text. No record may be larger than `LARGEST`.
 """
 
 import csv
@@ -24,8 +23,6 @@ UP_TO_EMPTY = "what begins here and ends at the next empty line"
 BLANKS = " \t\r\n\f\v"  # those between CoNLL's columns; a no-break space is a part of a word
 TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
 ANY_BLANKS = re.compile(f"[{BLANKS}]+")
-
-
 CSV = {"strict": True}  # an unfinished quotation is a mistake
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # GLUE's: a quotation mark is a character
 
@@ -49,20 +46,16 @@ def expand(patterns: Iterable[str]) -> list[Path]:
 def read_records(
     file: Path, bad: Bad = stop, columns: Columns = None
 ) -> Iterator[tuple[str, Record]]:
-    """The records of a file, each with where it stands ("line 7"). With `columns`, the others don't
-    matter: a record still names them all, but their values may be None.
-
-    Raises `DataError` for a file that can't be read; `bad` decides about a single record.
+    """The records of a file, each with where it stands ("line 7"); `bad` decides about a bad one.
+    With `columns`, the others don't matter: records name them, but their values may be None.
     """
     check_plain(file)
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
-        raise DataError(
-            f"{file}: unknown kind of file; known are {', '.join(READERS)}, and .gz or .zst of text"
-        )
-    is_empty = True
-    reader = READERS[kind](file, columns)
+        known = f"{', '.join(READERS)}, and .gz or .zst of text"
+        raise DataError(f"{file}: unknown kind of file; known are {known}")
+    is_empty, reader = True, READERS[kind](file, columns)
     while True:
         with opening(file, DataError):
             number, found = next(reader, (0, None))
@@ -171,9 +164,7 @@ def _text(file: Path, _: Columns) -> Iterator[Found]:
 
 
 def _conll(file: Path, _: Columns) -> Iterator[Found]:
-    """Sentences as `tokens` (the first column) and `tags` (the last). Columns are parted by tabs if
-    the first line has one, else by blanks.
-    """
+    """Sentences as `tokens` (the first column) and `tags` (the last), parted by tabs or blanks."""
     columns: re.Pattern[str] | None = None
     for lines in _paragraphs(file, lambda text: text.split(None, 1)[:1] in ([], ["-DOCSTART-"])):
         if isinstance(lines, DataError):
@@ -186,10 +177,8 @@ def _conll(file: Path, _: Columns) -> Iterator[Found]:
             problem = f"a word without a tag: {shown(words[alone[0]][0])}"
             yield 0, DataError(f"{file}, line {lines[alone[0]].number}: {problem}")
         else:
-            yield (
-                lines[0].number,
-                {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]},
-            )
+            record = {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
+            yield lines[0].number, record
 
 
 READERS: dict[str, Reader] = {

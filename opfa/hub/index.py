@@ -1,8 +1,7 @@
 """The index: released models that the project knows, as `model_cards/index.json` lists them.
 
-A model of ours stands there with the SHA-256 of its release manifest, so that its name means these
-files and no others, wherever they come from. One that others released may have none; then it is
-checked against what its source says. A figure that nobody has measured here is null, not copied.
+One of ours has the SHA-256 of its release manifest, so its name means these files and no others. A
+figure that nobody has measured here is null.
 """
 
 from pydantic import Field, TypeAdapter, ValidationError

@@ -1,12 +1,8 @@
-"""The release manifest: which files a released model has, how long each is, and its SHA-256.
+"""The release manifest, `release.json`: which files a released model has, their sizes and SHA-256.
 
-`release.json` in a released directory is the one list that every download is checked against. It
-names plain data only: no pickle, no Python, nothing hidden, and no name that could lead out of the
-directory, or that two file systems could take for the same. `facts` is free JSON for whatever
-describes the model.
-
-Names that begin with a dot (`.git`, `.gitattributes`, `.cache`) are what tools leave in a
-directory; they are no part of a release, and `check` does not look at them.
+It names plain data only: no pickle, no Python, nothing hidden, no name that could lead out of the
+directory, and no two that some file system takes for the same. Names that begin with a dot are what
+tools leave in a directory; `check` does not look at them.
 """
 
 import re
@@ -19,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from opfa.errors import ModelError
 from opfa.recipe import Section
 from opfa.storage.files import write_text
-from opfa.storage.seal import File, some
+from opfa.storage.seal import File, digest, some
 
 MANIFEST = "release.json"
 FORMAT = "opfa-release/1"
@@ -75,9 +71,7 @@ def problem_of_name(name: str) -> str | None:
 def write(
     directory: Path, name: str, facts: dict[str, Any], known: Mapping[str, str] | None = None
 ) -> Manifest:
-    """Write a directory's `release.json`; refuses whatever `parse` would refuse. Files whose
-    SHA-256 is `known` aren't read.
-    """
+    """Write a directory's `release.json`. Files whose SHA-256 is `known` aren't read."""
     files = {}
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory).as_posix()
@@ -87,9 +81,8 @@ def write(
             raise ModelError(f"{path}: not a plain file, so it can't be released")
         if problem := problem_of_name(relative):
             raise ModelError(f"{directory}: can't be released: {problem}")
-        sha256 = (known or {}).get(relative)
-        found = File.of(path) if sha256 is None else File(size=path.stat().st_size, sha256=sha256)
-        files[relative] = found
+        sha256 = (known or {}).get(relative) or digest(path)
+        files[relative] = File(size=path.stat().st_size, sha256=sha256)
     try:
         manifest = Manifest(format=FORMAT, name=name, files=files, facts=facts)
     except ValidationError as error:
@@ -125,9 +118,8 @@ def read_bytes(directory: Path) -> bytes:
 
 
 def check(directory: Path) -> Manifest:
-    """Compare every file of a released directory with its manifest; returns the manifest.
-
-    Raises `ModelError` which names the files that differ, are missing, or are not in the manifest.
+    """A released directory's manifest; raises `ModelError` that names the files which differ, are
+    missing, or are not in it.
     """
     manifest = read(directory)
     found = {name: file.problem(directory / name) for name, file in manifest.files.items()}
@@ -148,9 +140,7 @@ def _explain(error: ValidationError) -> str:
     for detail in error.errors(include_url=False):
         key = ".".join(str(part)[:80] for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
-        value = detail["input"]
-        shown = f" (got {value!r:.60})" if isinstance(value, str | int | float | None) else ""
-        if detail["type"] in ("value_error", "json_invalid"):
-            shown = ""
-        problems.append(f"{key}: {message}{shown}" if key else message)
+        if detail["type"] not in ("value_error", "json_invalid"):
+            message += f" (got {detail['input']!r:.60})"
+        problems.append(f"{key}: {message}" if key else message)
     return some(problems)

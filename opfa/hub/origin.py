@@ -1,7 +1,4 @@
-"""Where a model comes from: a local directory, a web server, or the Hub.
-
-A name is looked for as a local directory, then in the index, then on the Hub.
-"""
+"""Where a model comes from: a local directory, or by the index a web server or the Hub."""
 
 import hashlib
 import io
@@ -76,10 +73,8 @@ def source_of(name: str, revision: str | None, endpoint: str | None) -> Source:
     source = Website(place) if is_url else HubModel(place, revision, endpoint)
     wanted = known and known.manifest_sha256
     if wanted and hashlib.sha256(source.manifest or b"").hexdigest() != wanted:
-        raise ModelError(
-            f"{name}: the {MANIFEST} of {place} is not the one that opfa knows "
-            f"({wanted[:12]}...); a newer opfa may know it, or someone has changed it"
-        )
+        what = f"the {MANIFEST} of {place} is not the one that opfa knows ({wanted[:12]}...)"
+        raise ModelError(f"{name}: {what}; a newer opfa may know it, or someone has changed it")
     return source
 
 

@@ -1,8 +1,6 @@
-"""The way up: names that the Hub accepts, and the upload of a release as one commit.
+"""The way up: names that the Hub accepts, model cards, and the upload of a release."""
 
-The classes of a model card come from here too, so that no other room names huggingface_hub.
-"""
-
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,11 +17,10 @@ __all__ = ["EvalResult", "ModelCard", "ModelCardData", "check_name", "is_name", 
 
 def is_name(name: str) -> bool:
     """Whether the Hub accepts a name for a repository."""
-    try:
+    with contextlib.suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_name(name: str, what: str) -> None:
@@ -35,9 +32,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
-    """Upload a verified release as one commit, which replaces all that the repository had; its
-    address.
-    """
+    """Upload a verified release as one commit that replaces all that was there; its address."""
     check_name(name, "the repository")
     files: Collection[str] = manifest.check(directory).files
     try:
@@ -51,8 +46,6 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
             delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
-        raise RunError(
-            f"{name}: not uploaded: {str(error).strip()}. The release is whole in {directory}; "
-            f"to try again: opfa push {directory} {name}"
-        ) from error
+        again = f"the release is whole; to try again: opfa push {directory} {name}"
+        raise RunError(f"{name}: not uploaded: {str(error).strip()}; {again}") from error
     return str(commit.commit_url)

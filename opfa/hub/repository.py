@@ -1,10 +1,8 @@
 """A model on the Hugging Face Hub or a mirror of it: what its files must be, and how to get them.
 
-All goes through huggingface_hub and its cache, where `from_pretrained` finds the files later, also
-offline. Each file is asked for at one commit and checked against the release manifest. Without one,
-the Hub's own listing takes its place: it states the SHA-256 of large files and git's SHA-1 of the
-others, and the cache names its files after them. Only files that a release could have are
-downloaded; weights as a pickle only where there are no others, and they are never opened.
+All goes through huggingface_hub's cache, where `from_pretrained` finds the files later, at one
+commit. Where there is no release manifest, the Hub's own listing takes its place: SHA-256 of large
+files and git's SHA-1 of the others. Pickles are taken only as the only weights, and never opened.
 """
 
 import functools
@@ -27,15 +25,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from pydantic import Field
 
 from opfa.errors import ModelError, RunError
-from opfa.hub.manifest import (
-    ALSO,
-    MANIFEST,
-    MAX_FILES,
-    MAX_MANIFEST_BYTES,
-    SUFFIXES,
-    parse,
-    problem_of_name,
-)
+from opfa.hub import manifest
+from opfa.hub.manifest import ALSO, MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SUFFIXES
 from opfa.hub.transfer import COMMIT, Meter, patiently, reaching
 from opfa.recipe import Section
 from opfa.storage.seal import File, problem_of_size
@@ -66,7 +57,7 @@ class Source:
     manifest: bytes | None = None  # byte for byte; None where there is none
 
     def bring(self, file: str, path: Path, *, is_again: bool) -> None:
-        """Write one file to a path; whoever asked looks whether it is the right one."""
+        """Write one file to a path; the caller checks it."""
         raise NotImplementedError
 
 
@@ -95,13 +86,11 @@ class HubModel(Source):
             try:
                 found = self._get(file, self.files[file].size, is_forced=is_again)
             except RemoteEntryNotFoundError:
-                raise ModelError(
-                    f"{self.name}: its {MANIFEST} lists {file}, which the repository doesn't have"
-                ) from None
+                what = f"its {MANIFEST} lists {file}, which the repository doesn't have"
+                raise ModelError(f"{self.name}: {what}") from None
             copyfile(found, path)
 
     def _get(self, file: str, limit: int, *, is_forced: bool) -> Path:
-        """A file's path in the cache."""
         what = f"{self.name}, {file}"
         if is_forced and constants.is_offline_mode():
             raise RunError(f"{what}: is damaged in the cache, and HF_HUB_OFFLINE forbids to ask")
@@ -121,7 +110,7 @@ class HubModel(Source):
         with path.open("rb") as file:
             self.manifest = file.read(MAX_MANIFEST_BYTES + 1)
         try:
-            files = parse(self.manifest, where=f"{self.name}, {MANIFEST}").files
+            files = manifest.parse(self.manifest, where=f"{self.name}, {MANIFEST}").files
         except ModelError:
             if is_again or constants.is_offline_mode():
                 raise
@@ -130,7 +119,6 @@ class HubModel(Source):
         return files
 
     def _listed(self) -> Mapping[str, File | Blob]:
-        """The files that the Hub lists."""
         ask = functools.partial(
             HfApi(endpoint=self._endpoint).model_info,
             self.name,
@@ -181,7 +169,7 @@ def _expected(size: Any, digest: Any) -> File | Blob:  # Any: whatever a server 
 def _is_wanted(file: str, name: str) -> bool:
     if file.startswith("/") or ".." in file.split("/") or "\\" in file:
         raise ModelError(f"{name}: the Hub lists {file[:80]!r}, which leads out of a directory")
-    return problem_of_name(file) is None or PICKLE.fullmatch(file) is not None
+    return manifest.problem_of_name(file) is None or PICKLE.fullmatch(file) is not None
 
 
 def _chosen(files: Mapping[str, File | Blob], name: str) -> Mapping[str, File | Blob]:

@@ -1,9 +1,6 @@
-"""Parts of safetensors files on the Hub: headers first, then only the tensors that are wanted.
+"""Parts of safetensors files on the Hub: only the tensors that are wanted, and nothing is kept.
 
-A file is 8 bytes (length of the header, little-endian), a header in JSON, and data. Of BERT-base
-342 of 438 MB remain without embeddings. huggingface_hub's own reader of headers is not used:
-it doesn't say where the data begin, nor how much was transferred. Nothing is kept; what is in the
-local cache already is read from there.
+A file is 8 bytes (length of the header, little-endian), a header in JSON, and data.
 """
 
 import json
@@ -125,7 +122,6 @@ class RemoteFiles:
         return entries, 8 + length
 
     def _read(self, file: str, start: int, end: int) -> bytes:
-        """The bytes from start to before end."""
         url = hf_hub_url(self.name, file, revision=self._revision)
         headers = {
             **build_hf_headers(),
@@ -138,9 +134,7 @@ class RemoteFiles:
         self.num_bytes += len(answer.content)
         is_whole = answer.status_code != PARTIAL and (start, end) == (0, self.sizes[file])
         if len(answer.content) != end - start or not (answer.status_code == PARTIAL or is_whole):
-            raise ModelError(
-                f"{self.name}/{file}: bytes {start} to {end} were asked for, and "
-                f"{len(answer.content)} came (HTTP {answer.status_code}); download the model, and "
-                "inspect its directory"
-            )
+            came = f"{len(answer.content)} came (HTTP {answer.status_code})"
+            what = f"bytes {start} to {end} were asked for, and {came}; download the model first"
+            raise ModelError(f"{self.name}/{file}: {what}")
         return answer.content

@@ -1,9 +1,8 @@
-"""How files come over HTTP, from the Hub and from any other server.
+"""How files come over HTTP, from the Hub and from other servers, by huggingface_hub's own client.
 
-The client is huggingface_hub's own, so proxies, certificates, tokens and HF_HUB_OFFLINE work as its
-users know them. `guarded` adds what it doesn't refuse: redirects from https to http, headers that
-name files outside of its cache, and pauses without end. `Meter` stops an answer that is longer than
-expected, and `patiently` asks again, with tenacity, after a failure that may pass.
+`guarded` refuses what it doesn't: redirects from https to http, headers that name files outside of
+its cache, and pauses without end. `Meter` stops an answer that is longer than expected, and
+`patiently` asks again after a failure that may pass.
 """
 
 import contextlib
@@ -49,8 +48,7 @@ class Meter(tqdm):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Look at the length that is announced."""
         self._num_bytes = self._restarts = 0
-        total = options.get("total") or 0
-        if total > self.limit:
+        if (total := options.get("total") or 0) > self.limit:
             what = f"the server would send {total:,} bytes, but at most {self.limit:,}"
             raise ModelError(f"{self.what}: {what} are expected")
         super().__init__(*arguments, **options)
@@ -104,8 +102,8 @@ def _check(response: httpx2.Response) -> None:
             raise RunError(f"{here}: redirects to {target}, which is not https")
     pause = headers.get("Retry-After", "")
     if SECONDS.fullmatch(pause) and int(pause) > MAX_PAUSE_SECONDS:
-        status = response.status_code
-        raise RunError(f"{here}: HTTP {status}, and the server asks to come back in {pause} s")
+        what = f"HTTP {response.status_code}, and the server asks to come back in {pause} s"
+        raise RunError(f"{here}: {what}")
     commit = headers.get("X-Repo-Commit")
     if commit is not None and response.request.method == "HEAD":  # both become names of files
         etag = headers.get("X-Linked-Etag") or headers.get("ETag", "none")

@@ -1,9 +1,6 @@
 """The whole method on a small model: four novelists, one teacher, one sparse student, four
-fine-tunings, one table.
-
-The text is inside the package: chapters of seventeen public-domain novels. Chapters that are held
-out are used neither to pre-train nor to fine-tune. The task is "which author wrote this passage?".
-All numbers come from this run.
+fine-tunings, one table. The task is "which author wrote this passage?". Chapters that are held out
+are used neither to pre-train nor to fine-tune.
 """
 
 import json
@@ -52,15 +49,11 @@ log = logging.getLogger(__name__)
 
 
 class Model(Row, extra="allow"):
-    """A fine-tuned model: its metrics, and the encoder's matrices as values and one bit a weight
-    for their places. The majority class has an accuracy alone.
-    """
+    """A fine-tuned model: its metrics, and its encoder's matrices."""
 
     model: str
     accuracy: float = column("accuracy", ".3f")
-    mlm_loss: float | None = column(
-        "MLM loss", ".2f", default=None
-    )  # before fine-tuning, on held-out text
+    mlm_loss: float | None = column("MLM loss", ".2f", default=None)  # before fine-tuning
     sparsity: float | None = column("sparsity", ".4f", default=None)
     nonzero: int | None = column("non-zero", ",", default=None)
     bytes: int | None = column("bytes", ",", default=None)
@@ -137,9 +130,7 @@ def _run_all(output: Path, supervisor: Supervisor) -> list[Model]:
 
 
 def write_data(directory: Path) -> float:
-    """Cut the books into documents and labelled passages. Return the share of the most frequent
-    class among those held out.
-    """
+    """Cut the books into documents and passages; the largest class's share of those held out."""
     chapters = [record for _, record in read_records(Path(__file__).with_name("books.jsonl.zst"))]
     train = [chapter for chapter in chapters if chapter["split"] == "train"]
     held_out = [chapter for chapter in chapters if chapter["split"] == "heldout"]
@@ -164,9 +155,8 @@ def language_losses(recipe: PretrainRecipe, output: Path) -> dict[str, float]:
         model = load_pretraining_model(str(output / origin / "model"), recipe.corpus.objective)
         if name == ONE_SHOT:
             Pruner(model, Gradual(end=0, target=sparsity), pattern).after_step(0)
-        batches = validation_batches(
-            prepared, mask, batch=64, num_examples=len(prepared.validation)
-        )
+        num = len(prepared.validation)
+        batches = validation_batches(prepared, mask, batch=64, num_examples=num)
         losses[name] = mean_losses(Objective(model, None), batches)["mlm_loss"]
     return losses
 
@@ -185,12 +175,8 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def _recipe_path(name: str) -> Path:
-    return shipped(f"recipes/quickstart/{name}.toml")
-
-
 def _upstream(name: str, overrides: list[str]) -> PretrainRecipe:
-    return PretrainRecipe.read(_recipe_path(name), overrides)
+    return PretrainRecipe.read(shipped(f"recipes/quickstart/{name}.toml"), overrides)
 
 
 def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
@@ -199,7 +185,7 @@ def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
         f"task.train={output / 'data/train.jsonl'}",
         f"task.validation={output / 'data/validation.jsonl'}",
     ]
-    return FinetuneRecipe.read(_recipe_path(name), overrides)
+    return FinetuneRecipe.read(shipped(f"recipes/quickstart/{name}.toml"), overrides)
 
 
 def _storage(model: Path) -> dict[str, Any]:

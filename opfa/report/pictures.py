@@ -1,7 +1,5 @@
-"""Pictures: of a run the sparsity schedule against the loss, sparsity per layer, learning rate; of
-a checkpoint the sparsity of each matrix; of two, whose masks changed.
-
-Colours are Okabe and Ito's, which readers with colour-blindness can tell apart.
+"""Pictures of runs, of checkpoints and of two compared; readers with colour-blindness can tell the
+colours apart (Okabe and Ito's).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,18 +27,14 @@ def pretraining_pictures(
     rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
 ) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
-    with new_directory(directory, is_new=False) as aside:
-        loss_picture(rows, metric, aside / "loss.png")
-        learning_rate_picture([row for row in rows if not row.get("eval")], aside)
-        sparsity_picture(sparsity, aside)
+    training, evaluations = _by_kind(rows)
+    with new_directory(directory, is_new=False) as work:
+        _loss(training, evaluations, metric, work / "loss.png")
+        _rates_and_sparsity(training, sparsity, work)
 
 
-def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
-    """Draw one of `LOSSES` of a pre-training against step: of each batch logged, their mean over a
-    twentieth of the run, and on held-out text; and the sparsity, if it is pruned.
-    """
-    training = [row for row in rows if not row.get("eval")]
-    evaluations = [row for row in rows if row.get("eval")]
+def _loss(training: Sequence[Row], evaluations: Sequence[Row], metric: str, path: Path) -> None:
+    """One of `LOSSES`: of each batch, their mean over a twentieth of the run, and held out."""
     figure, axes = _axes("Step", LOSSES[metric])
     steps, losses = _series(training, metric)
     axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
@@ -52,9 +46,8 @@ def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     axes.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
     if any(row.get("sparsity") for row in training):
         right = axes.twinx()
-        right.plot(
-            *_series(training, "sparsity"), color=ORANGE, drawstyle="steps-post", label="sparsity"
-        )
+        style = {"color": ORANGE, "drawstyle": "steps-post", "label": "sparsity"}
+        right.plot(*_series(training, "sparsity"), **style)
         right.set_ylim(0, 1)
         right.set_ylabel("Sparsity", color=ORANGE)
         right.spines["top"].set_visible(False)
@@ -64,8 +57,7 @@ def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
 
 def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
     """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
-    training = [row for row in rows if not row.get("eval")]
-    evaluations = [row for row in rows if row.get("eval")]
+    training, evaluations = _by_kind(rows)
     figure, axes = _axes("Step", "Training loss")
     axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
@@ -77,22 +69,17 @@ def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
         right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
         right.set_ylabel(f"Held-out {metric} (star: finished)", color=GREEN)
         right.spines["top"].set_visible(False)
-    with new_directory(directory, is_new=False) as aside:
-        _save(figure, aside / "loss.png")
-        learning_rate_picture(training, aside)
-        sparsity_picture(sparsity, aside)
+    with new_directory(directory, is_new=False) as work:
+        _save(figure, work / "loss.png")
+        _rates_and_sparsity(training, sparsity, work)
 
 
-def learning_rate_picture(rows: Sequence[Row], directory: Path) -> None:
-    """Draw the learning rate against step."""
+def _rates_and_sparsity(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw the learning rate against step, and a bar for each pruned tensor, if there are any."""
     figure, axes = _axes("Step", "Learning rate")
     axes.plot(*_series(rows, "learning_rate"), color=BLUE)
     axes.set_ylim(bottom=0)
     _save(figure, directory / "learning_rate.png")
-
-
-def sparsity_picture(sparsity: Mapping[str, Any], directory: Path) -> None:
-    """Draw one bar per pruned tensor; nothing for a dense model."""
     tensors = sparsity["tensors"]
     if not tensors:
         return
@@ -145,51 +132,40 @@ def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
 def inspection_picture(name: str, result: Mapping[str, Any], path: Path) -> None:
     """Draw the sparsity of each kind of matrix in each layer, in percent."""
     rows = [{**row["kinds"], ALL: row["sparsity"]} for row in result["layers"]]
-    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
-    _heat_map(axes, rows, result["layers"], limit=1.0)
     encoder, whole, sizes = result["encoder"], result["whole"], result["sizes"]
     at_least = ""
     if sizes["limit"] is not None:
         limit = f"{sizes['limit'] / 1e6:,.1f} MB"
         at_least = f"; the zeros' places and the other values at least {limit}"
-    _captions(
-        figure,
-        f"{name}\nsparsity of each matrix, %",
+    below = (
         f"{encoder['sparsity']:.2%} of the {encoder['size'] / 1e6:,.1f} M weights in the layers' "
         f"matrices are zero, {whole['sparsity']:.2%} of all {whole['size'] / 1e6:,.1f} M.\n"
         f"As dense tensors {sizes['dense'] / 1e6:,.1f} MB, in files {sizes['file'] / 1e6:,.1f} MB"
-        f"{at_least}.",
+        f"{at_least}."
     )
+    figure = _heat_map(rows, result["layers"], f"{name}\nsparsity of each matrix, %", below)
     _save(figure, path)
 
 
 def comparison_picture(result: Mapping[str, Any], path: Path) -> None:
     """Draw for two checkpoints, before and after, how much of each matrix has another mask."""
     rows = [row["kinds"] for row in result["layers"]]
-    figure, axes = plt.subplots(figsize=_cells(rows), layout="constrained")
-    shares = [share for row in rows for share in row.values()]
-    _heat_map(axes, rows, result["layers"], limit=max(shares) or 1.0)
+    most = max(share for row in rows for share in row.values())
     title = f"from {result['a']} to {result['b']}\nweights whose mask changed, %"
-    _captions(figure, title, result["summary"].replace("; ", ";\n"))
-    _save(figure, path)
+    below = result["summary"].replace("; ", ";\n")
+    _save(_heat_map(rows, result["layers"], title, below, limit=most or 1.0), path)
 
 
-def _captions(figure: Figure, title: str, below: str) -> None:
-    """Two lines above a picture and two below."""
-    longest = max(len(line) for line in (title + "\n" + below).splitlines())
-    width = figure.get_figwidth()
+def _heat_map(
+    rows: Sequence[Row], layers: Sequence[Row], title: str, below: str, limit: float = 1.0
+) -> Figure:
+    """One cell for each layer and kind of matrix, empty where there is none; texts around it."""
+    width, height = max(6.5, 1.2 + 0.95 * len(rows[0])), 2.0 + 0.27 * len(rows)  # inches
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    longest = max(map(len, f"{title}\n{below}".splitlines()))
     size = min(11.0, 120 * width / longest)  # points; a letter is about 0.6 as wide as high
     figure.suptitle(title, fontsize=size, linespacing=1.4)
     figure.supxlabel(below, fontsize=min(9.0, size), linespacing=1.4)
-
-
-def _cells(rows: Sequence[Row]) -> tuple[float, float]:
-    """Inches for a picture of so many cells."""
-    return max(6.5, 1.2 + 0.95 * len(rows[0])), 2.0 + 0.27 * len(rows)
-
-
-def _heat_map(axes: Axes, rows: Sequence[Row], layers: Sequence[Row], limit: float) -> None:
-    """One cell for each layer and kind of matrix; those that a layer lacks stay empty."""
     names = short_kinds(kind for row in rows for kind in row if kind != ALL)
     kinds = {**names, **({ALL: ALL} if ALL in rows[0] else {})}
     values = np.array([[row.get(kind, np.nan) for kind in kinds] for row in rows])
@@ -211,6 +187,12 @@ def _heat_map(axes: Axes, rows: Sequence[Row], layers: Sequence[Row], limit: flo
     if ALL in kinds:
         axes.axvline(len(kinds) - 1.5, color="white", linewidth=8)
     axes.spines[:].set_visible(False)
+    return figure
+
+
+def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    evaluations = [row for row in rows if row.get("eval")]
+    return [row for row in rows if not row.get("eval")], evaluations
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:

@@ -1,9 +1,8 @@
-"""Tables and results, which print themselves: on a screen, as Markdown, as HTML and as JSON."""
+"""Tables and results, which print themselves: on a screen, as Markdown and as JSON."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -69,17 +68,6 @@ class Table:
         rules = ["---:" if is_number else "---" for is_number in self._are_numbers()]
         lines = [f"| {' | '.join(row)} |" for row in (self.head, *self.rows)]
         return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
-
-    def html(self) -> str:
-        """The table in HTML."""
-        rows = [("th", self.head), *(("td", row) for row in self.rows)]
-        lines = [f"<caption>{escape(self.title)}</caption>"] if self.title else []
-        for tag, row in rows:
-            styles = [' align="right"' if is_number else "" for is_number in self._are_numbers()]
-            cells = zip(styles, row, strict=True)
-            line = "".join(f"<{tag}{style}>{escape(cell)}</{tag}>" for style, cell in cells)
-            lines.append(f"<tr>{line}</tr>")
-        return "\n".join(["<table>", *lines, "</table>"])
 
     def _are_numbers(self) -> list[bool]:
         start = len(self.head) if self.numbers_from is None else self.numbers_from

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and outputs that are checked before any work is done.
 
-What is not finished is in the output's temporary place (`opfa.storage.temporary`), from which it
-moves to its name by one rename. `writing` is the one place that says what a disk refused.
+What is not finished is in the output's temporary place (`opfa.storage.temporary`). `writing` is the
+one place that says what a disk refused.
 """
 
 import contextlib
@@ -54,16 +54,15 @@ def _check_name(path: Path) -> None:
 def check_directory(directory: Path, output: Path | None = None, name: str = "") -> None:
     """Raise `RunError` unless files can be written in this directory, or it can be made. The
     message is about `output`, whose name there is `name`; without them about the directory.
-
-    A nameless file is made in the nearest directory that is there: rights, quotas and read-only
-    disks all say no to that.
     """
     output = directory if output is None else output
     _status(output)
     shown, full = _short(output), directory.absolute()
     there = next(path for path in (full, *full.parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise RunError(f"{shown}: can't be made: {there} is {_kind(there)}")
+        kind = "not a directory" if there.exists() else "a link that leads nowhere"
+        kind = "a file" if there.is_file() else kind
+        raise RunError(f"{shown}: can't be made: {there} is {kind}")
     names = [name, *full.relative_to(there).parts]
     if ".." in names:
         raise RunError(f"{shown}: can't be made: it leads up from a directory that isn't there")
@@ -73,7 +72,7 @@ def check_directory(directory: Path, output: Path | None = None, name: str = "")
             raise RunError(f"{shown}: can't be made: its name is too long")
         if len(os.fsencode(full / name)) > PATH_BYTES - BELOW:
             raise RunError(f"{shown}: can't be made: its path is too long")
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=there):  # rights, quotas and read-only disks refuse that
             pass
     except OSError as error:
         raise RunError(f"{shown}: can't be made: {there}: {_reason(error)}") from error
@@ -89,13 +88,6 @@ def _status(path: Path) -> os.stat_result | None:
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             return None
         raise RunError(f"{_short(path)}: can't be made: {_reason(error)}") from error
-
-
-def _kind(path: Path) -> str:
-    """What stands in the way of a directory."""
-    if path.is_file():
-        return "a file"
-    return "a link that leads nowhere" if path.is_symlink() else "not a directory"
 
 
 def _short(path: Path) -> str:
@@ -125,10 +117,8 @@ def writing(where: Path, kept: str = "nothing half-written is kept") -> Iterator
 
 
 def refusal(error: BaseException, where: Path) -> str | None:
-    """Why a disk refused something, if that is what an error is about.
-
-    torch, safetensors and tokenizers report a disk's refusal as errors of their own. Their causes
-    and texts are read, and where those say nothing, the disk is asked whether it is full.
+    """Why a disk refused something, if that is what an error is about. Libraries raise errors of
+    their own, so causes and texts are read; in doubt the disk is asked whether it is full.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -182,9 +172,7 @@ def named(number: int) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or directory is on its disk; some disks say only then that they are
-    full.
-    """
+    """Wait until a file or directory is on its disk; some say only then that they are full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -206,9 +194,7 @@ def new_directory_at(path: Path) -> None:
 
 @contextlib.contextmanager
 def work_directory(final: Path, waiting: str | None = None) -> Iterator[Path]:
-    """An empty temporary directory of this process alone, in which an output is made, and which is
-    removed when the block ends. Where another process holds it, wait or refuse, as in `held`.
-    """
+    """An empty directory of this process alone, removed when the block ends; waits as `held`."""
     with writing(final), held(final, waiting) as work:
         new_directory_at(work)
         try:
@@ -234,9 +220,7 @@ def new_directory(final: Path, *, is_new: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(final: Path) -> Iterator[Path]:
-    """A place to write a file, which takes its name when the block ends well, in the place of an
-    older one, and is removed when it doesn't.
-    """
+    """A file to write, which takes its name, or an older one's place, when the block ends well."""
     with writing(final), held(final, "another process writes this; waiting for it") as work:
         remove(work)
         try:

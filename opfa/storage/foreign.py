@@ -1,8 +1,5 @@
-"""What a model directory holds, looked at before transformers sees it.
-
-A directory of others may ask for code, name files that aren't there, hold a web page under the name
-of weights, or ask for more memory than there is. All of that is found from its small files and the
-first bytes of its large ones. Nothing is executed here, and no question is asked.
+"""What a model directory holds, looked at before transformers sees it: code, missing files, web
+pages under the name of weights, absurd numbers. Nothing is executed here.
 """
 
 import fnmatch
@@ -12,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opfa.errors import ModelError, not_plain, opening
+from opfa.errors import ModelError, not_plain, opening, shown
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 QUANTIZED = "quantization_config"  # of a configuration
@@ -75,12 +72,8 @@ def read_object(path: Path) -> dict[str, Any]:
     with opening(path, ModelError, "not valid JSON"):
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds {_shown(values)}, not a JSON object")
+        raise ModelError(f"{path}: holds {shown(values)}, not a JSON object")
     return values
-
-
-def _shown(value: Any) -> str:  # Any: what JSON can hold
-    return {type(None): "null", list: "a list", str: "a text"}.get(type(value), "a number")
 
 
 def asks_for_code(values: Any) -> list[str]:  # Any: what JSON can hold
@@ -90,20 +83,16 @@ def asks_for_code(values: Any) -> list[str]:  # Any: what JSON can hold
 
 def code_refused(what: object, keys: Iterable[str]) -> ModelError:
     """What to say of a configuration that asks for code of its own."""
-    return ModelError(
-        f"{what} asks for code of its own ({', '.join(keys)}), and remote code is never run; this "
-        "model is not taken"
-    )
+    asked = f"asks for code of its own ({', '.join(keys)})"
+    return ModelError(f"{what} {asked}, and remote code is never run")
 
 
 def check_directory(
     directory: Path, is_type: Callable[[str], bool], is_tokenizer: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """Refuse a directory whose configurations can't be used as they are, before any library acts on
-    them; the values of its `config.json`, which may be missing where only a tokenizer is.
-
-    The functions say which model types and tokenizer classes transformers has itself. Where one of
-    these comes with code too, that is never looked at.
+    """Refuse a directory whose configurations can't be used as they are; the values of its
+    `config.json`, if there is one. The functions say which model types and tokenizer classes
+    transformers has itself, whatever code comes with them.
     """
     values = {}
     for path in sorted(directory.iterdir()):
@@ -128,13 +117,12 @@ def _is(value: Any, known: Callable[[str], bool]) -> bool:  # Any: what JSON can
 def _check_values(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse numbers that no model has, and a file or kernel from elsewhere."""
     for key, value in _leaves(config):
-        is_number = isinstance(value, int | float)
         if isinstance(value, float) and not abs(value) < float("inf"):
             raise ModelError(f"{path}: {key} = {value}: not a finite number")
         most = MOST if COUNTS.search(key) else INT64 - 1
-        if is_number and abs(value) > most and isinstance(value, int):
-            shown = value if abs(value) < INT64 else "more than 64 bits"
-            raise ModelError(f"{path}: {key} = {shown}: at most {most} is allowed")
+        if isinstance(value, int) and abs(value) > most:
+            found = value if abs(value) < INT64 else "more than 64 bits"
+            raise ModelError(f"{path}: {key} = {found}: at most {most} is allowed")
         if key in KERNEL_KEYS and isinstance(value, str) and "/" in value:
             raise code_refused(path, [f"{key} = {value!r}"])
     names = config.get("architectures")
@@ -144,9 +132,9 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: transformers_weights: names another file; remove it")
 
 
-def _leaves(values: Any, key: str = "") -> Iterable[tuple[str, Any]]:  # Any: what JSON can hold
+def _leaves(values: Any) -> Iterable[tuple[str, Any]]:  # Any: what JSON can hold
     """Keys and values, however deep; no recursion, which JSON could exhaust."""
-    waiting = [(key, values)]
+    waiting = [("", values)]
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, dict):
@@ -160,27 +148,20 @@ def _leaves(values: Any, key: str = "") -> Iterable[tuple[str, Any]]:  # Any: wh
 def check_model(directory: Path) -> None:
     """Refuse an adapter, and a directory without a model's configuration."""
     if (directory / ADAPTER).exists():
-        raise ModelError(
-            f"{directory}: holds an adapter ({ADAPTER}); merge it into its model first, with "
-            "peft's merge_and_unload, and save that"
-        )
+        advice = "merge it into its model first, with peft's merge_and_unload"
+        raise ModelError(f"{directory}: holds an adapter ({ADAPTER}); {advice}")
     if not (directory / CONFIG).exists():
         raise ModelError(f"{directory}: has no {CONFIG}")
 
 
 def check_plain(directory: Path, config: Mapping[str, Any], method: str) -> None:
-    """Refuse what is no whole model with plain weights: an adapter, and values quantized by others.
-    `method` is our own.
-    """
+    """Refuse an adapter, and weights quantized by another method than ours."""
     check_model(directory)
-    quantized = config.get(QUANTIZED)
-    if quantized is not None:
-        found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        if found != method:
-            raise ModelError(
-                f"{directory / CONFIG}: {QUANTIZED}: weights quantized by {found!r} can't be "
-                "used; take the model with plain weights"
-            )
+    quantized = config.get(QUANTIZED, {"quant_method": method})
+    found = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if quantized is not None and found != method:
+        what = f"weights quantized by {found!r} can't be used; take the model with plain weights"
+        raise ModelError(f"{directory / CONFIG}: {QUANTIZED}: {what}")
 
 
 def weight_map(content: bytes, where: object) -> dict[str, str]:
@@ -205,9 +186,7 @@ def check_shards(files: Iterable[str], there: Collection[str], where: object) ->
 
 
 def siblings(name: str) -> list[str]:
-    """All files of the set that a numbered file belongs to, as in model-00001-of-00002; itself
-    alone where it has no number.
-    """
+    """All files of a numbered one's set, as in model-00001-of-00002; else itself alone."""
     found = NUMBERED.fullmatch(name)
     if found is None or not 0 < int(found[2]) <= int(found[3]):
         return [name]
@@ -216,10 +195,7 @@ def siblings(name: str) -> list[str]:
 
 
 def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
-    """The files that a tokenizer needs and that are not there; `names` are those of its class.
-
-    One `tokenizer.json` is enough, and so is a vocabulary in a form that transformers converts.
-    """
+    """The files that a tokenizer needs and that are not there; `names` are those of its class."""
     others = ("tokenizer.json", "tokenizer.*.json", "*.model", "*.tiktoken", "tekken.json")
     if any(path.is_file() for pattern in others for path in directory.glob(pattern)):
         return []
@@ -232,8 +208,8 @@ def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
 def weight_files(
     names: Iterable[str], where: object, read: Callable[[str], bytes]
 ) -> tuple[list[str], dict[str, str]]:
-    """Which of these files are the weights: those that transformers would load, if there are; and
-    which tensors are in which of them, where an index, which `read` reads, says so.
+    """Which of these files are the weights, first those that transformers would load; and which
+    tensors are in which of them, where an index, which `read` reads, says so.
     """
     names = sorted(set(names) - {"quantization.safetensors"})
     for whole, index in INDEXED.items():

@@ -1,11 +1,7 @@
 """What files must be: SHA-256 of what a run or `opfa prepare` wrote, and readers that check it.
 
-    done.json          lists the files that a finished run is judged by, its model's among them
-    corpus.json        lists the files of prepared examples
-    "sealed"           in these and in other JSON files: SHA-256 of the rest of the file
-
-Whoever reads such a file again reads it here: damage is one message with file and reason. Files of
-older versions have neither lists nor seals; they are read as they are.
+`done.json` lists the files that a finished run is judged by, `corpus.json` those of prepared
+examples. "sealed" is the SHA-256 of the rest of a JSON file. Older files have neither.
 """
 
 import hashlib
@@ -14,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field
 
@@ -40,11 +36,6 @@ class File(Section):
 
     size: int = Field(ge=0, le=1 << 50)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """What a file is now."""
-        return cls(size=path.stat().st_size, sha256=digest(path))
 
     def problem(self, path: Path) -> str | None:
         """How a file on disk differs from what it must be; None where it does not."""
@@ -76,8 +67,7 @@ def digest(path: Path) -> str:
 
 def names_of(directory: Path) -> list[str]:
     """Every file of a directory, but hidden ones, which tools leave."""
-    paths = (path for path in sorted(directory.rglob("*")) if not path.is_dir())
-    names = (path.relative_to(directory) for path in paths)
+    names = [p.relative_to(directory) for p in sorted(directory.rglob("*")) if not p.is_dir()]
     return [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)]
 
 
@@ -87,9 +77,7 @@ def files_of(directory: Path) -> dict[str, str]:
 
 
 def model_files(directory: Path, also: Collection[str] = ()) -> dict[str, str]:
-    """The files that decide what a model in this directory answers: weights, configuration,
-    tokenizer, templates, ranges of 8 bits; and those of them in `also` that are there.
-    """
+    """The files that decide what a model in this directory answers, and those of `also`."""
     paths = sorted([*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")])
     names = {path.relative_to(directory).as_posix(): path for path in paths if path.is_file()}
     return {
@@ -108,9 +96,7 @@ def one_digest(files: Files) -> str:
 def differences(before: Files, now: Files) -> str:
     """How files differ from what they were, in words; empty where they don't."""
     found = [f"{name} is missing" for name in before if name not in now]
-    found += [
-        f"{name} has changed" for name in before if now.get(name, before[name]) != before[name]
-    ]
+    found += [f"{n} has changed" for n, was in before.items() if now.get(n, was) != was]
     found += [f"{name} is new" for name in now if name not in before]
     return some(found)
 
@@ -129,9 +115,7 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path, kind: type[OpfaError] = RunError) -> dict[str, Any]:
-    """A JSON object of a run, model or corpus; raises an error of this kind where it can't be read
-    or doesn't fit its seal.
-    """
+    """A JSON object; raises an error of this kind where it can't be read or its seal is broken."""
     with opening(path, kind):
         values = json.loads(path.read_bytes().decode("utf-8"))
     if not isinstance(values, dict):

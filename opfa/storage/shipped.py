@@ -1,6 +1,4 @@
-"""Where the recipes and the index of model cards are: in a wheel inside `opfa/`, in a clone at the
-top, where readers look for them. The wheel maps them as packages without code (pyproject.toml).
-"""
+"""Where the recipes and the model cards are: in a wheel inside `opfa/`, in a clone at the top."""
 
 from pathlib import Path
 

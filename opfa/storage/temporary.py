@@ -1,13 +1,8 @@
 """Temporary places: where an output is made before it takes its name, by one process at a time.
 
 `.NAME.incomplete` beside the output holds `files`, which takes the output's name in the end, and
-`.lock`. A lock file beside the output would stay there for ever: to remove one is only safe where,
-as here, whoever gets a lock looks whether it is still that of the file with this name. The kernel
-frees the lock of a process that was killed.
-
-Temporary places are never links, whoever made them: what is found in their place and is no plain
-directory, or no plain file with one name, is removed, and what it points to stays as it is. So
-nothing outside can be emptied, overwritten or locked.
+`.lock`. Temporary places are never links: what is found there and is no plain directory, or no
+plain file with one name, is removed, and what it points to stays as it is.
 """
 
 import contextlib
@@ -79,9 +74,7 @@ def held(output: Path, waiting: str | None = None) -> Iterator[Path]:
 
 def lock(path: Path, waiting: Callable[[], None] | None = None) -> IO[str]:
     """Hold a lock file until it is closed; while another process holds it, raise `BlockingIOError`,
-    or say that this one is `waiting`, and wait.
-
-    A link is replaced, a file with another name (a hard link) when no process holds it.
+    or say that this one is `waiting`, and wait. Links are replaced.
     """
     while True:
         if path.is_symlink() or not path.is_file():
@@ -119,8 +112,8 @@ def _locked(aside: Path, output: Path, waiting: str | None) -> IO[str]:
 
 @contextlib.contextmanager
 def _ending_tidily() -> Iterator[None]:
-    """Let SIGTERM raise an exception here, as Ctrl-C does, so that what is half-written goes; and
-    leave both to this process alone, since a terminal's Ctrl-C reaches its children too.
+    """Let SIGTERM raise an exception here, as Ctrl-C does, so that what is half-written goes; not
+    in children, which a terminal's Ctrl-C reaches too.
     """
     process, told = os.getpid(), []
 

@@ -1,11 +1,8 @@
 """Long texts are cut before the tokenizer sees them, and the tokens that are kept stay the same.
 
-A text of ten million characters takes a tokenizer seconds and gigabytes, for 128 tokens. Its
-beginning is enough. How many characters that is can't be known (blanks are no tokens, and a word of
-any length may be one), so the beginning grows until it has tokens enough.
-
-Only where both halves of a pair are so long, and an odd number of tokens is left for them, the half
-that gets one more may be another one.
+A text of ten million characters takes a tokenizer seconds and gigabytes, for 128 tokens. A token
+may have any number of characters, so the beginning grows until it has tokens enough. Only where
+both halves of a pair are so long may the odd token be another half's.
 """
 
 from collections.abc import Callable
@@ -35,10 +32,8 @@ def of_words(tokenizer: PreTrainedTokenizerBase, words: list[str], tokens: int) 
         return [of_text(tokenizer, word, tokens) for word in words[:size]]
 
     def count(size: int) -> int:
-        encoded = tokenizer(
-            first(size), is_split_into_words=True, add_special_tokens=False, verbose=False
-        )
-        return len(encoded["input_ids"])
+        how = {"is_split_into_words": True, "add_special_tokens": False, "verbose": False}
+        return len(tokenizer(first(size), **how)["input_ids"])
 
     if tokenizer.truncation_side != "right":
         return words

@@ -77,10 +77,8 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
     question, context = _text(row, task.text), _text(row, task.text_pair)
     for column, text in ((task.text, question), (task.text_pair, context)):
         if len(text) > LONGEST_CONTEXT:
-            raise ValueError(
-                f"{column!r} has {len(text):,} characters; windows are made of at most "
-                f"{LONGEST_CONTEXT:,}"
-            )
+            most = f"windows are made of at most {LONGEST_CONTEXT:,}"
+            raise ValueError(f"{column!r} has {len(text):,} characters; {most}")
     fields = _value(row, task.label)
     fields = fields if isinstance(fields, dict) else {}
     texts, starts = fields.get("text"), fields.get("answer_start")
@@ -88,13 +86,10 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
     if not (isinstance(texts, list) and isinstance(starts, list)) or len(texts) != len(starts):
         raise ValueError(f"{task.label!r} must be {{'text': [...], 'answer_start': [...]}}")
     if len(texts) < least:
-        raise ValueError(
-            f"{task.label!r} must hold at least one answer; task.has_unanswerable = true lets "
-            "questions have none"
-        )
-    answers = [
-        _answer(task, context, text, start) for text, start in zip(texts, starts, strict=True)
-    ]
+        advice = "task.has_unanswerable = true lets questions have none"
+        raise ValueError(f"{task.label!r} must hold at least one answer; {advice}")
+    pairs = zip(texts, starts, strict=True)
+    answers = [_answer(task, context, text, start) for text, start in pairs]
     texts, starts = [text for text, _ in answers], [start for _, start in answers]
     return question, context, {"text": texts, "answer_start": starts}
 
@@ -102,13 +97,11 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
 def _answer(task: Task, context: str, text: object, start: object) -> tuple[str, int]:
     """An answer without the blanks at its ends, and where it begins."""
     if not (isinstance(text, str) and isinstance(start, int) and text.strip() and start >= 0):
-        raise ValueError(
-            f"{task.label!r} must hold texts and positions (got {shown(text)} and {shown(start)})"
-        )
+        found = f"{shown(text)} and {shown(start)}"
+        raise ValueError(f"{task.label!r} must hold texts and positions (got {found})")
     if not context.startswith(text, start):
-        raise MisplacedError(
-            f"{task.label!r} says {shown(text)}, which is not at character {start} of the context"
-        )
+        what = f"which is not at character {start} of the context"
+        raise MisplacedError(f"{task.label!r} says {shown(text)}, {what}")
     return text.strip(), start + len(text) - len(text.lstrip())
 
 

@@ -1,7 +1,4 @@
-"""Classes by name: which there are, in which order a model has them, and which number each has.
-
-Names are compared as they are, and only then without regard to case.
-"""
+"""Classes by name: which there are, in which order a model has them, and their numbers."""
 
 import re
 from collections.abc import Collection
@@ -25,17 +22,14 @@ def of_training(task: Task, train: Examples) -> tuple[str, ...]:
     names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
     are_numbers = all(name.isdecimal() and len(name) < 20 for name in names)
     if "f1" in task.metrics and len(names) == 2 and not are_numbers:
-        raise DataError(
-            f"{train.source}: f1 of two classes is that of the second; say which one that is, "
-            f"task.classes = {sorted(names)} or the other way round"
-        )
+        advice = f"say which one that is, task.classes = {sorted(names)} or the other way round"
+        raise DataError(f"{train.source}: f1 of two classes is that of the second; {advice}")
     return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
 
 
 def of_model(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
-    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1.
-
-    Exact names come first; the rest may differ in case and in blanks at the ends.
+    """Stated classes in the order of the model's outputs, which may be just LABEL_0, LABEL_1. Names
+    that aren't the same may differ in case and in blanks at the ends.
     """
     by_index: dict[Any, Any] = config.id2label or {}  # Any: transformers says int or str
     trained = tuple(str(by_index[index]) for index in sorted(by_index))
@@ -78,10 +72,8 @@ def indices(task: Task, examples: Examples, classes: tuple[str, ...], whose: str
         if unseen:
             known = shown(list(classes))[1:-1]
             whose = "task.classes" if task.classes else whose
-            raise DataError(
-                f"{examples.source}, {place}: class {shown(unseen[0])} is not one of {known} "
-                f"({whose})"
-            )
+            what = f"class {shown(unseen[0])} is not one of {known} ({whose})"
+            raise DataError(f"{examples.source}, {place}: {what}")
     numbers = [[index[label] for label in row] for row in rows]
     return numbers if tags else [number for (number,) in numbers]
 
@@ -96,7 +88,5 @@ def _check_tags(task: Task, examples: Examples, classes: tuple[str, ...]) -> Non
     advice = "other tags are measured by task.metrics = ['accuracy']"
     if numbers:
         advice = "say their names in order, such as task.classes = ['O', 'B-PER', 'I-PER']"
-    raise DataError(
-        f"{examples.source}: {metrics[0]} needs tags such as O, B-PER and I-PER, and there is "
-        f"{shown((numbers or inside)[0])}; {advice}"
-    )
+    found = f"needs tags such as O, B-PER and I-PER, and there is {shown((numbers or inside)[0])}"
+    raise DataError(f"{examples.source}: {metrics[0]} {found}; {advice}")

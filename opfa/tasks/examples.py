@@ -1,7 +1,4 @@
-"""Examples of a task, checked as they are read.
-
-A mistake in line 40,000 is found before a GPU works, and is named by file and line.
-"""
+"""Examples of a task, checked as they are read: a mistake is named by file and line."""
 
 import hashlib
 import json
@@ -27,17 +24,13 @@ MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """One checked split, by column.
-
-    `texts` may be lists of words, `pairs` lists of choices; `labels` are names of classes, lists of
-    them, numbers, or SQuAD's answers.
-    """
+    """One checked split, by column."""
 
     source: str
     places: list[str]  # such as "line 17", for messages
-    texts: list[Any]  # Any: str or list[str]
-    pairs: list[Any] | None
-    labels: list[Any]
+    texts: list[Any]  # Any: str, or a list of words
+    pairs: list[Any] | None  # Any: str, or a list of choices
+    labels: list[Any]  # Any: names of classes, lists of them, numbers, or SQuAD's answers
     names: Names  # those of the data set's own ClassLabel feature, if it has one
 
     def sha256(self) -> str:
@@ -59,11 +52,9 @@ class Examples:
         names = list(dict.fromkeys(groups))
         num_held = round(fraction * len(names))
         if not 0 < num_held < len(names):
-            what = "contexts" if by_context else "examples"
-            raise DataError(
-                f"{self.source}: selection.holdout = {fraction} of {len(names)} {what} is "
-                f"{num_held}; both parts need some"
-            )
+            whole = f"{len(names)} {'contexts' if by_context else 'examples'}"
+            what = f"selection.holdout = {fraction} of {whole} is {num_held}; both parts need some"
+            raise DataError(f"{self.source}: {what}")
         order = generator(0, HELD_OUT).permutation(len(names)).tolist()
         held = {names[index] for index in order[:num_held]}
         kept = [i for i, group in enumerate(groups) if group not in held]
@@ -89,25 +80,18 @@ def read(task: Task, split: str, check: Check) -> Examples:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
         num_bytes += _num_bytes((places[-1], checked[-1]))
         if num_bytes > MOST_BYTES:
-            raise DataError(
-                f"{source}, {places[-1]}: the examples up to here take more than {MOST_BYTES:,} "
-                "bytes of memory, which is the most that one split may have"
-            )
+            what = f"the examples up to here take more than {MOST_BYTES:,} bytes of memory"
+            raise DataError(f"{source}, {places[-1]}: {what}, the most that one may have")
     if misplaced:
         num = f"{len(misplaced)} of {len(places)} examples"
-        raise DataError(
-            f"{source}: {num} have an answer that is not in the context; the first: {misplaced[0]}"
-        )
+        what = f"{num} have an answer that is not in the context; the first: {misplaced[0]}"
+        raise DataError(f"{source}: {what}")
     if not checked:
         raise DataError(f"{source}: there are no examples in it")
     texts, pairs, labels = (list(column) for column in zip(*checked, strict=True))
+    pairs = None if pairs[0] is None else pairs
     return Examples(
-        source=source,
-        places=places,
-        texts=texts,
-        pairs=None if pairs[0] is None else pairs,
-        labels=labels,
-        names=names,
+        source=source, places=places, texts=texts, pairs=pairs, labels=labels, names=names
     )
 
 
@@ -117,7 +101,6 @@ def _id(row: Row) -> str:
 
 
 def _num_bytes(value: object) -> int:
-    """What an example takes in memory."""
     size = sys.getsizeof(value)
     if isinstance(value, dict):
         return size + sum(map(_num_bytes, value.values()))

@@ -1,8 +1,7 @@
 """Features: what a model is called with, tokenized from checked examples.
 
-Questions follow SQuAD: a long context becomes overlapping windows; an answer outside a window, and
-no answer, is its [CLS]. A word's tag stands on its first token; its other tokens have none. Choices
-stand beside each other, so a batch of them is [examples, choices, tokens].
+As in SQuAD, a long context becomes overlapping windows, and an answer outside a window is its
+[CLS]. A word's tag stands on its first token. Choices make batches [examples, choices, tokens].
 """
 
 import logging
@@ -25,8 +24,9 @@ from opfa.tasks.recipe import Task
 
 Batch = dict[str, Tensor]
 Columns = dict[str, list[Any]]  # Any: numbers, or lists of them
-# Columns of features, and how many examples don't fit; the last argument is the labels, as numbers.
-Build = Callable[[Task, PreTrainedTokenizerBase, Examples, slice, list[Any]], tuple[Columns, int]]
+Labels = list[Any]  # Any: numbers, lists of them, or SQuAD's answers
+# Columns of features, and how many examples don't fit.
+Build = Callable[[Task, PreTrainedTokenizerBase, Examples, slice, Labels], tuple[Columns, int]]
 
 TARGETS = ("labels", "start_positions", "end_positions")
 DECODING = ("example", "context", "offsets", "cls", "words")  # what only scoring needs
@@ -49,16 +49,11 @@ class Split:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each example [N]; of its longest choice, where it has several."""
-        rows = self.features["input_ids"]
-        return np.array([num_tokens(ids) for ids in rows])
+        return np.array([num_tokens(ids) for ids in self.features["input_ids"]])
 
 
 def sequences(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    part: slice,
-    labels: list[Any],
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
 ) -> tuple[Columns, int]:
     """A text or a pair, cut at `sequence_tokens`."""
     texts, pairs = examples.texts[part], examples.pairs and examples.pairs[part]
@@ -67,10 +62,7 @@ def sequences(
 
 
 def _encoded(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    pairs: list[str] | None,
+    task: Task, tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None
 ) -> BatchEncoding:
     """Texts or pairs, cut at `sequence_tokens`; long ones even before the tokenizer sees them."""
     tokens = task.sequence_tokens
@@ -80,11 +72,7 @@ def _encoded(
 
 
 def tagged_words(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    part: slice,
-    labels: list[Any],
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
 ) -> tuple[Columns, int]:
     """Words with their tags, cut. `words` are the indices of those that have a token."""
     tokens = task.sequence_tokens
@@ -108,11 +96,7 @@ def _with_blanks(words: Sequence[str]) -> list[str]:
 
 
 def choices(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    part: slice,
-    labels: list[Any],
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
 ) -> tuple[Columns, int]:
     """A text beside each of its choices; every example must have as many."""
     assert examples.pairs is not None, "choices are pairs"
@@ -120,10 +104,8 @@ def choices(
     num_choices = len(examples.pairs[0])
     for place, of_one in zip(examples.places[part], options, strict=True):
         if len(of_one) != num_choices:
-            raise DataError(
-                f"{examples.source}, {place}: has {len(of_one)} choices, the first example "
-                f"{num_choices}"
-            )
+            what = f"has {len(of_one)} choices, the first example {num_choices}"
+            raise DataError(f"{examples.source}, {place}: {what}")
     texts = [text for text in examples.texts[part] for _ in range(num_choices)]
     flat = [choice for of_one in options for choice in of_one]
     encoded = _encoded(task, tokenizer, texts, flat)
@@ -142,16 +124,10 @@ def _num_cut(encoded: BatchEncoding, num_choices: int = 1) -> int:
 
 
 def windows(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    part: slice,
-    labels: list[Any],
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
 ) -> tuple[Columns, int]:
-    """Questions with every window of their contexts, and the first answer in each.
-
-    `example` is the question's index; `context` the window's token range; `offsets` the tokens'
-    places in the context; `cls` the place of [CLS]. A misfit is an answer in no window.
+    """Questions with every window of their contexts, and the first answer in each; beside what the
+    model sees, the question's index, the context's tokens, their offsets, and the place of [CLS].
     """
     assert examples.pairs is not None, "the recipe asks for text_pair"
     _check_room(task, tokenizer, examples, part)
@@ -192,11 +168,9 @@ def _check_room(
     most = task.sequence_tokens - tokenizer.num_special_tokens_to_add(pair=True)
     for place, question in zip(examples.places[part], questions, strict=True):
         if most - len(question) <= task.stride_tokens:
-            raise DataError(
-                f"{examples.source}, {place}: the question has {len(question)} tokens, too many "
-                f"for windows of sequence_tokens = {task.sequence_tokens} that overlap by "
-                f"stride_tokens = {task.stride_tokens}"
-            )
+            sizes = f"{task.sequence_tokens} that overlap by {task.stride_tokens}"
+            what = f"the question has {len(question)} tokens, too many for windows of {sizes}"
+            raise DataError(f"{examples.source}, {place}: {what}")
 
 
 def _token_span(

@@ -10,11 +10,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
@@ -30,10 +26,8 @@ from opfa.tasks.examples import Examples
 from opfa.tasks.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.tasks.recipe import Task
 
-log = logging.getLogger(__name__)
-
-
 CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +98,7 @@ class Data:
 
 
 def load(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    holdout: float = 0.0,
+    task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, holdout: float = 0.0
 ) -> Data:
     """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
@@ -155,8 +146,7 @@ def _split(
     pad_token_id = tokenizer.pad_token_id
     if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
         raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
-    kind = KINDS[task.kind]
-    labels = examples.labels
+    kind, labels = KINDS[task.kind], examples.labels
     if kind.has_classes:
         labels = classing.indices(task, examples, classes, whose)
     if task.kind == "token-classification":
@@ -186,11 +176,9 @@ def check_head(task: Task, config: PretrainedConfig) -> None:
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
     is_number = task.kind == "regression"
     if head == "SequenceClassification" and (config.num_labels == 1) != is_number:
-        wanted = "one" if is_number else "two or more"
-        raise ModelError(
-            f"task.kind = {task.kind!r}: needs {wanted}, and this model has {config.num_labels} "
-            "output(s)"
-        )
+        wanted = "one output" if is_number else "two or more outputs"
+        what = f"needs {wanted}, and this model has {config.num_labels}"
+        raise ModelError(f"task.kind = {task.kind!r}: {what}")
 
 
 def load_model(
@@ -209,14 +197,11 @@ def load_model(
     if kind.has_classes and is_trained:
         trained = classing.of_model(config, tuple(classes))
         if trained != tuple(classes):
-            raise ModelError(
-                f"model {init!r}: its classes are in another order, {', '.join(trained)}; the "
-                f"task's are {', '.join(classes)}"
-            )
-    options = _head_options(task, classes)
-    model, new = load_weights(
-        kind.head, init, config, ignore_mismatched_sizes=True, **options, **changed
-    )
+            theirs, ours = ", ".join(trained), ", ".join(classes)
+            what = f"its classes are in another order, {theirs}; the task's are {ours}"
+            raise ModelError(f"model {init!r}: {what}")
+    options = {"ignore_mismatched_sizes": True, **_head_options(task, classes), **changed}
+    model, new = load_weights(kind.head, init, config, **options)
     if lost := new if is_trained else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")

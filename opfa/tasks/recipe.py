@@ -7,11 +7,7 @@ from pydantic import Field, model_validator
 from opfa.recipe import Count, Section
 
 Kind = Literal[
-    "classification",
-    "regression",
-    "question-answering",
-    "token-classification",
-    "multiple-choice",
+    "classification", "regression", "question-answering", "token-classification", "multiple-choice"
 ]
 METRICS: dict[str, tuple[str, ...]] = {  # what each kind of task knows; higher is better in all
     "classification": ("accuracy", "f1", "matthews"),
@@ -77,25 +73,19 @@ class Task(Section):
         if self.kind == "question-answering" and not self.has_unanswerable:
             known = tuple(name for name in known if name not in ONLY_UNANSWERABLE)
         if set(self.metrics) - set(known) or not self.metrics:
-            raise ValueError(
-                f"metrics = {list(self.metrics)}: for {self.kind} these are known: "
-                f"{', '.join(known)}"
-            )
+            what = f"for {self.kind} these are known: {', '.join(known)}"
+            raise ValueError(f"metrics = {list(self.metrics)}: {what}")
         _check_classes(self.classes)
         if (self.kind == "multiple-choice") != bool(self.choices):
-            raise ValueError(
-                f"choices = {list(self.choices)}: multiple-choice needs its columns, and no other "
-                "kind has any"
-            )
+            what = "multiple-choice needs its columns, and no other kind has any"
+            raise ValueError(f"choices = {list(self.choices)}: {what}")
         if self.kind == "token-classification" and self.text_pair is not None:
             raise ValueError(f"text_pair = {self.text_pair!r}: tagged words have no pair")
         if self.kind == "question-answering" and self.text_pair is None:
             raise ValueError("text_pair: question answering needs the column of the context")
         if self.kind == "question-answering" and self.stride_tokens >= self.sequence_tokens:
-            raise ValueError(
-                f"stride_tokens = {self.stride_tokens}: windows of sequence_tokens = "
-                f"{self.sequence_tokens} can't overlap by that much; SQuAD's are 384 and 128"
-            )
+            what = f"windows of sequence_tokens = {self.sequence_tokens} can't overlap by that much"
+            raise ValueError(f"stride_tokens = {self.stride_tokens}: {what}; SQuAD: 384 and 128")
         return self
 
 

@@ -1,7 +1,4 @@
-"""Scores of classes, numbers and tags, from scikit-learn, scipy and seqeval.
-
-All are 0..1, correlations -1..1, as the GLUE tasks and CoNLL define them.
-"""
+"""Scores of classes, numbers and tags, 0..1, correlations -1..1, as GLUE and CoNLL define them."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,10 +1,9 @@
 """SQuAD's answers and scores, by the definitions of the official scripts of v1.1 and v2.0.
 
 The answer is the context's span with the highest start + end logit over all windows of a question,
-among the `n_best` starts and ends of each window, at most `answer_tokens` long; "" if there is
-none. Where questions may have no answer (Rajpurkar et al., 2018), "" is also the answer when the
-lowest start + end logit of [CLS] over the windows leads by more than a threshold. Scores: 0..100,
-the best over the answers of a question.
+among the `n_best` starts and ends of each. Where questions may have none (Rajpurkar et al., 2018),
+"" is the answer when the lowest start + end logit of [CLS] leads by more than a threshold. Scores:
+0..100, the best over the answers of a question.
 """
 
 import re

@@ -31,12 +31,6 @@ def test_numbers_are_aligned_to_the_right_in_markdown() -> None:
     assert Table(("a", "b"), []).markdown() == "| a | b |\n|---|---|"
 
 
-def test_html_is_escaped() -> None:
-    page = TABLE.html()
-    assert "<caption>found</caption>" in page
-    assert '<td>&lt;c&gt;</td><td align="right">-</td>' in page
-
-
 def test_a_screen_shows_everything_even_what_looks_like_markup(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -252,7 +252,7 @@ def test_signals_are_given_back(tmp_path: Path, usual: signal.Signals) -> None:
 
 STALLED = {  # where a command is in the middle; `prepare` in worker processes of its own
     "prepare": (corpus, "_cut_group"),
-    "release": (releasing, "inspect"),
+    "release": (releasing, "inspect_checkpoint"),
     "unpack": (releasing, "verify"),
     "calibrate": (calibrating, "fill_finished"),
     "export": (exporting, "trace"),
