@@ -135,11 +135,12 @@ def redacted(value: Value) -> Value:
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:  # Any: what JSON can hold
     if isinstance(value, str):
+        shown = value
         for secret in known:
-            value = value.replace(secret, HIDDEN)
+            shown = shown.replace(secret, HIDDEN)
         for pattern in PATTERNS:
-            value = pattern.sub(_hide, value)
-        return value
+            shown = pattern.sub(_hide, shown)
+        return shown if shown == value else _redacted(shown, known)  # what is hidden may show more
     if isinstance(value, Mapping):
         return {key: _of_key(key, item, known) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

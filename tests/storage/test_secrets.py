@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import finetune_recipe
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from opfa.commands import app as cli
@@ -110,6 +110,7 @@ PARTS = (
 
 
 @settings(max_examples=300, deadline=None)
+@example('token="token=\\"')
 @given(some.lists(some.sampled_from(PARTS), max_size=12).map("".join))
 def test_what_is_redacted_stays_as_it_is_when_it_is_redacted_again(text: str) -> None:
     assert redacted(redacted(text)) == redacted(text)
