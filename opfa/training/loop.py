@@ -87,15 +87,18 @@ class Trainer(Protocol):
 
     def batches(self, start: int) -> Iterator[list[Any]]:
         """This rank's micro-batches of every step from `start` on."""
+        ...
 
     def counts(self, micro_batches: list[Any]) -> Any:
         """What the losses of this step are divided by. Collective."""
 
     def holding(self, num_passes: int) -> AbstractContextManager[None]:
         """What may be computed once for so many passes with the same weights."""
+        ...
 
     def losses(self, batch: Any, counts: Any) -> Losses:
         """The forward passes of one micro-batch, and its share of the step's loss."""
+        ...
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients."""
@@ -105,12 +108,15 @@ class Trainer(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""
+        ...
 
     def concerns(self) -> tuple[list[Concern], Concern]:
         """Those that change the model, and the one that evaluates it."""
+        ...
 
     def row(self, at: Progress) -> Row:
         """What is logged of a step. Collective."""
+        ...
 
     def finish(self, at: Progress) -> None:
         """Write the finished model. Collective."""

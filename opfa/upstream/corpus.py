@@ -62,8 +62,9 @@ def _bars() -> Iterator[None]:
 def _prepare(corpus: Corpus, work: Path) -> dict[str, Any]:
     skipped = work / "skipped.txt" if corpus.bad_records == "skip" else None
     documents = documents_of(corpus, work / "cache", skipped)
-    has_skipped = skipped is not None and skipped.exists()
-    num_skipped = len(skipped.read_text(encoding="utf-8").splitlines()) if has_skipped else 0
+    num_skipped = 0
+    if skipped is not None and skipped.exists():
+        num_skipped = len(skipped.read_text(encoding="utf-8").splitlines())
     log.info("%d documents read, %d bad records skipped", len(documents), num_skipped)
     tokenizer = _tokenizer(corpus, documents)
     tokenizer.save_pretrained(work / "tokenizer")
