@@ -53,7 +53,7 @@ def loading(what: str, name: str) -> Iterator[None]:
             if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
                 reason = "its sentencepiece model is damaged, or is none"
                 if importlib.util.find_spec("sentencepiece") is None:
-                    reason = "its tokenizer needs sentencepiece: pip install sentencepiece"
+                    reason = "it needs sentencepiece, which is missing: pip install sentencepiece"
                 raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
             raise
 

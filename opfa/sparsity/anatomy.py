@@ -95,7 +95,7 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def is_pruned(name: str, shape: Sequence[int], num_zeros: int) -> bool:
-    """Whether a matrix is pruned; one of zeros alone is only where it says so above."""
+    """Whether a matrix is pruned: it has zeros, and live weights unless it is of the encoder."""
     has_live = num_zeros < math.prod(shape)
     return num_zeros > 0 and (has_live or part_of(name, shape) not in ("heads", "other"))
 
