@@ -124,7 +124,9 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]
     model.save_pretrained(root / "source")
     pruned = {f"{name}.weight": layer.weight.numel() for name, layer in layers.items()}
     values = json.loads((root / "source/config.json").read_text())
-    directories = {(form, dtype): root / f"{form}-{dtype}" for form, dtype in FORMS}
+    directories: dict[tuple[Format, Dtype], Path] = {
+        (form, dtype): root / f"{form}-{dtype}" for form, dtype in FORMS
+    }
     for (form, dtype), directory in directories.items():
         directory.mkdir()
         write_weights(root / "source", directory, set(pruned), form=form, dtype=dtype)

@@ -175,8 +175,12 @@ def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def _recipe_path(name: str) -> Path:
+    return shipped(f"recipes/quickstart/{name}.toml")
+
+
 def _upstream(name: str, overrides: list[str]) -> PretrainRecipe:
-    return PretrainRecipe.read(shipped(f"recipes/quickstart/{name}.toml"), overrides)
+    return PretrainRecipe.read(_recipe_path(name), overrides)
 
 
 def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
@@ -185,7 +189,7 @@ def _downstream(name: str, output: Path, origin: str) -> FinetuneRecipe:
         f"task.train={output / 'data/train.jsonl'}",
         f"task.validation={output / 'data/validation.jsonl'}",
     ]
-    return FinetuneRecipe.read(shipped(f"recipes/quickstart/{name}.toml"), overrides)
+    return FinetuneRecipe.read(_recipe_path(name), overrides)
 
 
 def _storage(model: Path) -> dict[str, Any]:

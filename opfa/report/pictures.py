@@ -46,8 +46,8 @@ def _loss(training: Sequence[Row], evaluations: Sequence[Row], metric: str, path
     axes.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
     if any(row.get("sparsity") for row in training):
         right = axes.twinx()
-        style = {"color": ORANGE, "drawstyle": "steps-post", "label": "sparsity"}
-        right.plot(*_series(training, "sparsity"), **style)
+        steps, shares = _series(training, "sparsity")
+        right.plot(steps, shares, color=ORANGE, drawstyle="steps-post", label="sparsity")
         right.set_ylim(0, 1)
         right.set_ylabel("Sparsity", color=ORANGE)
         right.spines["top"].set_visible(False)

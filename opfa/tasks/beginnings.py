@@ -32,8 +32,10 @@ def of_words(tokenizer: PreTrainedTokenizerBase, words: list[str], tokens: int) 
         return [of_text(tokenizer, word, tokens) for word in words[:size]]
 
     def count(size: int) -> int:
-        how = {"is_split_into_words": True, "add_special_tokens": False, "verbose": False}
-        return len(tokenizer(first(size), **how)["input_ids"])
+        encoded = tokenizer(
+            first(size), is_split_into_words=True, add_special_tokens=False, verbose=False
+        )
+        return len(encoded["input_ids"])
 
     if tokenizer.truncation_side != "right":
         return words
