@@ -4,13 +4,16 @@
 """
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_from_disk
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RecipeError, opening, redacted
@@ -23,6 +26,7 @@ from opfa.upstream.recipe import Corpus
 # What another machine may call otherwise, and what examples that are there no longer depend on.
 PATHS = {"documents", "tokenizer", "bad_records"}
 SPLITS = ("train", "validation")
+LARGE = 1 << 30  # bytes of examples; to check more takes so long that a bar is shown
 AGAIN = "prepare it again, or get it again"
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ class Prepared:
     def open(cls, directory: Path, corpus: Corpus) -> "Prepared":
         """Open a directory; checks that it was made from this corpus section and is unchanged."""
         summary = summary_of(directory, corpus)
-        for name in _examples_of(summary):
+        for name in _with_bar(directory, _examples_of(summary)):
             _check_examples(directory, summary, name)
         return cls.load(directory, summary)
 
@@ -74,9 +78,7 @@ def open_together(
             _check_examples(directory, summary, name)
 
     names = () if trust_data else _examples_of(summary)
-    if names:
-        log.info("%s: checking the examples", directory)
-    for name in names:
+    for name in _with_bar(directory, names):
         beat(f"checking {directory / name}")
         distributed.on_every_rank(lambda name=name: check(name))
     return distributed.on_every_rank(lambda: Prepared.load(directory, summary))
@@ -144,6 +146,20 @@ def _check_examples(directory: Path, summary: dict[str, Any], name: str) -> None
             found, known = seal.digest(directory / name), summary[seal.FILES][name]
     if found != known:
         raise DataError(f"{directory}: not as `opfa prepare` wrote it: {name} has changed; {AGAIN}")
+
+
+def _with_bar(directory: Path, names: Iterable[str]) -> Iterator[str]:
+    """These names; on a terminal with a progress bar, where their files are large."""
+    names = list(names)
+    sizes = [path.stat().st_size if (path := directory / name).is_file() else 0 for name in names]
+    if sum(sizes) < LARGE or launch.place().rank > 0 or not sys.stderr.isatty():
+        yield from names
+        return
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"checking {directory}", total=sum(sizes))
+        for name, size in zip(names, sizes, strict=True):
+            yield name
+            progress.advance(task, size)
 
 
 def _split(directory: Path) -> Dataset:
