@@ -176,8 +176,8 @@ def check_head(task: Task, config: PretrainedConfig) -> None:
         raise ModelError(f"a model for {made_for} has no head for {task.kind}; fine-tune it first")
     is_number = task.kind == "regression"
     if head == "SequenceClassification" and (config.num_labels == 1) != is_number:
-        wanted = "one output" if is_number else "two or more outputs"
-        what = f"needs {wanted}, and this model has {config.num_labels}"
+        wanted = "one" if is_number else "two or more"
+        what = f"needs {wanted}, and this model has {config.num_labels} output(s)"
         raise ModelError(f"task.kind = {task.kind!r}: {what}")
 
 
