@@ -27,14 +27,15 @@ def pretraining_pictures(
     rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
 ) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
-    training, evaluations = _by_kind(rows)
+    training, _ = _by_kind(rows)
     with new_directory(directory, is_new=False) as work:
-        _loss(training, evaluations, metric, work / "loss.png")
+        loss_picture(rows, metric, work / "loss.png")
         _rates_and_sparsity(training, sparsity, work)
 
 
-def _loss(training: Sequence[Row], evaluations: Sequence[Row], metric: str, path: Path) -> None:
-    """One of `LOSSES`: of each batch, their mean over a twentieth of the run, and held out."""
+def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draw one of `LOSSES`: of each batch, their mean over a twentieth of the run, and held out."""
+    training, evaluations = _by_kind(rows)
     figure, axes = _axes("Step", LOSSES[metric])
     steps, losses = _series(training, metric)
     axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
