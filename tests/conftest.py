@@ -52,7 +52,6 @@ SLOW = [
     "downstream/test_selection.py",
     "downstream/test_finetune.py",
     "quickstart/test_quickstart.py",
-    "not slow",
     "commands/test_cli.py::test_pretrain_finetune_evaluate_inspect",
     "commands/test_streams.py",
     "downstream/test_calibrate.py",

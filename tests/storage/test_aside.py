@@ -255,7 +255,7 @@ STALLED = {  # where a command is in the middle; `prepare` in worker processes o
     "release": (releasing, "inspect_checkpoint"),
     "unpack": (releasing, "verify"),
     "calibrate": (calibrating, "fill_finished"),
-    "export": (exporting, "trace"),
+    "export": (exporting.onnx_graph, "trace"),
     "download": (downloading, "_check_code"),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from conftest import finetune_recipe, pretrain_recipe
 
 from opfa.commands import app as cli
@@ -144,6 +145,7 @@ def test_a_disk_that_wandbs_files_fill_is_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(place)
+    wandb.teardown()  # its service may have ended with a forked child of another test
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 24_000))
     output = small_disk / "out"
     assert cli.run([*words_of("finetune", output), "logging.wandb=offline"]) == 2

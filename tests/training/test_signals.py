@@ -20,14 +20,13 @@ from opfa.quickstart import quickstart
 from opfa.training import loop
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.loop import Losses
-from opfa.training.run import Run
 from opfa.upstream import pretrain as pretraining
 
 FEW = {"training": {"epochs": 0.3}}  # 3 steps
 MOMENTS: dict[str, tuple[Any, str]] = {  # what is interrupted, of a run
     "writing the model": (finetuning, "write_finished"),
     "drawing": (finetuning.report, "finetuning_pictures"),
-    "marking it done": (Run, "finish"),
+    "marking it done": (finetuning.finished, "write"),
 }
 
 
