@@ -69,8 +69,8 @@ class Pruner:
     ) -> None:
         """Mask the layers that the pattern names. `score` and `grain` replace the pattern's."""
         self.schedule, self.pattern = schedule, pattern
-        self.layers = mask_layers(model, pattern.layers(model))
-        self._model, self._layers = model, {f"{n}.weight": m for n, m in self.layers.items()}
+        layers = mask_layers(model, pattern.layers(model))
+        self._model, self.layers = model, {f"{name}.weight": m for name, m in layers.items()}
         self._score, self._grain = score or pattern.score, grain or pattern.grain
         self._states: dict[str, State] = {}
         self._keep_gradients(0, 1)
@@ -83,7 +83,7 @@ class Pruner:
         """
         if not self._observes(step):
             return
-        gradients = {name: weights.read_gradient(m) for name, m in self._layers.items()}
+        gradients = {name: weights.read_gradient(m) for name, m in self.layers.items()}
         num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
         if not weights.ranks.total(np.array([num_bad])).any():
             for name, gradient in gradients.items():
@@ -109,7 +109,7 @@ class Pruner:
 
     def _select(self, step: int, weights: Weights) -> Masks:
         """New masks, from the runs of scores, or from whole tensors where the grain needs them."""
-        layers, grain, has_whole = self._layers, self._grain, self._grain.needs_whole
+        layers, grain, has_whole = self.layers, self._grain, self._grain.needs_whole
         scores, lives = {}, {}
         for name, layer in layers.items():
             part = self._part(name, step, weights)
@@ -129,7 +129,7 @@ class Pruner:
         return {name: weights.join(layers[name].weight, run) for name, run in masks.items()}
 
     def _part(self, name: str, step: int, weights: Weights) -> Part:
-        layer = self._layers[name]
+        layer = self.layers[name]
         return Part(
             step=step,
             name=name,
@@ -144,7 +144,7 @@ class Pruner:
 
     def _keep_gradients(self, *steps: int) -> None:
         """Let layers keep what the score will observe in these steps, and nothing else."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.keep_gradient(any(map(self._observes, steps)))
 
     def save(self, directory: Path, weights: Weights = HERE, is_writer: bool = True) -> None:
@@ -152,7 +152,7 @@ class Pruner:
         whole = {}
         for name, state in self._states.items():
             for key, run in state.items():
-                found = weights.join(self._layers[name].weight, run)
+                found = weights.join(self.layers[name].weight, run)
                 if is_writer:
                     whole[f"{key}/{name}"] = found.cpu().contiguous()
         if whole:
@@ -164,7 +164,7 @@ class Pruner:
         found = load_file(directory / FILE) if (directory / FILE).exists() else {}
         for path, whole in found.items():
             key, _, name = path.partition("/")
-            states.setdefault(name, {})[key] = weights.cut(self._layers[name].weight, whole)
+            states.setdefault(name, {})[key] = weights.cut(self.layers[name].weight, whole)
         self._states = dict(states)
         self._keep_gradients(step + 1)
 

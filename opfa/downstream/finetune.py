@@ -20,7 +20,7 @@ from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
@@ -234,7 +234,7 @@ class Trainer:
         if best.step is not None:
             results["selected"] = {"step": best.step, best.metric: best.value}
         write_json(run.directory / "results.json", results)
-        report.finetuning_pictures(run.rows(), result, run.directory / "report")
+        pictures.finetuning_pictures(run.rows(), result, run.directory / "report")
         facts = {"step": done, "model_sha256": results["model_sha256"]}
         finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)

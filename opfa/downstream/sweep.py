@@ -17,7 +17,7 @@ from typing import Any
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -67,7 +67,7 @@ def sweep(
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
     if len(ended) > 1:
-        report.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
+        pictures.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
     rates = [row["learning_rate"] for row in ended]
     if len(rates) > 1 and (rate := best["learning_rate"]) in (min(rates), max(rates)):

@@ -1,24 +1,22 @@
-"""The way up: names that the Hub accepts, model cards, and the upload of a release."""
+"""The way up: names that the Hub accepts, and the upload of a release."""
 
 import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
 from httpx2 import HTTPError
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from opfa.errors import RunError
 from opfa.hub import manifest
 
-__all__ = ["EvalResult", "ModelCard", "ModelCardData", "check_name", "is_name", "push"]
-
 
 def is_name(name: str) -> bool:
     """Whether the Hub accepts a name for a repository."""
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(name)
+    with contextlib.suppress(RunError):
+        check_name(name, "")
         return True
     return False
 

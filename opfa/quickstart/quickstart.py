@@ -22,7 +22,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
 from opfa.models.pretraining import load_pretraining_model
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.report.tables import Result, Row, Table, column
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
 from opfa.storage.shipped import shipped
@@ -100,7 +100,7 @@ def quickstart(output: Path) -> Summary:
     summary = Summary(rows=rows, zeros_held=_zeros_held(output), seconds=seconds)
     write_json(output / "quickstart.json", summary.values())
     write_text(output / "table.md", summary.table().markdown() + "\n")
-    report.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
+    pictures.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
     summary.show()
     print(f"Runs, recipes and pictures: {output}")
     return summary

@@ -30,7 +30,7 @@ from opfa.release import provenance
 from opfa.release.card import PICTURE, Release, model_card
 from opfa.release.provenance import Facts, Row, Step
 from opfa.release.rounding import PLAIN, Dtype, Format, write_weights
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.sparsity import masks
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_json, write_text
@@ -141,7 +141,7 @@ def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
     """Write what others read first, and the manifest; then check every file."""
     write_text(directory / "recipe.toml", found.steps[0].toml)
     if found.is_sparse:
-        report.inspection_picture(found.name, inspected.values(), directory / PICTURE)
+        pictures.inspection_picture(found.name, inspected.values(), directory / PICTURE)
     write_text(directory / "README.md", f"{model_card(found)}\n")
     for path in directory.iterdir():
         path.chmod(READABLE)  # safetensors makes files for their owner alone

@@ -86,7 +86,9 @@ def newest_point(root: Path) -> Path | None:
         log.warning("%s: passed over, %s", point, problem)
     if points:  # to start anew in silence would throw a run away
         what = "restore one, or remove them all to start anew"
-        raise RunError(f"{root}: every resume point here is damaged; {what}")
+        raise RunError(
+            f"{root}: every resume point here is damaged, or of an older version; {what}"
+        )
     return None
 
 

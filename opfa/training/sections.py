@@ -10,7 +10,7 @@ from opfa.recipe import Count, Section, Weight
 
 
 class Pruning(Section):
-    """Magnitude pruning: when and how sparse, and where. Without it nothing is pruned."""
+    """Pruning: when, how sparse and where. Without it nothing is pruned."""
 
     schedule: Gradual
     """When masks are updated, and to which sparsity."""

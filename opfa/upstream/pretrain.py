@@ -15,7 +15,7 @@ from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
 from opfa.models.pretraining import compile_models, decay_groups
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -203,8 +203,8 @@ class Trainer:
             nn.Module.to(self.student, "cpu")
             directory = at.run.directory
             result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
-            metric, pictures = self.recipe.metric, directory / "report"
-            report.pretraining_pictures(at.run.rows(), metric, result, pictures)
+            metric, rows = self.recipe.metric, at.run.rows()
+            pictures.pretraining_pictures(rows, metric, result, directory / "report")
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)

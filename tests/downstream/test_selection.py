@@ -168,7 +168,7 @@ def test_a_run_that_was_killed_after_its_last_evaluation_logs_it_once(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.report, "finetuning_pictures", killed)
+        patch.setattr(module.pictures, "finetuning_pictures", killed)
         with pytest.raises(KilledError):
             finetune(recipe, tmp_path / "run")
     finetune(recipe, tmp_path / "run", resume=True)

@@ -32,7 +32,7 @@ from opfa.models.encoders import load_finetuned_model
 from opfa.release import rounding
 from opfa.release.release import push, release, unpack
 from opfa.release.rounding import write_weights
-from opfa.report import pictures as report
+from opfa.report import pictures
 from opfa.storage import seal
 from opfa.training import finished
 from opfa.training.checkpoint import model_digest
@@ -539,7 +539,7 @@ def test_a_model_that_learnt_hidden_states_alone_is_released_as_an_encoder(
     weights = {"hard_weight": 0.0, "soft_weight": 0.0, "hidden_weight": 1.0}
     recipe = pretrain_recipe(prepared, distillation={"teacher": str(sparse), **weights})
     drawn = []
-    monkeypatch.setattr(report, "_series", lambda rows, key: drawn.append(key) or ([], []))
+    monkeypatch.setattr(pictures, "_series", lambda rows, key: drawn.append(key) or ([], []))
     pretrain(recipe, tmp_path / "run")
     assert "hidden_loss" in drawn and "mlm_loss" not in drawn
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])

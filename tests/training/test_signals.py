@@ -25,7 +25,7 @@ from opfa.upstream import pretrain as pretraining
 FEW = {"training": {"epochs": 0.3}}  # 3 steps
 MOMENTS: dict[str, tuple[Any, str]] = {  # what is interrupted, of a run
     "writing the model": (finetuning, "write_finished"),
-    "drawing": (finetuning.report, "finetuning_pictures"),
+    "drawing": (finetuning.pictures, "finetuning_pictures"),
     "marking it done": (finetuning.finished, "write"),
 }
 
