@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from transformers import BertTokenizer
+from words import WORDS
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.recipe import Recipe
@@ -260,12 +262,24 @@ def break_off(last: int, train: Callable[..., object], recipe: Recipe, output: P
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB, where this machine lets us make one."""
-    disk = tmp_path / "disk"
+    yield from mounted(tmp_path / "disk", "size=2m")
+
+
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """Mount an empty file system in memory for the length of a test, or skip it."""
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
+        pytest.skip("needs the right to mount")
     try:
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
+    """The tokenizer of `words`."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "vocab.txt").write_text("\n".join(WORDS))
+    return BertTokenizer.from_pretrained(directory)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import finetune_recipe, pretrain_recipe
+from conftest import finetune_recipe, mounted, pretrain_recipe
 from test_cli import HEAVY
 
 from opfa.commands import app as cli
@@ -127,15 +127,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A read-only file system, where this machine lets us make one."""
-    disk = tmp_path / "read-only"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    yield from mounted(tmp_path / "read-only", "ro")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,12 +11,12 @@ import pytest
 import torch
 import zstandard
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertTokenizer,
 )
+from words import task_of, tiny
 
 from opfa.errors import DataError, ModelError
 from opfa.tasks import beginnings, features
@@ -25,34 +25,7 @@ from opfa.tasks import kinds as tasks
 from opfa.tasks.classes import of_model
 from opfa.tasks.recipe import Task
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "who", "won"]
-WORDS += ["?", "rome", "beat", "paris", ".", "in", "may"]
 GOOD, BAD, FILM = 5, 6, 7
-
-
-def task_of(**values: Any) -> Task:
-    """A task of tiny sequences."""
-    values.setdefault("sequence_tokens", 16)
-    return Task(**values)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    (directory / "vocab.txt").write_text("\n".join(WORDS))
-    return BertTokenizer.from_pretrained(directory)
-
-
-def tiny(**values: Any) -> BertConfig:
-    return BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        **values,
-    )
 
 
 def write(path: Path, *rows: Any) -> str:
