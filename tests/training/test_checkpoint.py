@@ -170,3 +170,11 @@ def test_a_model_with_a_value_that_is_not_finite_is_not_saved(tmp_path: Path) ->
     with pytest.raises(ModelError, match="word_embeddings.weight: holds a non-finite value"):
         checkpoint.write_finished(model, tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_randomness_depends_on_seed_step_and_rank_alone() -> None:
+    drawn = []
+    for place in ((0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0), (0, 1, 0)):
+        checkpoint.seed_step(*place)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[4] and len(set(drawn)) == 4

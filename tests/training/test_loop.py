@@ -129,6 +129,31 @@ def test_hooks_are_called_in_this_order(side: tuple[Train, Recipe], tmp_path: Pa
     assert [number for _, number in calls] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+def test_a_gradient_is_seen_before_the_weights_change(
+    side: tuple[Train, Recipe], tmp_path: Path
+) -> None:
+    train, recipe = side
+    seen: list[dict[str, Tensor]] = []
+
+    class Watching(Concern):
+        def before_step(self, at: Progress) -> None:
+            parameters = at.model.named_parameters()
+            seen.append({n: at.engine.read(p).flatten().clone() for n, p in parameters})
+
+        def after_backward(self, at: Progress) -> None:
+            self.before_step(at)
+
+        def after_step(self, at: Progress) -> None:
+            self.before_step(at)
+            at.is_over = at.step == 2  # the first step's rate may be 0
+
+    train(recipe, tmp_path / "run", concerns=[Watching()])
+    before, between, after = seen[-3:]
+    assert len(seen) == 6
+    assert all(torch.equal(weights, between[name]) for name, weights in before.items())
+    assert any(not torch.equal(weights, after[name]) for name, weights in between.items())
+
+
 def test_a_resume_point_of_an_older_version_is_refused(
     sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
