@@ -1,4 +1,4 @@
-"""What a user is told when something fails: kinds of errors, and how any failure becomes one.
+"""What a user sees when something fails: kinds of errors, and how any failure becomes one.
 
 Libraries that open a foreign file fail in more ways than a list of exceptions can name. `opening`
 is the one place that catches them all.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-STOPPED = 75  # exit code of a run that was told to stop and saved: "try again later" (sysexits.h)
+STOPPED = 75  # exit code of a run that stopped on request and saved: "try again later" (sysexits.h)
 LONGEST = 500  # characters of a foreign message that are shown
 TERSE = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
 HIDDEN = "***"

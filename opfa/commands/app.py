@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as error:
         if error.code != TERMINATED:
             raise
-        return _refuse(f"told to end by SIGTERM; {CONTINUED}", TERMINATED)
+        return _refuse(f"ended by SIGTERM; {CONTINUED}", TERMINATED)
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
         return _refuse(f"interrupted; {CONTINUED}", status)
     return status if isinstance(status, int) else 0

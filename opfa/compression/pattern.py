@@ -57,7 +57,7 @@ class Pattern(Section):
         for rule in rules:
             if len(rule) > LONGEST_RULE:
                 what = f"{brief(rule)!r}: {len(rule):,} characters"
-                raise ValueError(f"{what}, at most {LONGEST_RULE} are taken")
+                raise ValueError(f"{what}, at most {LONGEST_RULE} are accepted")
             try:
                 re.compile(rule)
                 regex.compile(rule)

@@ -82,7 +82,7 @@ class QuantEmbedding(nn.Embedding):
 
 
 def weight_scale(weight: Tensor, scheme: Scheme = "channel") -> Tensor:
-    """The scale of each output channel of a weight [out, in], [out]; or that of the tensor, []."""
+    """The scales of a weight [out, in]: one for each output channel, [out], or one for all, []."""
     largest = weight.abs().amax(dim=1) if scheme == "channel" else weight.abs().amax()
     return (largest.float() / LIMIT).clamp(min=TINY)  # 1 / scale must be finite
 

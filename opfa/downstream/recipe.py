@@ -179,7 +179,7 @@ class FinetuneRecipe(Recipe):
         return self
 
     def learning_rate(self, steps: int) -> LearningRate:
-        """The schedule that the training section describes for so many steps."""
+        """The schedule that [training] describes, for a run of `steps` steps."""
         rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
         warmup = int(self.training.warmup * steps)
         return learning_rate(rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup)

@@ -54,7 +54,7 @@ class Manifest(Section):
 
 
 def problem_of_name(name: str) -> str | None:
-    """Why a file of this name is not taken; None where it is."""
+    """Why a file of this name is refused; None where it is not."""
     parts = name.split("/")
     shown = repr(name[:80])
     if len(name) > MAX_NAME:
@@ -62,7 +62,7 @@ def problem_of_name(name: str) -> str | None:
     if not all(PART.fullmatch(part) for part in parts):
         return f"{shown} is not a plain relative name of letters, digits, '.', '_' and '-'"
     if not (name.endswith(SUFFIXES) or parts[-1] in ALSO):
-        return f"{shown} is no kind of file that is taken ({' '.join((*SUFFIXES, *ALSO))})"
+        return f"{shown} is not an accepted kind of file ({' '.join((*SUFFIXES, *ALSO))})"
     if name.lower() == MANIFEST:
         return f"{shown} can't list itself"
     return None
@@ -109,7 +109,7 @@ def read(directory: Path) -> Manifest:
 
 
 def read_bytes(directory: Path) -> bytes:
-    """The manifest of a released directory as it stands there, so that its digest can be taken."""
+    """The manifest of a released directory, byte for byte, as its digest needs it."""
     path = directory / MANIFEST
     if not path.is_file():
         raise ModelError(f"{directory}: has no {MANIFEST}, so it is not a released model")

@@ -26,7 +26,7 @@ def check_name(name: str, what: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise RunError(f"{what} {name!r}: no name that the Hub takes: {error}") from error
+        raise RunError(f"{what} {name!r}: not a name that the Hub accepts: {error}") from error
 
 
 def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:

@@ -2,7 +2,8 @@
 
 All goes through huggingface_hub's cache, where `from_pretrained` finds the files later, at one
 commit. Where there is no release manifest, the Hub's own listing takes its place: SHA-256 of large
-files and git's SHA-1 of the others. Pickles are taken only as the only weights, and never opened.
+files and git's SHA-1 of the others. Pickles are only copied
+where there are no other weights, and never opened.
 """
 
 import functools
@@ -180,5 +181,6 @@ def _chosen(files: Mapping[str, File | Blob], name: str) -> Mapping[str, File | 
     elif pickles:
         log.info("%s: has no safetensors; takes %s", name, ", ".join(sorted(pickles)))
     if not files or len(files) > MAX_FILES:
-        raise ModelError(f"{name}: lists {len(files)} files of a model; 1 to {MAX_FILES} are taken")
+        what = f"lists {len(files)} files of a model; 1 to {MAX_FILES} are accepted"
+        raise ModelError(f"{name}: {what}")
     return files

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class SparsityGuard(TrainerCallback):
-    """Remembers where the zeros are when training begins, and looks every so many steps, before
+    """Remembers where the zeros are when training begins, and looks every few steps, before
     every checkpoint and at the end. A locked layer is judged by its mask, so ZeRO 3 is no obstacle.
     """
 

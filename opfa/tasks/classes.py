@@ -23,7 +23,7 @@ def of_training(task: Task, train: Examples) -> tuple[str, ...]:
     are_numbers = all(name.isdecimal() and len(name) < 20 for name in names)
     if "f1" in task.metrics and len(names) == 2 and not are_numbers:
         advice = f"say which one that is, task.classes = {sorted(names)} or the other way round"
-        raise DataError(f"{train.source}: f1 of two classes is that of the second; {advice}")
+        raise DataError(f"{train.source}: f1 of two classes is the second one's; {advice}")
     return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
 
 

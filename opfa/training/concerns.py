@@ -41,7 +41,7 @@ class Pruning(Concern):
 
 @dataclass
 class Logging(Concern):
-    """Moves the progress bar, and logs a row every so many steps."""
+    """Moves the progress bar, and logs a row every `every_steps` steps."""
 
     every_steps: int
     row: Callable[[Progress], Row]  # asked on every rank, and may be collective
@@ -55,7 +55,7 @@ class Logging(Concern):
 
 @dataclass
 class Evaluating(Concern):
-    """Logs an evaluation every so many steps."""
+    """Logs an evaluation every `every_steps` steps."""
 
     every_steps: int
     evaluate: Callable[[], dict[str, float]]  # asked on every rank, and may be collective
@@ -107,7 +107,7 @@ class Stopping(Concern):
 
 @dataclass
 class Saving(Concern):
-    """Saves a resume point every so many steps, and when another concern asks for one."""
+    """Saves a resume point every `every_steps` steps, and when another concern asks for one."""
 
     every_steps: int
     keep: int  # so many of the newest stay

@@ -38,7 +38,7 @@ class LostContactError(OpfaError):
 
 
 class Stopped(OpfaError):  # noqa: N818 - not an error
-    """The run was told to stop, and can be resumed."""
+    """The run was asked to stop, and can be resumed."""
 
     status = STOPPED
 

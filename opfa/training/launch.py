@@ -16,7 +16,7 @@ ALONE = "to run one process alone, unset WORLD_SIZE"
 
 
 class Place(NamedTuple):
-    """Of this process among all of a launch, and among those of its machine."""
+    """The ranks of this process: among all of its launch, and on its machine."""
 
     rank: int = 0
     world_size: int = 1

@@ -71,7 +71,7 @@ class Progress:
         return self.step >= self.steps
 
     def is_due(self, every_steps: int) -> bool:
-        """Whether it is time for something that happens every so many steps, and at the end."""
+        """Whether something is due that happens every `every_steps` steps, and at the end."""
         return self.step % every_steps == 0 or self.is_end
 
 
@@ -93,7 +93,7 @@ class Trainer(Protocol):
         """What the losses of this step are divided by. Collective."""
 
     def holding(self, num_passes: int) -> AbstractContextManager[None]:
-        """What may be computed once for so many passes with the same weights."""
+        """A block of passes with the same weights, in which shared values are computed once."""
         ...
 
     def losses(self, batch: Any, counts: Any) -> Losses:

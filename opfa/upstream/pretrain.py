@@ -212,7 +212,7 @@ class Trainer:
 
 
 def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size: int) -> Order:
-    """The data order of a recipe on so many ranks, over examples of these lengths [N]."""
+    """The data order of a recipe on `world_size` ranks, over examples of these lengths [N]."""
     batch = recipe.training.batch
     micro_batch = recipe.launch.micro_batch or batch // world_size
     if batch % world_size:

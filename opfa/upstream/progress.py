@@ -42,7 +42,7 @@ def mean_losses(
 def global_losses(
     losses: Sequence[Sequence[torch.Tensor]], step: int, *, is_of_states_alone: bool = False
 ) -> dict[str, float]:
-    """The global batch's losses from those of this rank's micro-batches, or of hidden states alone.
+    """The losses of the global batch, from this rank's micro-batches, or of hidden states alone.
 
     Collective, and waits for a GPU; raises `RunError` on every rank when one is not finite.
     """

@@ -21,7 +21,7 @@ class Share(Row, strict=True, extra="ignore"):
 
     @classmethod
     def of(cls, zeros: int, size: int) -> "Share":
-        """These zeros among so many weights."""
+        """This number of zeros among `size` weights."""
         return cls(zeros=zeros, size=size, sparsity=zeros / size if size else 0.0)
 
 

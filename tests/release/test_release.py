@@ -436,7 +436,7 @@ def test_files_of_a_run_that_are_missing_or_broken_are_named(run: Path, tmp_path
         release(tmp_path / "no-model", tmp_path / "out")
     with pytest.raises(RunError, match="/dev/null/out: can't be made"):
         release(run, Path("/dev/null/out"))
-    with pytest.raises(RunError, match="no name that the Hub takes"):
+    with pytest.raises(RunError, match="not a name that the Hub accepts"):
         release(run, tmp_path / "my model")
 
 
