@@ -1,29 +1,26 @@
 """The run directory: what ran, on what, and how it went. README.md lists its files."""
 
-import hashlib
 import logging
 import os
 import platform
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
-from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opfa.errors import RunError, opening, redacted
+from opfa.errors import RunError
 from opfa.recipe import Recipe
 from opfa.storage import seal
 from opfa.storage.files import check_directory, write_text, writing
 from opfa.storage.temporary import lock
 from opfa.training import launch, machine, metrics
 from opfa.training.metrics import Row
+from opfa.training.tracker import Tracker
 
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
-HEX = re.compile(r"[0-9a-f]{32}")
 NO_NUMBERS = ("step", "eval", "final")
 # Zero where a recipe has no such term, and then not on the console.
 OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
@@ -49,7 +46,7 @@ class Run:
         self.recipe = recipe
         self.is_writer = is_writer
         self._steps = steps
-        self._wandb: Any = None  # wandb's Run, if any
+        self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         if is_writer:
             with writing(directory):
@@ -78,8 +75,8 @@ class Run:
         """Close what is open."""
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self._tracker is not None:
+            self._tracker.finish(exit_code=0 if error is None else 1)
         if self.is_writer:
             self._lock.close()
 
@@ -98,25 +95,12 @@ class Run:
         seal.write_sealed(path, {**(before or {**now, **facts}), "launches": launches})
 
     def start_wandb(self, mode: str, project: str, name: str) -> None:
-        """Also send rows to wandb: one run a directory, in a group of the recipe's name."""
-        if mode == "disabled" or not self.is_writer:
-            return
-        import wandb  # only here: it is slow to import, and most runs don't use it
-
-        try:
-            self._wandb = wandb.init(
-                project=redacted(project),
-                group=redacted(name),
-                name=str(self.directory),
-                id=_wandb_id(self.directory / "wandb/id"),
-                resume="allow",
-                mode="offline" if mode == "offline" else "online",
-                dir=str(self.directory),
-                config=redacted(self.recipe.model_dump(mode="json")),
-                settings=wandb.Settings(silent=True, console="off"),
+        """Also send rows to wandb."""
+        if self.is_writer and mode in ("offline", "online"):
+            config = self.recipe.model_dump(mode="json")
+            self._tracker = Tracker(
+                self.directory, mode, project=project, group=name, config=config
             )
-        except wandb.Error as error:
-            raise RunError(f"logging.wandb = {mode!r}: {error}") from error
 
     def state(self) -> dict[str, Any]:
         """What a resume point notes of this run: its rows so far, and how it computes."""
@@ -145,10 +129,10 @@ class Run:
             return
         with writing(self.directory / metrics.FILE, CONTINUED):
             metrics.append(self.directory, row)
-        if self._wandb is not None:
+        if self._tracker is not None:
             prefix = "eval/" if row.get("eval") else ""
             numbers = {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}
-            self._wandb.log(numbers, step=row["step"])
+            self._tracker.log(numbers, row["step"])
         hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
         shown = {k: v for k, v in row.items() if k not in hidden}
         if self._progress is not None and not row.get("eval"):
@@ -173,23 +157,6 @@ class Run:
         for path in self._stops:
             if self.is_writer and path.exists():
                 os.replace(path, path.with_name("stopped"))
-
-
-def _wandb_id(path: Path) -> str:
-    """A directory's own name for wandb: 32 digits, and 8 more that check them."""
-    if not path.exists():
-        new = uuid4().hex
-        write_text(path, f"{new}{_check_digits(new)}")
-    with opening(path, RunError):
-        text = path.read_text(encoding="utf-8")
-    name, check = text[:32], text[32:]
-    if not HEX.fullmatch(name) or check not in ("", _check_digits(name)):
-        raise RunError(f"{path}: is damaged; without it, rows go to a new run of wandb")
-    return text
-
-
-def _check_digits(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _short(value: Any) -> str:  # Any: a number or a text

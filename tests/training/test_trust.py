@@ -328,20 +328,6 @@ def test_only_the_last_row_may_be_cut(tmp_path: Path) -> None:
             metrics.read(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: f"0{text[1:]}0"])
-def test_a_damaged_id_of_wandb_is_named(tmp_path: Path, damage: Callable[[str], str]) -> None:
-    from opfa.training import run as module
-
-    path = tmp_path / "wandb/id"
-    first = module._wandb_id(path)
-    assert module._wandb_id(path) == first
-    path.write_text(first[:32])  # an older version's
-    assert module._wandb_id(path) == first[:32]
-    path.write_text(damage(first))
-    with pytest.raises(RunError, match="wandb/id: is damaged"):
-        module._wandb_id(path)
-
-
 # what decides the last bits
 
 

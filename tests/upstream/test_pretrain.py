@@ -392,19 +392,6 @@ def test_a_resume_continues_the_run_of_wandb(prepared: Path, tmp_path: Path) -> 
     assert list((tmp_path / "run/wandb").glob(f"offline-run-*/run-{before}.wandb"))
 
 
-def test_wandb_without_a_key_is_one_clear_error(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from wandb.errors import UsageError
-
-    def refuse(**_: Any) -> None:
-        raise UsageError("No API key configured. Use `wandb login` to log in.")
-
-    monkeypatch.setattr("wandb.init", refuse)
-    with pytest.raises(RunError, match=r"logging.wandb = 'online': No API key configured"):
-        pretrain(pretrain_recipe(prepared, logging={"wandb": "online"}), tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
