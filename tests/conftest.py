@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import BertTokenizer
 from words import WORDS
@@ -104,6 +105,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _one_thread() -> None:
     """A child that is forked would wait for ever for the threads of its parent."""
     torch.set_num_threads(1)
+
+
+DRAW = Figure.savefig
+
+
+def draw(figure: Figure, file: Path, **options: Any) -> None:
+    """Draw a picture; those in a run's report are left empty, they take longer than tiny runs."""
+    if {"report", ".report.incomplete"} & set(file.parts):
+        file.touch()
+    else:
+        DRAW(figure, file, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reports_are_empty() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draw)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at the pictures of a report."""
+    monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
 def outside(**settings: str) -> dict[str, str]:

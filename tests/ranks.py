@@ -1,6 +1,6 @@
 """What one rank of a test's launch runs: upstream runs one after another in one process group.
 
-`python tests/ranks.py JOBS` reads a JSON list of {"values": recipe, "output": directory, "resume":
+`ranks.py JOBS` reads a JSON list of {"values": recipe, "output": directory, "resume":
 bool, "slow": seconds that every step takes longer, "bad_step": a step in which the last rank's loss
 is not a number}. While each trains, every masked layer's effective weight is looked at in every
 forward pass, and after every step the masks' fingerprint is noted in OUTPUT.watched.jsonl, with how

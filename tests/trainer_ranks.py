@@ -1,6 +1,6 @@
 """What one rank of a test's launch runs: transformers' Trainer on DeepSpeed's ZeRO 2 and 3.
 
-`python tests/trainer_ranks.py MODEL TRAIN.jsonl OUTPUT` leaves in OUTPUT/{stage} what the example
+`trainer_ranks.py MODEL TRAIN.jsonl OUTPUT` leaves in OUTPUT/{stage} what the example
 of recipes/loops makes, and in OUTPUT/{stage}-{precision}/{unbroken,resumed} runs of the sparse
 MODEL. On the way it sees that partitioned weights are refused where whole ones are needed.
 """
@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import (
 import opfa
 from opfa.errors import ModelError
 from opfa.integrations.guard import SparsityGuard
-from opfa.training.distributed import barrier, end_process
+from opfa.training.distributed import barrier
 
 EXAMPLE = Path(__file__).parent.parent / "recipes/loops/trainer_deepspeed.py"
 DATA: Any = [{"input_ids": [2, 7 + i % 5, 3], "labels": i % 2} for i in range(64)]
@@ -109,7 +109,9 @@ def partitioned(sparse: Path, directory: Path) -> None:
     train(model, arguments)
 
 
-def main(sparse: Path, data: Path, output: Path) -> None:
+def main() -> None:
+    """Every run, one after another."""
+    sparse, data, output = map(Path, sys.argv[1:])
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would need a compiler
     for stage in (2, 3):  # in this order: stage 3 replaces torch's linear function for good
         unset_hf_deepspeed_config()
@@ -119,8 +121,3 @@ def main(sparse: Path, data: Path, output: Path) -> None:
             whole(sparse, output / f"{stage}-{'bf16' if bf16 else 'fp32'}", stage, bf16)
     partitioned(sparse, output / "3-loaded-partitioned/unbroken")
     barrier()
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
-    end_process(0)  # some ranks abort in the interpreter's own exit

@@ -5,8 +5,6 @@ ranks at every ZeRO stage, whose program this file is too.
 import inspect
 import json
 import math
-import os
-import subprocess
 import sys
 import zlib
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import outside
+from launching import Launch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Size, Tensor, nn
@@ -31,7 +29,6 @@ from opfa.compression.selection import keep
 from opfa.errors import ModelError, RunError
 from opfa.sparsity.layers import set_masks
 from opfa.sparsity.masks import fingerprint
-from opfa.training.distributed import end_process
 from opfa.training.engine import Engine, start_distributed
 from opfa.training.zero import DeepSpeedFile
 
@@ -337,17 +334,8 @@ def test_a_gradient_that_overflowed_is_left_out(tmp_path: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `main` left on two ranks."""
     output = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(output)],
-        env=outside(OMP_NUM_THREADS="1", PYTHONPATH=paths),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with Launch("test_seam", [output], output, 2) as started:
+        assert started.wait(400) == [0, 0], started.said(0)[-4000:]
     return output
 
 
@@ -442,8 +430,3 @@ def main() -> None:
             output = Path(sys.argv[1]) / f"{precision}-{stage}-{name}"
             train_on_ranks(precision, stage, score, grain, output)
     dist.barrier()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()

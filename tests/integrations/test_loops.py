@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import outside
+from launching import Launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -73,20 +74,8 @@ def test_the_trainer_resumes_in_the_middle_as_if_never_stopped(
 def zero(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/trainer_ranks.py leaves: the Trainer on two ranks, at ZeRO 2 and 3."""
     output = tmp_path_factory.mktemp("zero")
-    program = Path(__file__).parents[1] / "trainer_ranks.py"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    with subprocess.Popen(
-        [sys.executable, *launch, sparse, examples / "train.jsonl", output],
-        env=outside(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(LOOPS.parent.parent)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            _, errors = process.communicate(timeout=300)
-        finally:
-            process.terminate()  # torchrun ends its ranks then; nothing if it is over
-    assert process.returncode == 0, errors[-4000:]
+    with Launch("trainer_ranks", [sparse, examples / "train.jsonl", output], output, 2) as started:
+        assert started.wait(300) == [0, 0], started.said(0)[-4000:]
     return output
 
 

@@ -1,15 +1,14 @@
 """Several ranks: the same masks and losses at every ZeRO stage and world size (gloo, CPU)."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import dense_labels, outside, pretrain_values
+from conftest import dense_labels, pretrain_values
+from launching import Launch
 
 from opfa.compression.pattern import Pattern
 from opfa.data.order import Order
@@ -27,19 +26,11 @@ NAMES = {
 
 
 def launch(jobs: list[dict[str, Any]], directory: Path, ranks: int) -> None:
-    """Run jobs in one launch of `torchrun`."""
+    """Run jobs in one launch."""
     path = directory / f"jobs-{ranks}-{jobs[0]['output'].rpartition('/')[2]}.json"
     path.write_text(json.dumps(jobs))
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *command, str(Path(__file__).parents[1] / "ranks.py"), str(path)],
-        env=outside(OMP_NUM_THREADS="1", PYTHONPATH=str(LAUNCH.parent)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with Launch("ranks", [path], directory, ranks) as started:
+        assert started.wait(300) == [0] * ranks, started.said(0)[-4000:]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import outside, pretrain_recipe, pretrain_values
+from launching import Launch
 
 from opfa.errors import STOPPED
 from opfa.training import distributed
@@ -25,47 +25,10 @@ KILLS = int(os.environ.get("OPFA_KILLS", "4"))  # more of them say more, and tak
 SCHEDULE = {"start": 2, "end": 30, "hold_until": 50, "every": 2, "target": 0.9}
 
 
-class Launch:
-    """Ranks that this test started, ended by process id whatever happens."""
-
-    def __init__(self, jobs: list[dict[str, Any]], directory: Path, ranks: int) -> None:
-        path = directory / "jobs.json"
-        path.write_text(json.dumps(jobs))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        self.errors = [directory / f"stderr-{rank}" for rank in range(ranks)]
-        self.processes = []
-        for rank, file in enumerate(self.errors):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-            with file.open("w") as stderr:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(PROGRAM), str(path)],
-                        env=outside(**place, **address),
-                        stdout=subprocess.DEVNULL,
-                        stderr=stderr,
-                    )
-                )
-
-    def __enter__(self) -> "Launch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-
-    def wait(self, seconds: float = 240) -> list[int]:
-        return [process.wait(seconds) for process in self.processes]
-
-    def said(self, rank: int) -> str:
-        return self.errors[rank].read_text()
+def launched(job: dict[str, Any], directory: Path, ranks: int) -> Launch:
+    path = directory / "jobs.json"
+    path.write_text(json.dumps([job]))
+    return Launch("ranks", [path], directory, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +66,7 @@ def until(condition: Callable[[], bool], launch: Launch, seconds: float = 180) -
     """Wait for something; False when the processes ended before."""
     end = time.monotonic() + seconds
     while not condition():
-        if all(process.poll() is not None for process in launch.processes):
+        if launch.is_over:
             return False
         assert time.monotonic() < end, launch.said(0)[-2000:]
         time.sleep(0.0005)
@@ -114,8 +77,8 @@ def until(condition: Callable[[], bool], launch: Launch, seconds: float = 180) -
 def unbroken(prepared: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nothing happened to."""
     root = tmp_path_factory.mktemp("unbroken")
-    jobs = [{"values": values(prepared, teacher), "output": str(root / "run")}]
-    with Launch(jobs, root, 2) as launch:
+    job = {"values": values(prepared, teacher), "output": str(root / "run")}
+    with launched(job, root, 2) as launch:
         assert launch.wait() == [0, 0], launch.said(0)
     return root / "run"
 
@@ -128,7 +91,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_unbroken_one(
     num_in_a_save, num_kills = 0, 0
     for attempt in range(KILLS + 1):
         job = {"values": values(prepared, teacher), "output": str(run), "resume": run.exists()}
-        with Launch([{**job, "slow": 0.01}], tmp_path, 2) as launch:
+        with launched({**job, "slow": 0.01}, tmp_path, 2) as launch:
             if attempt == KILLS:
                 assert launch.wait() == [0, 0], launch.said(0)
                 break
@@ -158,12 +121,12 @@ def test_world_size_2_then_1_then_2_by_sigterm(
         chosen = values(prepared, teacher, deepspeed=str(file))
         chosen["training"]["dropout"] = 0.0
         job = {"values": chosen, "output": str(run), "resume": run.exists(), "slow": 0.01}
-        with Launch([job], tmp_path, ranks) as launch:
+        with launched(job, tmp_path, ranks) as launch:
             if aim is None:
                 assert launch.wait() == [0] * ranks, launch.said(0)
                 break
             assert until(lambda a=aim: len(trained(run)) >= a, launch)
-            launch.processes[-1].send_signal(signal.SIGTERM)  # one rank is enough
+            launch.signal(-1, signal.SIGTERM)  # one rank is enough
             assert launch.wait() == [STOPPED] * ranks, launch.said(0)
             step = trained(run)[-1]["step"]
             assert aim <= step < STEPS
@@ -171,7 +134,7 @@ def test_world_size_2_then_1_then_2_by_sigterm(
     reference = tmp_path / "reference"
     chosen = values(prepared, teacher)
     chosen["training"]["dropout"] = 0.0
-    with Launch([{"values": chosen, "output": str(reference)}], tmp_path, 1) as launch:
+    with launched({"values": chosen, "output": str(reference)}, tmp_path, 1) as launch:
         assert launch.wait() == [0]
     masks = [row["masks"] for row in lines(reference.with_name("reference.watched.jsonl"))]
     found = {row["step"]: row["masks"] for row in lines(run.with_name("run.watched.jsonl"))}
@@ -185,10 +148,10 @@ def test_a_killed_rank_ends_the_others_with_a_message(
 ) -> None:
     run = tmp_path / "run"
     job = {"values": values(prepared, teacher), "output": str(run), "slow": 0.05}
-    with Launch([job], tmp_path, 2) as launch:
+    with launched(job, tmp_path, 2) as launch:
         assert until(lambda: len(trained(run)) >= 3, launch)
-        launch.processes[1].kill()
-        assert launch.processes[0].wait(30) == 1
+        launch.signal(1, signal.SIGKILL)
+        assert launch.wait_for(0, 30) == 1
         assert "lost contact with another process while" in launch.said(0)
         assert "--resume" in launch.said(0)
 
@@ -196,10 +159,10 @@ def test_a_killed_rank_ends_the_others_with_a_message(
 def test_a_hung_rank_ends_the_others_in_time(prepared: Path, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     chosen = values(prepared, teacher, timeout_seconds=40.0)
-    with Launch([{"values": chosen, "output": str(run), "slow": 0.05}], tmp_path, 2) as launch:
+    with launched({"values": chosen, "output": str(run), "slow": 0.05}, tmp_path, 2) as launch:
         assert until(lambda: len(trained(run)) >= 3, launch)
-        launch.processes[1].send_signal(signal.SIGSTOP)
-        assert launch.processes[0].wait(90) == distributed.HUNG
+        launch.signal(1, signal.SIGSTOP)
+        assert launch.wait_for(0, 90) == distributed.HUNG
         assert "rank 0: nothing was finished for 40 s while" in launch.said(0)
 
 
@@ -208,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(
 ) -> None:
     run = tmp_path / "run"
     job = {"values": values(prepared, teacher), "output": str(run), "bad_step": 5}
-    with Launch([job], tmp_path, 2) as launch:
+    with launched(job, tmp_path, 2) as launch:
         assert launch.wait() == [2, 2]
         for rank in (0, 1):
             assert "step 5: the loss is not finite on rank [1]" in launch.said(rank)
@@ -220,14 +183,14 @@ def test_a_second_run_in_the_same_directory_is_refused(
 ) -> None:
     run = tmp_path / "run"
     job = {"values": values(prepared, teacher), "output": str(run), "slow": 0.05}
-    with Launch([job], tmp_path, 1) as launch:
+    with launched(job, tmp_path, 1) as launch:
         assert until(lambda: len(trained(run)) >= 2, launch)
         (tmp_path / "other").mkdir()
-        with Launch([{**job, "resume": True}], tmp_path / "other", 1) as second:
+        with launched({**job, "resume": True}, tmp_path / "other", 1) as second:
             assert second.wait() == [2]
             said = f"{run}: is being trained already, by process {launch.processes[0].pid} on"
             assert said in second.said(0)
-        assert launch.processes[0].poll() is None
+        assert not launch.is_over
 
 
 def test_ranks_whose_launcher_is_gone_end_too(
