@@ -16,7 +16,7 @@ FLOORS = [  # rooms of one floor don't know each other; a file at the top is a r
     {"models", "integrations"},
     {"training", "tasks"},
     {"upstream", "downstream"},
-    {"release", "runtimes", "quickstart"},
+    {"releases", "runtimes", "quickstart"},
     {"bench"},
     {"commands"},
     {"__main__"},

@@ -148,7 +148,7 @@ def release(
         raise RunError("--private and --endpoint are for --push")
     check_new(output)
     runs = _labelled(compare or ())
-    from opfa.release import release as releasing
+    from opfa.releases import release as releasing
 
     result = releasing.release(
         run,
@@ -185,7 +185,7 @@ def push(
     endpoint: Endpoint = None,
 ) -> None:
     """Verify a release and upload it as one commit, which replaces every older file."""
-    from opfa.release.release import push as execute
+    from opfa.releases.release import push as execute
 
     print(execute(directory, name, endpoint=endpoint, private=private))
 
@@ -196,7 +196,7 @@ def unpack(
 ) -> None:
     """Write the plain form of a compact model, which transformers reads without opfa."""
     check_new(output)
-    from opfa.release.release import unpack as execute
+    from opfa.releases.release import unpack as execute
 
     execute(directory, output)
 

@@ -35,8 +35,8 @@ from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
 from opfa.models.configs import quiet_transformers, wordpiece_tokenizer
-from opfa.release.release import release, unpack
-from opfa.release.rounding import write_weights
+from opfa.releases.release import release, unpack
+from opfa.releases.rounding import write_weights
 from opfa.runtimes.export import export
 
 WORDS = sorted({word for line in (*SUBJECTS, *VERBS, *OBJECTS) for word in line.split()})

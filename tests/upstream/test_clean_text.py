@@ -15,8 +15,8 @@ from opfa.bench import train as bench_train
 from opfa.compression import distill
 from opfa.errors import RecipeError
 from opfa.models.pretraining import load_pretraining_model
-from opfa.release.provenance import row_of
-from opfa.release.release import release
+from opfa.releases.provenance import row_of
+from opfa.releases.release import release
 from opfa.training.checkpoint import model_digest
 from opfa.upstream import objective as objective_module
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches

@@ -29,9 +29,9 @@ from opfa.downstream.sweep import sweep
 from opfa.errors import ModelError, RecipeError, RunError
 from opfa.hub import manifest
 from opfa.models.encoders import load_finetuned_model
-from opfa.release import rounding
-from opfa.release.release import push, release, unpack
-from opfa.release.rounding import write_weights
+from opfa.releases import rounding
+from opfa.releases.release import push, release, unpack
+from opfa.releases.rounding import write_weights
 from opfa.report import pictures
 from opfa.storage import seal
 from opfa.training import finished

@@ -26,10 +26,10 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub import manifest
 from opfa.hub.publish import check_name, push
-from opfa.release import provenance
-from opfa.release.card import PICTURE, Release, model_card
-from opfa.release.provenance import Facts, Row, Step
-from opfa.release.rounding import PLAIN, Dtype, Format, write_weights
+from opfa.releases import provenance
+from opfa.releases.card import PICTURE, Release, model_card
+from opfa.releases.provenance import Facts, Measurement, Step
+from opfa.releases.rounding import PLAIN, Dtype, Format, write_weights
 from opfa.report import pictures
 from opfa.sparsity import masks
 from opfa.storage import seal
@@ -207,7 +207,7 @@ def _measuring(step: Step, overrides: Sequence[str], *, may_round: bool) -> Fine
     return FinetuneRecipe.read(step.run / "recipe.toml", overrides) if step.kind else None
 
 
-def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> list[Row]:
+def _measured(directory: Path, recipe: FinetuneRecipe, before: Measurement) -> list[Measurement]:
     found = measure(str(directory), recipe)
     if found.examples_sha256 != before.data:
         what = "is other data than the run was evaluated on; a release is measured on the same"
