@@ -125,7 +125,7 @@ def _run_all(output: Path, supervisor: Supervisor) -> list[Model]:
             run = output / recipe
             results = finetune(_downstream(recipe, output, origin), run)
             facts = {**_storage(run / "model"), "mlm_loss": language.get(name), "run": str(run)}
-            rows.append(Model.model_validate({"model": name, **results["metrics"], **facts}))
+            rows.append(Model.model_validate({"model": name, **results.metrics, **facts}))
     return rows
 
 

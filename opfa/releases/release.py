@@ -29,6 +29,7 @@ from opfa.hub.publish import check_name, push
 from opfa.releases import provenance
 from opfa.releases.card import PICTURE, Release, model_card
 from opfa.releases.provenance import Facts, Measurement, Step
+from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.releases.rounding import PLAIN, Dtype, Format, write_weights
 from opfa.report import pictures
 from opfa.sparsity import masks
@@ -64,7 +65,7 @@ def release(
     base_model: str | None = None,
     compare: Mapping[str, Path] | None = None,
     overrides: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> ReleaseResult:
     """Write a release and return what its manifest says of it.
 
     `name` is what the card calls it (default: the directory's name). `dtype` is for what is not in
@@ -111,7 +112,7 @@ def release(
             base_model=base_model or provenance.base_model(steps),
         )
         _describe(found, inspected, aside)
-    return found.facts()
+    return ReleaseResult.model_validate({"directory": output, **found.facts()})
 
 
 def _write_model(
@@ -149,7 +150,7 @@ def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
     manifest.check(directory)
 
 
-def unpack(directory: Path, output: Path) -> None:
+def unpack(directory: Path, output: Path) -> UnpackResult:
     """Write the plain form of a compact model: what transformers reads without opfa."""
     check_new(output)
     packed = directory / compact.FILE
@@ -166,6 +167,8 @@ def unpack(directory: Path, output: Path) -> None:
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
+    zeros = None if stated is None else stated["total"]["zeros"]
+    return UnpackResult(directory=output, bytes=(output / PLAIN).stat().st_size, zeros=zeros)
 
 
 def _check_is_finished(run: Path) -> None:

@@ -53,7 +53,7 @@ class Pieces:
         return name in self._places
 
     def whole(self, name: str, size: int) -> Tensor:
-        """The flattened tensor [size]; raises `RunError` when its pieces don't make it up exactly."""
+        """The flattened tensor [size]; raises `RunError` when its pieces don't make it up."""
         parts, end = [], 0
         for start, index, key in sorted(self._places.get(name, [])):
             part = self._files[index].get_tensor(key)

@@ -121,7 +121,7 @@ def test_pictures_results_and_cards_are_made(clean: Path, tmp_path: Path) -> Non
     last = rows_of(clean)[-1]["hidden_loss"]
     assert row_of("x", clean).metrics == {"hidden_loss": last}
     facts = release(clean, tmp_path / "out")
-    assert facts["metrics"] == {"hidden_loss": last}
+    assert facts.metrics == {"hidden_loss": last}
     assert "feature-extraction" in (tmp_path / "out/README.md").read_text()
 
 

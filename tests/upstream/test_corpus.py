@@ -297,7 +297,7 @@ def test_every_document_is_in_one_split_and_no_token_is_lost(tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     sep = tokenizer.sep_token_id
     found: list[tuple[int, ...]] = []
-    for split, numbers in summary["splits"].items():
+    for split, numbers in summary.splits.items():
         rows = load_from_disk(str(tmp_path / "out" / split))["input_ids"]
         stream = [token for ids in rows for token in ids[1:-1]]
         documents = split_at(stream, sep)
@@ -326,7 +326,7 @@ def test_the_recipe_s_own_tokenizer_is_kept(tmp_path: Path, prepared: Path) -> N
     theirs = json.loads((prepared / "corpus.json").read_text())["tokenizer_sha256"]
     changes = {"train_tokenizer": None, "tokenizer": str(prepared / "tokenizer")}
     corpus = write(tmp_path / "a.jsonl", *texts(12)).model_copy(update=changes)
-    assert prepare(corpus, tmp_path / "out")["tokenizer_sha256"] == theirs
+    assert prepare(corpus, tmp_path / "out").tokenizer_sha256 == theirs
 
 
 def test_examples_are_cut_to_the_disk_and_not_in_memory(
@@ -387,8 +387,8 @@ def test_a_bad_row_of_a_hub_is_named_or_skipped(
     with pytest.raises(DataError, match="org/texts, row 6: 'body' is empty, invisible or not"):
         prepare(corpus, tmp_path / "out")
     summary = prepare(corpus.model_copy(update={"bad_records": "skip"}), tmp_path / "out")
-    assert summary["skipped_records"] == 1
-    assert sum(split["documents"] for split in summary["splits"].values()) == 12
+    assert summary.skipped_records == 1
+    assert sum(split.documents for split in summary.splits.values()) == 12
     assert "row 6" in (tmp_path / "out/skipped.txt").read_text()
 
 
@@ -411,8 +411,8 @@ def test_bad_records_are_skipped_counted_and_listed_when_the_recipe_says_so(
     file.write_text("\n".join([*good[:30], *bad, *good[30:]]) + "\n")
     corpus = corpus_of(documents=(str(file),), bad_records="skip")
     summary = prepare(corpus, tmp_path / "out")
-    assert summary["skipped_records"] == len(bad)
-    assert sum(split["documents"] for split in summary["splits"].values()) == len(good)
+    assert summary.skipped_records == len(bad)
+    assert sum(split.documents for split in summary.splits.values()) == len(good)
     listed = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert [f"{file}, line {31 + i}:" in line for i, line in enumerate(listed)] == [True] * 4
     file.write_text("\n".join(bad))
