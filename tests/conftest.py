@@ -76,6 +76,9 @@ SLOW = [
     "training/test_trust.py",
     "upstream/test_clean_text.py",
     "upstream/test_corpus.py",
+    "integrations/test_pruning.py",
+    "api/test_api.py",
+    "test_user_script.py",
     "weights/test_compact.py",
 ]
 
