@@ -18,6 +18,7 @@ from opfa.commands.options import (
     TaskRecipe,
     check_files,
 )
+from opfa.report.tables import print_json
 from opfa.storage.files import check_directory
 from opfa.training import launch
 from opfa.training.run import check_output
@@ -27,10 +28,14 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: opfa check recipes/downstream/sst2.toml training.epochs=1")
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     found = api.check(recipe, overrides or ())
     command = "pretrain" if isinstance(found, PretrainRecipe) else "finetune"
+    if as_json:
+        values = found.model_dump(mode="json", exclude_none=True)
+        print_json({"command": command, "sha256": found.sha256(), "recipe": values})
+        return
     print(f"# accepted, for opfa {command}; SHA-256 {found.sha256()}\n{found.to_toml()}", end="")
 
 
@@ -118,9 +123,9 @@ def calibrate(
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
-def quickstart(output: Output) -> None:
+def quickstart(output: Output, as_json: AsJson = False) -> None:
     """Run the whole method on a small model and four novelists, in minutes on a laptop."""
     check_directory(output)
     from opfa.quickstart.quickstart import quickstart as execute
 
-    execute(output)
+    execute(output).show(as_json=as_json)

@@ -1,6 +1,7 @@
 """Pruning along a ramp inside of transformers' Trainer."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,65 +96,87 @@ def test_of_all_together_the_count_is_the_schedules(tmp_path: Path) -> None:
     assert sum(zeros) == round(0.8 * sum(SIZES)) and len({n / 256 for n in zeros}) > 2
 
 
-@pytest.mark.parametrize("last", [3, 6])  # in the ramp, and behind it
-def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, last: int) -> None:
-    def callback() -> Looking:
-        return Looking(0.9, end=5, every=2)
+def ramp() -> Looking:
+    return Looking(0.9, end=5, every=2)
 
-    unbroken, resumed, models = callback(), callback(), [dense(), dense()]
-    trainer(models[0], tmp_path, unbroken).train()
-    trainer(models[1], tmp_path, resumed).train(
-        resume_from_checkpoint=str(tmp_path / f"checkpoint-{last}")
-    )
-    assert list(resumed.masks) == list(range(last + 1, 9))
-    for step, masks in resumed.masks.items():
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Looking, PreTrainedModel]:
+    """Where the checkpoints are, the callback, the finished model."""
+    directory, callback, model = tmp_path_factory.mktemp("unbroken"), ramp(), dense()
+    trainer(model, directory, callback).train()
+    return directory, callback, model
+
+
+@pytest.fixture
+def directory(unbroken: tuple[Path, Looking, PreTrainedModel], tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("last", [3, 6])  # in the ramp, and behind it
+def test_a_resumed_run_is_the_unbroken_one(
+    unbroken: tuple[Path, Looking, PreTrainedModel], directory: Path, last: int
+) -> None:
+    _, before, model = unbroken
+    callback, resumed = ramp(), dense()
+    point = directory / f"checkpoint-{last}"
+    trainer(resumed, directory, callback).train(resume_from_checkpoint=str(point))
+    assert list(callback.masks) == list(range(last + 1, 9))
+    for step, masks in callback.masks.items():
         for name, mask in masks.items():
-            assert torch.equal(mask, unbroken.masks[step][name]), (step, name)
-    assert resumed.updates == unbroken.updates
-    for (name, one), other in zip(
-        models[0].named_parameters(), models[1].parameters(), strict=True
-    ):
+            assert torch.equal(mask, before.masks[step][name]), (step, name)
+    assert callback.updates == before.updates
+    for (name, one), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 
-def test_a_checkpoint_behind_the_ramp_is_sparse_and_plain(tmp_path: Path) -> None:
-    trainer(model := dense(), tmp_path, PruningCallback(0.9, end=5, every=2)).train()
-    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
-    assert opfa.inspect(after)["fingerprint"] == opfa.inspect(model)["fingerprint"]
+def test_a_checkpoint_behind_the_ramp_is_sparse_and_plain(
+    unbroken: tuple[Path, Looking, PreTrainedModel],
+) -> None:
+    after = AutoModelForSequenceClassification.from_pretrained(unbroken[0] / "checkpoint-6")
+    assert opfa.inspect(after)["fingerprint"] == opfa.inspect(unbroken[2])["fingerprint"]
 
 
 def test_only_a_model_behind_the_ramp_can_be_the_best(tmp_path: Path) -> None:
-    """Its loss only grows here, so the best of all is the first."""
-    settings = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "learning_rate": -1e-2}
+    """Each evaluation is worse than those before, so the best of all is the first."""
+    settings = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps"}
     loop = trainer(
         model := dense(),
         tmp_path,
         PruningCallback(0.9, end=3, every=1),
         load_best_model_at_end=True,
-        lr_scheduler_type="constant",
+        metric_for_best_model="score",
         **settings,
     )
+    scores = iter(range(100, 0, -1))
+    loop.compute_metrics = lambda _: {"score": next(scores)}
     loop.train()
     assert loop.state.best_global_step == 3
     assert opfa.inspect(model)["total"]["zeros"] == sum(round(0.9 * size) for size in SIZES)
 
 
-def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
-    trainer(dense(), tmp_path, PruningCallback(0.9, end=5)).train()
-    (tmp_path / f"checkpoint-3/{MASKS}").unlink()
-    again = trainer(dense(), tmp_path, PruningCallback(0.9, end=5))
+def test_a_checkpoint_without_masks_is_refused(directory: Path) -> None:
+    (directory / f"checkpoint-3/{MASKS}").unlink()
     with pytest.raises(ModelError, match=r"checkpoint-3 has no opfa-masks\.safetensors"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        trainer(dense(), directory, ramp()).train(
+            resume_from_checkpoint=str(directory / "checkpoint-3")
+        )
 
 
-def test_a_resume_with_another_ramp_is_refused(tmp_path: Path) -> None:
-    trainer(dense(), tmp_path, PruningCallback(0.9, end=5)).train()
-    again = trainer(dense(), tmp_path, PruningCallback(0.9, end=6))
+def test_a_resume_with_another_ramp_is_refused(directory: Path) -> None:
+    again = trainer(dense(), directory, PruningCallback(0.9, end=6, every=2))
     with pytest.raises(RecipeError, match="end was 5 when .*checkpoint-3 was written, and is 6"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    moved = tmp_path.rename(tmp_path.with_name("moved"))
-    here = PruningCallback(0.9, end=5, resume_from=moved / "checkpoint-3")
-    trainer(dense(), tmp_path, here).train(resume_from_checkpoint=str(moved / "checkpoint-3"))
+        again.train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+
+
+def test_a_checkpoint_of_another_directory_is_given(directory: Path, tmp_path: Path) -> None:
+    point = directory / "checkpoint-6"
+    here = PruningCallback(0.9, end=5, every=2, resume_from=point)
+    trainer(dense(), tmp_path / "new", here).train(resume_from_checkpoint=str(point))
     assert here.updates[-1].step == 5
 
 
