@@ -15,6 +15,7 @@ from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe, Sweep
+from opfa.downstream.results import Rate
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table
 from opfa.errors import RecipeError, RunError
@@ -189,7 +190,7 @@ def test_a_baseline_is_chosen_among_pruned_models_only(
         selection={"every_steps": 2},
     )
     results = finetune(recipe, tmp_path / "run")
-    assert results.selected["step"] == 8  # 6 is the first with the final mask
+    assert results.selected and results.selected["step"] == 8  # 6 is the first with the final mask
     assert results.sparsity == pytest.approx(0.95, abs=2e-3)
 
 
@@ -202,7 +203,9 @@ def test_an_eight_bit_model_is_chosen_among_eight_bit_models_only(
             sparse, examples, quantization={"start": 0.5}, selection={"every_steps": 2}
         )
         results = finetune(recipe, tmp_path / "run")
-    assert results.selected["step"] == 6  # 5 of 10 steps only observe; 4 is one of them
+    assert (
+        results.selected and results.selected["step"] == 6
+    )  # 5 of 10 steps only observe; 4 is one of them
     again = evaluate_model(str(tmp_path / "run/model"), recipe)
     assert again.quantized
 
@@ -403,14 +406,14 @@ def test_the_command_runs_several_seeds(
 
 
 def test_the_table_says_mean_and_deviation() -> None:
-    row = {
+    values: dict[str, Any] = {
         "num_diverged": 0,
         "learning_rate": 3e-5,
+        "score": 0.5,
         "runs": [1, 2],
-        "mean": {"accuracy": 0.5},
-        "std": {"accuracy": 0.01},
     }
-    squad = {**row, "mean": {"squad_f1": 81.234}, "std": {"squad_f1": None}}
+    row = Rate.model_construct(**values, mean={"accuracy": 0.5}, std={"accuracy": 0.01})
+    squad = Rate.model_construct(**values, mean={"squad_f1": 81.234}, std={"squad_f1": None})
     assert table([row]) == (
         "| learning rate | seeds | accuracy |\n|---:|---:|---:|\n| 3e-05 | 2 | 0.5000 ± 0.0100 |\n"
     )

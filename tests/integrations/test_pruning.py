@@ -234,7 +234,7 @@ def test_a_score_sees_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
     found = []
     for sizes in ((4, 2), (8, 1)):
         seen: list[tuple[int, str, torch.Tensor]] = []
-        model = dense()
+        model: Any = dense()
         model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

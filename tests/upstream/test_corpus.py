@@ -301,8 +301,8 @@ def test_every_document_is_in_one_split_and_no_token_is_lost(tmp_path: Path) -> 
         rows = load_from_disk(str(tmp_path / "out" / split))["input_ids"]
         stream = [token for ids in rows for token in ids[1:-1]]
         documents = split_at(stream, sep)
-        assert (len(rows), sum(map(len, rows))) == (numbers["examples"], numbers["tokens"])
-        assert len(documents) == numbers["documents"]
+        assert (len(rows), sum(map(len, rows))) == (numbers.examples, numbers.tokens)
+        assert len(documents) == numbers.documents
         found += documents
     assert sorted(found) == sorted(encode(tokenizer, text) for text in texts(12))
 
