@@ -74,7 +74,7 @@ class _Named(Row):
     run: str  # its directory, below that of the sweep
 
 
-class SweepRun(Results, _Named):
+class SweepRun(Results, _Named, extra="allow"):
     """One run of several."""
 
 

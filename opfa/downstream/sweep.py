@@ -88,7 +88,6 @@ def _written(
     if len(ended) > 1:
         picture = output / "report/sweep.png"
         pictures.sweep_picture([row.model_dump() for row in ended], recipe.task.metrics[0], picture)
-    log.info("%s", table(rows))
     return SweepResult.model_validate({"directory": output, **sealed})
 
 

@@ -25,6 +25,7 @@ from opfa.api.progress import progress
 from opfa.api.results import FinetuneResult, SweepResult
 from opfa.commands import app as cli
 from opfa.compression.scores import Part, Score
+from opfa.downstream.results import SweepRun
 from opfa.errors import ModelError, OpfaError, RecipeError, RunError
 from opfa.storage.files import write_text
 
@@ -75,6 +76,8 @@ def test_results_are_frozen_and_show_themselves(quantized: Path) -> None:
         found.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert str(found).splitlines()[1].split() == ["tiny-task", "validation"]
     assert found._repr_markdown_() == found.markdown()
+    among = SweepRun.model_validate({"run": "a", **found.values(), "later": 1})
+    assert [*among.model_dump(exclude_unset=True)] == ["run", *found.values(), "later"]
     assert found.markdown().startswith("| tiny-task | validation |\n|---|---:|\n| accuracy |")
 
 
