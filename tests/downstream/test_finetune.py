@@ -98,8 +98,8 @@ def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> N
         "model_sha256",
         "model_files_sha256",
     ]
-    assert results.recipe_sha256 == recipe.sha256()
-    assert results.model_sha256 == model_digest(tmp_path / "run/model")
+    assert results["recipe_sha256"] == recipe.sha256()
+    assert results["model_sha256"] == model_digest(tmp_path / "run/model")
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert config["id2label"] == {"0": "cat", "1": "other"}
     assert {p.name for p in (tmp_path / "run/report").iterdir()} == {
