@@ -253,6 +253,7 @@ def test_a_score_sees_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
         callback = PruningCallback(0.5, start=1, end=1, score=Fisher())
         Trainer(model, arguments, train_dataset=DATA, callbacks=[callback]).train()
         found.append(seen)
+    assert len(found[0]) == len(SIZES) and all(gradient.any() for *_, gradient in found[0])
     assert [(step, name) for step, name, _ in found[0]] == [(1, name) for _, name, _ in found[1]]
     for (_, _, one), (_, _, other) in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
