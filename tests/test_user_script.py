@@ -7,7 +7,31 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("user_script.py")
 # Others' packages take minutes to read. What opfa says of its own arguments and results stays.
-SKIPPED = ("torch", "transformers", "peft", "datasets", "numpy", "huggingface_hub", "matplotlib")
+SKIPPED = [
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "huggingface_hub",
+    "matplotlib",
+    "rich",
+    "jinja2",
+    "yaml",
+    "sklearn",
+    "scipy",
+    "pyarrow",
+    "httpx2",
+    "tenacity",
+    "regex",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "wandb",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+]
 FOREIGN = "[mypy-" + ".*,".join(SKIPPED) + ".*]\nfollow_imports = skip\n"
 
 

@@ -495,8 +495,6 @@ def test_long_documents_are_tokenized_few_at_once(
 
     monkeypatch.setattr(corpus_module, "_tokenize", spy)
     monkeypatch.setattr(corpus_module, "CHARACTERS", 12 * len(SENTENCES))
-    assert (
-        prepare(write(tmp_path / "a.jsonl", *texts(30)), tmp_path / "parts").values()
-        == whole.values()
-    )
+    parts = prepare(write(tmp_path / "a.jsonl", *texts(30)), tmp_path / "parts")
+    assert parts.values() == whole.values()
     assert sizes == [10, 10, 10]
