@@ -1,56 +1,103 @@
 """opfa: prune once for all. Sparse pre-trained encoders, and fine-tuning that holds their zeros.
 
-opfa.lock(model)      # the zeros that are there now stay; returns what was locked, and how sparse
-...                   # any training, with opfa.SparsityGuard as a callback of transformers' Trainer
-opfa.fuse(model)      # plain modules again, exact zeros
-opfa.inspect(model)   # the sparsity report of a model, or of a checkpoint on disk or the Hub
-opfa.masked_lora(...) # a LoRA configuration whose updates keep the zeros of a locked model
+    opfa.finetune("recipe.toml", "runs/mine", {"model.init": "my-encoder"})  # zeros held
+    model = opfa.load("runs/mine")  # computes as it was trained, in 8 bits too
 
-Importing opfa also makes `transformers.AutoModel*.from_pretrained` read compact files.
+In a training of your own:
+
+    opfa.prune(model, 0.9)    # one shot; or opfa.PruningCallback, along a ramp, in Trainer
+    opfa.lock(model)          # the zeros that are there now stay
+    ...                       # any training, with opfa.SparsityGuard as a callback of Trainer
+    opfa.fuse(model)          # plain modules again, exact zeros
+    opfa.inspect(model)       # the sparsity report of a model, or of a checkpoint
+    opfa.masked_lora(...)     # a LoRA configuration whose updates keep the zeros
+
+Every command is a function of the same name. Importing opfa also makes
+`transformers.AutoModel*.from_pretrained` read compact files.
 """
 
 import importlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opfa.errors import DataError, DivergedError, ModelError, OpfaError, RecipeError, RunError
 from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
+    from opfa.api.models import compare, download, export, list_models, push, release, unpack
+    from opfa.api.prune import prune
+    from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.integrations.guard import SparsityGuard
     from opfa.integrations.lora import masked_lora
+    from opfa.integrations.pruning import PruningCallback
+    from opfa.models.trained import load
     from opfa.sparsity.layers import fuse, lock
     from opfa.weights.inspection import inspect
 
 __version__ = version("opfa")
+LAZY = {  # where the rest is, so that `opfa --help` needs no torch
+    "PruningCallback": "opfa.integrations.pruning",
+    "SparsityGuard": "opfa.integrations.guard",
+    "calibrate": "opfa.api.train",
+    "check": "opfa.api.train",
+    "compare": "opfa.api.models",
+    "download": "opfa.api.models",
+    "evaluate": "opfa.api.train",
+    "export": "opfa.api.models",
+    "finetune": "opfa.api.train",
+    "fuse": "opfa.sparsity.layers",
+    "inspect": "opfa.weights.inspection",
+    "list_models": "opfa.api.models",
+    "load": "opfa.models.trained",
+    "lock": "opfa.sparsity.layers",
+    "masked_lora": "opfa.integrations.lora",
+    "plan": "opfa.api.train",
+    "prepare": "opfa.api.train",
+    "pretrain": "opfa.api.train",
+    "prune": "opfa.api.prune",
+    "push": "opfa.api.models",
+    "release": "opfa.api.models",
+    "unpack": "opfa.api.models",
+}
 __all__ = [
     "DataError",
     "DivergedError",
     "ModelError",
     "OpfaError",
+    "PruningCallback",
     "RecipeError",
     "RunError",
     "SparsityGuard",
     "__version__",
+    "calibrate",
+    "check",
+    "compare",
+    "download",
+    "evaluate",
+    "export",
+    "finetune",
     "fuse",
     "inspect",
+    "list_models",
+    "load",
     "lock",
     "masked_lora",
+    "plan",
+    "prepare",
+    "pretrain",
+    "prune",
+    "push",
+    "release",
+    "unpack",
 ]
-LAZY = {  # where the rest is, so that `opfa --help` needs no torch
-    "SparsityGuard": "opfa.integrations.guard",
-    "fuse": "opfa.sparsity.layers",
-    "inspect": "opfa.weights.inspection",
-    "lock": "opfa.sparsity.layers",
-    "masked_lora": "opfa.integrations.lora",
-}
 register_when_needed()
 
+if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
-def __getattr__(name: str) -> Any:  # Any: whatever the attribute is
-    if name in LAZY:
-        return getattr(importlib.import_module(LAZY[name]), name)
-    raise AttributeError(f"module 'opfa' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in LAZY:
+            return getattr(importlib.import_module(LAZY[name]), name)
+        raise AttributeError(f"module 'opfa' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -61,7 +61,11 @@ class Recipe(Section):
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """Read, override and check a recipe; raises `RecipeError` with its problems at once."""
-        where, values = brief(path, 300), read_values(path, overrides)
+        return cls.checked(read_values(path, overrides), brief(path, 300), overrides)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], where: str, overrides: Sequence[str]) -> Self:
+        """`check` values that were overridden; a message names the overrides that it is about."""
         try:
             return cls.check(values, where)
         except RecipeError as error:
@@ -111,7 +115,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     except ValueError as error:
         raise RecipeError(f"{where}: not valid TOML: {brief(error, 200)}") from error
     for override in overrides:
-        _override(values, override)
+        override_value(values, override)
     return values
 
 
@@ -147,7 +151,8 @@ def _parsed(text: str) -> dict[str, Any]:
         raise ValueError("an integer has too many digits; 64 bits hold at most 19") from error
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def override_value(values: dict[str, Any], override: str) -> None:
+    """Replace one key, by `section.key=value`, in values that aren't checked yet."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):

@@ -44,7 +44,7 @@ settings.register_profile("many")  # random models where there are a few by defa
 SLOW = [
     "training/test_survival.py",
     "training/test_two_nodes.py",
-    "release/test_reproduce.py",
+    "releases/test_reproduce.py",
     "training/test_launch.py",
     "bench/test_bench_train.py",
     "upstream/test_pretrain.py",
@@ -67,7 +67,7 @@ SLOW = [
     "hub/test_corrupted.py",
     "hub/test_download.py::test_of_two_processes_the_second_waits_and_finds_it_complete",
     "hub/test_hub_origin.py",
-    "release/test_release.py",
+    "releases/test_release.py",
     "storage/test_aside.py",
     "storage/test_foreign.py",
     "storage/test_foreign_code.py",
@@ -77,6 +77,9 @@ SLOW = [
     "training/test_trust.py",
     "upstream/test_clean_text.py",
     "upstream/test_corpus.py",
+    "integrations/test_pruning.py",
+    "api/test_api.py",
+    "test_user_script.py",
     "weights/test_compact.py",
 ]
 

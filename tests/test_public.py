@@ -4,22 +4,41 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import opfa
+from opfa.commands.app import app
 
 PUBLIC = [
     "DataError",
     "DivergedError",
     "ModelError",
     "OpfaError",
+    "PruningCallback",
     "RecipeError",
     "RunError",
     "SparsityGuard",
     "__version__",
+    "calibrate",
+    "check",
+    "compare",
+    "download",
+    "evaluate",
+    "export",
+    "finetune",
     "fuse",
     "inspect",
+    "list_models",
+    "load",
     "lock",
     "masked_lora",
+    "plan",
+    "prepare",
+    "pretrain",
+    "prune",
+    "push",
+    "release",
+    "unpack",
 ]
 
 
@@ -37,9 +56,24 @@ def test_they_are_the_objects_of_the_rooms() -> None:
     assert issubclass(opfa.DivergedError, opfa.OpfaError)
 
 
+def test_each_command_is_a_function_of_its_name() -> None:
+    """But for `bench` and `quickstart`, which measure and show; `list` is a name of Python's."""
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    functions = {"list_models" if name == "list" else name for name in commands}
+    assert functions - {"bench", "quickstart"} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", ["release", "finetune", "prune"])
+def test_a_function_stays_one_when_its_room_is_imported(name: str) -> None:
+    import opfa.api.results  # noqa: F401 - all rooms
+    import opfa.releases.release  # noqa: F401
+
+    assert callable(getattr(opfa, name)) and getattr(opfa, name).__doc__
+
+
 def test_another_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'opfa' has no attribute 'prune'"):
-        opfa.prune  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError, match="module 'opfa' has no attribute 'prunee'"):
+        opfa.prunee  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_importing_opfa_and_its_errors_waits_for_no_library() -> None:

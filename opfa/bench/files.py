@@ -24,7 +24,7 @@ from opfa.compression.quant import to_int8
 from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.configs import new_config
 from opfa.models.encoders import HEADS
-from opfa.release.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
+from opfa.releases.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
 from opfa.report.tables import Result, Row, Table
 from opfa.sparsity.anatomy import EMBEDDING
 from opfa.storage.files import write_json

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from opfa.api import train as api
 from opfa.commands.options import AsJson, Overrides, RecipeFile, check_files
 from opfa.report.between import check_between, write_between
 from opfa.upstream.recipe import PretrainRecipe
@@ -38,11 +39,13 @@ def plan(
 
     With launch.deepspeed=FILE only this DeepSpeed file is planned.
     """
-    checked = PretrainRecipe.read(recipe, overrides or ())
-    from opfa.upstream.plan import plan as execute
-
-    result = execute(
-        checked, gpus=gpus, memory_gb=memory_gb, bandwidth_gbps=bandwidth_gbps, teraflops=teraflops
+    result = api.plan(
+        recipe,
+        overrides or (),
+        gpus=gpus,
+        memory_gb=memory_gb,
+        bandwidth_gbps=bandwidth_gbps,
+        teraflops=teraflops,
     )
     result.show(as_json=as_json)
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
+from opfa.api import models as api
+from opfa.api.prune import Scope, ScoreName
+from opfa.api.prune import prune as execute_prune
 from opfa.commands.options import (
     AsJson,
     Endpoint,
@@ -16,10 +19,9 @@ from opfa.commands.options import (
     Private,
     check_files,
 )
-from opfa.downstream.recipe import FinetuneRecipe
+from opfa.compression.pattern import ENCODER_LAYER
 from opfa.errors import ModelError, RunError
 from opfa.report.tables import Table, print_json, show
-from opfa.storage.files import check_new
 
 app = typer.Typer()
 
@@ -47,10 +49,9 @@ def inspect(
     check_files({"--plot": plot})
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
-    from opfa.weights.comparison import compare
     from opfa.weights.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(model) if against is None else compare(against, model)
+    found = inspect_checkpoint(model) if against is None else api.compare(against, model)
     if plot is not None:
         if not found.layers:
             raise ModelError(f"{model}: has no numbered layers with matrices, so nothing to draw")
@@ -77,23 +78,13 @@ def download(
     as_json: AsJson = False,
 ) -> None:
     """Get a released model and verify every file."""
-    from opfa.hub.download import download as execute
-
-    result = execute(name, output, revision=revision, endpoint=endpoint)
-    if as_json:
-        print_json(result)
-        return
-    source = "its manifest" if result["manifest_sha256"] else "the Hub's listing"
-    files = f"{result['files']:,} files, {result['bytes']:,} bytes"
-    print(f"{output}: complete; {files}, each checked against {source}")
+    api.download(name, output, revision=revision, endpoint=endpoint).show(as_json=as_json)
 
 
 @app.command("list", epilog="Example: opfa list")
 def list_models(as_json: AsJson = False) -> None:
     """Show released models that `opfa download` knows."""
-    from opfa.hub.index import released
-
-    models = released()
+    models = api.list_models()
     if as_json:
         print_json([model.model_dump() for model in models])
         return
@@ -139,6 +130,7 @@ def release(
     private: Private = False,
     endpoint: Endpoint = None,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a finished run a release: verified weights, card and manifest; and upload it if asked.
 
@@ -146,25 +138,21 @@ def release(
     """
     if push is None and (private or endpoint):
         raise RunError("--private and --endpoint are for --push")
-    check_new(output)
-    runs = _labelled(compare or ())
-    from opfa.release import release as releasing
-
-    result = releasing.release(
+    api.release(
         run,
         output,
-        name=name or push,
-        form=form,
+        overrides or (),
+        format=form,
         dtype=dtype,
-        embeddings=None if embeddings is None else embeddings == "int8",
-        licence=licence,
+        embeddings=embeddings,
+        name=name,
+        license=licence,
         base_model=base_model,
-        compare=runs,
-        overrides=overrides or (),
-    )
-    if push is not None:
-        result["address"] = releasing.push(output, push, endpoint=endpoint, private=private)
-    print_json(result)
+        compare=_labelled(compare or ()),
+        push=push,
+        private=private,
+        endpoint=endpoint,
+    ).show(as_json=as_json)
 
 
 def _labelled(pairs: Sequence[str]) -> dict[str, Path]:
@@ -183,22 +171,51 @@ def push(
     name: Annotated[str, Argument(metavar="NAME", help="Its name on the Hub.")],
     private: Private = False,
     endpoint: Endpoint = None,
+    as_json: AsJson = False,
 ) -> None:
     """Verify a release and upload it as one commit, which replaces every older file."""
-    from opfa.release.release import push as execute
-
-    print(execute(directory, name, endpoint=endpoint, private=private))
+    api.push(directory, name, endpoint=endpoint, private=private).show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa unpack bert-base-90-sst2 --output bert-base-90-sst2-plain")
 def unpack(
-    directory: Annotated[Path, Argument(metavar="DIR", help="A compact model.")], output: Output
+    directory: Annotated[Path, Argument(metavar="DIR", help="A compact model.")],
+    output: Output,
+    as_json: AsJson = False,
 ) -> None:
     """Write the plain form of a compact model, which transformers reads without opfa."""
-    check_new(output)
-    from opfa.release.release import unpack as execute
+    api.unpack(directory, output).show(as_json=as_json)
 
-    execute(directory, output)
+
+@app.command(
+    epilog="Example: opfa prune sentence-transformers/all-MiniLM-L6-v2 --sparsity 0.9 "
+    "--output minilm-90"
+)
+def prune(
+    model: ModelName,
+    sparsity: Annotated[float, Option(help="Share of the weights, from 0 to below 1.")],
+    output: Output,
+    scope: Annotated[
+        Scope, Option(help="Each matrix reaches the sparsity, or all together.")
+    ] = "layer",
+    score: Annotated[ScoreName, Option(help="What a weight is worth.")] = "magnitude",
+    include: Annotated[
+        list[str] | None,
+        Option(help="A regular expression for names of linear layers; repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, Option(help="Of those, what stays dense.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune any encoder in one shot, without training: exactly so many zeros."""
+    execute_prune(
+        model,
+        sparsity,
+        output,
+        scope=scope,
+        score=score,
+        include=include or (ENCODER_LAYER,),
+        exclude=exclude or (),
+    ).show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
@@ -218,34 +235,8 @@ def export(
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
     if (verify is None) != (recipe is None):
         raise RunError("--verify and --recipe need each other: data, and what their columns mean")
-    check_new(output, "file")
     check_files({"--report": report})
-    task = None
-    if verify is not None and recipe is not None:
-        task = FinetuneRecipe.read(recipe).task.model_copy(update={"validation": verify})
-    from opfa.runtimes.export import export as execute
-
-    result = execute(model, output, is_int8=is_int8, task=task, report=report)
-    print_json(result) if as_json else show(_exported(output, result))
-
-
-def _exported(output: Path, result: dict[str, Any]) -> list[Table | str]:
-    sides = ("model", "onnx")
-    rows = [(key, *(f"{result[key][side]:,}" for side in sides)) for key in ("bytes", "zeros")]
-    rows.append(("fingerprint", *(result["fingerprint"][side][:12] for side in sides)))
-    lines = []
-    if result["zeros"]["rounded"]:
-        lines.append(f"live weights that 8 bits round to zero: {result['zeros']['rounded']:,}")
-    if parity := result.get("parity"):
-        onnx, equal = parity["metrics"]["onnx"], parity["equal_predictions"]
-        for name, value in parity["metrics"]["torch"].items():
-            rows.append((name, f"{value:.4f}", f"{onnx[name]:.4f}"))
-        shown = "" if equal is None else f", {equal:.2%} of the predictions equal"
-        difference = f"logits differ by up to {parity['max_difference']:.1e}"
-        lines.append(f"{parity['examples']:,} examples: {difference}{shown}")
-        again = parity.get("repeated_predictions")
-        if again is not None:
-            what = "torch with itself, its layers disturbed in the last digit"
-            lines.append(f"{what}: {again:.2%} equal")
-    title = f"{output} ({result['precision']})"
-    return [Table(("", "model", "ONNX"), rows, title, numbers_from=1), *lines]
+    precision = None if is_int8 is None else ("int8" if is_int8 else "fp32")
+    api.export(
+        model, output, precision=precision, verify=verify, recipe=recipe, report=report
+    ).show(as_json=as_json)

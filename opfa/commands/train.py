@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from opfa.api import train as api
 from opfa.commands.options import (
+    AsJson,
     ModelName,
     NewRun,
     Output,
@@ -16,11 +18,8 @@ from opfa.commands.options import (
     TaskRecipe,
     check_files,
 )
-from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import RecipeError
-from opfa.recipe import read_values
 from opfa.report.tables import print_json
-from opfa.storage.files import check_directory, check_new, write_json
+from opfa.storage.files import check_directory
 from opfa.training import launch
 from opfa.training.run import check_output
 from opfa.upstream.recipe import PretrainRecipe
@@ -29,26 +28,23 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: opfa check recipes/downstream/sst2.toml training.epochs=1")
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
-    values = read_values(recipe, overrides or ())
-    if not values.keys() & {"corpus", "task"}:
-        what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
-        raise RecipeError(f"{recipe}: {what}")
-    kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
-    command = "pretrain" if kind is PretrainRecipe else "finetune"
-    found = kind.read(recipe, overrides or ())
+    found = api.check(recipe, overrides or ())
+    command = "pretrain" if isinstance(found, PretrainRecipe) else "finetune"
+    if as_json:
+        values = found.model_dump(mode="json", exclude_none=True)
+        print_json({"command": command, "sha256": found.sha256(), "recipe": values})
+        return
     print(f"# accepted, for opfa {command}; SHA-256 {found.sha256()}\n{found.to_toml()}", end="")
 
 
 @app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
-def prepare(recipe: RecipeFile, output: Output, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeFile, output: Output, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
     """Turn documents into tokenized, sharded pre-training examples."""
-    check_new(output)
-    checked = PretrainRecipe.read(recipe, overrides or ())
-    from opfa.upstream.corpus import prepare as execute
-
-    execute(checked.corpus, output)
+    api.prepare(recipe, output, overrides or ()).show(as_json=as_json)
 
 
 @app.command(
@@ -65,15 +61,16 @@ def pretrain(
     trust_data: Annotated[
         bool, Option("--trust-data", help="Don't read all examples first to verify them.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a teacher, or prune a student under one."""
     checked = PretrainRecipe.read(recipe, overrides or ())
-    check_output(output, checked, resume)  # already here, before torch is imported
     if check:
+        check_output(output, checked, resume)
         return
-    from opfa.upstream.pretrain import pretrain as execute
-
-    execute(checked, output, resume, trust_data=trust_data)
+    found = api.pretrain(checked, output, resume=resume, trust_data=trust_data, watchdog=True)
+    if launch.place().rank == 0:
+        found.show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
@@ -85,20 +82,11 @@ def finetune(
     seeds: Annotated[
         int | None, Option(min=1, help="How many seeds to run, from the recipe's on.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a sparse model for a task with its zeros held."""
-    launch.refuse_several("opfa finetune")
-    checked = FinetuneRecipe.read(recipe, overrides or ())
-    has_several = seeds is not None or checked.sweep is not None
-    check_output(output, checked, resume, has_several=has_several)
-    if has_several:
-        from opfa.downstream.sweep import sweep as execute_all
-
-        print_json(execute_all(checked, output, num_seeds=seeds or 1, resume=resume))
-        return
-    from opfa.downstream.finetune import finetune as execute
-
-    print_json(execute(checked, output, resume))
+    found = api.finetune(recipe, output, overrides or (), seeds=seeds, resume=resume)
+    found.show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
@@ -110,16 +98,12 @@ def evaluate(
         Path | None, Option(help="Also write every answer here, as JSON Lines.")
     ] = None,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a fine-tuned model on its task's validation splits."""
     check_files({"--output": output, "--predictions": predictions})
-    checked = FinetuneRecipe.read(recipe, overrides or ())
-    from opfa.downstream.evaluate import evaluate_model
-
-    result = evaluate_model(model, checked, predictions)
-    if output is not None:
-        write_json(output, result)
-    print_json(result)
+    files = {"output": output, "predictions": predictions}
+    api.evaluate(model, recipe, overrides or (), **files).show(as_json=as_json)
 
 
 @app.command(
@@ -131,19 +115,17 @@ def calibrate(
     output: Output,
     examples: Annotated[int, Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""
-    check_new(output)
-    checked = FinetuneRecipe.read(recipe, overrides or ())
-    from opfa.downstream.calibrate import calibrate as execute
-
-    print_json(execute(model, checked, output, num_examples=examples))
+    found = api.calibrate(model, recipe, output, overrides or (), examples=examples)
+    found.show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
-def quickstart(output: Output) -> None:
+def quickstart(output: Output, as_json: AsJson = False) -> None:
     """Run the whole method on a small model and four novelists, in minutes on a laptop."""
     check_directory(output)
     from opfa.quickstart.quickstart import quickstart as execute
 
-    execute(output)
+    execute(output).show(as_json=as_json)

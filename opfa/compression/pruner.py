@@ -30,7 +30,7 @@ class Weights:
 
     def read(self, parameter: Tensor) -> Tensor:
         """This rank's run of a parameter's flattened fp32 value, [n]; possibly empty."""
-        return parameter.detach().view(-1)
+        return parameter.detach().float().view(-1)
 
     def read_gradient(self, layer: MaskedLinear) -> Tensor:
         """This rank's fp32 run of the global batch's gradient, which the layer has to keep."""

@@ -13,6 +13,7 @@ from opfa.compression import quant
 from opfa.data.order import generator
 from opfa.downstream.evaluate import evaluate
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
+from opfa.downstream.results import CalibrateResult
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def calibrate(
     name: str, recipe: FinetuneRecipe, output: Path, *, num_examples: int = 512
-) -> dict[str, Any]:
+) -> CalibrateResult:
     """Write the model with ranges beside it; its metrics before and after.
 
     The examples are the first of a shuffle with the recipe's seed. What `[quantization]` says of
@@ -39,8 +40,12 @@ def calibrate(
     check_new(output)
     with new_directory(output) as work:
         found = _calibrated(name, recipe, work, num_examples)
-    files = seal.one_digest(seal.model_files(output))
-    return {**found, "model_sha256": model_digest(output), "model_files_sha256": files}
+    return CalibrateResult(
+        directory=output,
+        **found,
+        model_sha256=model_digest(output),
+        model_files_sha256=seal.one_digest(seal.model_files(output)),
+    )
 
 
 def _calibrated(

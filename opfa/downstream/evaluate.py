@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from opfa.compression import quant
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.results import EvaluateResult
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -95,20 +96,22 @@ def _stack(batches: tuple[Tensor, ...]) -> Tensor:
 
 def evaluate_model(
     name: str, recipe: FinetuneRecipe, answers: Path | None = None
-) -> dict[str, Any]:
+) -> EvaluateResult:
     """What `measure` finds, for a model that is what its sparsity.json says."""
     tasks.check_head(recipe.task, load_config(name))
     check_stated(name)
     if changed := changed_model(directory_of(name)):
         log.warning("%s: is not what its run wrote: %s", name, changed)
     found = measure(name, recipe, answers)
-    return {
-        "task": recipe.name,
-        "metrics": found.metrics,
-        "quantized": found.is_quantized,
-        "model_files_sha256": seal.one_digest(seal.model_files(directory_of(name))),
-        "examples_sha256": found.examples_sha256,
-    }
+    return EvaluateResult(
+        model=Path(name),
+        predictions=answers,
+        task=recipe.name,
+        metrics=found.metrics,
+        quantized=found.is_quantized,
+        model_files_sha256=seal.one_digest(seal.model_files(directory_of(name))),
+        examples_sha256=found.examples_sha256,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

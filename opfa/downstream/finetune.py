@@ -14,6 +14,8 @@ from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.downstream.evaluate import evaluate, evaluate_splits
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.results import FILE as RESULTS
+from opfa.downstream.results import FinetuneResult, Results
 from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
@@ -56,7 +58,7 @@ def finetune(
     *,
     within: Path | None = None,
     concerns: Sequence[Concern] = (),
-) -> dict[str, Any]:
+) -> FinetuneResult:
     """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
@@ -70,7 +72,7 @@ def finetune(
         concerns=concerns,
         within=within,
     )
-    return seal.read_json(output / "results.json")
+    return FinetuneResult.read(output)
 
 
 class Trainer:
@@ -221,21 +223,20 @@ class Trainer:
         run.log({"step": done, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
-        results = {
-            "task": self.recipe.name,
-            "metrics": metrics,
-            "seed": self.recipe.seed,
-            "sparsity": result["total"]["sparsity"],
-            "quantized": self.recipe.quantization is not None,
-            "recipe_sha256": self.recipe.sha256(),
-            "model_sha256": model_digest(directory),
-            "model_files_sha256": seal.one_digest(seal.model_files(directory)),
-        }
-        if best.step is not None:
-            results["selected"] = {"step": best.step, best.metric: best.value}
-        write_json(run.directory / "results.json", results)
+        results = Results(
+            task=self.recipe.name,
+            metrics=metrics,
+            seed=self.recipe.seed,
+            sparsity=result["total"]["sparsity"],
+            quantized=self.recipe.quantization is not None,
+            recipe_sha256=self.recipe.sha256(),
+            model_sha256=model_digest(directory),
+            model_files_sha256=seal.one_digest(seal.model_files(directory)),
+            **({"selected": best.found()} if best.step is not None else {}),
+        )
+        write_json(run.directory / RESULTS, results.model_dump(exclude_unset=True))
         pictures.finetuning_pictures(run.rows(), result, run.directory / "report")
-        facts = {"step": done, "model_sha256": results["model_sha256"]}
+        facts = {"step": done, "model_sha256": results.model_sha256}
         finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)
 

@@ -41,6 +41,11 @@ class Best:
             if row.get("eval"):
                 self.see(row)
 
+    def found(self) -> dict[str, float]:
+        """What results.json says of it."""
+        assert self.step is not None, "there was no evaluation that counts"
+        return {"step": self.step, self.metric: self.value}
+
     @property
     def is_time_to_stop(self) -> bool:
         """Whether patience is over."""

@@ -16,22 +16,29 @@ from typing import Any
 
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.results import (
+    FILE,
+    FinetuneResult,
+    Rate,
+    Results,
+    SweepResult,
+    SweepRun,
+    rates_table,
+)
 from opfa.errors import DivergedError, RunError
 from opfa.report import pictures
-from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.training import finished, launch
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.run import check_output
 
-Result = dict[str, Any]  # a run's results.json
 log = logging.getLogger(__name__)
 
 
 def sweep(
     recipe: FinetuneRecipe, output: Path, *, num_seeds: int = 1, resume: bool = False
-) -> dict[str, Any]:
+) -> SweepResult:
     """Run everything that isn't finished yet, one after the other; write and return the comparison.
 
     A resume may ask for more seeds or learning rates than before.
@@ -47,38 +54,46 @@ def sweep(
     with Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
         rows = [_run_all(recipe, rate, seeds, output, supervisor) for rate in rates]
-    ended = [row for row in rows if row["runs"]]
+    ended = [row for row in rows if row.runs]
     if not ended:
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
-    steady = [row for row in ended if not row["num_diverged"]]
-    best = max(steady or ended, key=lambda row: row["score"])
-    result = {
-        "task": recipe.name,
-        "metrics": best["mean"],
-        "std": best["std"],
-        "learning_rate": best["learning_rate"],
-        "best_run": max(best["runs"], key=lambda run: _score(recipe, run))["run"],
-        "sparsity": best["runs"][0]["sparsity"],
-        "quantized": best["runs"][0]["quantized"],
-        "recipe_sha256": recipe.sha256(),
-        "rows": rows,
-    }
-    result = seal.write_sealed(output / "results.json", result)
-    best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
-    write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
-    if len(ended) > 1:
-        pictures.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
-    log.info("%s", table(rows))
-    rates = [row["learning_rate"] for row in ended]
-    if len(rates) > 1 and (rate := best["learning_rate"]) in (min(rates), max(rates)):
+    result = _written(recipe, rows, ended, output)
+    rates = [row.learning_rate for row in ended]
+    if len(rates) > 1 and (rate := result.learning_rate) in (min(rates), max(rates)):
         what = "with more of them in sweep.learning_rate and --resume runs only those"
         log.info("the best learning rate, %s, is at an edge; the same command %s", rate, what)
     return result
 
 
+def _written(
+    recipe: FinetuneRecipe, rows: list[Rate], ended: list[Rate], output: Path
+) -> SweepResult:
+    """Compare, and write results.json, the table and the picture."""
+    steady = [row for row in ended if not row.num_diverged]
+    best = max(steady or ended, key=lambda row: row.score or 0.0)
+    found = {
+        "task": recipe.name,
+        "metrics": best.mean,
+        "std": best.std,
+        "learning_rate": best.learning_rate,
+        "best_run": max(best.runs, key=lambda run: _score(recipe, run)).run,
+        "sparsity": best.runs[0].sparsity,
+        "quantized": best.runs[0].quantized,
+        "recipe_sha256": recipe.sha256(),
+        "rows": [row.model_dump(exclude_unset=True) for row in rows],
+    }
+    sealed = seal.write_sealed(output / FILE, found)
+    best_line = f"\nBest: learning rate {best.learning_rate}, {found['best_run']}\n"
+    write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
+    if len(ended) > 1:
+        picture = output / "report/sweep.png"
+        pictures.sweep_picture([row.model_dump() for row in ended], recipe.task.metrics[0], picture)
+    return SweepResult.model_validate({"directory": output, **sealed})
+
+
 def _run_all(
     recipe: FinetuneRecipe, rate: float, seeds: Sequence[int], output: Path, supervisor: Supervisor
-) -> dict[str, Any]:
+) -> Rate:
     """The row of a learning rate, after whatever of it isn't finished yet was run."""
     runs = []
     for seed in seeds:
@@ -87,10 +102,11 @@ def _run_all(
         changes = {"sweep": None, "seed": seed, "training": training}
         _stop_if_told(output, name, supervisor)
         try:
-            runs.append({"run": name, **_finished(recipe, changes, output, name)})
+            found = _finished(recipe, changes, output, name).values()
+            runs.append(SweepRun.model_validate({"run": name, **found}))
         except DivergedError as error:
             log.warning("%s: %s", output / name, error)
-    return _row(recipe, rate, runs) | {"num_diverged": len(seeds) - len(runs)}
+    return _row(recipe, rate, runs, len(seeds) - len(runs))
 
 
 def _stop_if_told(output: Path, name: str, supervisor: Supervisor) -> None:
@@ -114,40 +130,36 @@ def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
         raise RunError(f"{output}: --resume with {len(seeds)} seed(s), {what}")
 
 
-def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str) -> Result:
+def _finished(
+    recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str
+) -> FinetuneResult:
     """The results of a run, from its files or by running it. Its resume points go."""
     directory = output / name
     if not (directory / "done.json").exists():
         has_begun = (directory / "recipe.toml").exists()
         finetune(recipe.model_copy(update=changes), directory, resume=has_begun, within=output)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    return finished.results(directory)
+    finished.check(directory)
+    return FinetuneResult.read(directory)
 
 
-def _score(recipe: FinetuneRecipe, run: Result) -> float:
-    metric = recipe.task.metrics[0]
-    return run["selected"][metric] if "selected" in run else run["metrics"][metric]
+def _score(recipe: FinetuneRecipe, run: Results) -> float:
+    return (run.selected or run.metrics)[recipe.task.metrics[0]]
 
 
-def _row(recipe: FinetuneRecipe, rate: float, runs: list[Result]) -> dict[str, Any]:
-    names = runs[0]["metrics"] if runs else ()
-    values = {name: [run["metrics"][name] for run in runs] for name in names}
-    return {
-        "learning_rate": rate,
-        "score": fmean(_score(recipe, run) for run in runs) if runs else None,
-        "mean": {name: fmean(found) for name, found in values.items()},
-        "std": {name: stdev(found) if len(found) > 1 else None for name, found in values.items()},
-        "runs": runs,
-    }
+def _row(recipe: FinetuneRecipe, rate: float, runs: list[SweepRun], num_diverged: int) -> Rate:
+    names = runs[0].metrics if runs else ()
+    values = {name: [run.metrics[name] for run in runs] for name in names}
+    return Rate(
+        learning_rate=rate,
+        score=fmean(_score(recipe, run) for run in runs) if runs else None,
+        mean={name: fmean(found) for name, found in values.items()},
+        std={name: stdev(found) if len(found) > 1 else None for name, found in values.items()},
+        runs=runs,
+        num_diverged=num_diverged,
+    )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Rate]) -> str:
     """A Markdown table: learning rate, number of seeds, mean and deviation of every metric."""
-    names = list(max((row["mean"] for row in rows), key=len))
-    lines = []
-    for row in rows:
-        mean, std = row["mean"], row["std"]
-        diverged = f", {row['num_diverged']} diverged" if row["num_diverged"] else ""
-        cells = [figure(mean[name], std[name]) if name in mean else "" for name in names]
-        lines.append((str(row["learning_rate"]), f"{len(row['runs'])}{diverged}", *cells))
-    return Table(("learning rate", "seeds", *names), lines, numbers_from=0).markdown() + "\n"
+    return rates_table(rows).markdown() + "\n"

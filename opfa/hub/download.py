@@ -11,13 +11,13 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub import manifest
 from opfa.hub.manifest import MANIFEST
 from opfa.hub.origin import source_of
 from opfa.hub.repository import Source
+from opfa.hub.results import DownloadResult
 from opfa.hub.transfer import guarded
 from opfa.storage import foreign
 from opfa.storage.files import check_new, sync_all, work_directory
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def download(
     name: str, output: Path, *, revision: str | None = None, endpoint: str | None = None
-) -> dict[str, Any]:
+) -> DownloadResult:
     """Bring a released model (of `opfa list`, the Hub, a URL or a directory) into a new directory,
     and verify it; returns its figures. An output that is the same release already stays.
     """
@@ -49,13 +49,13 @@ def download(
                 sync_all(work)
                 os.replace(work, output)
     digest = None if source.manifest is None else hashlib.sha256(source.manifest).hexdigest()
-    return {
-        "name": name,
-        "directory": str(output),
-        "files": len(source.files),
-        "bytes": _num_bytes(source),
-        "manifest_sha256": digest,
-    }
+    return DownloadResult(
+        name=name,
+        directory=output,
+        files=len(source.files),
+        bytes=_num_bytes(source),
+        manifest_sha256=digest,
+    )
 
 
 def _num_bytes(source: Source) -> int:

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from opfa.errors import RunError
 from opfa.hub import manifest
+from opfa.hub.results import PushResult
 
 
 def is_name(name: str) -> bool:
@@ -29,7 +30,9 @@ def check_name(name: str, what: str) -> None:
         raise RunError(f"{what} {name!r}: not a name that the Hub accepts: {error}") from error
 
 
-def push(directory: Path, name: str, *, endpoint: str | None = None, private: bool = False) -> str:
+def push(
+    directory: Path, name: str, *, endpoint: str | None = None, private: bool = False
+) -> PushResult:
     """Upload a verified release as one commit that replaces all that was there; its address."""
     check_name(name, "the repository")
     files: Collection[str] = manifest.check(directory).files
@@ -46,4 +49,4 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
         again = f"the release is whole; to try again: opfa push {directory} {name}"
         raise RunError(f"{name}: not uploaded: {str(error).strip()}; {again}") from error
-    return str(commit.commit_url)
+    return PushResult(name=name, directory=directory, address=str(commit.commit_url))

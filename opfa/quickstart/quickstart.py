@@ -6,12 +6,15 @@ are used neither to pre-train nor to fine-tune.
 import json
 import logging
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from opfa.compression.pruner import Pruner
 from opfa.compression.quant import FILE as QUANTIZATION
@@ -66,6 +69,7 @@ class Summary(Result):
     rows: list[Model]
     zeros_held: bool
     seconds: float = 0.0
+    directory: Path | None = Field(default=None, exclude=True)
 
     def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
         """The table, and how to read it."""
@@ -77,6 +81,10 @@ class Summary(Result):
             "Sparsity and bytes: encoder matrices only; values and one bit a weight.\n"
             f"Zeros after fine-tuning: {held} as upstream. {self.seconds:.0f} s in all."
         )
+        if self.directory is not None:
+            yield f"Runs, recipes and pictures: {self.directory}"
+            model = shlex.quote(str(self.directory / "finetune-qat/model"))
+            yield f"    next  opfa inspect {model}"
 
     def table(self) -> Table:
         """One line for each model."""
@@ -88,7 +96,7 @@ class Summary(Result):
 
 
 def quickstart(output: Path) -> Summary:
-    """Run everything into a new directory; print and return what came out."""
+    """Run everything into a new directory; return what came out."""
     check_directory(output)
     if output.exists() and any(output.iterdir()):
         raise RunError(f"{output}: is not empty; give a new directory")
@@ -97,12 +105,11 @@ def quickstart(output: Path) -> Summary:
         supervisor.save_on_signals()
         rows = _run_all(output, supervisor)
     seconds = round(time.monotonic() - start, 1)
-    summary = Summary(rows=rows, zeros_held=_zeros_held(output), seconds=seconds)
+    held = _zeros_held(output)
+    summary = Summary(rows=rows, zeros_held=held, seconds=seconds, directory=output)
     write_json(output / "quickstart.json", summary.values())
     write_text(output / "table.md", summary.table().markdown() + "\n")
     pictures.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
-    summary.show()
-    print(f"Runs, recipes and pictures: {output}")
     return summary
 
 
@@ -125,7 +132,7 @@ def _run_all(output: Path, supervisor: Supervisor) -> list[Model]:
             run = output / recipe
             results = finetune(_downstream(recipe, output, origin), run)
             facts = {**_storage(run / "model"), "mlm_loss": language.get(name), "run": str(run)}
-            rows.append(Model.model_validate({"model": name, **results["metrics"], **facts}))
+            rows.append(Model.model_validate({"model": name, **results.metrics, **facts}))
     return rows
 
 

@@ -1,5 +1,6 @@
 """Tables and results, which print themselves: on a screen, as Markdown and as JSON."""
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,17 @@ class Result(Row):
         """The same as a piece of a Markdown page."""
         parts = (p if isinstance(p, str) else p.markdown() for p in self.parts())
         return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        """What the command prints, for a screen of 80 columns."""
+        console = Console(markup=False, file=io.StringIO(), width=80)
+        with console.capture() as captured:
+            for part in self.parts():
+                console.out(part) if isinstance(part, str) else console.print(part.console())
+        return captured.get().rstrip("\n")
+
+    def _repr_markdown_(self) -> str:  # how a notebook shows it
+        return self.markdown()
 
 
 def show(parts: Iterable[Table | str]) -> None:

@@ -17,6 +17,7 @@ from opfa.models.configs import load_tokenizer
 from opfa.models.encoders import load_finetuned_model
 from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
+from opfa.runtimes.results import ExportResult, Fingerprints, Sides, Zeros
 from opfa.sparsity import masks
 from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
 from opfa.tasks import kinds as tasks
@@ -34,7 +35,7 @@ def export(
     is_int8: bool | None = None,
     task: Task | None = None,
     report: Path | None = None,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Write FILE.onnx and return what is in it; in 8 bits if the model has them, by default.
 
     With a task, its validation split goes through torch and ONNX Runtime. Raises `ModelError`, and
@@ -71,14 +72,15 @@ def export(
             quant.load(model, ranges)
             onnx_graph.quantize(graph, model)
         onnx_graph.write(graph, aside / output.name)
-        result, wrong = _zeros(stated, model, aside / output.name)
-        result = {"precision": "int8" if is_int8 else "fp32", "opset": onnx_graph.OPSET, **result}
+        found, wrong = _zeros(stated, model, aside / output.name)
+        found |= {"precision": "int8" if is_int8 else "fp32", "opset": onnx_graph.OPSET}
         if task is not None and split is not None:
             log.info("%s: comparing %d examples", name, len(split.examples.texts))
-            result["parity"] = parity(model, aside / output.name, task, split, is_int8=is_int8)
-            wrong += problems(result["parity"], task, is_int8=is_int8)
+            found["parity"] = parity(model, aside / output.name, task, split, is_int8=is_int8)
+            wrong += problems(found["parity"], task, is_int8=is_int8)
+        result = ExportResult(file=output, **found)
         if report is not None:
-            write_json(report, {**result, "problems": wrong})
+            write_json(report, {**result.values(), "problems": wrong})
         if wrong:
             raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
         _move(aside, output)
@@ -94,14 +96,14 @@ def _zeros(
     counted = masks.report(found)["total"]["zeros"]
     live = found | {name: found[name] | rounded[name] for name in found.keys() & rounded.keys()}
     num_rounded = sum(int(rounded[n].sum()) for n in found if n in rounded)
-    fingerprints = {"model": stated["fingerprint"], "onnx": masks.fingerprint(live)}
-    zeros = {"model": stated["total"]["zeros"], "onnx": counted, "rounded": num_rounded}
+    fingerprint = Fingerprints(model=stated["fingerprint"], onnx=masks.fingerprint(live))
+    zeros = Zeros(model=stated["total"]["zeros"], onnx=counted, rounded=num_rounded)
     wrong = []
-    if counted != zeros["model"] + num_rounded or len(set(fingerprints.values())) > 1:
-        wrong.append(f"it has {counted} zeros, or elsewhere; the model has {zeros['model']}")
+    if counted != zeros.model + num_rounded or fingerprint.model != fingerprint.onnx:
+        wrong.append(f"it has {counted} zeros, or elsewhere; the model has {zeros.model}")
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    sizes = {"model": stated["bytes"], "onnx": size}
-    return {"bytes": sizes, "zeros": zeros, "fingerprint": fingerprints}, wrong
+    sizes = Sides(model=stated["bytes"], onnx=size)
+    return {"bytes": sizes, "zeros": zeros, "fingerprint": fingerprint}, wrong
 
 
 def _check_others(aside: Path, output: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opfa.downstream.evaluate import predict, score
 from opfa.errors import RunError
+from opfa.runtimes.results import Parity
 from opfa.tasks.features import NO_LABEL, Split
 from opfa.tasks.recipe import Task
 from opfa.tasks.squad import decode
@@ -35,6 +36,7 @@ MOST_DIFFERENCE = 1e-4  # of a logit, in fp32
 LEAST_EQUAL = 0.99  # predictions, in 8 bits
 MOST_POINTS = 0.3  # of a metric of 0..100, in 8 bits
 MARGIN = 0.01  # predictions, below those that torch repeats
+DISTURBED = "torch, disturbed"  # by less than fp32 can tell apart
 NOISE = 1e-7  # relative; the step from 1 to the next fp32 number is 1.2e-7
 
 
@@ -61,26 +63,24 @@ class OnnxModel(nn.Module):
         return {name: torch.as_tensor(a) for name, a in zip(self.outputs, arrays, strict=True)}
 
 
-def parity(
-    model: nn.Module, path: Path, task: Task, split: Split, *, is_int8: bool
-) -> dict[str, Any]:
+def parity(model: nn.Module, path: Path, task: Task, split: Split, *, is_int8: bool) -> Parity:
     """Logits, predictions and metrics of both over a whole split; in 8 bits torch once more."""
     torch_logits = predict(model, task, split, batch=64, device="cpu")
     onnx_logits = predict(OnnxModel(path), task, split, batch=64, device="cpu")
     pairs = zip(torch_logits, onnx_logits, strict=True)
     both = {"torch": torch_logits, "onnx": onnx_logits}
-    found: dict[str, Any] = {
-        "examples": len(split.examples.texts),
-        "max_difference": max(_difference(*pair) for pair in pairs),
-        "equal_predictions": _equal(task, torch_logits, onnx_logits, split),
-        "metrics": {name: score(task, logits, split) for name, logits in both.items()},
-    }
+    repeated = {}
     if is_int8:
         with _disturbed(model):
-            again = predict(model, task, split, batch=64, device="cpu")
-        found["repeated_predictions"] = _equal(task, torch_logits, again, split)
-        found["metrics"]["torch, disturbed"] = score(task, again, split)
-    return found
+            both[DISTURBED] = predict(model, task, split, batch=64, device="cpu")
+        repeated["repeated_predictions"] = _equal(task, torch_logits, both[DISTURBED], split)
+    return Parity(
+        examples=len(split.examples.texts),
+        max_difference=max(_difference(*pair) for pair in pairs),
+        equal_predictions=_equal(task, torch_logits, onnx_logits, split),
+        metrics={name: score(task, logits, split) for name, logits in both.items()},
+        **repeated,
+    )
 
 
 @contextlib.contextmanager
@@ -100,23 +100,23 @@ def _disturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def problems(found: dict[str, Any], task: Task, *, is_int8: bool) -> list[str]:
+def problems(found: Parity, task: Task, *, is_int8: bool) -> list[str]:
     """What keeps a file from standing for its model."""
     if not is_int8:
-        difference = found["max_difference"]
+        difference = found.max_difference
         is_close = difference <= MOST_DIFFERENCE  # not so when it is NaN
         return [] if is_close else [f"logits differ by up to {difference:g} (> {MOST_DIFFERENCE})"]
     wrong = []
-    equal, repeated = found["equal_predictions"], found["repeated_predictions"]
+    equal, repeated = found.equal_predictions, found.repeated_predictions
     points = MOST_POINTS
-    if equal is not None:
-        points += 100 * math.sqrt((1 - repeated) / found["examples"])
+    if equal is not None and repeated is not None:
+        points += 100 * math.sqrt((1 - repeated) / found.examples)
         least = min(LEAST_EQUAL, repeated - MARGIN)
         if equal < least:
             wrong.append(f"only {equal:.2%} of the predictions are equal (< {least:.2%})")
     if task.kind != "question-answering":
         points /= 100  # metrics of 0..1
-    ours, theirs, again = (found["metrics"][k] for k in ("torch", "onnx", "torch, disturbed"))
+    ours, theirs, again = (found.metrics[k] for k in ("torch", "onnx", DISTURBED))
     for name in ours:
         is_score = not name.endswith("_threshold")
         most = points + abs(ours[name] - again[name])

@@ -24,7 +24,7 @@ from opfa.sparsity.layers import MaskedLinear
 from opfa.training import launch
 from opfa.training.distributed import gather_texts
 from opfa.training.masters import MOMENTS, Masters
-from opfa.training.state import Run, Runs, save_runs
+from opfa.training.state import Piece, Pieces, save_pieces
 from opfa.training.zero import DeepSpeedFile
 
 ALWAYS = {  # and stage 3 would replace torch's linear function for good, by one that rounds twice
@@ -232,19 +232,19 @@ class Engine(Weights):
         scaler = self._engine.optimizer.loss_scaler if self._is_fp16 else None
         scale = {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)}
         facts = {"adam_step": self._masters.num_steps, "scale": scale}
-        save_runs(directory / f"state-{dist.get_rank():05d}.safetensors", self._runs(), facts)
+        save_pieces(directory / f"state-{dist.get_rank():05d}.safetensors", self._pieces(), facts)
 
-    def _runs(self) -> Iterator[Run]:
+    def _pieces(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():
             for moment in (None, *MOMENTS):
                 values, start = self._masters.run(parameter, moment)
                 if values.numel():
-                    yield Run(f"{moment or 'master'}/{name}", start, values.detach())
+                    yield Piece(f"{moment or 'master'}/{name}", start, values.detach())
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
         """Read what any number of ranks wrote with `save`, at any stage."""
-        saved = Runs(directory, "state-*.safetensors")
+        saved = Pieces(directory, "state-*.safetensors")
         self._masters.make_moments(self._parameters.values())
         for name, parameter in self._parameters.items():
             size = getattr(parameter, "ds_numel", parameter.numel())

@@ -45,12 +45,6 @@ def check(run: Path) -> dict[str, Any]:
     return done
 
 
-def results(run: Path) -> dict[str, Any]:
-    """The results of a finished fine-tuning."""
-    check(run)
-    return seal.read_json(run / "results.json")
-
-
 def files(done: dict[str, Any]) -> dict[str, str]:
     """The files that a `done.json` lists; none in an older version's."""
     return done.get(seal.FILES, {})

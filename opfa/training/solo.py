@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opfa.compression.pruner import Weights
 from opfa.errors import DivergedError
-from opfa.training.state import Run, Runs, save_runs
+from opfa.training.state import Piece, Pieces, save_pieces
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight that had a gradient
 UNCHANGED = "nothing was changed by this step; a lower learning rate may help"
@@ -41,18 +41,18 @@ class SoloEngine(Weights):
 
     def save(self, directory: Path) -> None:
         """Write weights and optimizer state."""
-        save_runs(directory / "state-00000.safetensors", self._runs(), {})
+        save_pieces(directory / "state-00000.safetensors", self._pieces(), {})
 
-    def _runs(self) -> Iterator[Run]:
+    def _pieces(self) -> Iterator[Piece]:
         for name, parameter in self._parameters.items():
-            yield Run(f"master/{name}", 0, parameter.detach().flatten())
+            yield Piece(f"master/{name}", 0, parameter.detach().flatten())
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                yield Run(f"{key}/{name}", 0, value.flatten())
+                yield Piece(f"{key}/{name}", 0, value.flatten())
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
-        saved = Runs(directory, "state-*.safetensors")
+        saved = Pieces(directory, "state-*.safetensors")
         self._optimizer.state.clear()
         for name, parameter in self._parameters.items():
             shape, size, device = parameter.shape, parameter.numel(), parameter.device

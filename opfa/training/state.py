@@ -1,4 +1,4 @@
-"""Training state in runs: each rank writes the runs of flattened tensors that it holds, and any
+"""Training state in pieces: each rank writes the pieces of flattened tensors that it holds, and any
 number of ranks, at any ZeRO stage, reads the whole back bit for bit.
 """
 
@@ -16,7 +16,7 @@ from opfa.errors import RunError
 from opfa.storage.files import sync
 
 
-class Run(NamedTuple):
+class Piece(NamedTuple):
     """A contiguous part [n] of a flattened tensor, from element `start` on."""
 
     name: str
@@ -24,15 +24,15 @@ class Run(NamedTuple):
     values: Tensor
 
 
-def save_runs(path: Path, runs: Iterable[Run], facts: dict[str, Any]) -> None:
-    """Write one rank's runs, and a few numbers, as safetensors."""
-    tensors = {f"{run.name}@{run.start}": run.values.cpu().clone() for run in runs}
+def save_pieces(path: Path, pieces: Iterable[Piece], facts: dict[str, Any]) -> None:
+    """Write one rank's pieces, and a few numbers, as safetensors."""
+    tensors = {f"{piece.name}@{piece.start}": piece.values.cpu().clone() for piece in pieces}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
     sync(path)  # by the node that wrote it
 
 
-class Runs:
-    """The runs of all ranks in one directory, joined on demand."""
+class Pieces:
+    """The pieces of all ranks in one directory, joined on demand."""
 
     def __init__(self, directory: Path, pattern: str) -> None:
         """Open the files that match; raises `RunError` when there are none."""
@@ -49,11 +49,11 @@ class Runs:
                 self._places.setdefault(name, []).append((int(start), index, key))
 
     def __contains__(self, name: str) -> bool:
-        """Whether some run of this tensor is here."""
+        """Whether some piece of this tensor is here."""
         return name in self._places
 
     def whole(self, name: str, size: int) -> Tensor:
-        """The flattened tensor [size]; raises `RunError` when its runs don't make it up exactly."""
+        """The flattened tensor [size]; raises `RunError` when its pieces don't make it up."""
         parts, end = [], 0
         for start, index, key in sorted(self._places.get(name, [])):
             part = self._files[index].get_tensor(key)

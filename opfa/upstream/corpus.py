@@ -26,6 +26,7 @@ from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
 from opfa.upstream.documents import documents_of
 from opfa.upstream.recipe import Corpus, TokenizerTraining
+from opfa.upstream.results import PrepareResult
 from opfa.upstream.segments import EXAMPLE, packed, segment_pairs
 from opfa.upstream.sentences import sentences_of
 
@@ -39,11 +40,12 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 log = logging.getLogger(__name__)
 
 
-def prepare(corpus: Corpus, output: Path) -> dict[str, Any]:
+def prepare(corpus: Corpus, output: Path) -> PrepareResult:
     """Write a corpus's examples and tokenizer to a new directory; returns its summary."""
     check_new(output)
     with _bars(), new_directory(output) as work:
-        return _prepare(corpus, work)
+        summary = _prepare(corpus, work)
+    return PrepareResult.model_validate({"directory": output, **summary})
 
 
 @contextlib.contextmanager

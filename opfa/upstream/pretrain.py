@@ -1,6 +1,7 @@
 """Upstream training: prepare a teacher, or prune a student under one, in `training.loop`."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from opfa.upstream.objective import Counts, Objective
 from opfa.upstream.prepared import Prepared, open_together
 from opfa.upstream.progress import global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
+from opfa.upstream.results import PretrainResult
 from opfa.upstream.student import load_student, load_teacher
 
 
@@ -42,11 +44,13 @@ def pretrain(
     resume: bool = False,
     *,
     trust_data: bool = False,
+    has_watchdog: bool = True,
     concerns: Sequence[Concern] = (),
-) -> None:
-    """Run a recipe to its end and write RUN/model. Collective.
+) -> PretrainResult:
+    """Run a recipe to its end, write RUN/model, and return what came out. Collective.
 
-    The files of the examples are compared with their digests before, unless `trust_data`. Raises
+    The files of the examples are compared with their digests before, unless `trust_data`. The
+    watchdog ends a process in which nothing is finished for `launch.timeout_seconds`. Raises
     `Stopped` when a signal ended a run that is saved, `LostContactError` when a process is gone.
     """
     launch.check_rendezvous()
@@ -60,7 +64,9 @@ def pretrain(
         supervisor.beat("loading the models")
         return Trainer(recipe, prepared, device, supervisor, file)
 
-    run_to_end(recipe, output, load, resume=resume, timeout_seconds=timeout, concerns=concerns)
+    patience = timeout if has_watchdog else math.inf
+    run_to_end(recipe, output, load, resume=resume, timeout_seconds=patience, concerns=concerns)
+    return distributed.on_first_rank(lambda: PretrainResult.read(output))
 
 
 class Trainer:

@@ -18,7 +18,7 @@ from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_er
 from split import VALIDATION
 
 from opfa.data.records import read_records
-from opfa.release import provenance
+from opfa.releases import provenance
 from opfa.report.pictures import inspection_picture, loss_picture
 from opfa.report.tables import Table, figure
 from opfa.storage import seal

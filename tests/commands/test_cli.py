@@ -139,10 +139,11 @@ def test_pretrain_finetune_evaluate_inspect(
     steps = ["training.steps=3", "training.warmup_steps=0"]
     student = str(tmp_path / "student")
     assert cli.run(["pretrain", str(upstream), "--output", student, pruning, *steps]) == 0
+    assert f"next    opfa inspect {student}/model\n" in capsys.readouterr().out
     task = tmp_path / "task.toml"
     write_text(task, finetune_recipe(Path(student) / "model", examples).to_toml())
     run = str(tmp_path / "task")
-    assert cli.run(["finetune", str(task), "--output", run, "training.epochs=0.5"]) == 0
+    assert cli.run(["finetune", str(task), "--output", run, "training.epochs=0.5", "--json"]) == 0
     finetuned = json.loads(capsys.readouterr().out)
     result = str(tmp_path / "result.json")
     assert cli.run(["evaluate", f"{run}/model", "--recipe", str(task), "--output", result]) == 0

@@ -40,14 +40,14 @@ def test_the_command_writes_a_model_that_evaluates_as_it_says(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, recipe = tmp_path / "eight", str(run / "recipe.toml")
-    arguments = ["--recipe", recipe, "--output", str(output), "--examples", "20"]
+    arguments = ["--recipe", recipe, "--output", str(output), "--examples", "20", "--json"]
     assert cli.run(["calibrate", str(run / "model"), *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     results = json.loads((run / "results.json").read_text())
     assert result["fp32"] == results["metrics"]
     assert result["examples"] == 20
     again = evaluate_model(str(output), recipe_of(run))
-    assert again["quantized"] and again["metrics"] == result["int8"]
+    assert again.quantized and again.metrics == result["int8"]
     assert inspect(output)["stated"] == "matches"
     assert inspect(output)["fingerprint"] == inspect(run / "model")["fingerprint"]
     before, after = (load_file(d / "model.safetensors") for d in (run / "model", output))
@@ -104,7 +104,7 @@ def test_the_recipe_says_how(run: Path, tmp_path: Path) -> None:
 
 def test_more_examples_than_there_are_means_all(run: Path, tmp_path: Path) -> None:
     result = calibrate(str(run / "model"), recipe_of(run), tmp_path / "eight", num_examples=512)
-    assert result["examples"] == 80
+    assert result.examples == 80
 
 
 def test_a_dense_model_is_calibrated_in_its_encoder(
@@ -114,7 +114,7 @@ def test_a_dense_model_is_calibrated_in_its_encoder(
     recipe = finetune_recipe(tmp_path / "dense/model", examples, model={"zeros": "free"})
     finetune(recipe, tmp_path / "task")
     result = calibrate(str(tmp_path / "task/model"), recipe, tmp_path / "eight")
-    assert result["sparsity"] == 0.0
+    assert result.sparsity == 0.0
     found = load_file(tmp_path / "eight" / quant.FILE)
     assert len([name for name in found if name.endswith("scale")]) == 12
 

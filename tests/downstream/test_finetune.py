@@ -60,7 +60,7 @@ def test_the_same_zeros_after_fine_tuning(
     assert inspect(tmp_path / "run/model")["stated"] == "matches"
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
     assert opfa.inspect(plain)["fingerprint"] == fingerprint(sparse)
-    assert results["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert results.sparsity == pytest.approx(0.9, abs=1e-3)
     before, after = (load_file(d / "model.safetensors") for d in (sparse, tmp_path / "run/model"))
     name = "bert.encoder.layer.1.output.dense.weight"
     assert not torch.equal(before[name], after[name])  # it did learn
@@ -81,7 +81,7 @@ def test_what_is_reported_is_measured_on_the_written_model_whatever_the_precisio
     results = finetune(recipe, tmp_path / "run")
     again = evaluate_model(str(tmp_path / "run/model"), recipe)
     assert torch.equal(seen[-2], seen[-1])
-    assert results["metrics"] == again["metrics"]
+    assert results.metrics == again.metrics
 
 
 def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> None:
@@ -116,12 +116,12 @@ def test_evaluating_a_finished_model_gives_the_results_of_its_run(
     recipe = finetune_recipe(sparse, examples, **VARIANTS[variant], seed=3)
     results = finetune(recipe, tmp_path / "run")
     again = evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
-    assert again["metrics"] == results["metrics"]
-    assert again["quantized"] == results["quantized"] == (variant == "quantized")
+    assert again.metrics == results.metrics
+    assert again.quantized == results.quantized == (variant == "quantized")
     rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
     assert {row["label"] for row in rows} == {"cat", "other"}
     right = [row["prediction"] == row["label"] for row in rows]
-    assert sum(right) / len(right) == again["metrics"]["accuracy"]
+    assert sum(right) / len(right) == again.metrics["accuracy"]
 
 
 def test_eight_bits_keep_every_zero(sparse: Path, examples: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_every_way_to_quantize_resumes_and_reloads_exactly(
     finetune(recipe, tmp_path / "broken", resume=True)
     assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")
     again = evaluate_model(str(tmp_path / "unbroken/model"), recipe)
-    assert again["metrics"] == results["metrics"]
+    assert again.metrics == results.metrics
     assert fingerprint(tmp_path / "unbroken/model") == fingerprint(sparse)
 
 
@@ -242,7 +242,7 @@ def test_one_shot_pruning_is_a_schedule_without_a_ramp(
     recipe = finetune_recipe(
         dense, examples, model={"zeros": "free"}, pruning={"schedule": {"end": 0, "target": 0.85}}
     )
-    assert finetune(recipe, tmp_path / "run")["sparsity"] == pytest.approx(0.85, abs=2e-3)
+    assert finetune(recipe, tmp_path / "run").sparsity == pytest.approx(0.85, abs=2e-3)
     for tensor in inspect(tmp_path / "run/model")["tensors"].values():
         assert tensor["zeros"] == num_zeros(0.85, tensor["shape"][0] * tensor["shape"][1])
 
@@ -254,7 +254,7 @@ def test_a_dense_model_is_quantized_in_the_same_layers(
         dense, examples, model={"zeros": "free"}, quantization={"momentum": 0.1}
     )
     results = finetune(recipe, tmp_path / "run")
-    assert results["quantized"] and results["sparsity"] == 0.0
+    assert results.quantized and results.sparsity == 0.0
     assert len([n for n in load_file(tmp_path / "run/model" / quant.FILE) if "scale" in n]) == 12
 
 
@@ -397,7 +397,7 @@ def test_questions_are_answered_with_held_zeros(sparse: Path, tmp_path: Path) ->
     training = {"epochs": 60.0, "learning_rate": 1e-2}
     recipe = finetune_recipe(sparse, tmp_path, task=task, training=training)
     results = finetune(recipe, tmp_path / "run")
-    assert results["metrics"] == {"exact_match": 100.0, "squad_f1": 100.0}
+    assert results.metrics == {"exact_match": 100.0, "squad_f1": 100.0}
     assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
 
 
@@ -408,7 +408,7 @@ def test_numbers_are_predicted_with_held_zeros(sparse: Path, tmp_path: Path) -> 
     task = {"kind": "regression", "metrics": ["pearson", "spearman"]}
     recipe = finetune_recipe(sparse, tmp_path, task=task)
     results = finetune(recipe, tmp_path / "run")
-    assert set(results["metrics"]) == {"pearson", "spearman"}
+    assert set(results.metrics) == {"pearson", "spearman"}
     assert fingerprint(tmp_path / "run/model") == fingerprint(sparse)
     evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
     rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))

@@ -368,13 +368,13 @@ def test_every_kind_is_learnt_with_held_zeros(sparse: Path, tmp_path: Path, name
     recipe = finetune_recipe(sparse, tmp_path, task=task, training=training)
     results = finetune(recipe, tmp_path / "run")
     limit = 100.0 if name == "questions" else 1.0
-    first = results["metrics"][recipe.task.metrics[0]]
+    first = results.metrics[recipe.task.metrics[0]]
     assert first == pytest.approx(limit)
     assert (
         opfa.inspect(tmp_path / "run/model")["fingerprint"] == opfa.inspect(sparse)["fingerprint"]
     )
     again = evaluate_model(str(tmp_path / "run/model"), recipe, tmp_path / "answers.jsonl")
-    assert again["metrics"] == results["metrics"]
+    assert again.metrics == results.metrics
     rows = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
     for row in rows:  # all are right
         expected = (row["label"]["text"] or [""])[0] if name == "questions" else row["label"]
@@ -429,13 +429,13 @@ def test_more_validation_splits_are_measured_by_name(
 ) -> None:
     more = {"mismatched": str(examples / "train.jsonl")}
     recipe = finetune_recipe(sparse, examples, task={"more_validation": more})
-    metrics = finetune(recipe, tmp_path / "run")["metrics"]
+    metrics = finetune(recipe, tmp_path / "run").metrics
     assert list(metrics) == ["accuracy", "mismatched_accuracy"]
-    assert evaluate_model(str(tmp_path / "run/model"), recipe)["metrics"] == metrics
+    assert evaluate_model(str(tmp_path / "run/model"), recipe).metrics == metrics
     swapped = recipe.model_copy(
         update={"task": recipe.task.model_copy(update={"validation": more["mismatched"]})}
     )
-    found = evaluate_model(str(tmp_path / "run/model"), swapped)["metrics"]["accuracy"]
+    found = evaluate_model(str(tmp_path / "run/model"), swapped).metrics["accuracy"]
     assert found == metrics["mismatched_accuracy"]
 
 

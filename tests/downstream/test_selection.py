@@ -15,6 +15,7 @@ from opfa.downstream import finetune as module
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe, Sweep
+from opfa.downstream.results import Rate
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table
 from opfa.errors import RecipeError, RunError
@@ -90,7 +91,7 @@ def test_the_best_model_is_the_finished_one(
 ) -> None:
     weights = scripted(monkeypatch, 0.5, 0.8, 0.6, 0.8, 0.7)  # steps 2, 4, 6, 8, 10 (the end)
     results = finetune(selecting(sparse, examples), tmp_path / "run")
-    assert results["selected"] == {"step": 4, "accuracy": 0.8}
+    assert results.selected == {"step": 4, "accuracy": 0.8}
     kept = load_file(tmp_path / "run/model/model.safetensors")["classifier.weight"]
     assert torch.equal(kept, weights[1]) and not torch.equal(kept, weights[4])
     assert torch.equal(weights[5], weights[1])  # what was measured at the end is what was kept
@@ -134,7 +135,7 @@ def test_a_resume_keeps_the_same_best_model(
     unbroken = finetune(recipe, tmp_path / "unbroken")
 
     break_off(stop_at, finetune, recipe, tmp_path / "broken")
-    assert finetune(recipe, tmp_path / "broken", resume=True) == unbroken
+    assert finetune(recipe, tmp_path / "broken", resume=True).values() == unbroken.values()
     both = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("unbroken", "broken")]
     assert both[0] == both[1]
     digests = [model_digest(tmp_path / name / "model") for name in ("unbroken", "broken")]
@@ -189,8 +190,8 @@ def test_a_baseline_is_chosen_among_pruned_models_only(
         selection={"every_steps": 2},
     )
     results = finetune(recipe, tmp_path / "run")
-    assert results["selected"]["step"] == 8  # 6 is the first with the final mask
-    assert results["sparsity"] == pytest.approx(0.95, abs=2e-3)
+    assert results.selected and results.selected["step"] == 8  # 6 is the first with the final mask
+    assert results.sparsity == pytest.approx(0.95, abs=2e-3)
 
 
 def test_an_eight_bit_model_is_chosen_among_eight_bit_models_only(
@@ -202,9 +203,11 @@ def test_an_eight_bit_model_is_chosen_among_eight_bit_models_only(
             sparse, examples, quantization={"start": 0.5}, selection={"every_steps": 2}
         )
         results = finetune(recipe, tmp_path / "run")
-    assert results["selected"]["step"] == 6  # 5 of 10 steps only observe; 4 is one of them
+    assert (
+        results.selected and results.selected["step"] == 6
+    )  # 5 of 10 steps only observe; 4 is one of them
     again = evaluate_model(str(tmp_path / "run/model"), recipe)
-    assert again["quantized"]
+    assert again.quantized
 
 
 def test_the_validation_split_is_looked_at_once_with_a_holdout(
@@ -229,22 +232,22 @@ def test_the_validation_split_is_looked_at_once_with_a_holdout(
 def test_a_sweep_compares_means_over_seeds(sparse: Path, examples: Path, tmp_path: Path) -> None:
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-6, 2e-3]}, seed=7)
     result = sweep(recipe, tmp_path / "out", num_seeds=2)
-    names = [[run["run"] for run in row["runs"]] for row in result["rows"]]
+    names = [[run.run for run in row.runs] for row in result.rows]
     assert names == [
         ["learning_rate-1e-06/seed-7", "learning_rate-1e-06/seed-8"],
         ["learning_rate-0.002/seed-7", "learning_rate-0.002/seed-8"],
     ]
-    for row in result["rows"]:
-        values = [run["metrics"]["accuracy"] for run in row["runs"]]
-        assert row["mean"]["accuracy"] == pytest.approx(sum(values) / 2)
+    for row in result.rows:
+        values = [run.metrics["accuracy"] for run in row.runs]
+        assert row.mean["accuracy"] == pytest.approx(sum(values) / 2)
         deviation = abs(values[0] - values[1]) / 2**0.5
-        assert row["std"]["accuracy"] == pytest.approx(deviation)
-    best = max(result["rows"], key=lambda row: row["mean"]["accuracy"])
-    assert result["learning_rate"] == best["learning_rate"]
-    assert result["metrics"] == best["mean"]
-    assert (tmp_path / "out" / result["best_run"] / "model/config.json").exists()
-    assert json.loads((tmp_path / "out/results.json").read_text()) == result
-    seed = result["best_run"].rpartition("-")[2]
+        assert row.std["accuracy"] == pytest.approx(deviation)
+    best = max(result.rows, key=lambda row: row.mean["accuracy"])
+    assert result.learning_rate == best.learning_rate
+    assert result.metrics == best.mean
+    assert (tmp_path / "out" / result.best_run / "model/config.json").exists()
+    assert json.loads((tmp_path / "out/results.json").read_text()) == result.values()
+    seed = result.best_run.rpartition("-")[2]
     assert (tmp_path / "out/table.md").read_text().endswith(f"/seed-{seed}\n")
     assert (tmp_path / "out/report/sweep.png").exists()
     assert not list((tmp_path / "out").rglob("checkpoints"))
@@ -255,8 +258,8 @@ def test_a_comparison_is_sealed_as_it_is_written_without_secrets(
 ) -> None:
     secret = "hf_" + "abcdefgh" * 4
     result = sweep(finetune_recipe(sparse, examples, name=f"with {secret}"), tmp_path / "out")
-    assert seal.read_json(tmp_path / "out/results.json") == result
-    assert result["task"] == "with hf_***"
+    assert seal.read_json(tmp_path / "out/results.json") == result.values()
+    assert result.task == "with hf_***"
 
 
 def test_a_run_of_a_sweep_is_the_run_of_its_recipe(
@@ -266,15 +269,15 @@ def test_a_run_of_a_sweep_is_the_run_of_its_recipe(
     sweep(recipe, tmp_path / "out", num_seeds=2)
     alone = finetune(recipe.model_copy(update={"seed": 4}), tmp_path / "alone")
     among = json.loads((tmp_path / "out/seed-4/results.json").read_text())
-    assert among == alone
+    assert among == alone.values()
 
 
 def test_rates_that_look_alike_are_different_runs(
     sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-3, 1.0000001e-3]})
-    rows = sweep(recipe, tmp_path / "out")["rows"]
-    hashes = [row["runs"][0]["recipe_sha256"] for row in rows]
+    rows = sweep(recipe, tmp_path / "out").rows
+    hashes = [row.runs[0].recipe_sha256 for row in rows]
     assert hashes[0] != hashes[1]
 
 
@@ -283,8 +286,8 @@ def test_a_rate_that_diverges_is_told_and_is_not_the_best(
 ) -> None:
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-3, 1e30]})
     result = sweep(recipe, tmp_path / "out")
-    assert [row["num_diverged"] for row in result["rows"]] == [0, 1]
-    assert result["learning_rate"] == 1e-3
+    assert [row.num_diverged for row in result.rows] == [0, 1]
+    assert result.learning_rate == 1e-3
     assert "| 1e+30 | 0, 1 diverged |  |" in (tmp_path / "out/table.md").read_text()
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e30]})
     with pytest.raises(RunError, match="every run diverged"):
@@ -297,7 +300,7 @@ def test_a_sweep_resumes_where_it_was_and_may_get_more_seeds(
     recipe = finetune_recipe(sparse, examples)
     sweep(recipe, tmp_path / "out", num_seeds=1)
     before = (tmp_path / "out/seed-42/done.json").stat().st_mtime_ns
-    assert len(sweep(recipe, tmp_path / "out", num_seeds=2, resume=True)["rows"][0]["runs"]) == 2
+    assert len(sweep(recipe, tmp_path / "out", num_seeds=2, resume=True).rows[0].runs) == 2
     assert (tmp_path / "out/seed-42/done.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="holds another run"):
         sweep(recipe, tmp_path / "out", num_seeds=2)
@@ -318,8 +321,8 @@ def test_a_sweep_may_get_more_learning_rates_and_says_when_the_best_is_at_an_edg
     assert "at an edge" in caplog.text  # one of two is
     caplog.clear()
     result = sweep(more, tmp_path / "out", resume=True)
-    assert ("at an edge" in caplog.text) == (result["learning_rate"] in (1e-30, 4e-3))
-    assert [row["learning_rate"] for row in result["rows"]] == [1e-30, 1e-3, 2e-3, 4e-3]
+    assert ("at an edge" in caplog.text) == (result.learning_rate in (1e-30, 4e-3))
+    assert [row.learning_rate for row in result.rows] == [1e-30, 1e-3, 2e-3, 4e-3]
     assert done.stat().st_mtime_ns == before
     assert "1e-30" in (tmp_path / "out/recipe.toml").read_text()
     with pytest.raises(RunError, match="sweep was"):
@@ -364,7 +367,7 @@ def test_a_sweep_is_not_resumed_with_fewer_seeds(
         before = sweep(recipe, out, num_seeds=2)
         with pytest.raises(RunError, match="--resume with 1 seed.*holds seed-43 too; .*--seeds"):
             sweep(recipe, out, resume=True)
-        assert json.loads((out / "results.json").read_text()) == before
+        assert json.loads((out / "results.json").read_text()) == before.values()
 
 
 def test_several_runs_that_are_told_to_stop_save_and_go_on_later(
@@ -384,7 +387,7 @@ def test_several_runs_that_are_told_to_stop_save_and_go_on_later(
         with pytest.raises(Stopped, match="seed-43: stopped at step 3, which is saved"):
             sweep(recipe, out, num_seeds=2)
     assert (out / "stopped").exists() and not (out / "stop").exists()
-    assert sweep(recipe, out, num_seeds=2, resume=True) == unbroken
+    assert sweep(recipe, out, num_seeds=2, resume=True).values() == unbroken.values()
     assert not (out / "stopped").exists()
 
 
@@ -393,21 +396,24 @@ def test_the_command_runs_several_seeds(
 ) -> None:
     (tmp_path / "r.toml").write_text(finetune_recipe(sparse, examples).to_toml())
     out = str(tmp_path / "out")
-    assert command(["finetune", str(tmp_path / "r.toml"), "--output", out, "--seeds", "2"]) == 0
+    assert (
+        command(["finetune", str(tmp_path / "r.toml"), "--output", out, "--seeds", "2", "--json"])
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert [run["seed"] for run in result["rows"][0]["runs"]] == [42, 43]
     assert set(result["std"]) == {"accuracy"}
 
 
 def test_the_table_says_mean_and_deviation() -> None:
-    row = {
+    values: dict[str, Any] = {
         "num_diverged": 0,
         "learning_rate": 3e-5,
+        "score": 0.5,
         "runs": [1, 2],
-        "mean": {"accuracy": 0.5},
-        "std": {"accuracy": 0.01},
     }
-    squad = {**row, "mean": {"squad_f1": 81.234}, "std": {"squad_f1": None}}
+    row = Rate.model_construct(**values, mean={"accuracy": 0.5}, std={"accuracy": 0.01})
+    squad = Rate.model_construct(**values, mean={"squad_f1": 81.234}, std={"squad_f1": None})
     assert table([row]) == (
         "| learning rate | seeds | accuracy |\n|---:|---:|---:|\n| 3e-05 | 2 | 0.5000 ± 0.0100 |\n"
     )

@@ -74,7 +74,7 @@ def patient(**settings: str) -> dict[str, str]:
 def test_a_release_arrives_as_it_is(server: Server, tmp_path: Path) -> None:
     facts = download(f"{server.url}/m/", tmp_path / "deep/out")
     assert files_in(tmp_path / "deep/out") == release(FILES)
-    assert (facts["files"], facts["bytes"]) == (2, sum(map(len, FILES.values())))
+    assert (facts.files, facts.bytes) == (2, sum(map(len, FILES.values())))
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/out"]
     manifest.check(tmp_path / "deep/out")
 
@@ -403,7 +403,7 @@ def test_a_known_name_is_got_from_its_source_with_this_manifest_only(
     monkeypatch.setattr(index, "INDEX", tmp_path / "index.json")
     (tmp_path / "manifest").write_bytes(server.content["/m/release.json"])
     indexed(server, tmp_path / "index.json", digest(tmp_path / "manifest"))
-    assert download("known", tmp_path / "out")["files"] == 2
+    assert download("known", tmp_path / "out").files == 2
     indexed(server, tmp_path / "index.json", "0" * 64)
     with pytest.raises(ModelError, match=r"is not the one that opfa knows"):
         download("known", tmp_path / "other")
@@ -421,7 +421,9 @@ def test_the_commands_print_figures_and_json(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["download", f"{server.url}/m", "--output", str(tmp_path / "out")]) == 0
-    assert "complete; 2 files, 300,022 bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "complete; each file checked against its manifest" in shown
+    assert "300,022" in shown and f"opfa inspect {tmp_path}/out" in shown
     arguments = ["download", f"{server.url}/m", "--output", str(tmp_path / "out"), "--json"]
     assert cli.run(arguments) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 300_022

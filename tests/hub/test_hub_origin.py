@@ -70,7 +70,7 @@ def test_a_release_arrives_and_the_cache_has_it(server: Server, tmp_path: Path) 
     facts = download(NAME, tmp_path / "out", endpoint=server.url)
     manifest = server.content[MANIFEST_PATH]
     assert files_in(tmp_path / "out") == release(FILES)
-    assert facts["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert facts.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
     cached = try_to_load_from_cache(NAME, "model.safetensors", revision="main")
     assert isinstance(cached, str) and Path(cached).read_bytes() == WEIGHTS
     assert not (tmp_path / "out/model.safetensors").is_symlink()
@@ -224,7 +224,7 @@ def test_without_a_manifest_data_are_taken_and_held_to_the_listing(
     facts = download(NAME, tmp_path / "out", endpoint=bare.url)
     taken = ("config.json", "model.safetensors", "README.md")
     assert files_in(tmp_path / "out") == {name: PLAIN[name] for name in taken}
-    assert facts["manifest_sha256"] is None
+    assert facts.manifest_sha256 is None
     assert "has no release.json; checked against the Hub's own listing" in caplog.text
 
 

@@ -41,8 +41,9 @@ def test_quickstart_ends_with_a_table_and_pictures(
     summary = module.quickstart(short)
     names = ["majority class", *module.VARIANTS]
     assert [row.model for row in summary.rows] == names
-    printed = capsys.readouterr().out
+    printed = str(summary)
     assert all(name in printed for name in names)
+    assert f"Runs, recipes and pictures: {short}" in printed and not capsys.readouterr().out
     assert summary.zeros_held
     assert (short / "quickstart.png").stat().st_size > 1000
     assert json.loads((short / "quickstart.json").read_text()) == summary.values()

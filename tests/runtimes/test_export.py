@@ -33,6 +33,7 @@ from opfa.models.encoders import HEADS, load_finetuned_model
 from opfa.runtimes import export, onnx_graph, parity
 from opfa.runtimes.onnx_graph import nonzeros
 from opfa.runtimes.parity import OnnxModel, session_options
+from opfa.runtimes.results import Parity
 from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
 from opfa.tasks.kinds import load_validation
@@ -282,8 +283,8 @@ def test_an_altered_zero_turns_the_report_red(
     path = altered(exported[0], MATRIX, one_live, tmp_path / "a.onnx")
     model = loaded(run, exported[1]["precision"])
     found, wrong = export._zeros(inspect(run / "model"), model, path)
-    assert found["zeros"]["onnx"] == exported[1]["zeros"]["onnx"] - 1
-    assert found["fingerprint"]["onnx"] != found["fingerprint"]["model"]
+    assert found["zeros"].onnx == exported[1]["zeros"]["onnx"] - 1
+    assert found["fingerprint"].onnx != found["fingerprint"].model
     assert len(wrong) == 1
 
 
@@ -459,8 +460,8 @@ def test_answers_are_compared_as_texts_and_numbers_by_their_logits(
         finetune(recipe, output)
         path = output / "onnx" / "a.onnx"
         result = export.export(str(output / "model"), path, task=recipe.task)
-        assert result["precision"] == ("fp32" if kind is numbers else "int8")
-        equal = result["parity"]["equal_predictions"]
+        assert result.precision == ("fp32" if kind is numbers else "int8")
+        equal = result.parity and result.parity.equal_predictions
         assert equal == (None if kind is numbers else 1.0)
 
 
@@ -471,11 +472,11 @@ def found(
     *,
     again: float | None = None,
     repeated: float = 1,
-) -> dict[str, Any]:
+) -> Parity:
     again = ours if again is None else again
     metrics = {"torch": {"a": ours}, "onnx": {"a": theirs}, "torch, disturbed": {"a": again}}
     shares = {"equal_predictions": equal, "repeated_predictions": repeated}
-    return {"max_difference": 0.5, "examples": 2500, **shares, "metrics": metrics}
+    return Parity(max_difference=0.5, examples=2500, **shares, metrics=metrics)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def found(
         ("classification", found(0.9, 0.9076, 0.95, repeated=0.95), 1),
     ],
 )
-def test_tolerances_in_8_bits(kind: Any, report: dict[str, Any], num_problems: int) -> None:
+def test_tolerances_in_8_bits(kind: Any, report: Parity, num_problems: int) -> None:
     task = Task.model_construct(kind=kind)
     assert len(parity.problems(report, task, is_int8=True)) == num_problems
 
@@ -525,7 +526,7 @@ def test_windows_without_a_token_do_not_differ() -> None:
 
 @pytest.mark.parametrize(("difference", "is_fine"), [(9e-5, 1), (2e-4, 0), (float("nan"), 0)])
 def test_tolerance_in_fp32(difference: float, is_fine: bool) -> None:
-    report = {"max_difference": difference}
+    report = Parity(examples=1, max_difference=difference, equal_predictions=None, metrics={})
     assert (parity.problems(report, Task(), is_int8=False) == []) == bool(is_fine)
 
 

@@ -35,8 +35,8 @@ from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
 from opfa.models.configs import quiet_transformers, wordpiece_tokenizer
-from opfa.release.release import release, unpack
-from opfa.release.rounding import write_weights
+from opfa.releases.release import release, unpack
+from opfa.releases.rounding import write_weights
 from opfa.runtimes.export import export
 
 WORDS = sorted({word for line in (*SUBJECTS, *VERBS, *OBJECTS) for word in line.split()})
@@ -262,7 +262,7 @@ def test_every_zero_is_held_from_fine_tuning_in_8_bits_to_release_and_export(
         results = finetune(recipe, path / "run")
         model = load_file(path / "run/model/model.safetensors")
         assert_same_zeros(model.items(), zeros)
-        assert results["quantized"] == bool(bits)
+        assert results.quantized == bool(bits)
         num_zeros = sum(int(mask.sum()) for mask in zeros.values())
         stated = opfa.inspect(path / "run/model")
         assert (stated["stated"], stated["total"]["zeros"]) == ("matches", num_zeros)
@@ -277,8 +277,8 @@ def test_every_zero_is_held_from_fine_tuning_in_8_bits_to_release_and_export(
             assert (found["stated"], found["fingerprint"]) == ("matches", stated["fingerprint"])
         if family == "bert" or IS_LONG:  # about 5 seconds each; two of these matrices are equal
             exported = export(str(path / "run/model"), path / "model.onnx")
-            assert exported["fingerprint"]["onnx"] == stated["fingerprint"]
-            assert exported["precision"] == ("int8" if bits else "fp32")
+            assert exported.fingerprint.onnx == stated["fingerprint"]
+            assert exported.precision == ("int8" if bits else "fp32")
 
 
 def test_a_zero_matrix_is_locked_counted_and_held_in_fine_tuning_and_calibration(
@@ -301,7 +301,7 @@ def test_a_zero_matrix_is_locked_counted_and_held_in_fine_tuning_and_calibration
     assert counted["layers"][0]["kinds"]["attention.self.query"] == 1.0
     training = {"epochs": 0.5, "batch": 8, "learning_rate": 0.1}
     recipe = finetune_recipe(directory, examples, training=training)
-    assert finetune(recipe, tmp_path / "run")["sparsity"] == 1.0
+    assert finetune(recipe, tmp_path / "run").sparsity == 1.0
     assert_same_zeros(load_file(tmp_path / "run/model/model.safetensors").items(), zeros)
     calibrate(str(tmp_path / "run/model"), recipe, tmp_path / "eight", num_examples=8)
     assert_same_zeros(load_file(tmp_path / "eight/model.safetensors").items(), zeros)
@@ -367,7 +367,7 @@ def test_all_matrices_of_the_layers_are_in_8_bits_whichever_are_sparse(
         sections["pruning"] = {"schedule": schedule, "pattern": {"include": ["intermediate"]}}
     recipe = finetune_recipe(tmp_path / "foreign", examples, **sections)
     results = finetune(recipe, tmp_path / "run")
-    assert results["quantized"]
+    assert results.quantized
     ranges = load_file(tmp_path / "run/model" / quant.FILE)
     scales = [name for name in ranges if name.endswith("weight_scale")]
     assert sorted(scales) == sorted(f"{name}_scale" for name in expected)
@@ -379,7 +379,7 @@ def test_all_matrices_of_the_layers_are_in_8_bits_whichever_are_sparse(
         release(tmp_path / "run", tmp_path / "small", form="compact-int8")
         assert opfa.inspect(tmp_path / "small")["fingerprint"] == found["fingerprint"]
         again = evaluate_model(str(tmp_path / "small"), recipe)
-        assert again["quantized"]
+        assert again.quantized
     elif zeros == "pruned":
         pruned = [name for name in expected if "intermediate" in name]
         assert [found["tensors"][name]["sparsity"] for name in pruned] == [0.75, 0.75]

@@ -452,7 +452,7 @@ def test_roberta_with_a_tokenizer_of_bert_trains_on_pairs(tmp_path: Path, is_pai
     recipe = finetune_recipe(tmp_path / "model", tmp_path, task=task)
     finetune(recipe, tmp_path / "run")
     found = evaluate_model(str(tmp_path / "run/model"), recipe)
-    assert set(found["metrics"]) == {"accuracy"}
+    assert set(found.metrics) == {"accuracy"}
 
 
 # The Hub.

@@ -19,7 +19,7 @@ from opfa.training import loop
 from opfa.training.checkpoint import model_digest, save_point
 from opfa.training.distributed import Stopped
 from opfa.training.loop import Concern, Progress
-from opfa.training.state import Run, Runs, save_runs
+from opfa.training.state import Piece, Pieces, save_pieces
 from opfa.upstream.pretrain import pretrain
 
 DECAY = 0.5
@@ -41,10 +41,10 @@ class Averaging(Concern):
         self.save(at, at.run.directory)
 
     def save(self, at: Progress, directory: Path) -> None:
-        save_runs(directory / FILE, (Run(n, 0, mean) for n, mean in self.mean.items()), {})
+        save_pieces(directory / FILE, (Piece(n, 0, mean) for n, mean in self.mean.items()), {})
 
     def load(self, at: Progress, directory: Path) -> None:
-        saved, parameters = Runs(directory, FILE), dict(at.model.named_parameters())
+        saved, parameters = Pieces(directory, FILE), dict(at.model.named_parameters())
         self.mean = {n: saved.whole(n, at.engine.read(p).numel()) for n, p in parameters.items()}
 
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from opfa.errors import RunError
-from opfa.training.state import Run, Runs, save_runs
+from opfa.training.state import Piece, Pieces, save_pieces
 
 
-def saved(directory: Path, *starts: int) -> Runs:
-    """Runs of two elements each, every one in a file of its own."""
+def saved(directory: Path, *starts: int) -> Pieces:
+    """Pieces of two elements each, every one in a file of its own."""
     for index, start in enumerate(starts):
         values = torch.tensor([start, start + 1.0])
-        save_runs(directory / f"state-{index}.safetensors", [Run("a/b@c", start, values)], {"n": 1})
-    return Runs(directory, "state-*.safetensors")
+        save_pieces(
+            directory / f"state-{index}.safetensors", [Piece("a/b@c", start, values)], {"n": 1}
+        )
+    return Pieces(directory, "state-*.safetensors")
 
 
 def test_runs_are_joined_in_order_whatever_file_they_are_in(tmp_path: Path) -> None:
@@ -40,11 +42,11 @@ def test_an_empty_tensor_needs_no_run_and_an_unknown_one_is_refused(tmp_path: Pa
 
 def test_signs_of_zero_and_all_bits_survive(tmp_path: Path) -> None:
     values = torch.tensor([-0.0, float("nan"), 1e-42, -1.5])
-    save_runs(tmp_path / "state-0.safetensors", [Run("w", 0, values)], {})
-    found = Runs(tmp_path, "state-*.safetensors").whole("w", 4)
+    save_pieces(tmp_path / "state-0.safetensors", [Piece("w", 0, values)], {})
+    found = Pieces(tmp_path, "state-*.safetensors").whole("w", 4)
     assert torch.equal(found.view(torch.int32), values.view(torch.int32))
 
 
 def test_a_directory_without_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no training state"):
-        Runs(tmp_path, "state-*.safetensors")
+        Pieces(tmp_path, "state-*.safetensors")

@@ -19,8 +19,8 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
 from opfa.errors import DataError, ModelError, OpfaError, RunError
-from opfa.release.provenance import row_of
-from opfa.release.release import release
+from opfa.releases.provenance import row_of
+from opfa.releases.release import release
 from opfa.storage import seal
 from opfa.training import checkpoint, metrics
 from opfa.upstream.prepared import Prepared

@@ -15,8 +15,8 @@ from opfa.bench import train as bench_train
 from opfa.compression import distill
 from opfa.errors import RecipeError
 from opfa.models.pretraining import load_pretraining_model
-from opfa.release.provenance import row_of
-from opfa.release.release import release
+from opfa.releases.provenance import row_of
+from opfa.releases.release import release
 from opfa.training.checkpoint import model_digest
 from opfa.upstream import objective as objective_module
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
@@ -121,7 +121,7 @@ def test_pictures_results_and_cards_are_made(clean: Path, tmp_path: Path) -> Non
     last = rows_of(clean)[-1]["hidden_loss"]
     assert row_of("x", clean).metrics == {"hidden_loss": last}
     facts = release(clean, tmp_path / "out")
-    assert facts["metrics"] == {"hidden_loss": last}
+    assert facts.metrics == {"hidden_loss": last}
     assert "feature-extraction" in (tmp_path / "out/README.md").read_text()
 
 

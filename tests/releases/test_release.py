@@ -29,9 +29,9 @@ from opfa.downstream.sweep import sweep
 from opfa.errors import ModelError, RecipeError, RunError
 from opfa.hub import manifest
 from opfa.models.encoders import load_finetuned_model
-from opfa.release import rounding
-from opfa.release.release import push, release, unpack
-from opfa.release.rounding import write_weights
+from opfa.releases import rounding
+from opfa.releases.release import push, release, unpack
+from opfa.releases.rounding import write_weights
 from opfa.report import pictures
 from opfa.storage import seal
 from opfa.training import finished
@@ -94,9 +94,9 @@ def test_a_dense_release_is_the_model_of_the_run_with_everything_to_check_it(
         one, other = ((d / name).read_text() for d in (released, run / "model"))
         assert json.loads(one) == json.loads(other)
     results = json.loads((run / "results.json").read_text())
-    assert facts["metrics"] == results["metrics"]
-    assert facts["fingerprint"] == inspect(released)["fingerprint"]
-    assert manifest.read(released).facts == facts
+    assert facts.metrics == results["metrics"]
+    assert facts.fingerprint == inspect(released)["fingerprint"]
+    assert manifest.read(released).facts == facts.values()
 
 
 def test_a_compact_release_answers_as_the_run(run: Path, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_8_bits_of_a_quantized_model_are_the_same_8_bits(quantized: Path, tmp_pa
     stored = compact.CompactFile(tmp_path / "out" / compact.FILE)
     kinds = {form.dtype for name, form in stored.forms.items() if ".layer." in name}
     assert kinds == {torch.int8}
-    assert facts["quantized"]
+    assert facts.quantized
     written = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert len(written) == 2  # the ranges too
-    assert facts["bytes"] == sum(written)
+    assert facts.bytes == sum(written)
 
 
 def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
@@ -124,7 +124,7 @@ def test_8_bits_without_training_keep_the_zeros_and_are_measured_anew(
     facts = release(run, tmp_path / "out", form="compact-int8")
     assert inspect(tmp_path / "out")["stated"] == "matches"
     recipe = FinetuneRecipe.read(run / "recipe.toml")
-    assert facts["metrics"] == evaluate_model(str(tmp_path / "out"), recipe)["metrics"]
+    assert facts.metrics == evaluate_model(str(tmp_path / "out"), recipe).metrics
     card = (tmp_path / "out" / "README.md").read_text()
     assert "matrices of the layers and embeddings in 8 bits, others in fp16" in card
     before = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
@@ -136,14 +136,14 @@ def test_rounded_weights_are_measured_on_every_split_of_the_run(
 ) -> None:
     more = str(examples / "train.jsonl")
     recipe = finetune_recipe(sparse, examples, task={"more_validation": {"mismatched": more}})
-    before = finetune(recipe, tmp_path / "run")["metrics"]
+    before = finetune(recipe, tmp_path / "run").metrics
     facts = release(tmp_path / "run", tmp_path / "out", form="compact-int8")
-    assert list(facts["metrics"]) == ["accuracy", "mismatched_accuracy"]
+    assert list(facts.metrics) == ["accuracy", "mismatched_accuracy"]
     task = recipe.task.model_copy(update={"validation": more})
     swapped = recipe.model_copy(update={"task": task})
-    found = evaluate_model(str(tmp_path / "out"), swapped)["metrics"]["accuracy"]
-    assert facts["metrics"]["mismatched_accuracy"] == found
-    cells = " | ".join(f"{before[name]:.4f}" for name in facts["metrics"])
+    found = evaluate_model(str(tmp_path / "out"), swapped).metrics["accuracy"]
+    assert facts.metrics["mismatched_accuracy"] == found
+    cells = " | ".join(f"{before[name]:.4f}" for name in facts.metrics)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| before it was rounded | {SPARSITY} | 1 | {cells} |" in card
 
@@ -154,7 +154,7 @@ def test_rounded_weights_are_measured_on_the_same_data_wherever_they_are_now(
     shutil.copy(examples / "validation.jsonl", tmp_path / "moved.jsonl")
     override = f"task.validation={tmp_path / 'moved.jsonl'}"
     facts = release(run, tmp_path / "out", form="compact-int8", overrides=[override])
-    assert facts["metrics_of"] == "these files"
+    assert facts.metrics_of == "these files"
     other = f"task.validation={examples / 'train.jsonl'}"
     with pytest.raises(
         RunError, match=r"train\.jsonl': is other data than the run was evaluated on"
@@ -179,7 +179,7 @@ def test_a_pretrained_model_in_8_bits_says_that_its_loss_is_not_of_these_files(
     sparse: Path, tmp_path: Path
 ) -> None:
     facts = release(sparse.parent, tmp_path / "out", form="compact-int8")
-    assert facts["metrics_of"] == "the weights before rounding"
+    assert facts.metrics_of == "the weights before rounding"
     text = (tmp_path / "out" / "README.md").read_text()
     assert "that of the weights before they were rounded" in text
 
@@ -504,7 +504,7 @@ def test_the_snippets_of_a_pretrained_model_run(
         exec(code, {})
     lines = (sparse.parent / "metrics.jsonl").read_text().splitlines()
     evaluations = [row for row in map(json.loads, lines) if row.get("eval")]
-    assert facts["metrics"] == {"mlm_loss": evaluations[-1]["mlm_loss"]}
+    assert facts.metrics == {"mlm_loss": evaluations[-1]["mlm_loss"]}
 
 
 def test_the_card_offers_a_download_only_of_a_name_with_an_owner(run: Path, tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ def test_a_model_that_learnt_hidden_states_alone_is_released_as_an_encoder(
     assert "hidden_loss" in drawn and "mlm_loss" not in drawn
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     facts = release(tmp_path / "run", tmp_path / "tiny")
-    assert facts["metrics"] == {"hidden_loss": last["hidden_loss"]}
+    assert facts.metrics == {"hidden_loss": last["hidden_loss"]}
     card = (tmp_path / "tiny/README.md").read_text()
     assert "from transformers import AutoModel, AutoTokenizer" in card
     assert "pipeline_tag: feature-extraction" in card
@@ -571,15 +571,15 @@ def test_the_card_says_what_the_files_say(run: Path, quantized: Path, tmp_path: 
     (entry,) = data["model-index"]
     assert entry["name"] == "tiny-cats"
     (metric,) = entry["results"][0]["metrics"]
-    assert (metric["type"], metric["value"]) == ("accuracy", facts["metrics"]["accuracy"])
+    assert (metric["type"], metric["value"]) == ("accuracy", facts.metrics["accuracy"])
     total = json.loads((tmp_path / "out" / "sparsity.json").read_text())["total"]
     assert f"{total['zeros']:,} of {total['size']:,}" in card.text
     num_weights = sum(tensor.numel() for tensor in weights(tmp_path / "out").values())
     assert f"are zero, {total['zeros'] / num_weights:.1%} of all its weights" in card.text
-    assert facts["fingerprint"] in card.text
+    assert facts.fingerprint in card.text
     other = json.loads((quantized / "results.json").read_text())["metrics"]["accuracy"]
     assert f"| 8 bits | {SPARSITY} | 1 | {other:.4f} |" in card.text
-    assert facts["recipe_sha256"] in card.text
+    assert facts.recipe_sha256 in card.text
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert f"| `model.safetensors` (SHA-256) | `{sha256(written).hexdigest()}` |" in card.text
     assert card.text.count("That run started from this one:") == 1  # two runs
@@ -603,7 +603,7 @@ def test_a_local_model_is_no_base_model_of_the_hub_wherever_the_release_is_made(
     monkeypatch.chdir(tmp_path)
     finetune(finetune_recipe(Path("models/encoder"), examples), tmp_path / "run")
     monkeypatch.chdir(tmp_path / "models")
-    assert release(tmp_path / "run", tmp_path / "out")["base_model"] is None
+    assert release(tmp_path / "run", tmp_path / "out").base_model is None
 
 
 def test_runs_on_other_data_are_not_compared(

@@ -26,10 +26,11 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub import manifest
 from opfa.hub.publish import check_name, push
-from opfa.release import provenance
-from opfa.release.card import PICTURE, Release, model_card
-from opfa.release.provenance import Facts, Row, Step
-from opfa.release.rounding import PLAIN, Dtype, Format, write_weights
+from opfa.releases import provenance
+from opfa.releases.card import PICTURE, Release, model_card
+from opfa.releases.provenance import Facts, Measurement, Step
+from opfa.releases.results import ReleaseResult, UnpackResult
+from opfa.releases.rounding import PLAIN, Dtype, Format, write_weights
 from opfa.report import pictures
 from opfa.sparsity import masks
 from opfa.storage import seal
@@ -64,7 +65,7 @@ def release(
     base_model: str | None = None,
     compare: Mapping[str, Path] | None = None,
     overrides: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> ReleaseResult:
     """Write a release and return what its manifest says of it.
 
     `name` is what the card calls it (default: the directory's name). `dtype` is for what is not in
@@ -111,7 +112,7 @@ def release(
             base_model=base_model or provenance.base_model(steps),
         )
         _describe(found, inspected, aside)
-    return found.facts()
+    return ReleaseResult.model_validate({"directory": output, **found.facts()})
 
 
 def _write_model(
@@ -149,7 +150,7 @@ def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
     manifest.check(directory)
 
 
-def unpack(directory: Path, output: Path) -> None:
+def unpack(directory: Path, output: Path) -> UnpackResult:
     """Write the plain form of a compact model: what transformers reads without opfa."""
     check_new(output)
     packed = directory / compact.FILE
@@ -166,6 +167,8 @@ def unpack(directory: Path, output: Path) -> None:
         if stated is not None:
             shutil.copy(directory / "sparsity.json", aside)
             verify(aside, stated)
+    zeros = None if stated is None else stated["total"]["zeros"]
+    return UnpackResult(directory=output, bytes=(output / PLAIN).stat().st_size, zeros=zeros)
 
 
 def _check_is_finished(run: Path) -> None:
@@ -207,7 +210,7 @@ def _measuring(step: Step, overrides: Sequence[str], *, may_round: bool) -> Fine
     return FinetuneRecipe.read(step.run / "recipe.toml", overrides) if step.kind else None
 
 
-def _measured(directory: Path, recipe: FinetuneRecipe, before: Row) -> list[Row]:
+def _measured(directory: Path, recipe: FinetuneRecipe, before: Measurement) -> list[Measurement]:
     found = measure(str(directory), recipe)
     if found.examples_sha256 != before.data:
         what = "is other data than the run was evaluated on; a release is measured on the same"

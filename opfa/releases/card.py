@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from opfa.release.provenance import Facts, Row, Step
+from opfa.releases.provenance import Facts, Measurement, Step
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import layer_of
 from opfa.tasks.kinds import KINDS
@@ -43,7 +43,7 @@ class Release:
     whole_sparsity: float  # share of zeros among all weights
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
-    rows: Sequence[Row]  # of the model itself first
+    rows: Sequence[Measurement]  # of the model itself first
     is_measured: bool  # whether the first row was measured on these very files
     licence: str | None
     base_model: str | None

@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One line of the results: a model's metrics, means where there are several seeds."""
 
     label: str
@@ -117,7 +117,7 @@ def shortened(value: Any) -> Any:  # Any: what JSON can hold
     return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
 
 
-def own_rows(step: Step) -> list[Row]:
+def own_rows(step: Step) -> list[Measurement]:
     """The results of a run, and the mean over the seeds of its recipe where there are several."""
     rows = [_row("this model", step)]
     run = step.run.absolute()  # the parent of a single relative name is "."
@@ -129,14 +129,14 @@ def own_rows(step: Step) -> list[Row]:
     return rows
 
 
-def row_of(label: str, run: Path) -> Row:
+def row_of(label: str, run: Path) -> Measurement:
     """The results of a run, or of the best learning rate of several."""
     if rates := [row for row in _rates(run) if row["score"] is not None]:
         return _mean(label, max(rates, key=lambda row: row["score"]), run)
     return _row(label, step_of(run))
 
 
-def _row(label: str, step: Step) -> Row:
+def _row(label: str, step: Step) -> Measurement:
     """The results of a run; of a pre-training its loss on held-out text."""
     path = step.run / ("results.json" if step.kind else finished.FILE)
     found = seal.read_json(path) if step.kind else step.done
@@ -146,7 +146,7 @@ def _row(label: str, step: Step) -> Row:
         else:
             metric = PretrainRecipe.check(step.recipe).metric
             values = {metric: last_evaluation(step.run)[metric]}
-        return Row(label=label, metrics=values, sparsity=found["sparsity"], data=step.data)
+        return Measurement(label=label, metrics=values, sparsity=found["sparsity"], data=step.data)
 
 
 def last_evaluation(run: Path) -> Facts:
@@ -163,9 +163,9 @@ def _rates(sweep: Path) -> list[dict[str, Any]]:
     return seal.read_json(path).get("rows", []) if path.is_file() else []
 
 
-def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:
+def _mean(label: str, row: dict[str, Any], sweep: Path) -> Measurement:
     runs = row["runs"]
-    return Row(
+    return Measurement(
         label=label,
         metrics=row["mean"],
         deviations=row["std"],
@@ -175,7 +175,7 @@ def _mean(label: str, row: dict[str, Any], sweep: Path) -> Row:
     )
 
 
-def check_comparable(rows: Sequence[Row]) -> None:
+def check_comparable(rows: Sequence[Measurement]) -> None:
     """Refuse rows that were measured on other data than the first."""
     for row in rows[1:]:
         if row.data != rows[0].data:

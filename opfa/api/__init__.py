@@ -1,0 +1,1 @@
+"""What `import opfa` gives: every command as a function."""

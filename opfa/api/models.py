@@ -1,0 +1,154 @@
+"""Finished models: look at them, get them, make them small and pass them on, as functions.
+
+As in `opfa.api.train`: paths as text or `Path`, frozen results, `OpfaError`, no end of the process.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from opfa.api.progress import progress
+from opfa.api.recipes import AnyRecipe, Overrides, recipe_of, words_of
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.errors import RunError
+from opfa.hub.index import Released
+from opfa.storage.files import check_file, check_new
+
+if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
+    from opfa.hub.results import DownloadResult, PushResult
+    from opfa.releases.results import ReleaseResult, UnpackResult
+    from opfa.runtimes.results import ExportResult
+    from opfa.weights.comparison import Comparison
+
+Form = Literal["dense", "compact", "compact-int8"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+
+
+def compare(before: str | Path, after: str | Path) -> "Comparison":
+    """What changed between two checkpoints: masks, zeros by layer, and distances of weights.
+
+    Each is a directory, a run, a weight file or a Hub name.
+    """
+    from opfa.weights.comparison import compare as execute
+
+    return execute(str(before), str(after))
+
+
+def list_models() -> list[Released]:
+    """The released models that `download` knows by name; a figure is None if nobody measured it."""
+    from opfa.hub.index import released
+
+    return released()
+
+
+@progress()
+def download(
+    name: str, output: str | Path, *, revision: str | None = None, endpoint: str | None = None
+) -> "DownloadResult":
+    """Get a released model into the new directory `output`, and verify every file.
+
+    `name` is of the Hub or of `list_models`, an https URL or a directory; `revision` a branch, tag
+    or commit of the Hub, `endpoint` a mirror of it. An output that is the same already stays.
+    """
+    from opfa.hub.download import download as execute
+
+    return execute(name, Path(output), revision=revision, endpoint=endpoint)
+
+
+@progress()
+def release(
+    run: str | Path,
+    output: str | Path,
+    overrides: Overrides = (),
+    *,
+    format: Form = "dense",
+    dtype: Dtype | None = None,
+    embeddings: Literal["int8", "same"] | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    compare: Mapping[str, str | Path] | None = None,
+    push: str | None = None,
+    private: bool = False,
+    endpoint: str | None = None,
+) -> "ReleaseResult":
+    """Make a finished run a release: verified weights, card and manifest, in the new `output`.
+
+    `format` is plain safetensors, or positions and values; `dtype` (fp32, with compact-int8 fp16)
+    is for what is not in 8 bits, and `embeddings` is for compact-int8. Rounded weights are measured
+    again; `overrides` say where the data are now. The card has `name` (the directory's), `license`
+    as the Hub calls it, the `base_model` it began with, and the results of the runs to `compare`
+    with, by label. `push` then uploads it to this Hub name.
+    """
+    if push is None and (private or endpoint):
+        raise RunError("private and endpoint are for push")
+    check_new(Path(output))
+    from opfa.releases import release as releasing
+
+    found = releasing.release(
+        Path(run),
+        Path(output),
+        name=name or push,
+        form=format,
+        dtype=dtype,
+        embeddings=None if embeddings is None else embeddings == "int8",
+        licence=license,
+        base_model=base_model,
+        compare={label: Path(path) for label, path in (compare or {}).items()},
+        overrides=words_of(overrides),
+    )
+    if push is None:
+        return found
+    uploaded = releasing.push(Path(output), push, endpoint=endpoint, private=private)
+    return found.model_copy(update={"address": uploaded.address})
+
+
+@progress()
+def push(
+    directory: str | Path, name: str, *, private: bool = False, endpoint: str | None = None
+) -> "PushResult":
+    """Verify a release and upload it to a Hub name as one commit, which replaces older files."""
+    from opfa.hub.publish import push as execute
+
+    return execute(Path(directory), name, endpoint=endpoint, private=private)
+
+
+@progress()
+def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
+    """Write the plain form of a compact model, which transformers reads without opfa."""
+    check_new(Path(output))
+    from opfa.releases.release import unpack as execute
+
+    return execute(Path(directory), Path(output))
+
+
+@progress()
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    precision: Literal["int8", "fp32"] | None = None,
+    verify: str | Path | None = None,
+    recipe: AnyRecipe | None = None,
+    report: str | Path | None = None,
+) -> "ExportResult":
+    """Write a fine-tuned model as the new file `output`, FILE.onnx, tokenizer beside it.
+
+    By default in 8 bits if the model has its ranges. `verify`, a file or a Hub split, goes through
+    torch and ONNX Runtime first, as `recipe`'s task says; nothing is written if they differ.
+    `report` is a JSON file for the result. Needs `opfa[export]`.
+    """
+    if (verify is None) != (recipe is None):
+        raise RunError("verify and recipe need each other: data, and what their columns mean")
+    check_new(Path(output), "file")
+    if report is not None:
+        check_file(Path(report))
+    task = None
+    if verify is not None and recipe is not None:
+        checked = recipe_of(FinetuneRecipe, recipe, ())
+        task = checked.task.model_copy(update={"validation": str(verify)})
+    from opfa.runtimes.export import export as execute
+
+    is_int8 = None if precision is None else precision == "int8"
+    file = None if report is None else Path(report)
+    return execute(str(model), Path(output), is_int8=is_int8, task=task, report=file)

@@ -1,0 +1,158 @@
+"""One-shot pruning of any encoder, in memory or on disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from opfa.api.progress import progress
+from opfa.compression.grains import Grain
+from opfa.compression.pattern import ENCODER_LAYER
+from opfa.compression.scores import Score
+from opfa.errors import ModelError, RunError
+from opfa.report.outcome import Outcome, Place, percent
+from opfa.report.tables import Table
+from opfa.storage.files import check_new, new_directory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from opfa.compression.oneshot import OneShot
+
+Scope = Literal["layer", "global"]
+ScoreName = Literal["magnitude"]
+GrainName = Literal["weight"]
+
+
+class PruneResult(Outcome):
+    """What was pruned, counted; the last keys are those of `sparsity.json`."""
+
+    directory: Place | None  # None for a model in memory
+    score: str
+    scope: Scope
+    zeros: int
+    size: int  # of the pruned tensors together
+    sparsity: float
+    fingerprint: str
+    tensors: dict[str, dict[str, Any]]  # by name: shape, zeros, sparsity
+
+    def table(self) -> Table:
+        """How many weights of how many."""
+        rows = [
+            ("zeros", f"{self.zeros:,}"),
+            ("weights", f"{self.size:,}"),
+            ("sparsity", percent(self.sparsity)),
+            ("matrices", f"{len(self.tensors):,}"),
+        ]
+        name = "model" if self.directory is None else self.directory.name
+        return Table((name, f"{self.score}, one shot"), rows, numbers_from=1)
+
+    def places(self) -> Mapping[str, Path | str]:
+        """The model, if it was written."""
+        return {} if self.directory is None else {"model": self.directory}
+
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """To look at it, and to fine-tune it with its zeros held."""
+        if self.directory is None:
+            return []
+        tune = ("finetune", "RECIPE", "--output", "RUN", f"model.init={self.directory}")
+        return [("inspect", self.directory), tune]
+
+
+@overload
+def prune(
+    model: "nn.Module",
+    sparsity: float,
+    output: None = None,
+    *,
+    scope: Scope = "layer",
+    score: ScoreName | Score = "magnitude",
+    grain: GrainName | Grain = "weight",
+    include: Sequence[str] = (ENCODER_LAYER,),
+    exclude: Sequence[str] = (),
+) -> PruneResult: ...
+@overload
+def prune(
+    model: str | Path,
+    sparsity: float,
+    output: str | Path,
+    *,
+    scope: Scope = "layer",
+    score: ScoreName | Score = "magnitude",
+    grain: GrainName | Grain = "weight",
+    include: Sequence[str] = (ENCODER_LAYER,),
+    exclude: Sequence[str] = (),
+) -> PruneResult: ...
+@progress()
+def prune(
+    model: "str | Path | nn.Module",
+    sparsity: float,
+    output: str | Path | None = None,
+    *,
+    scope: Scope = "layer",
+    score: ScoreName | Score = "magnitude",
+    grain: GrainName | Grain = "weight",
+    include: Sequence[str] = (ENCODER_LAYER,),
+    exclude: Sequence[str] = (),
+) -> PruneResult:
+    """Prune an encoder in one shot: exactly round(sparsity * size) of its weights become +0.0.
+
+    A model in memory is changed in place and stays plain: `opfa.lock` it before training. A
+    directory, a run or a Hub name is written to the new directory `output`, with its head and its
+    tokenizer, for transformers and for `model.init` of a recipe.
+
+    `scope` says whether each matrix reaches the sparsity, or all together. `score` is what a weight
+    is worth, `grain` what is pruned together: a name, or an object of your own class. `include` and
+    `exclude` are regular expressions that are searched for in names of linear layers; by default
+    those of the numbered layers. Raises `RecipeError` for settings, `ModelError` for models.
+    """
+    from opfa.compression.oneshot import OneShot
+
+    named = {key: one for key, one in (("score", score), ("grain", grain)) if isinstance(one, str)}
+    given = {"include": [*include], "exclude": [*exclude], "scope": scope, "sparsity": sparsity}
+    settings = OneShot.check({**given, **named}, "prune")
+    own = {
+        "score": score if isinstance(score, Score) else None,
+        "grain": grain if isinstance(grain, Grain) else None,
+    }
+    if not isinstance(model, (str, Path)):
+        if output is not None:
+            raise RunError(f"output = {str(output)!r}: is for a model on disk; save this one after")
+        return _pruned(model, settings, None, own)
+    if output is None:
+        raise RunError(f"{model}: is not in memory, so give the new directory `output`")
+    return _written(str(model), settings, Path(output), own)
+
+
+def _pruned(
+    model: "nn.Module", settings: "OneShot", output: Path | None, own: Mapping[str, Any]
+) -> PruneResult:
+    from opfa.compression.oneshot import prune_once
+
+    report = prune_once(model, settings, **own)
+    named = settings.score if own["score"] is None else own["score"]
+    return PruneResult(
+        directory=output,
+        score=getattr(named, "kind", type(named).__name__),  # one of your own may have no name
+        scope=settings.scope,
+        **report["total"],
+        fingerprint=report["fingerprint"],
+        tensors=report["tensors"],
+    )
+
+
+def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any]) -> PruneResult:
+    check_new(output)
+    from opfa.compression import quant
+    from opfa.models.configs import load_tokenizer
+    from opfa.models.trained import load, model_of
+    from opfa.training.checkpoint import fill_finished
+    from opfa.weights.sources import directory_of
+
+    name = model_of(name)
+    tokenizer, model = load_tokenizer(name), load(name, exact=False)
+    if (directory_of(name) / quant.FILE).is_file():
+        raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")
+    result = _pruned(model, settings, output, own)
+    with new_directory(output) as work:
+        fill_finished(model, tokenizer, work)
+    return result

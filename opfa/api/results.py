@@ -1,0 +1,27 @@
+"""The types that the functions of `opfa` return, for annotations."""
+
+from opfa.api.prune import PruneResult
+from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
+from opfa.hub.index import Released
+from opfa.hub.results import DownloadResult, PushResult
+from opfa.releases.results import ReleaseResult, UnpackResult
+from opfa.report.tables import Result
+from opfa.runtimes.results import ExportResult
+from opfa.upstream.results import PrepareResult, PretrainResult
+
+__all__ = [
+    "CalibrateResult",
+    "DownloadResult",
+    "EvaluateResult",
+    "ExportResult",
+    "FinetuneResult",
+    "PrepareResult",
+    "PretrainResult",
+    "PruneResult",
+    "PushResult",
+    "ReleaseResult",
+    "Released",
+    "Result",
+    "SweepResult",
+    "UnpackResult",
+]

@@ -1,0 +1,66 @@
+"""One-shot pruning: the seam once, without a schedule and without training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from opfa.compression.grains import Grain
+from opfa.compression.pattern import Pattern
+from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import Gradual
+from opfa.compression.scores import Score
+from opfa.compression.selection import num_zeros
+from opfa.errors import ModelError, RunError
+from opfa.recipe import Fraction, Recipe
+from opfa.sparsity.layers import fuse, masked_layers, whole_weight
+
+
+class OneShot(Recipe, Pattern):
+    """How sparse, and which weights: what a pattern says, and a sparsity."""
+
+    sparsity: Fraction
+    """Share of the weights to prune, of each tensor or (scope = "global") of all together."""
+
+
+def prune_once(
+    model: nn.Module,
+    settings: OneShot,
+    *,
+    score: Score | None = None,
+    grain: Grain | None = None,
+) -> dict[str, Any]:
+    """Make the weights that are worth least +0.0, in place: exactly round(sparsity * size) of them.
+
+    `score` and `grain` replace the pattern's. The model stays plain, so it can be saved, or locked
+    and trained. Returns the sparsity report. Raises `ModelError`, with the model as it was, where
+    it is locked, partitioned, not finite, or has more zeros already.
+    """
+    if masked_layers(model):
+        raise ModelError("this model is locked; prune it after opfa.fuse(model)")
+    layers = settings.layers(model)
+    weights = {f"{name}.weight": whole_weight(name, layer) for name, layer in layers.items()}
+    _check_zeros(weights, settings)
+    if (score or settings.score).observes(0):
+        raise ModelError("this score needs gradients, and one-shot pruning has none; train with it")
+    schedule = Gradual(end=0, target=settings.sparsity)
+    pruner = Pruner(model, schedule, settings, score=score, grain=grain)
+    try:
+        pruner.after_step(0)
+        return fuse(model)
+    except (ModelError, RunError) as error:
+        for layer in masked_layers(model).values():
+            layer.unmask()
+        raise ModelError(str(error).removeprefix("step 0: ")) from error
+
+
+def _check_zeros(weights: Mapping[str, Tensor], settings: OneShot) -> None:
+    """Refuse what has more zeros than it would get: some would come to life as tiny numbers."""
+    found = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    if settings.scope == "global":
+        found, sizes = {"the model": sum(found.values())}, {"the model": sum(sizes.values())}
+    for name, size in sizes.items():
+        if found[name] > num_zeros(settings.sparsity, size):
+            what = f"has {found[name]:,} zeros of {size:,} already, more than sparsity = "
+            raise ModelError(f"{name}: {what}{settings.sparsity:g} asks for")
