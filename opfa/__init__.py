@@ -4,6 +4,7 @@ opfa.lock(model)      # the zeros that are there now stay; returns what was lock
 ...                   # any training, with opfa.SparsityGuard as a callback of transformers' Trainer
 opfa.fuse(model)      # plain modules again, exact zeros
 opfa.inspect(model)   # the sparsity report of a model, or of a checkpoint on disk or the Hub
+opfa.predict(...)     # what a finished model says of texts, or of a file of them
 opfa.masked_lora(...) # a LoRA configuration whose updates keep the zeros of a locked model
 
 Importing opfa also makes `transformers.AutoModel*.from_pretrained` read compact files.
@@ -19,6 +20,7 @@ from opfa.integrations.registration import register_when_needed
 if TYPE_CHECKING:
     from opfa.integrations.guard import SparsityGuard
     from opfa.integrations.lora import masked_lora
+    from opfa.runtimes.predict import predict
     from opfa.sparsity.layers import fuse, lock
     from opfa.weights.inspection import inspect
 
@@ -36,6 +38,7 @@ __all__ = [
     "inspect",
     "lock",
     "masked_lora",
+    "predict",
 ]
 LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "SparsityGuard": "opfa.integrations.guard",
@@ -43,6 +46,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "inspect": "opfa.weights.inspection",
     "lock": "opfa.sparsity.layers",
     "masked_lora": "opfa.integrations.lora",
+    "predict": "opfa.runtimes.predict",
 }
 register_when_needed()
 

@@ -14,7 +14,9 @@ from opfa.commands.options import (
     Output,
     Overrides,
     Private,
+    TaskRecipe,
     check_files,
+    recipe_path,
 )
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
@@ -201,7 +203,7 @@ def unpack(
     execute(directory, output)
 
 
-@app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
+@app.command(epilog="Example: opfa export runs/sst2-qat --output sst2/model.onnx")
 def export(
     model: ModelName,
     output: Annotated[Path, Option(help="FILE.onnx; must be new.")],
@@ -211,18 +213,20 @@ def export(
     verify: Annotated[
         str | None, Option(help="A file, or a Hub split: compare with torch on it first.")
     ] = None,
-    recipe: Annotated[Path | None, Option(help="The recipe whose task is compared.")] = None,
+    recipe: TaskRecipe = None,
     report: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
-    if (verify is None) != (recipe is None):
-        raise RunError("--verify and --recipe need each other: data, and what their columns mean")
+    if verify is None and recipe is not None:
+        raise RunError("--recipe is for --verify, whose columns it explains")
     check_new(output, "file")
     check_files({"--report": report})
     task = None
-    if verify is not None and recipe is not None:
-        task = FinetuneRecipe.read(recipe).task.model_copy(update={"validation": verify})
+    if verify is not None:
+        task = FinetuneRecipe.read(recipe_path(model, recipe)).task.model_copy(
+            update={"validation": verify}
+        )
     from opfa.runtimes.export import export as execute
 
     result = execute(model, output, is_int8=is_int8, task=task, report=report)

@@ -7,14 +7,17 @@ from typer import Argument, Option
 
 from opfa.errors import RunError
 from opfa.storage.files import check_file
+from opfa.storage.runs import recipe_beside
 
 RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe (TOML).")]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
-TaskRecipe = Annotated[Path, Option("--recipe", help="The recipe whose task is used.")]
-ModelName = Annotated[str, Argument(metavar="MODEL", help="A directory or Hub name.")]
+TaskRecipe = Annotated[
+    Path | None, Option("--recipe", help="The recipe whose task is used; default: the run's own.")
+]
+ModelName = Annotated[str, Argument(metavar="MODEL", help="A run, a directory or a Hub name.")]
 Output = Annotated[Path, Option("--output", help="Where the output goes; must be new.")]
 NewRun = Annotated[
     Path, Option("--output", help="The run directory; must be new, unless --resume.")
@@ -25,6 +28,14 @@ Private = Annotated[bool, Option("--private", help="Make a new repository privat
 Endpoint = Annotated[
     str | None, Option("--endpoint", help="A mirror of the Hub, like HF_ENDPOINT.")
 ]
+
+
+def recipe_path(model: str, given: Path | None) -> Path:
+    """The recipe that is given, or else that of the model's run."""
+    found = given or recipe_beside(model)
+    if found is None:
+        raise RunError(f"--recipe: is needed, since {model} is no run, whose recipe would be used")
+    return found
 
 
 def check_files(options: dict[str, Path | None]) -> None:

@@ -15,6 +15,7 @@ from opfa.commands.options import (
     Resume,
     TaskRecipe,
     check_files,
+    recipe_path,
 )
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
@@ -101,10 +102,10 @@ def finetune(
     print_json(execute(checked, output, resume))
 
 
-@app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
+@app.command(epilog="Example: opfa evaluate runs/sst2")
 def evaluate(
     model: ModelName,
-    recipe: TaskRecipe,
+    recipe: TaskRecipe = None,
     output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     predictions: Annotated[
         Path | None, Option(help="Also write every answer here, as JSON Lines.")
@@ -113,7 +114,7 @@ def evaluate(
 ) -> None:
     """Measure a fine-tuned model on its task's validation splits."""
     check_files({"--output": output, "--predictions": predictions})
-    checked = FinetuneRecipe.read(recipe, overrides or ())
+    checked = FinetuneRecipe.read(recipe_path(model, recipe), overrides or ())
     from opfa.downstream.evaluate import evaluate_model
 
     result = evaluate_model(model, checked, predictions)
@@ -122,19 +123,17 @@ def evaluate(
     print_json(result)
 
 
-@app.command(
-    epilog="Example: opfa calibrate runs/sst2/model --recipe runs/sst2/recipe.toml --output sst2-8"
-)
+@app.command(epilog="Example: opfa calibrate runs/sst2 --output sst2-8bit")
 def calibrate(
     model: ModelName,
-    recipe: TaskRecipe,
     output: Output,
+    recipe: TaskRecipe = None,
     examples: Annotated[int, Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""
     check_new(output)
-    checked = FinetuneRecipe.read(recipe, overrides or ())
+    checked = FinetuneRecipe.read(recipe_path(model, recipe), overrides or ())
     from opfa.downstream.calibrate import calibrate as execute
 
     print_json(execute(model, checked, output, num_examples=examples))
