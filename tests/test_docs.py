@@ -55,7 +55,7 @@ def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text()
     names = typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
     is_linked = "(opfa/commands/README.md)" in text
-    assert len(names) == 16
+    assert len(names) == 17
     assert is_linked or all(f"`opfa {name}" in text for name in names)
 
 

@@ -20,6 +20,7 @@ PUBLIC = [
     "inspect",
     "lock",
     "masked_lora",
+    "predict",
 ]
 
 

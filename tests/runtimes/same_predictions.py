@@ -202,7 +202,7 @@ def compare(work: Path, kind: str, task: dict[str, Any], run: Path, asked: Rows)
     ours = opfa.predict(run, asked)
     forms = {
         "RUN/model": run / "model",
-        compact.name.rpartition("-")[2]: compact,
+        "compact": compact,
         "ONNX": work / f"{run.name}-onnx/model.onnx",
     }
     columns = {"text": task["text"], "text_pair": task.get("text_pair")}
