@@ -131,7 +131,8 @@ def _tagged(
     classes: Sequence[str],
 ) -> TagsPrediction:
     rows = logits[[place for place, label in enumerate(labels) if label != NO_LABEL]]
-    found = zip(words, rows.argmax(-1).tolist(), softmax(rows).tolist(), strict=True)
+    likely: list[int] = rows.argmax(-1).tolist()
+    found = zip(words, likely, softmax(rows).tolist(), strict=True)
     likeliest, scores = [OUTSIDE] * num_words, [0.0] * num_words
     probabilities: list[dict[str, float]] = [{} for _ in range(num_words)]
     for word, best, shares in found:

@@ -124,13 +124,11 @@ def test_every_word_gets_a_tag_also_those_that_were_cut(models: Path) -> None:
 
 def test_a_choice_is_a_position(models: Path) -> None:
     asked = [("who won ?", ["rome", "paris", "film"]), {"text": "who", "choices": ["a b", "good"]}]
-    one, other = (
-        opfa.predict(models / "choices", asked[:1]),
-        opfa.predict(models / "choices", asked[1:]),
-    )
-    assert isinstance(one[0], ChoicePrediction) and isinstance(other[0], ChoicePrediction)
-    assert [len(found[0].probabilities) for found in (one, other)] == [3, 2]
-    assert one[0].probabilities[one[0].prediction] == one[0].score
+    for one, num_choices in zip(asked, (3, 2), strict=True):
+        (found,) = opfa.predict(models / "choices", [one])
+        assert isinstance(found, ChoicePrediction)
+        assert len(found.probabilities) == num_choices
+        assert found.probabilities[found.prediction] == found.score == max(found.probabilities)
 
 
 EXAMPLES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
