@@ -86,11 +86,14 @@ def predict(
         sequence_tokens=sequence_tokens,
         batch=batch,
     )
+    is_stdin = file is None or file == Path("-")
+    if is_stdin and sys.stdin.isatty():
+        print("reading one text a line; Ctrl-D ends", file=sys.stderr)
     # What comes out is the user's own data, so nothing in it is redacted.
     stdout = sys.stdout.stream if isinstance(sys.stdout, Redacting) else sys.stdout
     result = predict_file(
         model,
-        None if file == Path("-") else file,
+        None if is_stdin else file,
         output or stdout,
         options=options,
         input_form=input_form,

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from words import WORDS, tiny
 import opfa
 from opfa.commands import app as cli
 from opfa.downstream.evaluate import measure
-from opfa.errors import DataError, ModelError, OpfaError, RunError
+from opfa.errors import DataError, ModelError, OpfaError, Redacting, RunError
 from opfa.models.encoders import HEADS
 from opfa.runtimes import rows
 from opfa.runtimes.predict import predict_file
-from opfa.runtimes.predictor import Options
+from opfa.runtimes.predictor import Options, Predictor
 from opfa.tasks import unlabelled
 from opfa.tasks.predictions import (
     AnswerPrediction,
@@ -87,12 +89,14 @@ def test_a_number_is_a_number(models: Path) -> None:
 
 def test_an_answer_is_where_it_says_also_in_a_later_window(models: Path) -> None:
     question, context = QUESTION
-    long = "film good bad " * 40 + context
-    for text in (context, long):
+    texts = [context, "film good bad " * 40 + context]
+    together = opfa.predict(models / "answers", [(question, text) for text in texts])
+    for text, one in zip(texts, together, strict=True):
         (found,) = opfa.predict(models / "answers", [(question, text)])
-        assert isinstance(found, AnswerPrediction)
+        assert isinstance(found, AnswerPrediction) and isinstance(one, AnswerPrediction)
         assert text[found.start : found.end] == found.prediction != ""
         assert 0 < found.score <= 1
+        assert one.score == pytest.approx(found.score, rel=1e-5)  # padding can't be an answer
 
 
 def test_no_answer_is_empty_and_at_0_where_the_recipe_knows_of_it(
@@ -195,6 +199,22 @@ def test_new_columns_come_after_the_input_s_and_rows_keep_their_order(
         assert isinstance(one, ClassPrediction)
         assert row["prediction"] == one.prediction
         assert row["score"] == pytest.approx(one.score, abs=1e-6)
+
+
+def test_only_one_chunk_of_rows_is_held(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unlabelled, "CHUNK", 2)
+    predictor, num_read = Predictor(str(models / "classes"), Options()), 0
+
+    def counted() -> Iterator[tuple[str, dict[str, Any]]]:
+        nonlocal num_read
+        for index in range(100):
+            num_read += 1
+            yield f"[{index}]", {"text": "good film"}
+
+    next(predictor.answers("here", counted(), lambda _: None))
+    assert num_read == 3  # the chunk, and the row that didn't fit
 
 
 def test_csv_has_a_column_for_each_class_and_lists_as_json(models: Path, tmp_path: Path) -> None:
@@ -375,7 +395,10 @@ def test_a_model_of_several_classes_at_once_is_refused(models: Path, tmp_path: P
 
 
 def test_the_command_writes_a_file_and_a_short_table(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "a.csv").write_text("review\ngood film\ntoken=abcdefgh12345\n")
     words = ["predict", str(models / "classes"), str(tmp_path / "a.csv"), "--text", "review"]
@@ -385,6 +408,7 @@ def test_the_command_writes_a_file_and_a_short_table(
     assert json.loads(capsys.readouterr().out)["examples"] == 2
     assert cli.run([*words, "--json"]) == 2
     assert "--json is about --output FILE" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", Redacting(sys.stdout))  # as `opfa` does
     assert cli.run([*words, "--format", "csv"]) == 0
     out = capsys.readouterr().out  # the user's own data, so nothing is hidden
     assert out == (tmp_path / "out.csv").read_text() and "token=abcdefgh12345" in out
