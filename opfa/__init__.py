@@ -1,6 +1,7 @@
 """opfa: prune once for all. Sparse pre-trained encoders, and fine-tuning that holds their zeros.
 
     opfa.finetune("recipe.toml", "runs/mine", {"model.init": "my-encoder"})  # zeros held
+    opfa.predict("runs/mine", ["a text", "another one"])  # what the model says of them
     model = opfa.load("runs/mine")  # computes as it was trained, in 8 bits too
 
 In a training of your own:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from opfa.integrations.lora import masked_lora
     from opfa.integrations.pruning import PruningCallback
     from opfa.models.trained import load
+    from opfa.runtimes.predict import predict
     from opfa.sparsity.layers import fuse, lock
     from opfa.weights.inspection import inspect
 
@@ -52,6 +54,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "lock": "opfa.sparsity.layers",
     "masked_lora": "opfa.integrations.lora",
     "plan": "opfa.api.train",
+    "predict": "opfa.runtimes.predict",
     "prepare": "opfa.api.train",
     "pretrain": "opfa.api.train",
     "prune": "opfa.api.prune",
@@ -83,6 +86,7 @@ __all__ = [
     "lock",
     "masked_lora",
     "plan",
+    "predict",
     "prepare",
     "pretrain",
     "prune",

@@ -116,6 +116,18 @@ def opening(
         raise kind(f"{what}: {problem}: {first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def blaming(key: str, name: str) -> Iterator[None]:
+    """Let what is wrong with a model say which key or argument names it: "`key` = 'name': ..."."""
+    try:
+        yield
+    except ModelError as error:
+        begin, text = f"{key} = {name!r}: ", str(error)
+        for prefix in (begin, f"model {name!r}: ", f"tokenizer {name!r}: ", f"{name}: "):
+            text = text.removeprefix(prefix)
+        raise ModelError(f"{begin}{text}") from error
+
+
 def not_plain(path: Path) -> str | None:
     """Why something is no plain file, nor a link to one; None where it is."""
     try:
@@ -181,12 +193,12 @@ class Redacting:
 
     def __init__(self, stream: TextIO) -> None:
         """Write to this stream."""
-        self._stream = stream
+        self.stream = stream
         self._known = _secrets_of_environment()
 
     def write(self, text: str) -> int:
         """Write a text without its secrets."""
-        return self._stream.write(text if text.isspace() else _redacted(text, self._known))
+        return self.stream.write(text if text.isspace() else _redacted(text, self._known))
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write texts without their secrets."""
@@ -195,4 +207,4 @@ class Redacting:
 
     def __getattr__(self, name: str) -> Any:  # Any: whatever streams have
         """All else is the stream's own."""
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)

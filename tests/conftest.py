@@ -68,6 +68,8 @@ SLOW = [
     "hub/test_download.py::test_of_two_processes_the_second_waits_and_finds_it_complete",
     "hub/test_hub_origin.py",
     "releases/test_release.py",
+    "runtimes/test_predict.py::test_every_form_and_program_says_the_same",
+    "commands/test_run_directories.py",
     "storage/test_aside.py",
     "storage/test_foreign.py",
     "storage/test_foreign_code.py",

@@ -33,6 +33,7 @@ PUBLIC = [
     "lock",
     "masked_lora",
     "plan",
+    "predict",
     "prepare",
     "pretrain",
     "prune",

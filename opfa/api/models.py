@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from opfa.api.progress import progress
-from opfa.api.recipes import AnyRecipe, Overrides, recipe_of, words_of
-from opfa.downstream.recipe import FinetuneRecipe
+from opfa.api.recipes import AnyRecipe, Overrides, task_recipe_of, words_of
 from opfa.errors import RunError
 from opfa.hub.index import Released
 from opfa.storage.files import check_file, check_new
@@ -135,17 +134,17 @@ def export(
     """Write a fine-tuned model as the new file `output`, FILE.onnx, tokenizer beside it.
 
     By default in 8 bits if the model has its ranges. `verify`, a file or a Hub split, goes through
-    torch and ONNX Runtime first, as `recipe`'s task says; nothing is written if they differ.
+    torch and ONNX Runtime first, as the task of `recipe` (the run's own) says; nothing is written if they differ.
     `report` is a JSON file for the result. Needs `opfa[export]`.
     """
-    if (verify is None) != (recipe is None):
-        raise RunError("verify and recipe need each other: data, and what their columns mean")
+    if verify is None and recipe is not None:
+        raise RunError("recipe is for verify, whose columns it explains")
     check_new(Path(output), "file")
     if report is not None:
         check_file(Path(report))
     task = None
-    if verify is not None and recipe is not None:
-        checked = recipe_of(FinetuneRecipe, recipe, ())
+    if verify is not None:
+        checked = task_recipe_of(model, recipe, ())
         task = checked.task.model_copy(update={"validation": str(verify)})
     from opfa.runtimes.export import export as execute
 

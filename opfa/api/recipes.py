@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import RecipeError, brief
+from opfa.errors import RecipeError, RunError, brief
 from opfa.recipe import Recipe, RecipeType, override_value, read_values
+from opfa.storage.runs import recipe_beside
 from opfa.upstream.recipe import PretrainRecipe
 
 Overrides = Mapping[str, Any] | Sequence[str]  # Any: what TOML can hold, a path, or None
@@ -33,6 +34,16 @@ def recipe_of(kind: type[RecipeType], recipe: AnyRecipe, overrides: Overrides) -
     if isinstance(recipe, kind) and not words:
         return recipe
     return kind.checked(_overridden(recipe, words), "recipe", words)
+
+
+def task_recipe_of(
+    model: str | Path, recipe: AnyRecipe | None, overrides: Overrides
+) -> FinetuneRecipe:
+    """The recipe that is given, or else that of the model's run."""
+    found = recipe_beside(model) if recipe is None else recipe
+    if found is None:
+        raise RunError(f"--recipe: is needed, since {model} is no run, whose recipe would be used")
+    return recipe_of(FinetuneRecipe, found, overrides)
 
 
 def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | FinetuneRecipe:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opfa.api.progress import progress
-from opfa.api.recipes import AnyRecipe, Overrides, any_recipe_of, recipe_of
+from opfa.api.recipes import AnyRecipe, Overrides, any_recipe_of, recipe_of, task_recipe_of
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
 from opfa.storage.files import check_file, check_new, write_json
@@ -100,7 +100,7 @@ def finetune(
 @progress()
 def evaluate(
     model: str | Path,
-    recipe: AnyRecipe,
+    recipe: AnyRecipe | None = None,
     overrides: Overrides = (),
     *,
     output: str | Path | None = None,
@@ -108,11 +108,12 @@ def evaluate(
 ) -> EvaluateResult:
     """Measure a fine-tuned model on the validation splits of a recipe's task, in 8 bits if it is.
 
+    The recipe of a run, or of a model that has one beside it, need not be given.
     `output` is a JSON file for the result, `predictions` one of JSON Lines for every answer.
     """
     for path in filter(None, (output, predictions)):
         check_file(Path(path))
-    checked = recipe_of(FinetuneRecipe, recipe, overrides)
+    checked = task_recipe_of(model, recipe, overrides)
     from opfa.downstream.evaluate import evaluate_model
 
     found = evaluate_model(str(model), checked, None if predictions is None else Path(predictions))
@@ -124,18 +125,19 @@ def evaluate(
 @progress()
 def calibrate(
     model: str | Path,
-    recipe: AnyRecipe,
     output: str | Path,
+    recipe: AnyRecipe | None = None,
     overrides: Overrides = (),
     *,
     examples: int = 512,
 ) -> CalibrateResult:
     """Quantize a fine-tuned model to 8 bits without training, into the new directory `output`.
 
-    Ranges of activations are means over so many training examples of the recipe's task.
+    Ranges of activations are means over so many training examples of the recipe's task, by default
+    of the run's own.
     """
     check_new(Path(output))
-    checked = recipe_of(FinetuneRecipe, recipe, overrides)
+    checked = task_recipe_of(model, recipe, overrides)
     from opfa.downstream.calibrate import calibrate as execute
 
     return execute(str(model), checked, Path(output), num_examples=examples)

@@ -17,6 +17,7 @@ from opfa.commands.options import (
     Output,
     Overrides,
     Private,
+    TaskRecipe,
     check_files,
 )
 from opfa.compression.pattern import ENCODER_LAYER
@@ -218,7 +219,7 @@ def prune(
     ).show(as_json=as_json)
 
 
-@app.command(epilog="Example: opfa export runs/sst2-qat/model --output sst2/model.onnx")
+@app.command(epilog="Example: opfa export runs/sst2-qat --output sst2/model.onnx")
 def export(
     model: ModelName,
     output: Annotated[Path, Option(help="FILE.onnx; must be new.")],
@@ -228,13 +229,13 @@ def export(
     verify: Annotated[
         str | None, Option(help="A file, or a Hub split: compare with torch on it first.")
     ] = None,
-    recipe: Annotated[Path | None, Option(help="The recipe whose task is compared.")] = None,
+    recipe: TaskRecipe = None,
     report: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fine-tuned model as ONNX, in fp32 or 8 bits."""
-    if (verify is None) != (recipe is None):
-        raise RunError("--verify and --recipe need each other: data, and what their columns mean")
+    if verify is None and recipe is not None:
+        raise RunError("--recipe is for --verify, whose columns it explains")
     check_files({"--report": report})
     precision = None if is_int8 is None else ("int8" if is_int8 else "fp32")
     api.export(

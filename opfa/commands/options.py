@@ -13,8 +13,10 @@ Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
-TaskRecipe = Annotated[Path, Option("--recipe", help="The recipe whose task is used.")]
-ModelName = Annotated[str, Argument(metavar="MODEL", help="A directory or Hub name.")]
+TaskRecipe = Annotated[
+    Path | None, Option("--recipe", help="The recipe whose task is used; default: the run's own.")
+]
+ModelName = Annotated[str, Argument(metavar="MODEL", help="A run, a directory or a Hub name.")]
 Output = Annotated[Path, Option("--output", help="Where the output goes; must be new.")]
 NewRun = Annotated[
     Path, Option("--output", help="The run directory; must be new, unless --resume.")

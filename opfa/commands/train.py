@@ -89,10 +89,10 @@ def finetune(
     found.show(as_json=as_json)
 
 
-@app.command(epilog="Example: opfa evaluate runs/sst2/model --recipe runs/sst2/recipe.toml")
+@app.command(epilog="Example: opfa evaluate runs/sst2")
 def evaluate(
     model: ModelName,
-    recipe: TaskRecipe,
+    recipe: TaskRecipe = None,
     output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
     predictions: Annotated[
         Path | None, Option(help="Also write every answer here, as JSON Lines.")
@@ -106,19 +106,17 @@ def evaluate(
     api.evaluate(model, recipe, overrides or (), **files).show(as_json=as_json)
 
 
-@app.command(
-    epilog="Example: opfa calibrate runs/sst2/model --recipe runs/sst2/recipe.toml --output sst2-8"
-)
+@app.command(epilog="Example: opfa calibrate runs/sst2 --output sst2-8bit")
 def calibrate(
     model: ModelName,
-    recipe: TaskRecipe,
     output: Output,
+    recipe: TaskRecipe = None,
     examples: Annotated[int, Option(min=1, help="How many training examples it sees.")] = 512,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a fine-tuned model to 8 bits without training."""
-    found = api.calibrate(model, recipe, output, overrides or (), examples=examples)
+    found = api.calibrate(model, output, recipe, overrides or (), examples=examples)
     found.show(as_json=as_json)
 
 

@@ -50,15 +50,27 @@ def read_records(
     With `columns`, the others don't matter: records name them, but their values may be None.
     """
     check_plain(file)
-    suffixes = [s for s in file.suffixes if s not in COMPRESSED]
-    kind = suffixes[-1] if suffixes else ""
+    kind = kind_of(file)
     if kind not in READERS:
         known = f"{', '.join(READERS)}, and .gz or .zst of text"
         raise DataError(f"{file}: unknown kind of file; known are {known}")
-    is_empty, reader = True, READERS[kind](file, columns)
+    yield from read_by(READERS[kind], file, bad, columns)
+
+
+def kind_of(file: Path) -> str:
+    """The ending that says what a file holds, such as ".csv" of a.csv.gz."""
+    suffixes = [s for s in file.suffixes if s not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def read_by(
+    reader: Reader, file: Path, bad: Bad = stop, columns: Columns = None
+) -> Iterator[tuple[str, Record]]:
+    """`read_records` by a reader of one's choice, also of a file that isn't a plain one."""
+    is_empty, rows = True, reader(file, columns)
     while True:
         with opening(file, DataError):
-            number, found = next(reader, (0, None))
+            number, found = next(rows, (0, None))
         if found is None:
             break
         if isinstance(found, DataError):
@@ -161,6 +173,15 @@ def _text(file: Path, _: Columns) -> Iterator[Found]:
         else:
             text = "\n".join(line.text.rstrip("\r\n") for line in lines)
             yield lines[0].number, {"text": text}
+
+
+def read_texts(file: Path, name: str) -> Iterator[Found]:
+    """Each line that isn't empty, as a record with its text under this name."""
+    for number, text, mistake in read_lines(file):
+        if mistake:
+            yield number, DataError(f"{file}, line {number}: {mistake}")
+        elif text.strip():
+            yield number, {name: text.rstrip("\r\n")}
 
 
 def _conll(file: Path, _: Columns) -> Iterator[Found]:

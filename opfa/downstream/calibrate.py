@@ -19,7 +19,8 @@ from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
-from opfa.storage.files import check_new, new_directory
+from opfa.storage.files import check_new, new_directory, write_text
+from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
 from opfa.training.checkpoint import fill_finished, model_digest
 from opfa.training.engine import choose_accelerator
@@ -80,6 +81,7 @@ def _calibrated(
     after = evaluate(model, task, validation, batch=64, device=device)
     ranges = directory / quant.FILE
     report = fill_finished(model, tokenizer, directory, lambda _: quant.save(model, ranges))
+    write_text(directory / RECIPE, recipe.to_public_toml())  # how `opfa predict` reads its inputs
     metrics = {"task": recipe.name, "fp32": before, "int8": after}
     return {**metrics, "examples": num_seen, "sparsity": report["total"]["sparsity"]}
 

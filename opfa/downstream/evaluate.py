@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
 
 from opfa.compression import quant
 from opfa.downstream.recipe import FinetuneRecipe
@@ -19,7 +20,7 @@ from opfa.models.configs import load_config, load_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.tasks import kinds as tasks
-from opfa.tasks.features import Split, num_tokens
+from opfa.tasks.features import Batch, Split, num_tokens
 from opfa.tasks.kinds import KINDS, inputs_of, logits_of
 from opfa.tasks.recipe import Task
 from opfa.training.engine import choose_accelerator
@@ -27,6 +28,7 @@ from opfa.training.finished import changed_model
 from opfa.weights.inspection import check_stated
 from opfa.weights.sources import directory_of
 
+Watch = Callable[[DataLoader], Iterable[Batch]]  # takes all batches and hands them on
 log = logging.getLogger(__name__)
 
 
@@ -59,13 +61,22 @@ def predictions(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[di
         labels = [split.classes[index] for index in split.features["labels"]]
     answers = KINDS[task.kind].answers(task, logits, split)
     rows = zip(answers, labels, strict=True)
-    return [{"prediction": answer, "label": label} for answer, label in rows]
+    return [{"prediction": answer.prediction, "label": label} for answer, label in rows]
 
 
 def predict(
-    model: nn.Module, task: Task, split: Split, *, batch: int, device: torch.device | str
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    *,
+    batch: int,
+    device: torch.device | str,
+    watch: Watch = iter,
 ) -> tuple[Tensor, ...]:
-    """Logits of each feature, in order, fp32 on the CPU; -inf beyond the longest of its batch."""
+    """Logits of each feature, in order, fp32 on the CPU; -inf beyond the longest of its batch.
+
+    `watch` sees each batch before the model does, as a progress bar wants to.
+    """
     # The longest come first: little is padded, and memory runs out at once or never.
     lengths = [num_tokens(ids) for ids in split.features["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -78,7 +89,7 @@ def predict(
     model.eval()
     batches = []
     with torch.no_grad():
-        for tensors in loader:
+        for tensors in watch(loader):
             inputs = {name: tensor.to(device) for name, tensor in inputs_of(tensors).items()}
             logits = logits_of(task, model(**inputs))
             batches.append([tensor.float().cpu() for tensor in logits])
@@ -114,6 +125,23 @@ def evaluate_model(
     )
 
 
+def is_quantized(name: str) -> bool:
+    """Whether a model has its ranges for 8 bits beside it."""
+    return (directory_of(name) / quant.FILE).is_file()
+
+
+def load_ready(
+    task: Task, name: str, classes: Sequence[str]
+) -> tuple[PreTrainedModel, torch.device]:
+    """A finished model that computes as it was trained, also in 8 bits; and where it is."""
+    model = tasks.load_model(task, name, classes, is_trained=True)
+    if is_quantized(name):
+        quant.load(model, directory_of(name) / quant.FILE)
+    device = torch.device(choose_accelerator())
+    nn.Module.to(model, device)
+    return model, device
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a finished model is worth."""
@@ -131,12 +159,7 @@ def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> M
         key: tasks.load_validation(task.model_copy(update={"validation": split}), tokenizer, config)
         for key, split in task.more_validation.items()
     }
-    model = tasks.load_model(task, name, validation.classes, is_trained=True)
-    ranges = directory_of(name) / quant.FILE
-    if ranges.is_file():
-        quant.load(model, ranges)
-    device = torch.device(choose_accelerator())
-    nn.Module.to(model, device)
+    model, device = load_ready(task, name, validation.classes)
 
     def metrics_of(split: Split) -> dict[str, float]:
         logits = predict(model, task, split, batch=64, device=device)
@@ -147,6 +170,6 @@ def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> M
 
     return Measured(
         metrics=evaluate_splits(metrics_of, validation, more),
-        is_quantized=ranges.is_file(),
+        is_quantized=is_quantized(name),
         examples_sha256=validation.examples.sha256(),
     )

@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.compression import quant
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.downstream.evaluate import evaluate, evaluate_splits
-from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.recipe import FinetuneRecipe, Model
 from opfa.downstream.results import FILE as RESULTS
 from opfa.downstream.results import FinetuneResult, Results
 from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
-from opfa.errors import DivergedError, RecipeError, RunError
+from opfa.errors import DivergedError, RecipeError, RunError, blaming
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
 from opfa.report import pictures
@@ -86,18 +87,19 @@ class Trainer:
         self.recipe, self.seed = recipe, recipe.seed
         task, training, init = recipe.task, recipe.training, recipe.model.init
         self.device = torch.device(choose_accelerator())
-        self.tokenizer = load_tokenizer(recipe.model.tokenizer or init)
+        self.tokenizer, config = _loaded(recipe.model)
         holdout = recipe.selection.holdout if recipe.selection else 0.0
-        self.data = tasks.load(task, self.tokenizer, load_config(init), holdout)
+        self.data = tasks.load(task, self.tokenizer, config, holdout)
         self.order = _order(recipe, self.data.train)
         steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
         _check_steps(recipe, steps)
         self.schedule = recipe.learning_rate(steps)
         torch.manual_seed(recipe.seed)  # the new head
         classes, dropout = self.data.train.classes, training.dropout
-        self.student = tasks.load_model(task, init, classes, dropout=dropout)
-        if recipe.model.zeros == "held":
-            hold_zeros(self.student, init)
+        with blaming("model.init", init):
+            self.student = tasks.load_model(task, init, classes, dropout=dropout)
+            if recipe.model.zeros == "held":
+                hold_zeros(self.student, init)
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
         self.teacher = None
@@ -247,6 +249,16 @@ class Trainer:
 
 def _sum(losses: list[Losses]) -> float:
     return sum(float(total) for (total,) in losses)
+
+
+def _loaded(model: Model) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Tokenizer and configuration; what can't be loaded is named by its key."""
+    with blaming("model.init", model.init):
+        config = load_config(model.init)
+        if model.tokenizer is None:
+            return load_tokenizer(model.init), config
+    with blaming("model.tokenizer", model.tokenizer):
+        return load_tokenizer(model.tokenizer), config
 
 
 def _order(recipe: FinetuneRecipe, train: Split) -> Order:

@@ -5,7 +5,19 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from opfa.compression.schedules import LearningRate
-from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Weight
+from opfa.recipe import (
+    Batch,
+    Count,
+    Fraction,
+    Name,
+    Positive,
+    Recipe,
+    Section,
+    Seed,
+    Weight,
+    read_values,
+)
+from opfa.storage.runs import recipe_beside, shortened
 from opfa.tasks.recipe import Task
 from opfa.training.sections import Pruning, Saving, Teacher, learning_rate
 
@@ -178,8 +190,20 @@ class FinetuneRecipe(Recipe):
             )
         return self
 
+    def to_public_toml(self) -> str:
+        """`to_toml` without anyone's directories, for a finished model's own directory."""
+        return type(self).check(shortened(self.model_dump(mode="json"))).to_toml()
+
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
         rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
         warmup = int(self.training.warmup * steps)
         return learning_rate(rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup)
+
+
+def recipe_of(model: str) -> FinetuneRecipe | None:
+    """The recipe of fine-tuning that a run, its model or a release has; None without one."""
+    path = recipe_beside(model)
+    if path is None or "task" not in read_values(path):  # of pre-training
+        return None
+    return FinetuneRecipe.read(path)

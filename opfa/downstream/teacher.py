@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.downstream.evaluate import predict
 from opfa.downstream.recipe import Distillation
-from opfa.errors import ModelError, RunError, opening
+from opfa.errors import ModelError, RunError, blaming, opening
 from opfa.models.configs import load_tokenizer
 from opfa.models.fit import fit_tokenizer
 from opfa.storage.files import new_file
@@ -55,12 +55,13 @@ class Teacher:
     ) -> None:
         """Load it. Raises `ModelError` unless tokenizer, classes and sizes fit the student's."""
         self.settings, self.task = settings, task
-        self.model = load_model(task, settings.teacher, classes, is_trained=True)
+        with blaming("distillation.teacher", settings.teacher):
+            self.model = load_model(task, settings.teacher, classes, is_trained=True)
+            theirs = load_tokenizer(settings.teacher)
         self.device = student.device
         nn.Module.to(self.model, self.device)
         self.model.eval().requires_grad_(False)
         self._kept: tuple[Tensor, ...] | None = None
-        theirs = load_tokenizer(settings.teacher)
         fit_tokenizer(self.model.config, theirs, task.sequence_tokens)
         _check_tokenizer(settings.teacher, theirs, tokenizer)
         ours, theirs = student.config.hidden_size, self.model.config.hidden_size

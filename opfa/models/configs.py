@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,8 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 def checked_directory(what: str, name: str, *, with_weights: bool = False) -> Path:
-    """The directory that a path or Hub name means, with nothing in it that asks for code."""
-    path = Path(name)
-    if path.is_dir() and not os.path.lexists(path / foreign.CONFIG) and (path / "model").is_dir():
-        raise ModelError(f"{what} {name!r}: can't be loaded: a run; did you mean {path / 'model'}?")
-    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    """The directory that a path, run or Hub name means, with nothing in it that asks for code."""
+    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ModelError(f"{what} {name!r}: can't be loaded: no such directory")
     with loading(what, name):
         directory = directory_of(name) if with_weights else small_files_of(name)

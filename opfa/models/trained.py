@@ -34,7 +34,7 @@ def load(model: str | Path, *, exact: bool = True) -> PreTrainedModel:
     as in its training; with `exact=False` it computes in fp32, as after `from_pretrained`.
     Raises `ModelError`. No code that comes with a model is run.
     """
-    name = model_of(model)
+    name = str(model)
     config = load_config(name)
     head, cls = class_of(config)
     found, missing = load_weights(cls, name, config)
@@ -56,10 +56,3 @@ def class_of(config: PretrainedConfig) -> tuple[str, Any]:
         if made_for.endswith(f"For{head}"):
             return head, cls
     return "", transformers.AutoModel
-
-
-def model_of(name: str | Path) -> str:
-    """Of a run the directory of its model; other names as they are."""
-    path = Path(name)
-    is_run = not (path / "config.json").exists() and (path / "model").is_dir()
-    return str(path / "model" if is_run else name)

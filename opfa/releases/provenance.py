@@ -10,6 +10,7 @@ from opfa.errors import RunError, opening, redacted
 from opfa.hub.publish import is_name
 from opfa.recipe import Recipe
 from opfa.storage import seal
+from opfa.storage.runs import MODEL, model_in, shortened
 from opfa.training import finished, metrics
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -89,12 +90,19 @@ def steps(run: Path) -> Iterator[Step]:
     """This run, and those that its model was made from, as far as they are here."""
     step = step_of(run)
     yield step
-    before = Path(step.start).parent
-    while Path(step.start).name == "model" and (before / finished.FILE).is_file():
+    while (before := _run_of(step.start)) is not None:
         later, step = step, step_of(before)
         _check_start(later, step)
         yield step
-        before = Path(step.start).parent
+
+
+def _run_of(start: str) -> Path | None:
+    """The finished run that a model came from, by its directory or by RUN/model."""
+    if not start:
+        return None
+    directory = model_in(Path(start))
+    is_run = directory.name == MODEL and (directory.parent / finished.FILE).is_file()
+    return directory.parent if is_run else None
 
 
 def _check_start(step: Step, before: Step) -> None:
@@ -105,16 +113,6 @@ def _check_start(step: Step, before: Step) -> None:
     if began and wrote and (found := seal.differences(wrote, began)):
         what = f"began with another model than {step.start} was when it was made: {found}"
         raise RunError(f"{step.run}: {what}")
-
-
-def shortened(value: Any) -> Any:  # Any: what JSON can hold
-    """The same without the directories of whoever ran it: the last two parts of absolute paths."""
-    if isinstance(value, Mapping):
-        return {key: shortened(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [shortened(item) for item in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "~"))
-    return "/".join(Path(value).parts[-2:]).lstrip("/") if is_path else value
 
 
 def own_rows(step: Step) -> list[Measurement]:

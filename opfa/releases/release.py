@@ -35,6 +35,7 @@ from opfa.report import pictures
 from opfa.sparsity import masks
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_json, write_text
+from opfa.storage.runs import RECIPE, model_in
 from opfa.training import finished
 from opfa.training.checkpoint import model_digest, verify
 from opfa.weights import compact
@@ -46,7 +47,7 @@ READABLE = 0o644
 EXACT = (("dense", "fp32"), ("compact", "fp32"))  # nothing is rounded
 COPIED = (
     "config.json generation_config.json tokenizer*.json special_tokens_map.json added_tokens.json "
-    f"vocab.* merges.txt *.model *.jinja {quant.FILE}"
+    f"vocab.* merges.txt *.model *.jinja {quant.FILE} {RECIPE}"
 ).split()
 WRITTEN = ("sparsity.json", "model*.safetensors*")  # anew, so not copied
 __all__ = ["push", "release", "unpack"]
@@ -153,6 +154,7 @@ def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
 def unpack(directory: Path, output: Path) -> UnpackResult:
     """Write the plain form of a compact model: what transformers reads without opfa."""
     check_new(output)
+    directory = model_in(directory)
     packed = directory / compact.FILE
     if not packed.is_file():
         raise ModelError(f"{directory}: has no {compact.FILE}, so there is nothing to unpack")

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from opfa.compression import quant
+from opfa.downstream.recipe import recipe_of
 from opfa.errors import ModelError, RunError
 from opfa.models.configs import load_tokenizer
 from opfa.models.encoders import load_finetuned_model
@@ -19,7 +20,15 @@ from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
 from opfa.runtimes.results import ExportResult, Fingerprints, Sides, Zeros
 from opfa.sparsity import masks
-from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
+from opfa.storage.files import (
+    check_file,
+    check_new,
+    sync_all,
+    work_directory,
+    write_json,
+    write_text,
+)
+from opfa.storage.runs import RECIPE, recipe_beside
 from opfa.tasks import kinds as tasks
 from opfa.tasks.recipe import Task
 from opfa.weights.inspection import check_stated
@@ -59,6 +68,7 @@ def export(
         tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
         model.config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        _write_recipe(name, aside, output)
         if (aside / output.name).exists():
             raise RunError(f"{output}: is the name of one of the model's files; give FILE.onnx")
         _check_others(aside, output)
@@ -85,6 +95,14 @@ def export(
             raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
         _move(aside, output)
     return result
+
+
+def _write_recipe(name: str, aside: Path, output: Path) -> None:
+    """The recipe of the model's run, which tells `opfa predict` columns and lengths."""
+    recipe, there = recipe_of(name), recipe_beside(name)
+    is_beside = there is not None and there.absolute().parent == output.absolute().parent
+    if recipe is not None and not is_beside:
+        write_text(aside / RECIPE, recipe.to_public_toml())
 
 
 def _zeros(

@@ -2,7 +2,8 @@
 
 A class is known by its name, without blanks at its ends; a number in the data is such a name or,
 where no class is called by a number, a position in `task.classes`. A pair may have one empty half
-(QQP has two of these), never two. A check raises ValueError, "'column' is ...".
+(QQP has two of these), never two. A check raises ValueError, "'column' is ...". What an example
+asks is read apart from its label, since `opfa predict` has none.
 """
 
 import math
@@ -17,7 +18,9 @@ from opfa.tasks.recipe import Task
 LONGEST_CONTEXT = 1 << 20  # characters; each question about it has a thousand windows of 384 tokens
 Row = Mapping[str, Any]  # Any: whatever the data hold
 Names = tuple[str, ...]
-Parts = tuple[Any, Any, Any]  # Any: text, pair and label of an example, by kind of task
+Asked = tuple[Any, Any]  # Any: text and pair of an example, by kind of task
+Parts = tuple[Any, Any, Any]  # and its label
+Ask = Callable[[Task, Row], Asked]
 Check = Callable[[Task, Row, Names], Parts]
 
 
@@ -27,7 +30,7 @@ class MisplacedError(ValueError):
 
 def classified(task: Task, row: Row, names: Names) -> Parts:
     """A text or a pair of texts, and the name of its class."""
-    return *_texts(task, row), _class(task, _value(row, task.label), names)
+    return *asked_texts(task, row), _class(task, _value(row, task.label), names)
 
 
 def measured(task: Task, row: Row, _: Names) -> Parts:
@@ -39,26 +42,20 @@ def measured(task: Task, row: Row, _: Names) -> Parts:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{task.label!r} is not a finite number (got {shown(value)})")
-    return *_texts(task, row), number
+    return *asked_texts(task, row), number
 
 
 def tagged(task: Task, row: Row, names: Names) -> Parts:
     """A list of words, and the tag of each."""
-    words, tags = _list(row, task.text), _list(row, task.label)
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {shown(words)})")
-    if len(words) != len(tags):
-        raise ValueError(f"{len(words)} words in {task.text!r}, {len(tags)} tags in {task.label!r}")
-    return words, None, [_class(task, tag, names) for tag in tags]
+    (found, _), tags = asked_words(task, row), _list(row, task.label)
+    if len(found) != len(tags):
+        raise ValueError(f"{len(found)} words in {task.text!r}, {len(tags)} tags in {task.label!r}")
+    return found, None, [_class(task, tag, names) for tag in tags]
 
 
 def chosen(task: Task, row: Row, _: Names) -> Parts:
     """A text, its choices, and the position of the right one (a number from 0, or a letter)."""
-    lists = len(task.choices) == 1
-    choices = _list(row, task.choices[0]) if lists else [_value(row, c) for c in task.choices]
-    start = _text(row, task.text_pair) + " " if task.text_pair else ""
-    if len(choices) < 2 or not all(isinstance(c, str) and (start + c).strip() for c in choices):
-        raise ValueError(f"{', '.join(map(repr, task.choices))} must be two or more texts")
+    text, choices = asked_choices(task, row)
     value = _value(row, task.label)
     value = value.strip() if isinstance(value, str) else value
     letters = string.ascii_uppercase[: len(choices)]
@@ -68,17 +65,12 @@ def chosen(task: Task, row: Row, _: Names) -> Parts:
     if not 0 <= position < len(choices):
         allowed = f"0 to {len(choices) - 1}, or A to {letters[-1]}"
         raise ValueError(f"{task.label!r} must be {allowed} (got {shown(value)})")
-    return _text(row, task.text), [start + choice for choice in choices], position
+    return text, choices, position
 
 
 def answered(task: Task, row: Row, _: Names) -> Parts:
     """A question, its context, and SQuAD's answers, each where it says."""
-    assert task.text_pair is not None, "the recipe asks for it"
-    question, context = _text(row, task.text), _text(row, task.text_pair)
-    for column, text in ((task.text, question), (task.text_pair, context)):
-        if len(text) > LONGEST_CONTEXT:
-            most = f"windows are made of at most {LONGEST_CONTEXT:,}"
-            raise ValueError(f"{column!r} has {len(text):,} characters; {most}")
+    asked, context = asked_question(task, row)
     fields = _value(row, task.label)
     fields = fields if isinstance(fields, dict) else {}
     texts, starts = fields.get("text"), fields.get("answer_start")
@@ -91,7 +83,54 @@ def answered(task: Task, row: Row, _: Names) -> Parts:
     pairs = zip(texts, starts, strict=True)
     answers = [_answer(task, context, text, start) for text, start in pairs]
     texts, starts = [text for text, _ in answers], [start for _, start in answers]
-    return question, context, {"text": texts, "answer_start": starts}
+    return asked, context, {"text": texts, "answer_start": starts}
+
+
+def asked_texts(task: Task, row: Row) -> Asked:
+    """A text, or a pair of texts."""
+    if task.text_pair is None:
+        return _text(row, task.text), None
+    both = _text(row, task.text, True), _text(row, task.text_pair, True)
+    if not "".join(both).strip():
+        raise ValueError(f"{task.text!r} and {task.text_pair!r} are both empty")
+    return both
+
+
+def asked_words(task: Task, row: Row) -> Asked:
+    """A list of words."""
+    found = _list(row, task.text)
+    if not all(isinstance(word, str) and word.strip() for word in found):
+        raise ValueError(f"{task.text!r} has a word that is no text or empty (got {shown(found)})")
+    return found, None
+
+
+def asked_sentence(task: Task, row: Row) -> Asked:
+    """A list of words, or a text that is cut at its blanks."""
+    value = row.get(task.text)
+    if isinstance(value, str) and value.strip():
+        return value.split(), None
+    return asked_words(task, row)
+
+
+def asked_choices(task: Task, row: Row) -> Asked:
+    """A text, and its choices with how each begins."""
+    lists = len(task.choices) == 1
+    choices = _list(row, task.choices[0]) if lists else [_value(row, c) for c in task.choices]
+    start = _text(row, task.text_pair) + " " if task.text_pair else ""
+    if len(choices) < 2 or not all(isinstance(c, str) and (start + c).strip() for c in choices):
+        raise ValueError(f"{', '.join(map(repr, task.choices))} must be two or more texts")
+    return _text(row, task.text), [start + each for each in choices]
+
+
+def asked_question(task: Task, row: Row) -> Asked:
+    """A question and its context."""
+    assert task.text_pair is not None, "the recipe asks for it"
+    asked, context = _text(row, task.text), _text(row, task.text_pair)
+    for column, text in ((task.text, asked), (task.text_pair, context)):
+        if len(text) > LONGEST_CONTEXT:
+            most = f"windows are made of at most {LONGEST_CONTEXT:,}"
+            raise ValueError(f"{column!r} has {len(text):,} characters; {most}")
+    return asked, context
 
 
 def _answer(task: Task, context: str, text: object, start: object) -> tuple[str, int]:
@@ -120,15 +159,6 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
     if not (value.strip() or may_be_empty):
         raise ValueError(f"{column!r} is empty")
     return value
-
-
-def _texts(task: Task, row: Row) -> tuple[str, str | None]:
-    if task.text_pair is None:
-        return _text(row, task.text), None
-    texts = _text(row, task.text, True), _text(row, task.text_pair, True)
-    if not "".join(texts).strip():
-        raise ValueError(f"{task.text!r} and {task.text_pair!r} are both empty")
-    return texts
 
 
 def _list(row: Row, column: str) -> list[Any]:  # Any: unchecked

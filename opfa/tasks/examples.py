@@ -78,7 +78,7 @@ def read(task: Task, split: str, check: Check) -> Examples:
             continue
         except ValueError as error:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
-        num_bytes += _num_bytes((places[-1], checked[-1]))
+        num_bytes += size_of((places[-1], checked[-1]))
         if num_bytes > MOST_BYTES:
             what = f"the examples up to here take more than {MOST_BYTES:,} bytes of memory"
             raise DataError(f"{source}, {places[-1]}: {what}, the most that one may have")
@@ -100,11 +100,12 @@ def _id(row: Row) -> str:
     return name[:80] if isinstance(name, str) else shown(name)
 
 
-def _num_bytes(value: object) -> int:
+def size_of(value: object) -> int:
+    """Bytes of memory that what a file holds takes."""
     size = sys.getsizeof(value)
     if isinstance(value, dict):
-        return size + sum(map(_num_bytes, value.values()))
-    return size + (sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0)
+        return size + sum(map(size_of, value.values()))
+    return size + (sum(map(size_of, value)) if isinstance(value, list | tuple) else 0)
 
 
 def _columns(task: Task) -> list[str]:

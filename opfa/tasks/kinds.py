@@ -18,12 +18,13 @@ from opfa.models.encoders import HEADS, load_weights, of_encoder
 from opfa.models.fit import fit_tokenizer
 from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.skeleton import try_out
-from opfa.tasks import checks, features, scores, squad
+from opfa.tasks import checks, features, predictions, scores, squad
 from opfa.tasks import classes as classing
 from opfa.tasks import examples as reading
-from opfa.tasks.checks import Check
+from opfa.tasks.checks import Ask, Check
 from opfa.tasks.examples import Examples
 from opfa.tasks.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
+from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import Task
 
 CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
@@ -35,33 +36,39 @@ class Kind:
     """All that distinguishes one kind of task from another."""
 
     check: Check
+    ask: Ask  # what an example says apart from its label
+    blank: Callable[[Any], Any] = lambda _: 0  # in the place of a label; Any: what was asked
     build: Build
     misfit: str = CUT  # what is wrong with an example that doesn't fit
     head: Any  # one of transformers' Auto classes, which share no base
     outputs: tuple[str, ...] = ("logits",)
     has_classes: bool = False
     score: Callable[[Task, tuple[Tensor, ...], Split], dict[str, float]]
-    answers: Callable[[Task, tuple[Tensor, ...], Split], list[Any]]  # one for each example
+    answers: Callable[[Task, tuple[Tensor, ...], Split], Sequence[Prediction]]  # one each
 
 
 KINDS = {
     "classification": Kind(
         check=checks.classified,
+        ask=checks.asked_texts,
         build=features.sequences,
         head=HEADS["SequenceClassification"],
         has_classes=True,
         score=scores.of_classes,
-        answers=scores.likeliest,
+        answers=predictions.classes,
     ),
     "regression": Kind(
         check=checks.measured,
+        ask=checks.asked_texts,
         build=features.sequences,
         head=HEADS["SequenceClassification"],
         score=scores.of_numbers,
-        answers=scores.numbers,
+        answers=predictions.numbers,
     ),
     "question-answering": Kind(
         check=checks.answered,
+        ask=checks.asked_question,
+        blank=lambda _: {"text": [], "answer_start": []},
         build=features.windows,
         misfit="have an answer that no window holds whole; windows overlap by {0.stride_tokens}",
         head=HEADS["QuestionAnswering"],
@@ -71,18 +78,21 @@ KINDS = {
     ),
     "token-classification": Kind(
         check=checks.tagged,
+        ask=checks.asked_sentence,
+        blank=lambda words: [0] * len(words),
         build=features.tagged_words,
         head=HEADS["TokenClassification"],
         has_classes=True,
         score=scores.of_tags,
-        answers=scores.tags,
+        answers=predictions.tags,
     ),
     "multiple-choice": Kind(
         check=checks.chosen,
+        ask=checks.asked_choices,
         build=features.choices,
         head=HEADS["MultipleChoice"],
         score=scores.of_classes,
-        answers=scores.likeliest,
+        answers=predictions.choices,
     ),
 }
 
@@ -142,10 +152,7 @@ def _split(
     classes: tuple[str, ...],
     whose: str,
 ) -> Split:
-    fit_tokenizer(config, tokenizer, task.sequence_tokens)
-    pad_token_id = tokenizer.pad_token_id
-    if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
-        raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
+    pad_token_id = fit(task, tokenizer, config)
     kind, labels = KINDS[task.kind], examples.labels
     if kind.has_classes:
         labels = classing.indices(task, examples, classes, whose)
@@ -166,6 +173,15 @@ def _split(
         classes=classes,
         collate=partial(features.collate, pad_token_id),
     )
+
+
+def fit(task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """Make a tokenizer fit a model, or raise `ModelError`; returns its padding token."""
+    fit_tokenizer(config, tokenizer, task.sequence_tokens)
+    pad_token_id = tokenizer.pad_token_id
+    if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
+        raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
+    return pad_token_id
 
 
 def check_head(task: Task, config: PretrainedConfig) -> None:

@@ -13,8 +13,8 @@ from seqeval.metrics import recall_score as entity_recall
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from opfa.tasks.classes import OUTSIDE
-from opfa.tasks.features import NO_LABEL, Split
+from opfa.tasks import predictions
+from opfa.tasks.features import Split
 from opfa.tasks.recipe import Task
 
 NO_WARNING: dict[str, Any] = {"zero_division": 0}  # Any: seqeval annotates it as str only
@@ -24,12 +24,6 @@ TAG_SCORES: dict[str, Any] = {
     "entity_recall": partial(entity_recall, **NO_WARNING),
     "accuracy": tag_accuracy,
 }
-
-
-def likeliest(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[str] | list[int]:
-    """Each example's class, or the index of its choice."""
-    indices = logits[0].argmax(-1).tolist()
-    return [split.classes[index] for index in indices] if split.classes else indices
 
 
 def of_classes(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
@@ -51,11 +45,6 @@ def _f1(task: Task, split: Split) -> Callable[[np.ndarray, np.ndarray], Any]:
     return partial(f1_score, average="binary", pos_label=second, **kept)
 
 
-def numbers(_: Task, logits: tuple[Tensor, ...], __: Split) -> list[float]:
-    """Each example's number."""
-    return logits[0].squeeze(-1).tolist()
-
-
 def of_numbers(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """Correlations of the predicted numbers; one with a constant is undefined and counts as 0."""
     values, targets = logits[0].squeeze(-1).numpy(), np.asarray(split.features["labels"])
@@ -69,20 +58,8 @@ def _correlation(name: str, values: np.ndarray, targets: np.ndarray) -> float:
     return float(measure(values, targets)[0])
 
 
-def tags(_: Task, logits: tuple[Tensor, ...], split: Split) -> list[list[str]]:
-    """A tag for each word; one that was cut off, or has no token, is outside."""
-    columns = split.features["words"], split.features["labels"], split.examples.labels
-    predicted = []
-    for best, words, labels, golds in zip(logits[0].argmax(-1).numpy(), *columns, strict=True):
-        row = [OUTSIDE] * len(golds)
-        places = [place for place, label in enumerate(labels) if label != NO_LABEL]
-        for word, place in zip(words, places, strict=True):
-            row[word] = split.classes[best[place]]
-        predicted.append(row)
-    return predicted
-
-
 def of_tags(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
     """CoNLL's scores of whole entities, and the accuracy of single tags. Every word counts."""
-    predicted, golds = tags(task, logits, split), split.examples.labels
+    predicted = [found.prediction for found in predictions.tags(task, logits, split)]
+    golds = split.examples.labels
     return {name: float(TAG_SCORES[name](golds, predicted)) for name in task.metrics}

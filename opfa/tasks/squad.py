@@ -10,21 +10,29 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 from torch import Tensor
 
 from opfa.tasks.features import Split
+from opfa.tasks.predictions import AnswerPrediction, softmax
 from opfa.tasks.recipe import Task
 
 Span = tuple[float, int, int]  # start + end logit, first and last token
 Measure = Callable[[str, str], float]
 
 
-def answers(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[str]:
+def answers(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[AnswerPrediction]:
     """Each question's answer, "" for none."""
-    return _given(task, *decode(task, logits, split))
+    found = []
+    for best in _decode(task, logits, split):
+        has_none = task.has_unanswerable and best.lead > task.no_answer_threshold
+        start, end = (0, 0) if has_none else best.place
+        text, score = ("", best.none_score) if has_none else (best.text, best.score)
+        found.append(AnswerPrediction(prediction=text, score=score, start=start, end=end))
+    return found
 
 
 def score(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
@@ -87,19 +95,48 @@ def _best_threshold(
 
 def decode(task: Task, logits: tuple[Tensor, ...], split: Split) -> tuple[list[str], list[float]]:
     """The best span's text for each question, and by how much [CLS] leads over it."""
+    found = _decode(task, logits, split)
+    return [best.text for best in found], [best.lead for best in found]
+
+
+@dataclass
+class _Best:
+    """The best span of a question, and the least that speaks for no answer."""
+
+    total: float = -np.inf  # start + end logit
+    text: str = ""
+    place: tuple[int, int] = (0, 0)  # in characters
+    score: float = 0.0
+    none: float = np.inf  # start + end logit of [CLS]
+    none_score: float = 0.0
+
+    @property
+    def lead(self) -> float:
+        return self.none - self.total
+
+
+def _decode(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[_Best]:
     contexts = split.examples.pairs
     assert contexts is not None, "the recipe asks for text_pair"
-    best: list[tuple[float, str]] = [(-np.inf, "")] * len(contexts)
-    null = [np.inf] * len(contexts)
+    found = [_Best() for _ in contexts]
     columns = (split.features[name] for name in ("example", "context", "offsets", "cls"))
     starts, ends = (tensor.numpy() for tensor in logits)
     for start, end, example, context, offsets, cls in zip(starts, ends, *columns, strict=True):
-        null[example] = min(null[example], float(start[cls] + end[cls]))
+        best, num_tokens = found[example], len(offsets)
+        none = float(start[cls] + end[cls])
+        if none < best.none:
+            best.none, best.none_score = none, _score(start, end, num_tokens, cls, cls)
         total, first, last = _best_span(start, end, context, task.n_best, task.answer_tokens)
-        if total > best[example][0]:
-            best[example] = total, contexts[example][offsets[first][0] : offsets[last][1]]
-    leads = [none - total for none, (total, _) in zip(null, best, strict=True)]
-    return [text for _, text in best], leads
+        if total > best.total:
+            best.total, best.place = total, (offsets[first][0], offsets[last][1])
+            best.text = contexts[example][slice(*best.place)]
+            best.score = _score(start, end, num_tokens, first, last)
+    return found
+
+
+def _score(start: np.ndarray, end: np.ndarray, num_tokens: int, first: int, last: int) -> float:
+    """p(start) * p(end) over the tokens of a window; what is padded is none."""
+    return float(softmax(start[:num_tokens])[first] * softmax(end[:num_tokens])[last])
 
 
 def _best_span(

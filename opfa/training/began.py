@@ -7,6 +7,7 @@ from typing import Any
 
 from opfa.errors import RunError, opening
 from opfa.storage import seal
+from opfa.storage.runs import model_in
 from opfa.storage.seal import Files
 from opfa.training.checkpoint import model_digest
 from opfa.training.finished import changed_model
@@ -18,7 +19,8 @@ log = logging.getLogger(__name__)
 
 def models(read: Mapping[str, str | None]) -> dict[str, Any]:
     """Digests of the models by the recipe's keys. Warns of one that was changed after its run."""
-    found = {key: Path(name) for key, name in read.items() if name and Path(name).is_dir()}
+    there = {key: Path(name) for key, name in read.items() if name and Path(name).is_dir()}
+    found = {key: model_in(directory) for key, directory in there.items()}
     for key, directory in found.items():
         if changed := changed_model(directory):
             log.warning("%s = %s: is not what its run wrote: %s", key, directory, changed)

@@ -20,7 +20,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opfa.data.order import HELD_OUT, generator
-from opfa.errors import DataError
+from opfa.errors import DataError, blaming
 from opfa.models.configs import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
@@ -118,7 +118,8 @@ def write_summary(
 def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
     if corpus.train_tokenizer is None:
         assert corpus.tokenizer is not None
-        return load_tokenizer(corpus.tokenizer)
+        with blaming("corpus.tokenizer", corpus.tokenizer):
+            return load_tokenizer(corpus.tokenizer)
     wanted, tokens = corpus.train_tokenizer, corpus.sequence_tokens
     vocabulary = _vocabulary(wanted, documents)
     return wordpiece_tokenizer(vocabulary, lowercase=wanted.lowercase, tokens=tokens)

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from opfa.compression.distill import rows_of_a_chunk
-from opfa.errors import ModelError, RecipeError
+from opfa.errors import ModelError, RecipeError, blaming
 from opfa.models.configs import load_config, new_config
 from opfa.models.pretraining import pretraining_skeleton
 from opfa.report.tables import Result, Row, Table
@@ -100,7 +102,7 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
     objective, distillation = recipe.corpus.objective, recipe.distillation
     values = recipe.model.config
     try:
-        config = new_config(values) if values is not None else load_config(str(recipe.model.init))
+        config = new_config(values) if values is not None else _config_of(str(recipe.model.init))
     except ModelError as error:
         shape = "model.init= 'model.config={model_type=\"bert\"}'"
         raise ModelError(f"{error}; to plan without it give its shape: {shape}") from error
@@ -131,6 +133,11 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
         predicted=predicted,
         precision=recipe.training.precision,
     )
+
+
+def _config_of(init: str) -> PretrainedConfig:
+    with blaming("model.init", init):
+        return load_config(init)
 
 
 def memory_bytes(

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opfa.compression.pattern import Pattern
-from opfa.errors import ModelError, RecipeError
+from opfa.errors import ModelError, RecipeError, blaming
 from opfa.models.fit import check_fit
 from opfa.models.pretraining import load_pretraining_model, new_pretraining_model
 from opfa.sparsity import masks
@@ -22,7 +22,8 @@ def load_student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
     objective, dropout = recipe.corpus.objective, recipe.training.dropout
     torch.manual_seed(recipe.seed)  # new heads and models from scratch
     if recipe.model.init is not None:
-        student = load_pretraining_model(recipe.model.init, objective, dropout)
+        with blaming("model.init", recipe.model.init):
+            student = load_pretraining_model(recipe.model.init, objective, dropout)
     else:
         assert (config := recipe.model.config) is not None
         student = new_pretraining_model(config, objective, prepared.tokenizer, dropout)
@@ -42,7 +43,8 @@ def load_teacher(
     if settings is None:
         return None
     objective, needs_head = recipe.corpus.objective, settings.soft_weight > 0
-    model = load_pretraining_model(settings.teacher, objective, needs_head=needs_head)
+    with blaming("distillation.teacher", settings.teacher):
+        model = load_pretraining_model(settings.teacher, objective, needs_head=needs_head)
     teacher = Teacher(model, student, settings)
     nn.Module.to(model, device)
     for parameter in model.parameters():  # and no buffer: rotary frequencies stay in fp32

@@ -5,7 +5,6 @@ without its values, on torch's "meta" device. No model class, no code of the che
 unsafe pickle is used. A new kind of file is one more row of `READERS`.
 """
 
-import fnmatch
 import json
 import os
 import pickle
@@ -23,6 +22,7 @@ from opfa.hub.cache import cached_directory, downloaded, missing_in_cache, refus
 from opfa.hub.tensors import RemoteFiles
 from opfa.sparsity.anatomy import MASK, problem_of_storage
 from opfa.storage import foreign
+from opfa.storage.runs import model_in
 from opfa.weights import compact
 from opfa.weights.compact import Wanted
 
@@ -111,7 +111,7 @@ def _source(name: str) -> Source:
 
 
 def directory_of(name: str) -> Path:
-    """The directory of a checkpoint; one of the Hub is downloaded."""
+    """The directory of a checkpoint, RUN/model for a run; one of the Hub is downloaded."""
     found = _downloaded(name, ["*.safetensors", "*.json"])
     if not Path(name).is_dir() and not list(found.glob("*.safetensors")):
         found = _downloaded(name, ["pytorch_model*.bin", "*.json"])
@@ -124,7 +124,7 @@ def small_files_of(name: str) -> Path:
 
 
 def _downloaded(name: str, patterns: list[str]) -> Path:
-    return Path(name) if Path(name).is_dir() else downloaded(name, patterns)
+    return model_in(Path(name)) if Path(name).is_dir() else downloaded(name, patterns)
 
 
 def _checked(
@@ -146,10 +146,8 @@ def _checked(
 def _directory(directory: Path) -> Source:
     """A directory of weights, or of a run with its model in it."""
     with opening(directory):
+        directory = model_in(directory)
         names = [path.name for path in directory.iterdir()]
-    is_run = "model" in names and not any(fnmatch.filter(names, p) for p in foreign.WEIGHT_FILES)
-    if is_run and (directory / "model").is_dir():
-        return _directory(directory / "model")
     files, tensors = foreign.weight_files(names, directory, lambda name: _read(directory / name))
     return _files([directory / name for name in files], tensors)
 

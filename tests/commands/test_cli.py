@@ -196,7 +196,7 @@ def test_a_shell_completes_commands() -> None:
         env={**os.environ, **variables},
         check=False,
     )
-    assert done.stdout.split() == ["prepare", "pretrain"], done.stderr
+    assert done.stdout.split() == ["prepare", "pretrain", "predict"], done.stderr
 
 
 def test_help_and_a_refused_recipe_load_no_heavy_library(tmp_path: Path) -> None:

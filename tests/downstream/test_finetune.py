@@ -421,13 +421,6 @@ def test_a_model_without_the_tasks_head_is_not_evaluated(sparse: Path, examples:
         evaluate_model(str(sparse), finetune_recipe(sparse, examples))
 
 
-def test_a_run_directory_in_place_of_its_model_is_pointed_out(
-    sparse: Path, examples: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match="did you mean .*/run/model"):
-        finetune(finetune_recipe(sparse.parent, examples), tmp_path / "run")
-
-
 def test_dropout_is_the_recipe_s_and_the_saved_model_keeps_its_own(
     sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
