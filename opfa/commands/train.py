@@ -18,7 +18,7 @@ from opfa.commands.options import (
 )
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
-from opfa.recipe import read_values
+from opfa.recipe import KINDS, read_values
 from opfa.report.tables import print_json
 from opfa.storage.files import check_directory, check_new, write_json
 from opfa.training import launch
@@ -32,7 +32,7 @@ app = typer.Typer()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     values = read_values(recipe, overrides or ())
-    if not values.keys() & {"corpus", "task"}:
+    if not values.keys() & set(KINDS.values()):
         what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
         raise RecipeError(f"{recipe}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
