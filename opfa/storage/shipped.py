@@ -21,7 +21,8 @@ def shipped(name: str) -> Path:
 
 def recipe_files() -> dict[str, Path]:
     """The shipped recipes by name; two files of one name are told apart by their folders."""
-    files = sorted(shipped("recipes").glob("*/*.toml"))
+    found = shipped("recipes").glob("*/*.toml")
+    files = sorted(found, key=lambda path: (path.parent.name, path.stem))
     stems = [path.stem for path in files]
     return {p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}": p for p in files}
 
@@ -29,11 +30,13 @@ def recipe_files() -> dict[str, Path]:
 def find_recipe(name: Path | str) -> Path:
     """The file that is meant: one that exists, or else the shipped recipe of this name.
 
-    A directory is never meant. Raises `RecipeError` with near matches for a name that none has, and
-    with all that have it for one that several have.
+    A directory is never meant, and what ends in .toml is always a path, whose reader says if it
+    isn't there. Raises `RecipeError` with near matches for a name that none has, and with all that
+    have it for one that several have.
     """
     text, known = str(name), recipe_files()
-    if os.path.lexists(text) and not os.path.isdir(text):
+    is_file = os.path.lexists(text) and not os.path.isdir(text)
+    if is_file or text.endswith(".toml"):
         return Path(text)
     files = known.values()
     found = [p for p in files if text in (p.stem, f"{p.parent.name}/{p.stem}")]
@@ -45,7 +48,7 @@ def find_recipe(name: Path | str) -> Path:
         raise RecipeError(f"{shown}: more than one recipe has this name: {several}; give one")
     if os.path.isdir(text):
         return Path(text)  # its reader says so
-    near = _near(Path(text).stem[:100], list(known))
+    near = _near(text.rpartition("/")[2][:100], list(known))
     advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     what = f"no such file, nor has a shipped recipe this name; {advice}opfa recipes lists them"
     raise RecipeError(f"{shown}: can't read this recipe: {what}")
