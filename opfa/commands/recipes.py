@@ -2,9 +2,9 @@
 
 import os
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import Field
@@ -51,11 +51,16 @@ class Written(Result):
     file: str
     recipe: str = Field(description="The shipped recipe that it is made of.")
     settings: list[str]
+    columns: dict[str, str] = Field(description="Keys of [task] that were found in the data.")
+    problems: list[str] = Field(description="What is still to be edited.")
     next: list[str] = Field(description="What to run.")
 
     def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
         """Where it is, and what to run next."""
-        yield f"{self.file}: a recipe made of {self.recipe}; look into it, then"
+        yield f"{self.file}: a recipe made of {self.recipe}"
+        yield from (f"  found in the data: task.{k} = {c!r}" for k, c in self.columns.items())
+        yield from (f"  to be edited: {problem}" for problem in self.problems)
+        yield "next:"
         yield from (f"  {command}" for command in self.next)
 
 
@@ -117,10 +122,32 @@ def write_new(source: Path, file: Path, settings: Sequence[str]) -> Written:
     for setting in (f"name={file.stem}", *settings):
         override(values, setting)
     CLASSES[command].check(values, str(file))
+    columns, problems = _columns(values.get("task", {}), settings)
+    values.get("task", {}).update(columns)
     text = changed(text, values, str(file))
     write_text(file, text)
     next_ = [f"opfa check {file}", *commands_in(text)]
-    return Written(file=str(file), recipe=source.stem, settings=list(settings), next=next_)
+    return Written(
+        file=str(file),
+        recipe=source.stem,
+        settings=list(settings),
+        columns=columns,
+        problems=problems,
+        next=next_,
+    )
+
+
+def _columns(
+    task: Mapping[str, Any], settings: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:  # Any: checked values
+    """What the data's own columns say, and what they don't."""
+    from opfa.tasks.columns import missing_columns, told_columns
+
+    given = {setting.partition("=")[0].strip().removeprefix("task.") for setting in settings}
+    missing, free = missing_columns(task)
+    found = {} if given & {*missing} else told_columns(task, missing, free)
+    has = f"{task.get('train')} has {', '.join(map(repr, free))}"
+    return found, [f"task.{key} = {task[key]!r}: {has}" for key in missing if key not in found]
 
 
 def _schema(command: str, folder: Path) -> str:

@@ -103,3 +103,54 @@ def test_a_command_takes_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) ->
     assert "for opfa pretrain" in refused(capsys, "finetune", "bert-base-90", "--output", "run")
     assert "did you mean" in refused(capsys, "evaluate", "run/model", "--recipe", "sst")
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "found"),
+    [
+        ("review,verdict", [], {"text": "review", "label": "verdict"}),
+        ("verdict,review", [], {"text": "review", "label": "verdict"}),
+        ("review,label", [], {"text": "review"}),
+        ("review,verdict", ["task.label=verdict"], {"text": "review"}),
+        ("text,label", [], {}),
+    ],
+)
+def test_new_finds_the_columns_that_go_without_saying(
+    columns: str, settings: list[str], found: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("pos", "good film"), ("neg", "bad film"), ("pos", "well made")]
+    is_first = columns.startswith("verdict")
+    lines = [",".join(row if is_first else row[::-1]) for row in rows]
+    Path("train.csv").write_text("\n".join([columns, *lines]))
+    shown = json.loads(
+        said(capsys, "new", "my-csv", "a.toml", "--json", "task.train=train.csv", *settings)
+    )
+    assert (shown["columns"], shown["problems"]) == (found, [])
+    task = tomllib.loads(Path("a.toml").read_text())["task"]
+    assert {task["text"], task["label"]} == set(columns.split(","))
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "problem"),
+    [
+        ("id,review", [], "to be edited: task.label = 'label': train.csv has 'id', 'review'"),
+        ("text,id,review", [], "task.label = 'label': train.csv has 'id', 'review'"),
+        ("id,review", ["task.text=revue"], "task.text = 'revue': train.csv has 'id', 'review'"),
+    ],
+)
+def test_new_says_which_columns_there_are_where_it_can_not_know(
+    columns: str, settings: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("train.csv").write_text(columns + "\n" + ",".join("abc"[: columns.count(",") + 1]))
+    assert problem in said(capsys, "new", "my-csv", "a.toml", "task.train=train.csv", *settings)
+
+
+def test_new_reads_no_data_that_are_not_there_yet_and_refuses_broken_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "edited" not in said(capsys, "new", "my-csv", "a.toml", "task.train=later.csv")
+    Path("train.csv").write_text("")
+    assert "train.csv: is empty" in refused(
+        capsys, "new", "my-csv", "b.toml", "task.train=train.csv"
+    )
+    assert not Path("b.toml").exists()
