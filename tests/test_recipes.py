@@ -116,7 +116,9 @@ def test_a_recipe_of_ones_own_is_short_and_shows_commands_by_its_name(recipe: st
 
 
 def test_commands_of_the_readme_are_accepted() -> None:
-    shown = commands(README.read_text())
+    text = README.read_text()
+    made = re.findall(r"opfa new \S+ (\S+)", text)
+    shown = [words for words in commands(text) if words[2] not in made]
     assert len(shown) >= 10
     for _, verb, recipe, *rest in shown:
         path = find_recipe(ROOT / recipe if recipe.endswith(".toml") else recipe)

@@ -5,6 +5,7 @@ parsed again, so a text that this can't edit (a list over several lines) is an e
 recipe. Rejected: tomlkit, one more library for a page of code.
 """
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -62,9 +63,10 @@ def changed(text: str, after: Mapping[str, Any], where: str) -> str:
         if place not in old or old[place] != value or type(old[place]) is not type(value):
             _put(lines, *place, value)
     found = "\n".join(lines) + "\n"
-    if tomllib.loads(found) != after:
-        raise RecipeError(f"{where}: its text can't be changed like this; edit the file instead")
-    return found
+    with contextlib.suppress(tomllib.TOMLDecodeError):  # a part of a list over several lines
+        if tomllib.loads(found) == after:
+            return found
+    raise RecipeError(f"{where}: its text can't be changed like this; edit the file instead")
 
 
 def _sections(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -65,7 +65,7 @@ def test_a_name_that_two_recipes_have_is_refused_with_both(two: Path) -> None:
     ("name", "near"),
     [
         ("sst", "did you mean 'sst2' or 'sst2-qat'"),
-        ("upstream/bert-base-95", "did you mean 'bert-base-85' or 'bert-base-90'"),
+        ("upstream/bert-base-95", "did you mean 'bert-base-90' or 'bert-base-85'"),
         ("nothing-like-it-at-all", "this name; opfa recipes lists them"),
         ("", "this name; opfa recipes lists them"),
         ("x" * 5000, "this name; opfa recipes lists them"),
