@@ -20,6 +20,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
 from opfa.report.tables import Table, print_json, show
 from opfa.storage.files import check_new
+from opfa.storage.shipped import find_recipe
 
 app = typer.Typer()
 
@@ -222,7 +223,9 @@ def export(
     check_files({"--report": report})
     task = None
     if verify is not None and recipe is not None:
-        task = FinetuneRecipe.read(recipe).task.model_copy(update={"validation": verify})
+        task = FinetuneRecipe.read(find_recipe(recipe)).task.model_copy(
+            update={"validation": verify}
+        )
     from opfa.runtimes.export import export as execute
 
     result = execute(model, output, is_int8=is_int8, task=task, report=report)

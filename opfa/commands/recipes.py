@@ -42,7 +42,7 @@ class Listing(Result):
     def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
         """One table."""
         rows = [(each.name, each.command, each.what) for each in self.recipes]
-        yield Table(("recipe", "opfa ...", "what it is"), rows)
+        yield Table(("recipe", "command", "what it is"), rows)
 
 
 class Written(Result):

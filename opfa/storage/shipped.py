@@ -30,19 +30,22 @@ def recipe_files() -> dict[str, Path]:
 def find_recipe(name: Path | str) -> Path:
     """The file that is meant: one that exists, or else the shipped recipe of this name.
 
-    A directory is never meant, and what ends in .toml is always a path, whose reader says if it
-    isn't there. Raises `RecipeError` with near matches for a name that none has, and with all that
-    have it for one that several have.
+    A directory is never meant, and what ends in .toml is always a path. Raises `RecipeError` with
+    near matches for a name that none has, and with all that have it for one that several have.
     """
     text, known = str(name), recipe_files()
-    is_file = os.path.lexists(text) and not os.path.isdir(text)
-    if is_file or text.endswith(".toml"):
+    if os.path.lexists(text) and not os.path.isdir(text):
         return Path(text)
+    shown = brief(text, 300)
+    if text.endswith(".toml"):
+        if Path(text).stem in known:
+            what = f"no such file; the one that comes with opfa is called {Path(text).stem}"
+            raise RecipeError(f"{shown}: can't read this recipe: {what}")
+        return Path(text)  # its reader says that there is none
     files = known.values()
     found = [p for p in files if text in (p.stem, f"{p.parent.name}/{p.stem}")]
     if len(found) == 1:
         return found[0]
-    shown = brief(text, 300)
     if found:
         several = " and ".join(f"{path.parent.name}/{path.stem}" for path in found)
         raise RecipeError(f"{shown}: more than one recipe has this name: {several}; give one")

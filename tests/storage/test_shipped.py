@@ -81,7 +81,9 @@ def test_an_unknown_name_is_one_short_message_with_near_ones(name: str, near: st
 
 def test_a_misspelt_path_is_never_another_recipe(two: Path) -> None:
     assert find_recipe("other") == two / "a/other.toml"
-    assert find_recipe("other.toml") == Path("other.toml")  # its reader says that there is none
+    with pytest.raises(RecipeError, match="no such file; the one that comes with opfa is called o"):
+        find_recipe("recipes/a/other.toml")
+    assert find_recipe("mine.toml") == Path("mine.toml")  # its reader says that there is none
 
 
 # the text
