@@ -1,6 +1,7 @@
 """Commands about recipes themselves: which there are, and one to begin with."""
 
 import os
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,22 +112,25 @@ def new(
 def write_new(source: Path, file: Path, settings: Sequence[str]) -> Written:
     """Write a recipe with these settings as a new file, if it would be accepted."""
     check_new(file, "file")
-    if file.suffix != ".toml":
-        raise RecipeError(f"{file}: a recipe's file is called NAME.toml")
+    if file.suffix != ".toml" or not str(file.absolute()).isprintable():
+        raise RecipeError(f"{str(file)!r}: a recipe's file is called NAME.toml")
     command = command_of(read_values(source))
     if command is None:
         raise RecipeError(f"{source}: has neither [corpus] nor [task], or both")
     text = read_small(source, str(source), "recipe")
     text = for_file(text, source.stem, file, _schema(command, file.absolute().parent))
     values = tomllib.loads(text)
-    for setting in (f"name={file.stem}", *settings):
+    values["name"] = file.stem
+    if values.get("data") == f"prepared/{source.stem}":
+        values["data"] = f"prepared/{file.stem}"
+    for setting in settings:
         override(values, setting)
     CLASSES[command].check(values, str(file))
     columns, problems = _columns(values.get("task", {}), settings)
     values.get("task", {}).update(columns)
     text = changed(text, values, str(file))
     write_text(file, text)
-    next_ = [f"opfa check {file}", *commands_in(text)]
+    next_ = [f"opfa check {shlex.quote(str(file))}", *commands_in(text)]
     return Written(
         file=str(file),
         recipe=source.stem,

@@ -7,6 +7,7 @@ recipe. Rejected: tomlkit, one more library for a page of code.
 
 import contextlib
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,16 +36,16 @@ def commands_in(text: str) -> list[str]:
 
 
 def for_file(text: str, name: str, file: Path, schema: str) -> str:
-    """The text of a shipped recipe as a file of one's own: the schema's place, what its commands
-    say, and where runs and examples go. All else stays.
+    """The text of a shipped recipe as a file of one's own: where the schema is, and what the
+    commands in its first comment say. All else stays.
     """
-    stem = file.stem
+    shown, stem = shlex.quote(str(file)), shlex.quote(file.stem)
     lines = [line for line in text.splitlines() if not line.startswith("#:schema")]
     lines.insert(0, f"#:schema {schema}")
     for index, line in enumerate(lines):
-        if COMMAND.match(line) or line.startswith("data ="):
+        if COMMAND.match(line):
             rule = rf"(opfa (?:{READING}) )(?:\S*/)?{re.escape(name)}(?:\.toml)?(?=\s|$)"
-            named = re.sub(rule, lambda match: f"{match[1]}{file}", line)
+            named = re.sub(rule, lambda match: f"{match[1]}{shown}", line)
             rule = rf"\b(runs|prepared)/{re.escape(name)}(?![\w-])"
             lines[index] = re.sub(rule, lambda match: f"{match[1]}/{stem}", named)
     return "\n".join(lines) + "\n"

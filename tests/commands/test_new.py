@@ -1,6 +1,7 @@
 """`opfa recipes` and `opfa new`: what is listed, written and refused."""
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_any_recipe_can_be_a_beginning(name: str, capsys: pytest.CaptureFixture[
     assert {**after, "name": 0, "data": 0} == {**before, "name": 0, "data": 0}
     schema = Path("mine.toml").read_text().splitlines()[0].removeprefix("#:schema ")
     assert Path(schema).samefile(SCHEMA / f"{'pretrain' if 'corpus' in after else 'finetune'}.json")
+
+
+@pytest.mark.parametrize("stem", ["2024", "true", "two words", 'a"b', "c\\d", "é"])
+def test_any_name_of_a_file_is_a_name(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, "new", "my-encoder", f"{stem}.toml", "--json"))
+    values = tomllib.loads(Path(f"{stem}.toml").read_text())
+    assert (values["name"], values["data"]) == (stem, f"prepared/{stem}")
+    words = shlex.split(found["next"][1])
+    assert words == ["opfa", "prepare", f"{stem}.toml", "--output", f"prepared/{stem}"]
+    assert "is called NAME.toml" in refused(capsys, "new", "my-csv", f"{stem}\n.toml")
 
 
 def test_the_file_is_called_after_the_recipe_by_default(capsys: pytest.CaptureFixture[str]) -> None:
