@@ -152,4 +152,5 @@ def test_a_run_by_shares_goes_on_by_the_same_recipe_and_not_by_another(
     assert "task.validation was 0.1 and is 0.2" in capsys.readouterr().err
     assert cli.run([*words, "--resume"]) == 0
     assert round(json.loads(Path("run/results.json").read_text())["sparsity"], 2) == 0.9
-    assert not (Path("run") / "stop").exists()
+    points = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert points == ["step-00000004", "step-00000006"]  # of 7 steps every second, the newest two
