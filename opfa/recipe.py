@@ -37,6 +37,8 @@ DOTTED = re.compile(
 )
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # half of a surrogate pair is a byte that was no UTF-8
 
+KINDS = {"pretrain": "corpus", "finetune": "task"}  # the section that only one command's have
+
 Name = Annotated[str, Field(max_length=200)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]  # --seeds counts on from it, within 64 bits
 Batch = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -76,6 +78,9 @@ class Recipe(Section):
     @classmethod
     def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:
         """Make a recipe from plain values."""
+        if (command := command_of(values)) and KINDS[command] not in cls.model_fields:
+            what = f"has [{KINDS[command]}], so it is for opfa {command}"
+            raise RecipeError(f"{where}: this recipe {what}")
         problems: dict[str, str] = {}  # by key
         bounded = _bounded(values, (), problems)
         found = None
@@ -114,9 +119,15 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
         values = _parsed(read_small(path, where, "recipe"))
     except ValueError as error:
         raise RecipeError(f"{where}: not valid TOML: {brief(error, 200)}") from error
-    for override in overrides:
-        override_value(values, override)
+    for text in overrides:
+        override_value(values, text)
     return values
+
+
+def command_of(values: Mapping[str, Any]) -> str | None:
+    """The command that a recipe is for, if one section tells."""
+    found = [command for command, section in KINDS.items() if section in values]
+    return found[0] if len(found) == 1 else None
 
 
 def read_small(path: Path | str, where: str, kind: str) -> str:
@@ -151,20 +162,20 @@ def _parsed(text: str) -> dict[str, Any]:
         raise ValueError("an integer has too many digits; 64 bits hold at most 19") from error
 
 
-def override_value(values: dict[str, Any], override: str) -> None:
-    """Replace one key, by `section.key=value`, in values that aren't checked yet."""
-    key, separator, text = override.partition("=")
+def override_value(values: dict[str, Any], given: str) -> None:
+    """Put one section.key=value into plain values; raises `RecipeError`."""
+    key, separator, text = given.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise RecipeError(f"{brief(override)!r}: an override reads section.key=value")
+        raise RecipeError(f"{brief(given)!r}: an override reads section.key=value")
     if len(parts) > DEEPEST:
-        raise RecipeError(f"{brief(override)!r}: its key has more than {DEEPEST} parts")
+        raise RecipeError(f"{brief(given)!r}: its key has more than {DEEPEST} parts")
     target = values
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             what = f"{brief(part)!r} is a value, not a section"
-            raise RecipeError(f"{brief(override)!r}: {what}")
+            raise RecipeError(f"{brief(given)!r}: {what}")
     if not text.strip():
         target.pop(parts[-1], None)
         return
@@ -173,9 +184,9 @@ def override_value(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         found = {"value": text.strip()}  # a bare word, such as a path
     except ValueError as error:
-        raise RecipeError(f"{brief(override)!r}: {error}") from error
+        raise RecipeError(f"{brief(given)!r}: {error}") from error
     if len(found) > 1:
-        raise RecipeError(f"{brief(override)!r}: more than one value")
+        raise RecipeError(f"{brief(given)!r}: more than one value")
     target[parts[-1]] = found["value"]
 
 
@@ -272,7 +283,7 @@ def _fields(root: type[BaseModel], location: Sequence[str | int]) -> Mapping[str
 
 def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
     plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    lines = [f"{_key(key)} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in values.items():
         if isinstance(value, Mapping):
             name = f"{prefix}{_key(key)}"
@@ -282,11 +293,12 @@ def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
 
 def _key(key: str) -> str:
     is_bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if is_bare else _value(key)
+    return key if is_bare else toml_value(key)
 
 
-def _value(value: Any) -> str:  # Any: whatever JSON can hold
+def toml_value(value: Any) -> str:  # Any: whatever JSON can hold
+    """A value as TOML writes it."""
     if isinstance(value, list):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     # TOML's strings, numbers and booleans are JSON's, but for its escapes of emoji and of DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

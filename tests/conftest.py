@@ -60,6 +60,7 @@ SLOW = [
     "quickstart/test_quickstart.py",
     "commands/test_cli.py::test_pretrain_finetune_evaluate_inspect",
     "commands/test_streams.py",
+    "commands/test_own_data.py",
     "downstream/test_calibrate.py",
     "downstream/test_gradual.py",
     "downstream/test_kinds.py",

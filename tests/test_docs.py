@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from opfa.commands import app as cli
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,9 @@ def commands() -> list[list[str]]:
     return found
 
 
+WRITTEN = {words[2]: words for words in commands() if words[0] == "new" and len(words) > 2}
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_documented_command_is_accepted(words: list[str]) -> None:
     command, rest = get_command(cli.app), words
@@ -40,8 +44,11 @@ def test_a_documented_command_is_accepted(words: list[str]) -> None:
         command, *rest = command.commands[rest[0]], *rest[1:]
     command.make_context(words[0], list(rest))  # raises where an option or argument is unknown
     if words[0] in RECIPES:
-        overrides = [word for word in words[2:] if "=" in word]
-        RECIPES[words[0]].read(ROOT / words[1], overrides)
+        made = WRITTEN.get(words[1], [])  # by `opfa new NAME FILE section.key=value ...`
+        name = made[1] if made else words[1]
+        path = ROOT / name if name.endswith(".toml") else find_recipe(name)
+        overrides = [word for word in [*made[3:], *words[2:]] if "=" in word]
+        RECIPES[words[0]].read(path, overrides)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)

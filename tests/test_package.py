@@ -19,8 +19,10 @@ CHECK = """
 import opfa
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.hub.index import released
-from opfa.storage.shipped import shipped
+from opfa.storage.shipped import find_recipe, shipped
 assert FinetuneRecipe.read(shipped("recipes/quickstart/finetune.toml")) and released()
+assert FinetuneRecipe.read(find_recipe("sst2"))
+assert shipped("recipes/schema/finetune.json").is_file()
 print(opfa.__file__)
 """
 

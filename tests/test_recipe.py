@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from opfa.compression.schedules import Gradual
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
 from opfa.training.zero import DeepSpeedFile
@@ -427,8 +428,100 @@ def test_the_learning_rate_rewinds_only_when_the_recipe_says_so(tmp_path: Path) 
     text = PRETRAIN + PRUNING
     rewinding = pretrain(tmp_path, "training.rewind_learning_rate=true", text=text)
     assert pretrain(tmp_path, text=text).learning_rate().rewind_at is None
-    assert rewinding.pruning is not None
-    assert rewinding.learning_rate().rewind_at == rewinding.pruning.schedule
+    assert rewinding.ramp() is not None
+    assert rewinding.learning_rate().rewind_at == rewinding.ramp()
+
+
+# shares of a run
+
+
+def test_a_share_becomes_the_steps_that_it_was_chosen_for(tmp_path: Path) -> None:
+    shares = ("end=0.5", "start=0.1", "hold_until=0.8", "every=0.1")
+    schedule = tuple(f"pruning.schedule.{share}" for share in shares)
+    rest = ("training.warmup_steps=0.25", "training.rewind_learning_rate=true")
+    steps = ("pruning.schedule={start=2, end=10, hold_until=16, every=2, target=0.9}",)
+    given = pretrain(tmp_path, *schedule, *rest, text=PRETRAIN + PRUNING)
+    wanted = pretrain(tmp_path, *steps, "training.warmup_steps=5", rest[1], text=PRETRAIN + PRUNING)
+    assert given.ramp() == wanted.ramp()
+    assert given.learning_rate() == wanted.learning_rate()
+    longer = pretrain(tmp_path, *schedule, *rest, "training.steps=200", text=PRETRAIN + PRUNING)
+    assert longer.ramp() == Gradual(start=20, end=100, hold_until=160, every=20, target=0.9)
+    assert longer.learning_rate().warmup_steps == 50
+
+
+def test_1_is_the_first_step_and_1_with_a_point_the_whole_run(tmp_path: Path) -> None:
+    text = PRETRAIN + PRUNING.replace("start = 2", "start = 0")
+    one = pretrain(tmp_path, "pruning.schedule.end=1", text=text).ramp()
+    whole = pretrain(tmp_path, "pruning.schedule.end=1.0", text=text).ramp()
+    assert one is not None and whole is not None
+    assert (one.end, whole.end) == (1, 20)
+
+
+def test_a_share_is_written_as_it_was_given(tmp_path: Path) -> None:
+    recipe = pretrain(tmp_path, "pruning.schedule.end=1.0", text=PRETRAIN + PRUNING)
+    assert "end = 1.0" in recipe.to_toml()
+    assert PretrainRecipe.check(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_steps_and_the_share_that_they_are_have_other_digests(tmp_path: Path) -> None:
+    def digest(end: str) -> str:
+        return pretrain(tmp_path, f"pruning.schedule.end={end}", text=PRETRAIN + PRUNING).sha256()
+
+    assert digest("10") != digest("0.5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("end=0.05",), r"end = 1: the ramp must not end before start = 2, of 20 steps \(start ="),
+        (("end=0.2", "start=0.4"), "end = 0.2: the ramp must not end before start = 0.4"),
+        (("hold_until=0.4",), "hold_until = 8: .* of 20 steps .*hold_until = 0.4"),
+        (("end=1.5",), r"pruning.schedule.end: must be steps, .* from 0.0 up to 1.0 \(got 1.5\)"),
+        (("start=-0.1",), r"pruning.schedule.start: must be steps, .* \(got -0.1\)"),
+        (("every=0.0",), r"schedule.every: must be steps, .* above 0.0 up to 1.0 \(got 0.0\)"),
+        (("every=true",), r"pruning.schedule.every: must be steps, .* \(got True\)"),
+        (('end="half"',), r"pruning.schedule.end: must be steps, .* \(got 'half'\)"),
+        (("end=nan",), r"pruning.schedule.end: must be steps, .* \(got nan\)"),
+    ],
+)
+def test_an_impossible_share_is_refused(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pretrain(tmp_path, *(f"pruning.schedule.{o}" for o in overrides), text=PRETRAIN + PRUNING)
+
+
+def test_a_warm_up_of_the_whole_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"training.warmup_steps = 1.0: must be below steps = 20"):
+        pretrain(tmp_path, "training.warmup_steps=1.0")
+
+
+# a recipe's kind, and what follows from its model
+
+
+def test_a_recipe_of_the_other_command_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(PRETRAIN)
+    with pytest.raises(RecipeError, match=r"has \[corpus\], so it is for opfa pretrain$"):
+        FinetuneRecipe.read(tmp_path / "x.toml")
+    (tmp_path / "x.toml").write_text(FINETUNE)
+    with pytest.raises(RecipeError, match=r"has \[task\], so it is for opfa finetune$"):
+        PretrainRecipe.read(tmp_path / "x.toml")
+
+
+def test_the_tokenizer_is_the_models_unless_the_recipe_says(tmp_path: Path) -> None:
+    given = ("corpus.train_tokenizer=", "model={init='encoder'}")
+    assert pretrain(tmp_path, *given).corpus.tokenizer == "encoder"
+    assert pretrain(tmp_path, *given, "corpus.tokenizer=other").corpus.tokenizer == "other"
+    assert pretrain(tmp_path, given[1]).corpus.tokenizer is None
+    with pytest.raises(RecipeError, match="tokenizer, train_tokenizer: give exactly one"):
+        pretrain(tmp_path, given[0])
+
+
+@pytest.mark.parametrize("value", ["0.0", "1.0", "1", "true", "[]"])
+def test_validation_is_a_name_or_a_share(tmp_path: Path, value: str) -> None:
+    assert finetune(tmp_path, "task.validation=0.1").task.validation == 0.1
+    with pytest.raises(RecipeError, match=r"task.validation: must be a file, a split, or a share"):
+        finetune(tmp_path, f"task.validation={value}")
 
 
 # what a downstream recipe may not say

@@ -1,5 +1,6 @@
 """The shipped recipes: they load, have the paper's numbers of BERT-base, and are described."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,8 @@ def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
     """The class that must load a recipe, by its folder and name."""
     folder, name = recipe.split("/")
     is_finetuning = folder == "downstream" or name.startswith("finetune")
+    if folder == "own":
+        is_finetuning = name != "my-encoder.toml"
     if folder == "minilm":
         is_finetuning = name.removeprefix("minilm-").removesuffix(".toml") in TASKS
     return FinetuneRecipe if is_finetuning else PretrainRecipe
@@ -100,14 +104,28 @@ def test_recipe_begins_with_commands_that_use_it(recipe: str) -> None:
     assert all((ROOT / words[2]).is_file() for words in shown)
 
 
+@pytest.mark.parametrize("recipe", [r for r in ALL if r.startswith("own/")])
+def test_a_recipe_of_ones_own_is_short_and_shows_commands_by_its_name(recipe: str) -> None:
+    text, name = (RECIPES / recipe).read_text(), Path(recipe).stem
+    assert len(text.splitlines()) <= 45
+    assert name in [words[2] for words in commands(text)]
+    known = {model["name"] for model in json.loads((ROOT / "model_cards/index.json").read_text())}
+    loaded = kind_of(recipe).read(RECIPES / recipe)
+    dense = "sentence-transformers/all-MiniLM-L6-v2"
+    assert loaded.model.init in (known if isinstance(loaded, FinetuneRecipe) else {dense})
+
+
 def test_commands_of_the_readme_are_accepted() -> None:
-    shown = commands(README.read_text())
+    text = README.read_text()
+    made = re.findall(r"opfa new \S+ (\S+)", text)
+    shown = [words for words in commands(text) if words[2] not in made]
     assert len(shown) >= 10
     for _, verb, recipe, *rest in shown:
-        kind = kind_of(recipe.removeprefix("recipes/"))
+        path = find_recipe(ROOT / recipe if recipe.endswith(".toml") else recipe)
+        kind = kind_of(path.relative_to(RECIPES).as_posix())
         assert (verb == "finetune") == (kind is FinetuneRecipe)
         assert rest[0] == "--output"
-        kind.read(ROOT / recipe, overrides=rest[2:])
+        kind.read(path, overrides=rest[2:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

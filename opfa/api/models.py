@@ -134,8 +134,8 @@ def export(
     """Write a fine-tuned model as the new file `output`, FILE.onnx, tokenizer beside it.
 
     By default in 8 bits if the model has its ranges. `verify`, a file or a Hub split, goes through
-    torch and ONNX Runtime first, as the task of `recipe` (the run's own) says; nothing is written if they differ.
-    `report` is a JSON file for the result. Needs `opfa[export]`.
+    torch and ONNX Runtime first, as the task of `recipe` (the run's own) says. Nothing is written
+    if they differ. `report` is a JSON file for the result. Needs `opfa[export]`.
     """
     if verify is None and recipe is not None:
         raise RunError("recipe is for verify, whose columns it explains")

@@ -144,11 +144,10 @@ def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any
     check_new(output)
     from opfa.compression import quant
     from opfa.models.configs import load_tokenizer
-    from opfa.models.trained import load, model_of
+    from opfa.models.trained import load
     from opfa.training.checkpoint import fill_finished
     from opfa.weights.sources import directory_of
 
-    name = model_of(name)
     tokenizer, model = load_tokenizer(name), load(name, exact=False)
     if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")

@@ -1,6 +1,7 @@
-"""Recipes and overrides as Python has them: a file, an object or plain values; a mapping or words.
+"""Recipes and overrides as Python has them: a file or name, an object or plain values; a mapping
+or words.
 
-    opfa.finetune("sst2.toml", "runs/a", {"training.epochs": 0.1, "distillation": None})
+    opfa.finetune("sst2", "runs/a", {"training.epochs": 0.1, "distillation": None})
     opfa.finetune("sst2.toml", "runs/a", ["training.epochs=0.1", "distillation="])
 
 A mapping is what a notebook expects: values are Python's, so nothing needs quotes in quotes. The
@@ -15,8 +16,9 @@ from typing import Any
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError, RunError, brief
-from opfa.recipe import Recipe, RecipeType, override_value, read_values
+from opfa.recipe import KINDS, Recipe, RecipeType, override_value, read_values
 from opfa.storage.runs import recipe_beside
+from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
 Overrides = Mapping[str, Any] | Sequence[str]  # Any: what TOML can hold, a path, or None
@@ -28,7 +30,7 @@ def recipe_of(kind: type[RecipeType], recipe: AnyRecipe, overrides: Overrides) -
     """The recipe that a file, an object or values say, overridden and checked."""
     words = words_of(overrides)
     if isinstance(recipe, (str, Path)):
-        return kind.read(recipe, words)
+        return kind.read(find_recipe(recipe), words)
     if isinstance(recipe, Recipe) and not isinstance(recipe, kind):
         raise RecipeError(f"recipe: is a {type(recipe).__name__}; a {kind.__name__} is needed here")
     if isinstance(recipe, kind) and not words:
@@ -50,10 +52,10 @@ def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | F
     """The same for a recipe of either kind, which its sections tell."""
     words, where = words_of(overrides), "recipe"
     if isinstance(recipe, (str, Path)):
-        values, where = read_values(recipe, words), brief(recipe, 300)
+        values, where = read_values(find_recipe(recipe), words), brief(recipe, 300)
     else:
         values = _overridden(recipe, words)
-    if not values.keys() & {"corpus", "task"}:
+    if not values.keys() & set(KINDS.values()):
         what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
         raise RecipeError(f"{where}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe

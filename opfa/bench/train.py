@@ -78,7 +78,7 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
     fastest = variants["ours"].seconds
     rate = max(r for runs in found.values() for run in runs for r in run["rates"])
     work *= real_tokens / (recipe.training.batch * recipe.corpus.sequence_tokens)
-    every = recipe.pruning.schedule.every if recipe.pruning else 0
+    every = ramp.every if (ramp := recipe.ramp()) else 0
     return Costs(
         machine=environment()["machine"],
         threads=torch.get_num_threads(),

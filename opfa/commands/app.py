@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from opfa.commands import measure, models, predict, train
+from opfa.commands import measure, models, predict, recipes, train
 from opfa.commands.streams import secure
 from opfa.errors import STOPPED, OpfaError, RecipeError, Redacting, RunError, redacted
 from opfa.storage.files import named
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Once prune for all: sparse pre-trained encoders, and fine-tuning that holds their zeros.",
 )
-for group in (train, predict, models, measure):
+for group in (recipes, train, predict, models, measure):
     app.add_typer(group.app)
 
 

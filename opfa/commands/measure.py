@@ -9,6 +9,7 @@ from typer import Argument, Option
 from opfa.api import train as api
 from opfa.commands.options import AsJson, Overrides, RecipeFile, check_files
 from opfa.report.between import check_between, write_between
+from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
 BENCH_MARK = "opfa bench train"  # `--write` replaces the text between marks of this name
@@ -84,7 +85,7 @@ def bench_train(
 
     given = arguments or []
     has_recipe = bool(given) and "=" not in given[0]
-    recipe = PretrainRecipe.read(given[0], given[1:]) if has_recipe else None
+    recipe = PretrainRecipe.read(find_recipe(given[0]), given[1:]) if has_recipe else None
     result = execute(recipe, given, rounds)
     if write is not None:
         write_between(write, BENCH_MARK, result.markdown())

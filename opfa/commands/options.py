@@ -7,14 +7,27 @@ from typer import Argument, Option
 
 from opfa.errors import RunError
 from opfa.storage.files import check_file
+from opfa.storage.shipped import find_recipe
 
-RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe (TOML).")]
+RecipeFile = Annotated[
+    Path,
+    Argument(
+        metavar="RECIPE",
+        callback=find_recipe,
+        help="A recipe: a TOML file, or a name of opfa recipes.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[section.key=value]...", help="Replace single values of the recipe."),
 ]
 TaskRecipe = Annotated[
-    Path | None, Option("--recipe", help="The recipe whose task is used; default: the run's own.")
+    Path | None,
+    Option(
+        "--recipe",
+        callback=lambda name: None if name is None else find_recipe(name),
+        help="The recipe whose task is used, a file or name; default: the run's own.",
+    ),
 ]
 ModelName = Annotated[str, Argument(metavar="MODEL", help="A run, a directory or a Hub name.")]
 Output = Annotated[Path, Option("--output", help="Where the output goes; must be new.")]

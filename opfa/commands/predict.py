@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from opfa.commands.options import AsJson
+from opfa.commands.options import AsJson, TaskRecipe
 from opfa.errors import Redacting, RunError
 
 app = typer.Typer()
@@ -52,9 +52,7 @@ def predict(
         Literal["lines", "jsonl", "csv", "tsv"] | None,
         Option("--input-format", help="Of FILE; default: by its ending, lines on standard input."),
     ] = None,
-    recipe: Annotated[
-        Path | None, Option(help="Whose task says the columns; default: the run's own.")
-    ] = None,
+    recipe: TaskRecipe = None,
     kind: Annotated[
         str | None, Option(help="Of task; default: the recipe's or the head's.")
     ] = None,

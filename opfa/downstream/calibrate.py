@@ -57,10 +57,13 @@ def _calibrated(
     task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
     tasks.check_head(task, config)
     validation = tasks.load_validation(task, tokenizer, config)
-    training_task = task.model_copy(update={"validation": task.train})
     shuffled = generator(recipe.seed).permutation
     training = tasks.load_validation(
-        training_task, tokenizer, config, lambda num: shuffled(num)[:num_examples].tolist()
+        task,
+        tokenizer,
+        config,
+        lambda num: shuffled(num)[:num_examples].tolist(),
+        is_training=True,
     )
     model = tasks.load_model(task, name, validation.classes, is_trained=True)
     if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.compression import quant
 from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.downstream.evaluate import evaluate, evaluate_splits
 from opfa.downstream.recipe import FinetuneRecipe, Model
@@ -115,8 +116,9 @@ class Trainer:
         found: list[Concern] = []
         first_step = 0  # the first model that may be chosen
         if pruning is not None:
-            found.append(Pruning(Pruner(self.student, pruning.schedule, pruning.pattern)))
-            first_step = pruning.schedule.last_update
+            ramp = pruning.ramp(steps)
+            found.append(Pruning(Pruner(self.student, ramp, pruning.pattern)))
+            first_step = ramp.last_update
         if settings is not None:
             prepare_8_bits(self.student, settings)
             quantizing = Quantizing(settings, self.student, steps)
@@ -145,7 +147,10 @@ class Trainer:
         selection = self.recipe.selection
         if selection is None:
             return found, Evaluating(every_epoch, self.evaluate, at_end=False)
-        return found, Choosing(selection.every_steps or every_epoch, self.evaluate, self.best)
+        every = every_epoch
+        if selection.every_steps is not None:
+            every = in_steps(selection.every_steps, self.schedule.steps, 1)
+        return found, Choosing(every, self.evaluate, self.best)
 
     # a step
 
@@ -275,7 +280,10 @@ def _order(recipe: FinetuneRecipe, train: Split) -> Order:
 
 
 def _check_steps(recipe: FinetuneRecipe, steps: int) -> None:
-    last_update = recipe.pruning.schedule.last_update if recipe.pruning else 0
+    try:
+        last_update = recipe.pruning.ramp(steps).last_update if recipe.pruning else 0
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if last_update > steps:
         what = f"must not come after the end of training (step {steps})"
         raise RecipeError(f"pruning.schedule: the last mask update, {last_update}, {what}")

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from opfa.compression.schedules import LearningRate
+from opfa.compression.schedules import Interval, LearningRate
 from opfa.recipe import (
     Batch,
     Count,
@@ -19,7 +19,7 @@ from opfa.recipe import (
 )
 from opfa.storage.runs import recipe_beside, shortened
 from opfa.tasks.recipe import Task
-from opfa.training.sections import Pruning, Saving, Teacher, learning_rate
+from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
 
 
 class Model(Section):
@@ -78,8 +78,8 @@ class Selection(Section):
 
     holdout: Fraction = 0.0
     """Choose on this share of the training examples instead of the validation split."""
-    every_steps: Count | None = None
-    """Steps between evaluations; by default one epoch."""
+    every_steps: Interval | None = None
+    """Steps between evaluations, or their share of the run; by default one epoch."""
     patience: Count | None = None
     """Stop after this many evaluations without a new best one; by default never."""
 
@@ -152,8 +152,8 @@ class Quantization(Section):
 class Rows(Section):
     """How often something is logged."""
 
-    every_steps: Count = 50
-    """Steps between logged rows."""
+    every_steps: Interval = 50
+    """Steps between logged rows, or their share of the run."""
 
 
 class Logging(Saving, Rows):  # keys of the last come first in digests
@@ -181,7 +181,7 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
-        self.learning_rate(1)  # refuses one that can't be
+        check_rewinding(self.pruning, self.training.rewind_learning_rate)
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "

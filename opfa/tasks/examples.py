@@ -46,14 +46,18 @@ class Examples:
         columns = {name: column for name in names if (column := getattr(self, name)) is not None}
         return replace(self, **{name: [c[i] for i in indices] for name, c in columns.items()})
 
-    def held_out(self, fraction: float, by_context: bool) -> tuple["Examples", "Examples"]:
-        """Two parts, the second one held out. `by_context` never divides a context's questions."""
+    def held_out(
+        self, fraction: float, by_context: bool, key: str
+    ) -> tuple["Examples", "Examples"]:
+        """Two parts, the second one held out, as the recipe's `key` says; the same in every run.
+        `by_context` never divides a context's questions.
+        """
         groups = self.pairs if by_context and self.pairs else list(range(len(self.texts)))
         names = list(dict.fromkeys(groups))
         num_held = round(fraction * len(names))
         if not 0 < num_held < len(names):
             whole = f"{len(names)} {'contexts' if by_context else 'examples'}"
-            what = f"selection.holdout = {fraction} of {whole} is {num_held}; both parts need some"
+            what = f"{key} = {fraction} of {whole} is {num_held}; both parts need some"
             raise DataError(f"{self.source}: {what}")
         order = generator(0, HELD_OUT).permutation(len(names)).tolist()
         held = {names[index] for index in order[:num_held]}

@@ -113,14 +113,18 @@ def load(
     """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
     read = partial(reading.read, task, check=kind.check)
-    train, validation = read(task.train), read(task.validation)
+    train = read(task.train)
+    classes = classing.of_training(task, train) if kind.has_classes else ()  # of held-out ones too
+    if isinstance(task.validation, str):
+        validation = read(task.validation)
+    else:
+        train, validation = _held_out(task, train, task.validation, "task.validation")
     examples = {name: read(split) for name, split in task.more_validation.items()}
-    classes = classing.of_training(task, train) if kind.has_classes else ()
     split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
     selection = measured = split(validation)
     more = {name: split(part) for name, part in examples.items()}
     if holdout:
-        train, held = train.held_out(holdout, by_context=task.kind == "question-answering")
+        train, held = _held_out(task, train, holdout, "selection.holdout")
         selection = split(held)
     training = split(train)
     columns = [name for name in training.features.column_names if name not in DECODING]
@@ -128,19 +132,33 @@ def load(
     return Data(train=training, selection=selection, validation=measured, more=more)
 
 
+def _held_out(task: Task, train: Examples, share: float, key: str) -> tuple[Examples, Examples]:
+    return train.held_out(share, by_context=task.kind == "question-answering", key=key)
+
+
 def load_validation(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     choose: Callable[[int], Sequence[int]] | None = None,
+    *,
+    is_training: bool = False,
 ) -> Split:
-    """The validation split alone, classes as in the model; `choose` picks indices of so many."""
-    validation = reading.read(task, task.validation, KINDS[task.kind].check)
+    """The validation split alone, or the training split, classes as in the model; `choose` picks
+    indices of so many.
+    """
+    validation, check = task.validation, KINDS[task.kind].check
+    if isinstance(validation, str):
+        examples = reading.read(task, task.train if is_training else validation, check)
+    else:
+        train = reading.read(task, task.train, check)
+        parts = _held_out(task, train, validation, "task.validation")
+        examples = parts[0] if is_training else parts[1]
     if choose is not None:
-        validation = validation.select(choose(len(validation.labels)))
-    stated = task.classes or validation.names
+        examples = examples.select(choose(len(examples.labels)))
+    stated = task.classes or examples.names
     classes = classing.of_model(config, stated) if KINDS[task.kind].has_classes else ()
-    return _split(task, tokenizer, config, validation, classes=classes, whose="the model")
+    return _split(task, tokenizer, config, examples, classes=classes, whose="the model")
 
 
 def _split(

@@ -1,8 +1,8 @@
 """What a recipe can say of a task: its examples, what their columns mean, and its metrics."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opfa.recipe import Count, Section
 
@@ -38,8 +38,8 @@ class Task(Section):
     """The data set's configuration."""
     train: str = "train"
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .conll; also .gz, .zst), or a split of `hub`."""
-    validation: str = "validation"
-    """In the same way."""
+    validation: str | Annotated[float, Field(gt=0.0, lt=1.0)] = "validation"
+    """In the same way, or a share of the training examples to hold out, such as 0.1."""
     more_validation: dict[str, str] = {}
     """name = file or split; measured at the end as name_metric."""
     text: str = "sentence"
@@ -66,6 +66,14 @@ class Task(Section):
     """Questions may have no answer, as in SQuAD v2.0."""
     no_answer_threshold: float = 0.0
     """There is no answer where its logits lead by more than this."""
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:  # Any: whatever JSON can hold
+        if isinstance(value, str) or (isinstance(value, float) and 0.0 < value < 1.0):
+            return value
+        what = "a file, a split, or a share of the training examples between 0.0 and 1.0"
+        raise ValueError(f"must be {what}")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

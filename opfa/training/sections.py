@@ -5,17 +5,24 @@ from typing import Literal
 from pydantic import Field
 
 from opfa.compression.pattern import Pattern
-from opfa.compression.schedules import Gradual, LearningRate
+from opfa.compression.schedules import Gradual, Interval, LearningRate, Ramp
 from opfa.recipe import Count, Section, Weight
 
 
 class Pruning(Section):
     """Pruning: when, how sparse and where. Without it nothing is pruned."""
 
-    schedule: Gradual
+    schedule: Ramp
     """When masks are updated, and to which sparsity."""
     pattern: Pattern = Pattern()
     """Which weights are pruned."""
+
+    def ramp(self, steps: int) -> Gradual:
+        """The schedule in steps of a run of `steps`; raises `ValueError` that names the key."""
+        try:
+            return self.schedule.over(steps)
+        except ValueError as error:
+            raise ValueError(f"pruning.schedule: {error}") from None
 
 
 class Teacher(Section):
@@ -36,8 +43,8 @@ class Teacher(Section):
 class Saving(Section):
     """How often a run is saved, and where else its metrics go."""
 
-    checkpoint_steps: Count = 1_000
-    """Steps between resume points."""
+    checkpoint_steps: Interval = 1_000
+    """Steps between resume points, or their share of the run."""
     keep_checkpoints: Count = 2
     """Resume points that are kept."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -50,8 +57,12 @@ def learning_rate(
     peak: float, pruning: Pruning | None, rewinds: bool | None, *, steps: int, warmup_steps: int
 ) -> LearningRate:
     """The schedule of [training]; `rewinds` is its `rewind_learning_rate`."""
+    rewind_at = pruning.ramp(steps) if pruning and rewinds else None
+    return LearningRate(peak=peak, warmup_steps=warmup_steps, steps=steps, rewind_at=rewind_at)
+
+
+def check_rewinding(pruning: Pruning | None, rewinds: bool | None) -> None:
+    """Refuse `training.rewind_learning_rate` without updates to follow."""
     if rewinds and pruning is None:
         what = "needs [pruning], whose updates it follows"
         raise ValueError(f"training.rewind_learning_rate: {what}")
-    rewind_at = pruning.schedule if pruning and rewinds else None
-    return LearningRate(peak=peak, warmup_steps=warmup_steps, steps=steps, rewind_at=rewind_at)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from opfa.compression.schedules import in_steps
 from opfa.errors import RunError
 from opfa.training import began, distributed, finished, points
 from opfa.training.concerns import Logging, Saving, Stopping
@@ -50,13 +51,17 @@ def _concerns(
 ) -> list[Concern]:  # Any: [logging] of either recipe
     """In this order every concern sees what those before it did to the model."""
     changing, evaluating = trainer.concerns()
+    rows, saves = (
+        in_steps(every, trainer.schedule.steps, 1)
+        for every in (settings.every_steps, settings.checkpoint_steps)
+    )
     return [
         *changing,
         *more,
-        Logging(settings.every_steps, trainer.row),
+        Logging(rows, trainer.row),
         evaluating,
         Stopping(supervisor),
-        Saving(settings.checkpoint_steps, settings.keep_checkpoints, supervisor),
+        Saving(saves, settings.keep_checkpoints, supervisor),
     ]
 
 

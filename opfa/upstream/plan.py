@@ -211,7 +211,7 @@ def plan(
     files: Mapping[str, ZeroOptimization] = FILES
     if given is not None:
         files = {given: recipe.deepspeed_file(gpus).zero_optimization}
-    every = recipe.pruning.schedule.every if recipe.pruning else 0
+    every = ramp.every if (ramp := recipe.ramp()) else 0
     speeds = {"bandwidth": bandwidth_gbps * 1e9 / 8, "rate": teraflops * 1e12}
     rows = [
         _configuration(shape, name, zero, batch, gpus, memory_gb, every, **speeds)

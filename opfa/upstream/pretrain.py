@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
 from opfa.models.pretraining import compile_models, decay_groups
@@ -89,7 +90,8 @@ class Trainer:
         self.student = load_student(recipe, prepared)
         self.teacher = load_teacher(recipe, self.student, device)
         pruning, training = recipe.pruning, recipe.training
-        self.pruner = Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
+        ramp = recipe.ramp()
+        self.pruner = Pruner(self.student, ramp, pruning.pattern) if pruning and ramp else None
         if recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
@@ -118,7 +120,8 @@ class Trainer:
     def concerns(self) -> tuple[list[Concern], Concern]:
         """Pruning, if the recipe has some; evaluation."""
         pruning: list[Concern] = [Pruning(self.pruner)] if self.pruner else []
-        return pruning, Evaluating(self.recipe.logging.evaluate_steps, self.evaluate)
+        every = in_steps(self.recipe.logging.evaluate_steps, self.schedule.steps, 1)
+        return pruning, Evaluating(every, self.evaluate)
 
     # a step
 

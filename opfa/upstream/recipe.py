@@ -1,15 +1,17 @@
 """What an upstream recipe can say: corpus, model, training, and a student's teacher and pruning."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opfa.compression.schedules import LearningRate
+from opfa.compression.schedules import Gradual, Interval, LearningRate, Moment, in_steps
 from opfa.errors import RecipeError
 from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Steps, Weight
-from opfa.training.sections import Pruning, Saving, Teacher, learning_rate
+from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
 from opfa.training.zero import DeepSpeedFile
 
+TOKENIZERS = {"tokenizer", "train_tokenizer"}
 LAYERS = ("num_hidden_layers", "n_layers")  # as a transformers configuration says it
 MOST_LAYERS = 1_000  # each is made, also where a model is only planned
 
@@ -27,7 +29,7 @@ class TokenizerTraining(Section):
 
 class Corpus(Section):
     """Documents, and the examples that `opfa prepare` makes of them. Give either `documents` or
-    `hub`, and either `tokenizer` or `train_tokenizer`.
+    `hub`, and at most one of `tokenizer` and `train_tokenizer`.
     """
 
     documents: tuple[str, ...] = ()
@@ -49,7 +51,7 @@ class Corpus(Section):
     validation: float = Field(default=0.005, gt=0.0, lt=0.5)
     """Share of documents held out."""
     tokenizer: str | None = None
-    """A tokenizer: a directory or a Hub name."""
+    """A tokenizer: a directory or a Hub name; by default that of `model.init`."""
     train_tokenizer: TokenizerTraining | None = None
     """Train a tokenizer instead."""
     bad_records: Literal["stop", "skip"] = "stop"
@@ -105,8 +107,8 @@ class Training(Section):
     """Sequences per step, over all micro-batches and ranks."""
     learning_rate: Positive
     """The highest learning rate."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
+    warmup_steps: Moment = 0
+    """Steps of linear warm-up, or their share of the run."""
     rewind_learning_rate: bool = False
     """Set the decay back to its beginning at each mask update of the ramp."""
     weight_decay: Weight = 0.01
@@ -159,10 +161,10 @@ class Launch(Section):
 class Evaluating(Section):
     """How often something is logged and evaluated."""
 
-    every_steps: Count = 100
-    """Steps between logged rows."""
-    evaluate_steps: Count = 5_000
-    """Steps between evaluations of the held-out loss."""
+    every_steps: Interval = 100
+    """Steps between logged rows, or their share of the run."""
+    evaluate_steps: Interval = 5_000
+    """Steps between evaluations of the held-out loss, or their share of the run."""
     evaluate_examples: Count = 512
     """Held-out examples that are evaluated."""
 
@@ -189,15 +191,25 @@ class PretrainRecipe(Recipe):
     launch: Launch = Launch()
     logging: Logging = Logging()
 
+    @classmethod
+    def check(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:
+        """Make a recipe from plain values. The tokenizer is that of `model.init` unless it says."""
+        corpus, model = values.get("corpus"), values.get("model")
+        init = model.get("init") if isinstance(model, Mapping) else None
+        if isinstance(corpus, Mapping) and init and not corpus.keys() & TOKENIZERS:
+            values = {**values, "corpus": {**corpus, "tokenizer": init}}
+        return super().check(values, where)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        steps, pruning = self.training.steps, self.pruning
-        self.learning_rate()  # refuses one that can't be
-        if (warmup := self.training.warmup_steps) >= steps:
+        steps, ramp = self.training.steps, self.ramp()
+        check_rewinding(self.pruning, self.training.rewind_learning_rate)
+        warmup = self.training.warmup_steps
+        if in_steps(warmup, steps) >= steps:
             raise ValueError(f"training.warmup_steps = {warmup}: must be below steps = {steps}")
-        if pruning is not None and pruning.schedule.last_update > steps:
+        if ramp is not None and ramp.last_update > steps:
             raise ValueError(
-                f"pruning.schedule: the last mask update, {pruning.schedule.last_update}, "
+                f"pruning.schedule: the last mask update, {ramp.last_update}, "
                 f"must not come after training.steps = {steps}"
             )
         if self.masking.probability == 0 and self.metric != "hidden_loss":
@@ -227,10 +239,14 @@ class PretrainRecipe(Recipe):
         settings = self.distillation
         return "hidden_loss" if settings and settings.is_of_states_alone else "mlm_loss"
 
+    def ramp(self) -> Gradual | None:
+        """The schedule of [pruning] in steps; None without that section."""
+        return self.pruning.ramp(self.training.steps) if self.pruning else None
+
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
         given, rewinds = self.training, self.training.rewind_learning_rate
-        steps, warmup = given.steps, given.warmup_steps
+        steps, warmup = given.steps, in_steps(given.warmup_steps, given.steps)
         return learning_rate(
             given.learning_rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup
         )

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from opfa.compression.schedules import Gradual, LearningRate
+from opfa.compression.schedules import Gradual, LearningRate, Ramp, in_steps
 
 
 def updates(schedule: Gradual, until: int) -> list[int]:
@@ -134,3 +134,38 @@ def test_a_ramp_that_starts_late_leaves_the_rate_alone_until_then() -> None:
     ramp = Gradual(start=2, end=3, target=0.5)
     rewound = LearningRate(peak=1.0, warmup_steps=0, steps=4, rewind_at=ramp)
     assert rates(rewound) == [1.0, 0.75, 1.0, 1.0, 0.0]
+
+
+# shares of a run
+
+
+def test_an_integer_is_steps_and_a_number_with_a_point_a_share() -> None:
+    found = [in_steps(value, 200) for value in (0, 1, 7, 0.0, 0.29, 0.5, 1.0)]
+    assert found == [0, 1, 7, 0, 58, 100, 200]  # 0.29 * 200 is 57.99999999999999
+
+
+def test_an_interval_is_a_step_at_least() -> None:
+    assert [in_steps(value, 3, 1) for value in (2, 0.01, 0.5, 1.0)] == [2, 1, 2, 3]
+
+
+def test_steps_stay_what_they_are_over_any_run() -> None:
+    given = {"start": 3, "end": 9, "hold_until": 12, "every": 2, "initial": 0.1, "target": 0.5}
+    assert all(Ramp(**given).over(steps) == Gradual(**given) for steps in (1, 9, 1000))
+
+
+def test_shares_and_steps_may_stand_together() -> None:
+    ramp = Ramp(start=5, end=0.5, hold_until=1.0, every=0.1, target=0.9)
+    wanted = Gradual(start=5, end=50, hold_until=100, every=10, target=0.9)
+    assert ramp.over(100) == wanted
+    with pytest.raises(
+        ValueError, match=r"end = 4: .* start = 5, of 8 steps \(start = 5, end = 0.5"
+    ):
+        ramp.over(8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 100, 4800])
+def test_shares_in_order_are_in_order_over_any_run(steps: int) -> None:
+    shares = [index / 40 for index in range(41)]
+    for start, end in [(s, e) for s in shares for e in shares if s <= e]:
+        found = Ramp(start=start, end=end, hold_until=1.0, target=0.5).over(steps)
+        assert found.start <= found.end <= found.last_update == steps

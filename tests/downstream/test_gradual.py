@@ -150,4 +150,4 @@ def test_a_written_recipe_rewinds_again(dense: Path, examples: Path, tmp_path: P
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     assert FinetuneRecipe.read(tmp_path / "recipe.toml") == recipe
     assert recipe.pruning is not None
-    assert recipe.learning_rate(10).rewind_at == recipe.pruning.schedule
+    assert recipe.learning_rate(10).rewind_at == recipe.pruning.ramp(10)

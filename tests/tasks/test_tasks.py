@@ -277,6 +277,39 @@ def test_a_label_outside_the_classes_is_refused(
         tasks.load(task, tokenizer, tiny())
 
 
+def test_a_share_of_the_training_examples_is_held_out_the_same_each_time(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    rows = [{"sentence": "good " * (1 + i), "label": str(i % 2)} for i in range(10)]
+    path = write(tmp_path / "data.jsonl", *rows)
+    task = task_of(train=path, validation=0.3, sequence_tokens=16)
+    data = tasks.load(task, tokenizer, tiny())
+    train, held = set(data.train.examples.texts), set(data.validation.examples.texts)
+    assert (len(train), len(held)) == (7, 3) and train | held == {row["sentence"] for row in rows}
+    again = tasks.load_validation(task, tokenizer, tiny())
+    assert again.examples.sha256() == data.validation.examples.sha256()
+    rest = tasks.load_validation(task, tokenizer, tiny(), is_training=True)
+    assert rest.examples.sha256() == data.train.examples.sha256()
+    chosen = tasks.load(task, tokenizer, tiny(), holdout=0.3)  # of what is left
+    assert set(chosen.validation.examples.texts) == held
+    assert set(chosen.selection.examples.texts) < train
+
+
+def test_a_class_of_held_out_examples_alone_is_one_of_the_classes(
+    tmp_path: Path, tokenizer: BertTokenizer
+) -> None:
+    rows = [{"sentence": "good film", "label": label} for label in "abcdefgh"]
+    task = task_of(train=write(tmp_path / "data.jsonl", *rows), validation=0.25)
+    assert tasks.load(task, tokenizer, tiny()).validation.classes == tuple("abcdefgh")
+
+
+def test_a_share_of_nothing_is_refused(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    rows = [{"sentence": "good film", "label": label} for label in "ab"]
+    task = task_of(train=write(tmp_path / "data.jsonl", *rows), validation=0.1)
+    with pytest.raises(DataError, match=r"task.validation = 0.1 of 2 examples is 0; both parts"):
+        tasks.load(task, tokenizer, tiny())
+
+
 def test_one_class_is_too_few(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     with pytest.raises(DataError, match="two classes are needed"):
         tasks.load(classification(tmp_path, 0, 0), tokenizer, tiny())

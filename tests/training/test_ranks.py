@@ -188,8 +188,9 @@ def reference(runs: Path, prepared: Path) -> list[tuple[float, float]]:
     masks from a full stable sort.
     """
     recipe = PretrainRecipe.check(alone(prepared, "zero0"))
-    assert recipe.pruning is not None and recipe.model.init is not None
-    data, schedule = Prepared.open(prepared, recipe.corpus), recipe.pruning.schedule
+    assert recipe.model.init is not None
+    data, schedule = Prepared.open(prepared, recipe.corpus), recipe.ramp()
+    assert schedule is not None
     lengths = data.lengths()
     order = Order(
         seed=42,
