@@ -67,6 +67,7 @@ SLOW = [
     "hub/test_download.py::test_of_two_processes_the_second_waits_and_finds_it_complete",
     "hub/test_hub_origin.py",
     "release/test_release.py",
+    "report/test_in_a_browser.py",
     "storage/test_aside.py",
     "storage/test_foreign.py",
     "storage/test_foreign_code.py",

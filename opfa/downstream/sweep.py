@@ -18,6 +18,7 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
 from opfa.report import pictures
+from opfa.report.sweep_page import write_sweep_page
 from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -68,6 +69,7 @@ def sweep(
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
     if len(ended) > 1:
         pictures.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
+    write_sweep_page(output, result)
     log.info("%s", table(rows))
     rates = [row["learning_rate"] for row in ended]
     if len(rates) > 1 and (rate := best["learning_rate"]) in (min(rates), max(rates)):
