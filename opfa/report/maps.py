@@ -88,7 +88,16 @@ def _part(kind: str, dimension: int) -> str:
 def _blob(mask: np.ndarray, edge: int) -> bytes:
     lines = [mask.sum(axis, dtype="<u4").tobytes() for axis in (1, 0)]
     cells = np.packbits(mask) if edge == 1 else _tiles(mask, edge)
-    return zlib.compress(b"".join([*lines, cells.tobytes()]), 9)
+    return _smallest(b"".join([*lines, cells.tobytes()]))
+
+
+def _smallest(content: bytes) -> bytes:
+    """Compressed without a search for what repeats, which finds nothing in a mask and takes long."""
+    found = []
+    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):  # unstructured masks, and blocks or rows
+        packer = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+        found.append(packer.compress(content) + packer.flush())
+    return min(found, key=len)
 
 
 def _tiles(mask: np.ndarray, edge: int) -> np.ndarray:
@@ -102,6 +111,6 @@ def _density(mask: np.ndarray, most: int) -> np.ndarray:
     """The density of `most` x `most` tiles; of a smaller matrix single weights are repeated."""
     places = [np.arange(most) * extent // most for extent in mask.shape]
     sizes = [np.maximum(1, np.diff([*p, e])) for p, e in zip(places, mask.shape, strict=True)]
-    rows = np.add.reduceat(mask, places[0], axis=0, dtype=np.int64)
+    rows = np.add.reduceat(mask, places[0], axis=0, dtype=np.int32)
     live = np.add.reduceat(rows, places[1], axis=1)
     return np.rint(255 * live / np.outer(*sizes)).astype(np.uint8)

@@ -24,7 +24,7 @@ def write_model_page(
 
 def model_page(name: str, found: Result, masks: Masks, num_heads: int | None) -> str:
     """That page."""
-    result = found.values()
+    result, masks = found.values(), _in_order(masks)
     edge, blobs = maps.packed(masks)
     parts = list(found.parts(is_long=True))
     values = {
@@ -43,6 +43,19 @@ def model_page(name: str, found: Result, masks: Masks, num_heads: int | None) ->
     data = {"edge": edge, "thumbnail": maps.THUMBNAIL, "matrices": matrices}
     named = {str(index): blob for index, blob in enumerate(blobs.values())}
     return render("model", values, data, {"thumbnails": maps.thumbnails(masks), **named})
+
+
+def _in_order(masks: Masks) -> Masks:
+    """As data flow through a model; what is in no layer comes last."""
+    kinds = list(short_kinds(layer.kind for name in masks if (layer := layer_of(name))))
+
+    def place(name: str) -> tuple[bool, str, int, int]:
+        layer = layer_of(name)
+        if layer is None:
+            return True, name, 0, 0
+        return False, layer.stack, layer.number, kinds.index(layer.kind)
+
+    return {name: masks[name] for name in sorted(masks, key=place)}
 
 
 def _cards(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -129,4 +142,4 @@ def _sizes(sizes: Mapping[str, int | None]) -> Iterator[tuple[str, str, float]]:
 
 def _table(table: Table) -> tuple[str, list[str], list[list[str]], int]:
     start = len(table.head) if table.numbers_from is None else table.numbers_from
-    return table.title or table.head[0], list(table.head), [list(row) for row in table.rows], start
+    return table.title or f"{table.head[0]}s".capitalize(), list(table.head), [list(row) for row in table.rows], start

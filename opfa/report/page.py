@@ -50,12 +50,16 @@ def render(
 
 def percent(share: float) -> str:
     """A share as a percentage."""
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
 
 
 def megabytes(num_bytes: int) -> str:
     """Bytes in megabytes, of 10^6."""
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:,.1f} kB"
+    return (
+        f"{num_bytes / 1e6:,.1f}\N{NO-BREAK SPACE}MB"
+        if num_bytes >= 100_000
+        else f"{num_bytes / 1e3:,.1f}\N{NO-BREAK SPACE}kB"
+    )
 
 
 def shade(share: float) -> int:

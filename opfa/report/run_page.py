@@ -28,7 +28,7 @@ def run_page(run: Path, rows: Sequence[Row], plan: Plan, sparsity: Mapping[str, 
     recipe = seal.read_toml(run / "recipe.toml")
     environment = seal.read_json(run / "environment.json")
     evaluations = [row for row in rows if row.get("eval")]
-    metrics = list(dict.fromkeys(n for row in evaluations for n in row if n not in NO_NUMBERS))
+    metrics = _metrics(evaluations)
     values = {
         "name": str(recipe.get("name", run.name)),
         "kind": "Fine-tuning" if "task" in recipe else "Pre-training",
@@ -44,6 +44,15 @@ def run_page(run: Path, rows: Sequence[Row], plan: Plan, sparsity: Mapping[str, 
     }
     drawn = [asdict(chart) for chart in charts(rows, plan)]
     return render("run", values, {"charts": drawn}, {})
+
+
+def _metrics(evaluations: Sequence[Row]) -> list[str]:
+    """What was evaluated; without what is zero in all, and a loss that is another one again."""
+    names = dict.fromkeys(n for row in evaluations for n in row if n not in NO_NUMBERS)
+    values = {name: [row.get(name) for row in evaluations] for name in names}
+    values = {name: found for name, found in values.items() if any(found)}
+    others = [found for name, found in values.items() if name != "loss"]
+    return [name for name, found in values.items() if name != "loss" or found not in others]
 
 
 def _evaluation(row: Row, metrics: Sequence[str]) -> tuple[str, ...]:

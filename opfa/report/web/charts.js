@@ -42,7 +42,7 @@ class Chart {
     this.data = data;
     this.all = all;
     this.places = [...new Set(data.curves.flatMap(curve => curve.x))].sort((a, b) => a - b);
-    this.hasFew = this.places.length <= FEW;
+    this.isExact = data.curves.some(curve => curve.how === "exact");
     this.svg = element("svg", { "aria-hidden": "true" });
     this.tip = element("div", { class: "tip", hidden: "" });
     this.said = element("span", { class: "hidden", "aria-live": "polite" });
@@ -70,8 +70,9 @@ class Chart {
       const line = this.isDotted(curve)
         ? element("circle", { class: `dot ${curve.colour}`, cx: 9, cy: 5, r: 4 })
         : element("path", { class: `series ${curve.how} ${curve.colour}`, d: "M0 5H18" });
-      return element("span", {}, element("svg", { viewBox: "0 0 18 10" }, line), curve.name);
+      return element("span", {}, element("svg", { viewBox: "0 0 18 10" }, line), curve.name, element("b"));
     });
+    this.told = items.map(item => item.lastChild);
     return element("div", { class: "legend", "aria-hidden": "true" }, ...items);
   }
 
@@ -82,9 +83,11 @@ class Chart {
     const width = this.width = this.svg.clientWidth, { curves } = this.data;
     if (!width) return;
     const scaled = this.data.has_log_x ? Math.log : value => value;
-    const [x0, x1] = this.data.has_log_x || this.places.length === 1
-      ? range(this.places.map(scaled), false) : [this.places[0], this.places.at(-1)];
+    const places = this.all.places[this.data.x_label]; // the same axis for all of them
+    const [x0, x1] = this.data.has_log_x || places.length === 1
+      ? range(places.map(scaled), false) : [places[0], places.at(-1)];
     const [y0, y1] = range(curves.flatMap(curve => curve.y), this.data.has_zero);
+    this.step = place => x0 + (place - LEFT) / (width - LEFT - RIGHT) * (x1 - x0);
     this.x = value => LEFT + (scaled(value) - x0) / (x1 - x0) * (width - LEFT - RIGHT);
     this.y = value => HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
@@ -96,14 +99,16 @@ class Chart {
 
   axes(x0, x1, y0, y1) {
     const right = this.width - RIGHT, bottom = HEIGHT - BOTTOM, found = [];
-    for (const value of ticks(y0, y1, 4)) {
+    const values = ticks(y0, y1, 5), isSmall = Math.max(...values.map(Math.abs)) < 0.01;
+    const label = value => isSmall && value ? value.toExponential() : number(value);
+    for (const value of values) {
       const y = this.y(value);
       found.push(element("line", { class: "grid", x1: LEFT, x2: right, y1: y, y2: y }));
-      found.push(element("text", { x: LEFT - 7, y: y + 4, "text-anchor": "end" }, number(value)));
+      found.push(element("text", { x: LEFT - 7, y: y + 4, "text-anchor": "end" }, label(value)));
     }
     const whole = value => Number.isInteger(value) || this.data.x_label !== "step";
-    const values = this.data.has_log_x ? this.places : ticks(x0, x1, clamp(this.width / 110, 2, 8)).filter(whole);
-    for (const value of values) {
+    const places = this.data.has_log_x ? this.places : ticks(x0, x1, clamp(this.width / 110, 2, 8)).filter(whole);
+    for (const value of places) {
       found.push(element("text", { x: this.x(value), y: bottom + 16, "text-anchor": "middle" }, number(value)));
     }
     found.push(element("line", { class: "axis", x1: LEFT, x2: right, y1: bottom, y2: bottom }));
@@ -127,20 +132,29 @@ class Chart {
   }
 
   point(event) {
-    const place = event.clientX - this.svg.getBoundingClientRect().left;
-    if (!this.places.length || !this.x) return;
-    const near = this.places.map(value => Math.abs(this.x(value) - place));
-    this.share(this.places[near.indexOf(Math.min(...near))]);
+    if (!this.x) return;
+    const place = event.clientX - this.svg.getBoundingClientRect().left, { length } = this.places;
+    if (this.isExact) return this.share(clamp(Math.round(this.step(place)), this.places[0], this.places[length - 1]));
+    let best = 0;
+    for (let i = 1; i < length; i++) if (Math.abs(this.x(this.places[i]) - place) < Math.abs(this.x(this.places[best]) - place)) best = i;
+    this.share(this.places[best]);
+  }
+
+  // The logged step of this chart that is nearest to a step of another one.
+  nearest(at) {
+    const i = before(this.places, at), [low, high] = [this.places[Math.max(0, i)], this.places[Math.min(i + 1, this.places.length - 1)]];
+    return this.isExact ? at : at - low <= high - at ? low : high;
   }
 
   key(event) {
-    const i = this.at === null ? this.places.length : before(this.places, this.at), last = this.places.length - 1;
+    const places = this.all.places[this.data.x_label], last = places.length - 1;
+    const i = this.at === null ? last + 1 : before(places, this.at);
     const far = Math.max(1, Math.round(last / 20));
     const next = { ArrowLeft: i - 1, ArrowRight: i + 1, PageUp: i - far, PageDown: i + far, Home: 0, End: last }[event.key];
     if (event.key === "Escape") this.share(null);
     if (next === undefined) return;
     event.preventDefault();
-    this.share(this.places[clamp(next, 0, last)], true);
+    this.share(places[clamp(next, 0, last)], true);
   }
 
   share(at, isSpoken = false) {
@@ -148,15 +162,17 @@ class Chart {
   }
 
   show(at, isOwn = false, isSpoken = false) {
-    this.at = at;
+    at = this.at = at === null ? null : this.nearest(at);
     this.marks?.replaceChildren();
     this.tip.hidden = true;
+    for (const told of this.told) told.textContent = "";
     const values = at === null ? [] : this.data.curves.map(curve => [curve, valueAt(curve, at)]).filter(([, value]) => value !== null);
     if (at === null || !this.x || at < this.places[0] || at > this.places.at(-1)) return;
     const x = this.x(at);
     this.marks.append(element("line", { class: "cross", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }));
     for (const [curve, value] of values) this.marks.append(element("circle", { class: `dot ${curve.colour}`, cx: x, cy: this.y(value), r: 4.5 }));
-    if (!values.length) return;
+    for (const [curve, value] of values) this.told[this.data.curves.indexOf(curve)].textContent = number(value);
+    if (!values.length || !isOwn) return;
     const lines = values.map(([curve, value]) => element("div", {}, element("i", { class: curve.colour }), `${curve.name}`, element("span", {}, number(value))));
     this.tip.replaceChildren(element("b", {}, `${this.data.x_label} ${number(at)}`), ...lines);
     this.tip.hidden = false;
@@ -164,15 +180,19 @@ class Chart {
     const left = svg.left - own.left + x, room = this.figure.clientWidth - this.tip.offsetWidth - 4;
     this.tip.style.left = `${clamp(x > this.width / 2 ? left - this.tip.offsetWidth - 14 : left + 14, 4, Math.max(4, room))}px`;
     this.tip.style.top = `${svg.top - own.top + TOP}px`;
-    this.tip.style.opacity = isOwn ? 1 : 0.88;
-    if (isOwn && isSpoken) this.said.textContent = `${this.data.x_label} ${number(at)}: ${values.map(([c, v]) => `${c.name} ${number(v)}`).join(", ")}`;
+    if (isSpoken) this.said.textContent = `${this.data.x_label} ${number(at)}: ${values.map(([c, v]) => `${c.name} ${number(v)}`).join(", ")}`;
   }
 }
 
 const charts = [];
+charts.places = {}; // by x axis, of all charts together
 for (const [index, data] of DATA.charts.entries()) {
   const chart = new Chart(data, index, charts);
   charts.push(chart);
   document.querySelector(".charts").append(chart.figure);
   onChange(chart.figure, () => chart.draw());
+}
+for (const { data, places } of charts) {
+  const known = charts.places[data.x_label] ?? [];
+  charts.places[data.x_label] = [...new Set([...known, ...places])].sort((a, b) => a - b);
 }

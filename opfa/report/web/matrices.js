@@ -66,7 +66,7 @@ function readColours() {
 }
 
 const css = colour => `rgb(${colour & 255} ${colour >> 8 & 255} ${colour >> 16 & 255})`;
-const share = (live, size) => `${number(live)} of ${number(size)}, ${(100 * live / size).toFixed(2)} %`;
+const share = (live, size) => `${number(live)} of ${number(size)}, ${(100 * live / size).toFixed(2)}\u00a0%`;
 
 async function drawThumbnails() {
   const size = DATA.thumbnail, maps = await (drawThumbnails.maps ??= inflated("thumbnails"));
@@ -116,7 +116,7 @@ class Viewer {
   resize() {
     if (!this.matrix) return;
     const width = this.canvas.parentElement.clientWidth, { rows, columns } = this.matrix;
-    const most = Math.max(260, Math.min(720, innerHeight * 0.72));
+    const most = Math.max(260, Math.min(720, innerHeight * 0.6));
     this.least = Math.min((width - MARGIN) / columns, (most - MARGIN) / rows, MOST_SCALE);
     this.width = Math.round(width);
     this.height = Math.round(Math.min(most, Math.max(160, this.least * rows + MARGIN)));
@@ -165,6 +165,8 @@ class Viewer {
     if (this.fingers.size === 2) {
       const other = [...this.fingers].find(([id]) => id !== event.pointerId)[1], gap = point => Math.hypot(point[0] - other[0], point[1] - other[1]);
       this.zoom(gap(now) / Math.max(1, gap(before)), (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
+    } else if (this.scale <= this.least) {
+      this.aim(event); // there is nothing to move
     } else {
       this.left -= (now[0] - before[0]) / this.scale;
       this.top -= (now[1] - before[1]) / this.scale;
@@ -312,7 +314,7 @@ function roving(buttons) {
     button.tabIndex = button === buttons[0] ? 0 : -1;
     button.onclick = async () => {
       await viewer.choose(Number(button.dataset.matrix));
-      $("matrix").scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+      $("picture").scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
     };
     button.onkeydown = event => {
       const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
