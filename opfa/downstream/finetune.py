@@ -32,7 +32,7 @@ from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
-from opfa.training.sections import plan
+from opfa.training.plan import plan
 from opfa.training.session import run_to_end
 from opfa.training.solo import UNCHANGED, SoloEngine
 

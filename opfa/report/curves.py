@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 MOST = 4000  # points of a curve; more can't be told apart, and a page should stay small
 LABELS = {  # what rows may hold, in the order of a page: title and unit
@@ -83,8 +84,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float]) -> tuple[int, list[i
     width = len(values) // 20
     if width < 2:
         return width, [], []
-    starts = range(len(values) - width + 1)
-    means = [fmean(values[start : start + width]) for start in starts]
+    means = np.convolve(values, np.full(width, 1 / width), mode="valid").tolist()
     return width, list(steps[width // 2 :][: len(means)]), means
 
 

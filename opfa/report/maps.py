@@ -92,7 +92,7 @@ def _blob(mask: np.ndarray, edge: int) -> bytes:
 
 
 def _smallest(content: bytes) -> bytes:
-    """Compressed without a search for what repeats, which finds nothing in a mask and takes long."""
+    """Compressed without a search for what repeats: it takes long, and finds nothing in a mask."""
     found = []
     for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):  # unstructured masks, and blocks or rows
         packer = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)

@@ -142,4 +142,9 @@ def _sizes(sizes: Mapping[str, int | None]) -> Iterator[tuple[str, str, float]]:
 
 def _table(table: Table) -> tuple[str, list[str], list[list[str]], int]:
     start = len(table.head) if table.numbers_from is None else table.numbers_from
-    return table.title or f"{table.head[0]}s".capitalize(), list(table.head), [list(row) for row in table.rows], start
+    return (
+        table.title or f"{table.head[0]}s".capitalize(),
+        list(table.head),
+        [list(row) for row in table.rows],
+        start,
+    )

@@ -7,7 +7,6 @@ from pydantic import Field
 from opfa.compression.pattern import Pattern
 from opfa.compression.schedules import Gradual, LearningRate
 from opfa.recipe import Count, Section, Weight
-from opfa.report.curves import Plan
 
 
 class Pruning(Section):
@@ -56,9 +55,3 @@ def learning_rate(
         raise ValueError(f"training.rewind_learning_rate: {what}")
     rewind_at = pruning.schedule if pruning and rewinds else None
     return LearningRate(peak=peak, warmup_steps=warmup_steps, steps=steps, rewind_at=rewind_at)
-
-
-def plan(rates: LearningRate, pruning: Pruning | None) -> Plan:
-    """What both schedules ask of each step, for pictures."""
-    sparsities = pruning.schedule.sparsities(rates.steps) if pruning else ()
-    return Plan(learning_rate=rates.rates(), sparsity=sparsities)

@@ -26,7 +26,7 @@ from opfa.training.distributed import Supervisor
 from opfa.training.engine import Engine, start_distributed
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
-from opfa.training.sections import plan
+from opfa.training.plan import plan
 from opfa.training.session import run_to_end
 from opfa.training.zero import DeepSpeedFile
 from opfa.upstream import objective

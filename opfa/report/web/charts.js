@@ -38,19 +38,19 @@ function valueAt(curve, at) {
 }
 
 class Chart {
-  constructor(data, index, all) {
+  constructor(data, all) {
     this.data = data;
     this.all = all;
     this.places = [...new Set(data.curves.flatMap(curve => curve.x))].sort((a, b) => a - b);
     this.isExact = data.curves.some(curve => curve.how === "exact");
     this.svg = element("svg", { "aria-hidden": "true" });
-    this.tip = element("div", { class: "tip", hidden: "" });
+    this.where = element("span", { class: "where" });
     this.said = element("span", { class: "hidden", "aria-live": "polite" });
     const title = data.unit ? `${data.title}, ${data.unit}` : data.title;
     this.figure = element("figure", {
       class: "chart", tabindex: "0", role: "group", "aria-roledescription": "line chart",
       "aria-label": `${title}. ${this.summary()} Left and right arrow keys move through it.`,
-    }, element("h3", { id: `chart-${index}` }, title), this.legend(), this.svg, this.tip, this.said);
+    }, element("div", { class: "heading" }, element("h3", {}, title), this.where), this.legend(), this.svg, this.said);
     this.svg.addEventListener("pointermove", event => this.point(event));
     this.svg.addEventListener("pointerdown", event => this.point(event));
     this.svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") this.share(null); });
@@ -99,7 +99,7 @@ class Chart {
 
   axes(x0, x1, y0, y1) {
     const right = this.width - RIGHT, bottom = HEIGHT - BOTTOM, found = [];
-    const values = ticks(y0, y1, 5), isSmall = Math.max(...values.map(Math.abs)) < 0.01;
+    const values = ticks(y0, y1, 7), isSmall = Math.max(...values.map(Math.abs)) < 0.01;
     const label = value => isSmall && value ? value.toExponential() : number(value);
     for (const value of values) {
       const y = this.y(value);
@@ -107,7 +107,7 @@ class Chart {
       found.push(element("text", { x: LEFT - 7, y: y + 4, "text-anchor": "end" }, label(value)));
     }
     const whole = value => Number.isInteger(value) || this.data.x_label !== "step";
-    const places = this.data.has_log_x ? this.places : ticks(x0, x1, clamp(this.width / 110, 2, 8)).filter(whole);
+    const places = this.data.has_log_x ? this.places : ticks(x0, x1, clamp(this.width / 80, 2, 10)).filter(whole);
     for (const value of places) {
       found.push(element("text", { x: this.x(value), y: bottom + 16, "text-anchor": "middle" }, number(value)));
     }
@@ -147,7 +147,7 @@ class Chart {
   }
 
   key(event) {
-    const places = this.all.places[this.data.x_label], last = places.length - 1;
+    const places = this.isExact ? this.all.places[this.data.x_label] : this.places, last = places.length - 1;
     const i = this.at === null ? last + 1 : before(places, this.at);
     const far = Math.max(1, Math.round(last / 20));
     const next = { ArrowLeft: i - 1, ArrowRight: i + 1, PageUp: i - far, PageDown: i + far, Home: 0, End: last }[event.key];
@@ -158,13 +158,13 @@ class Chart {
   }
 
   share(at, isSpoken = false) {
-    for (const chart of this.all) if (chart.data.x_label === this.data.x_label) chart.show(at, chart === this, isSpoken);
+    for (const chart of this.all) if (chart.data.x_label === this.data.x_label) chart.show(at, isSpoken && chart === this);
   }
 
-  show(at, isOwn = false, isSpoken = false) {
+  show(at, isSpoken = false) {
     at = this.at = at === null ? null : this.nearest(at);
     this.marks?.replaceChildren();
-    this.tip.hidden = true;
+    this.where.textContent = "";
     for (const told of this.told) told.textContent = "";
     const values = at === null ? [] : this.data.curves.map(curve => [curve, valueAt(curve, at)]).filter(([, value]) => value !== null);
     if (at === null || !this.x || at < this.places[0] || at > this.places.at(-1)) return;
@@ -172,22 +172,15 @@ class Chart {
     this.marks.append(element("line", { class: "cross", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }));
     for (const [curve, value] of values) this.marks.append(element("circle", { class: `dot ${curve.colour}`, cx: x, cy: this.y(value), r: 4.5 }));
     for (const [curve, value] of values) this.told[this.data.curves.indexOf(curve)].textContent = number(value);
-    if (!values.length || !isOwn) return;
-    const lines = values.map(([curve, value]) => element("div", {}, element("i", { class: curve.colour }), `${curve.name}`, element("span", {}, number(value))));
-    this.tip.replaceChildren(element("b", {}, `${this.data.x_label} ${number(at)}`), ...lines);
-    this.tip.hidden = false;
-    const [own, svg] = [this.figure, this.svg].map(each => each.getBoundingClientRect());
-    const left = svg.left - own.left + x, room = this.figure.clientWidth - this.tip.offsetWidth - 4;
-    this.tip.style.left = `${clamp(x > this.width / 2 ? left - this.tip.offsetWidth - 14 : left + 14, 4, Math.max(4, room))}px`;
-    this.tip.style.top = `${svg.top - own.top + TOP}px`;
+    this.where.textContent = `${this.data.x_label} ${number(at)}`;
     if (isSpoken) this.said.textContent = `${this.data.x_label} ${number(at)}: ${values.map(([c, v]) => `${c.name} ${number(v)}`).join(", ")}`;
   }
 }
 
 const charts = [];
 charts.places = {}; // by x axis, of all charts together
-for (const [index, data] of DATA.charts.entries()) {
-  const chart = new Chart(data, index, charts);
+for (const data of DATA.charts) {
+  const chart = new Chart(data, charts);
   charts.push(chart);
   document.querySelector(".charts").append(chart.figure);
   onChange(chart.figure, () => chart.draw());
