@@ -55,8 +55,11 @@ def inspect(
     from opfa.weights.comparison import compare
     from opfa.weights.inspection import inspect_masks
 
-    inspected = inspect_masks(model) if against is None else None
-    found = compare(against, model) if inspected is None else inspected.found
+    if against is None:
+        inspected = inspect_masks(model)
+        found = inspected.found
+    else:
+        inspected, found = None, compare(against, model)
     if plot is not None:
         if not found.layers:
             raise ModelError(f"{model}: has no numbered layers with matrices, so nothing to draw")

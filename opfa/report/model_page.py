@@ -16,16 +16,19 @@ from opfa.storage.files import write_text
 
 
 def write_model_page(
-    path: Path, name: str, found: Result, masks: Masks, num_heads: int | None
+    path: Path,
+    name: str,
+    found: Result,
+    masks: Masks,
+    num_heads: int | None,
+    *,
+    budget: int = maps.BUDGET,
 ) -> None:
-    """Write what `opfa inspect` found in a checkpoint, with its masks [out, in]."""
-    write_text(path, model_page(name, found, masks, num_heads))
-
-
-def model_page(name: str, found: Result, masks: Masks, num_heads: int | None) -> str:
-    """That page."""
+    """Write what `opfa inspect` found in a checkpoint, with its masks [out, in]: exact ones if they
+    need at most `budget` bytes.
+    """
     result, masks = found.values(), _in_order(masks)
-    edge, blobs = maps.packed(masks)
+    edge, blobs = maps.packed(masks, budget)
     parts = list(found.parts(is_long=True))
     values = {
         "name": name,
@@ -42,7 +45,8 @@ def model_page(name: str, found: Result, masks: Masks, num_heads: int | None) ->
     matrices = [_matrix(*item, result, num_heads) for item in masks.items()]
     data = {"edge": edge, "thumbnail": maps.THUMBNAIL, "matrices": matrices}
     named = {str(index): blob for index, blob in enumerate(blobs.values())}
-    return render("model", values, data, {"thumbnails": maps.thumbnails(masks), **named})
+    blobs = {"thumbnails": maps.thumbnails(masks), **named}
+    write_text(path, render("model", values, data, blobs))
 
 
 def _in_order(masks: Masks) -> Masks:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from opfa.report.curves import Plan, series, smoothed
 from opfa.sparsity.anatomy import layer_labels, short_kinds
@@ -119,8 +120,9 @@ def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
 def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
     """Draw one bar per model: its accuracy, and its encoder's loss before fine-tuning."""
     figure, (left, right) = plt.subplots(
-        ncols=2, figsize=(9, 0.9 + 0.42 * len(rows)), sharey=True, layout="constrained"
+        ncols=2, figsize=(9, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained"
     )
+    figure.suptitle("What the quickstart trained", fontsize=11)
     names = [row["model"] for row in rows]
     colours = [ORANGE if "prune-once" in name else GREY for name in names]
     bars = left.barh(names, [row["accuracy"] for row in rows], color=colours)
@@ -212,6 +214,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> N
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
     axes.set_title(title, fontsize=11, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=x_label == "Step"))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _tidy(axes)

@@ -17,13 +17,14 @@ def write_sweep_page(output: Path, result: Mapping[str, Any]) -> None:
     ended = [row for row in result["rows"] if row["runs"]]
     metrics = list(result["metrics"])
     drawn = _by_rate(ended, metrics) if len(ended) > 1 else _by_seed(ended[0], metrics)
+    note = "mean over seeds" + (f" at {result['learning_rate']}" if len(ended) > 1 else "")
     values = {
         "name": result["task"],
         "directory": output.absolute().name,
         "best": result["best_run"],
         "cards": [
-            (n.replace("_", " "), figure(v, result["std"][n]), "mean of the best learning rate")
-            for n, v in result["metrics"].items()
+            (name.replace("_", " "), figure(value, result["std"][name]), note)
+            for name, value in result["metrics"].items()
         ],
         "metrics": metrics,
         "means": [_means(row, metrics) for row in result["rows"]],

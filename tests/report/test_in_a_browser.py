@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,9 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from opfa.commands import app as cli
+from opfa.report import maps
 from opfa.report.curves import Plan
+from opfa.report.model_page import write_model_page
 from opfa.report.run_page import write_run_page
 from opfa.storage import seal
+from opfa.weights.inspection import inspect_masks
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -26,7 +33,7 @@ RATES = [1e-4, 2e-4, 3e-4, 2e-4, 1e-4, 5e-5]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
+def browser() -> Iterator["Browser"]:
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -36,7 +43,7 @@ def browser() -> Iterator["playwright.Browser"]:
 class Opened:
     """A page, and all that it asked for or complained about."""
 
-    def __init__(self, browser: "playwright.Browser", file: Path, width: int, scheme: str) -> None:
+    def __init__(self, browser: "Browser", file: Path, width: int, scheme: str) -> None:
         size = {"width": width, "height": 900}
         context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)  # pyright: ignore[reportArgumentType]
         self.page, self.problems, self.requests = context.new_page(), [], []
@@ -69,6 +76,16 @@ def model_page(masks: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def coarse_page(model_page: Path, masks: list[np.ndarray]) -> Path:
+    """The same model, as if it were too large for single weights."""
+    read = inspect_masks(str(model_page.parent))
+    size = sum(map(len, maps.packed(read.masks)[1].values()))
+    page = model_page.with_name("coarse.html")
+    write_model_page(page, "large", read.found, read.masks, read.num_heads, budget=size - 1)
+    return page
+
+
+@pytest.fixture(scope="module")
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     (run / "recipe.toml").write_text(f"name = {json.dumps(HOSTILE)}\n")
@@ -80,7 +97,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "report/index.html"
 
 
-def read(page: "playwright.Page") -> dict[str, str]:
+def read(page: "Page") -> dict[str, str]:
     """What is said of the place under the pointer."""
     names, values = (page.locator(f"#readout {tag}").all_inner_texts() for tag in ("dt", "dd"))
     return dict(zip(names, values, strict=True))
@@ -105,7 +122,7 @@ def expected(mask: np.ndarray, row: int, column: int) -> dict[str, str]:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_pointer_and_the_keys_read_a_matrix(
-    browser: "playwright.Browser",
+    browser: "Browser",
     model_page: Path,
     masks: list[np.ndarray],
     width: int,
@@ -140,8 +157,22 @@ def test_the_pointer_and_the_keys_read_a_matrix(
     opened.check(model_page)
 
 
+def test_a_large_model_is_read_by_tiles(
+    browser: "Browser", coarse_page: Path, masks: list[np.ndarray]
+) -> None:
+    opened = Opened(browser, coarse_page, 1280, "light")
+    opened.page.wait_for_selector("[aria-pressed=true]")
+    assert "the smallest tile has 4 × 4 weights" in opened.page.locator(".look").inner_text()
+    opened.page.locator("#picture").focus()
+    for key in ("ArrowDown", "End", "PageDown"):
+        opened.page.keyboard.press(key)
+    exact = expected(masks[0], 47, 63)
+    assert exact.pop("weight") and read(opened.page) == exact
+    opened.check(coarse_page)
+
+
 def test_the_picture_has_the_weights_where_they_are(
-    browser: "playwright.Browser", model_page: Path, masks: list[np.ndarray]
+    browser: "Browser", model_page: Path, masks: list[np.ndarray]
 ) -> None:
     opened = Opened(browser, model_page, 1280, "light")
     opened.page.wait_for_selector("[aria-pressed=true]")
@@ -158,7 +189,7 @@ def test_the_picture_has_the_weights_where_they_are(
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_the_pointer_and_the_keys_read_curves(
-    browser: "playwright.Browser", run_page: Path, width: int, scheme: str
+    browser: "Browser", run_page: Path, width: int, scheme: str
 ) -> None:
     opened = Opened(browser, run_page, width, scheme)
     page = opened.page
