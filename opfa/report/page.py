@@ -19,7 +19,7 @@ from markupsafe import Markup
 from opfa.errors import redacted
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = {"run": "charts.js", "sweep": "charts.js", "model": "matrices.js"}
+SCRIPTS = {"run": ["charts.js"], "sweep": ["charts.js"], "model": ["matrix.js", "matrices.js"]}
 
 
 def render(
@@ -28,14 +28,14 @@ def render(
     data: Mapping[str, Any],
     blobs: Mapping[str, bytes],
 ) -> str:
-    """The page `web/NAME.html` with the script `SCRIPTS[NAME]`. `values` are for the template. The
+    """The page `web/NAME.html` with the scripts `SCRIPTS[NAME]`. `values` are for the template. The
     script reads `data` as JSON, and `blobs` as base64 by their names.
     """
     loader = FileSystemLoader(WEB)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"percent": percent, "megabytes": megabytes, "shade": shade}
-    style, script = _read("page.css"), "".join(_read(file) for file in ("page.js", SCRIPTS[name]))
+    style, script = _read("page.css"), "".join(map(_read, ["page.js", *SCRIPTS[name]]))
     return environment.get_template(f"{name}.html").render(
         **redacted(dict(values)),
         version=version("opfa"),
