@@ -71,6 +71,7 @@ SLOW = [
     "releases/test_release.py",
     "runtimes/test_predict.py::test_every_form_and_program_says_the_same",
     "commands/test_run_directories.py",
+    "report/test_in_a_browser.py",
     "storage/test_aside.py",
     "storage/test_foreign.py",
     "storage/test_foreign_code.py",

@@ -44,15 +44,24 @@ def inspect(
         bool, Option("--tensors", help="Every tensor instead of layers.")
     ] = False,
     plot: Annotated[Path | None, Option(help="FILE.png: draw it too.")] = None,
+    page: Annotated[Path | None, Option(help="FILE.html: every matrix, for a browser.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
-    check_files({"--plot": plot})
+    check_files({"--plot": plot, "--page": page})
+    if page is not None and (page.suffix != ".html" or not page.parent.is_dir()):
+        raise RunError(f"--page {page}: must be a .html file in a directory that exists")
+    if page is not None and against is not None:
+        raise RunError("--page: shows one model; leave --against out, or take --plot")
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
-    from opfa.weights.inspection import inspect_checkpoint
+    from opfa.weights.inspection import inspect_masks
 
-    found = inspect_checkpoint(model) if against is None else api.compare(against, model)
+    if against is None:
+        inspected = inspect_masks(model)
+        found = inspected.found
+    else:
+        inspected, found = None, api.compare(against, model)
     if plot is not None:
         if not found.layers:
             raise ModelError(f"{model}: has no numbered layers with matrices, so nothing to draw")
@@ -62,6 +71,10 @@ def inspect(
             inspection_picture(model, found.values(), plot)
         else:
             comparison_picture(found.values(), plot)
+    if page is not None and inspected is not None:
+        from opfa.report.model_page import write_model_page
+
+        write_model_page(page, model, inspected.found, inspected.masks, inspected.num_heads)
     found.show(as_json=as_json, is_long=has_tensors)
     if not getattr(found, "same_masks", True):
         raise typer.Exit(1)

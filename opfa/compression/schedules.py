@@ -101,6 +101,14 @@ class Gradual(Section):
         remaining = 1 - (step - self.start) / (self.end - self.start)
         return self.target + (self.initial - self.target) * remaining**3
 
+    def sparsities(self, steps: int) -> list[float]:
+        """The sparsity after each of so many steps: of the newest mask update."""
+        found, newest = [], self.sparsity_at(0) if self.is_update(0) else 0.0
+        for step in range(1, steps + 1):
+            newest = self.sparsity_at(step) if self.is_update(step) else newest
+            found.append(newest)
+        return found
+
     def is_update(self, step: int) -> bool:
         """Whether masks are recomputed after `step` steps. The end of the ramp always is one."""
         if not self.start <= step <= self.last_update:
@@ -164,6 +172,10 @@ class LearningRate(Section):
     warmup_steps: int = Field(ge=0)
     steps: int = Field(ge=1)
     rewind_at: Gradual | None = None
+
+    def rates(self) -> list[float]:
+        """The rate of each step."""
+        return [self.at(step) for step in range(self.steps)]
 
     def at(self, step: int) -> float:
         """The rate of the step that follows `step` finished ones."""

@@ -25,6 +25,7 @@ from opfa.errors import DivergedError, RecipeError, RunError, blaming
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
 from opfa.report import pictures
+from opfa.report.run_page import write_run_page
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
@@ -35,6 +36,7 @@ from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
+from opfa.training.plan import plan
 from opfa.training.session import run_to_end
 from opfa.training.solo import UNCHANGED, SoloEngine
 
@@ -242,7 +244,9 @@ class Trainer:
             **({"selected": best.found()} if best.step is not None else {}),
         )
         write_json(run.directory / RESULTS, results.model_dump(exclude_unset=True))
-        pictures.finetuning_pictures(run.rows(), result, run.directory / "report")
+        rows, asked = run.rows(), plan(self.schedule, self.recipe.pruning)
+        pictures.finetuning_pictures(rows, result, run.directory / "report", asked)
+        write_run_page(run.directory, rows, asked, result)
         facts = {"step": done, "model_sha256": results.model_sha256}
         finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from opfa.downstream.results import (
 )
 from opfa.errors import DivergedError, RunError
 from opfa.report import pictures
+from opfa.report.sweep_page import write_sweep_page
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.training import finished, launch
@@ -88,6 +89,7 @@ def _written(
     if len(ended) > 1:
         picture = output / "report/sweep.png"
         pictures.sweep_picture([row.model_dump() for row in ended], recipe.task.metrics[0], picture)
+    write_sweep_page(output, sealed)
     return SweepResult.model_validate({"directory": output, **sealed})
 
 

@@ -13,84 +13,93 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from opfa.report.curves import Plan, series, smoothed
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 from opfa.storage.files import new_directory, new_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 ALL = "whole layer"
-LOSSES = {"mlm_loss": "Masked-token loss", "hidden_loss": "Hidden states' squared distance"}
+LOSSES = {
+    "mlm_loss": "Masked-token loss, nats a token",
+    "hidden_loss": "Hidden states' squared distance",
+}
+FEW = 40  # points that are drawn as such
 Row = Mapping[str, Any]
 
 
 def pretraining_pictures(
-    rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path
+    rows: Sequence[Row], metric: str, sparsity: Mapping[str, Any], directory: Path, plan: Plan
 ) -> None:
     """Draw loss and sparsity against step, the learning rate, and the sparsity of each tensor."""
-    training, _ = _by_kind(rows)
     with new_directory(directory, is_new=False) as work:
         loss_picture(rows, metric, work / "loss.png")
-        _rates_and_sparsity(training, sparsity, work)
+        _rates_and_sparsity(plan, sparsity, work)
 
 
 def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Draw one of `LOSSES`: of each batch, their mean over a twentieth of the run, and held out."""
     training, evaluations = _by_kind(rows)
-    figure, axes = _axes("Step", LOSSES[metric])
-    steps, losses = _series(training, metric)
-    axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.35, label="training, a batch")
-    width = len(losses) // 20
-    if width > 1:
-        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        middles = steps[width // 2 :][: len(means)]
+    figure, axes = _axes("Loss and sparsity", "Step", LOSSES[metric])
+    steps, losses = series(training, metric)
+    width, middles, means = smoothed(steps, losses)
+    alpha = 0.35 if means else 1.0
+    _line(axes, steps, losses, color=BLUE, linewidth=0.9, alpha=alpha, label="training, a batch")
+    if means:
         axes.plot(middles, means, color=BLUE, label=f"mean of {width}")
-    axes.plot(*_series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
+    axes.plot(*series(evaluations, metric), "o-", color=GREEN, markersize=4, label="held out")
     if any(row.get("sparsity") for row in training):
         right = axes.twinx()
-        steps, shares = _series(training, "sparsity")
-        right.plot(steps, shares, color=ORANGE, drawstyle="steps-post", label="sparsity")
-        right.set_ylim(0, 1)
-        right.set_ylabel("Sparsity", color=ORANGE)
+        steps, shares = series(training, "sparsity")
+        percent = [100 * share for share in shares]
+        right.plot(steps, percent, color=ORANGE, drawstyle="steps-post", label="sparsity")
+        right.set_ylim(0, 100)
+        right.set_ylabel("Sparsity, %", color=ORANGE)
         right.spines["top"].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
-def finetuning_pictures(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
+def finetuning_pictures(
+    rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path, plan: Plan
+) -> None:
     """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
     training, evaluations = _by_kind(rows)
-    figure, axes = _axes("Step", "Training loss")
-    axes.plot(*_series(training, "loss"), color=BLUE, linewidth=0.9)
+    figure, axes = _axes("Training loss and held-out results", "Step", "Training loss of a batch")
+    _line(axes, *series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
         right = axes.twinx()
         metric = next(key for key in evaluations[0] if key not in ("step", "eval", "final"))
         before = [row for row in evaluations if not row.get("final")]
         final = [row for row in evaluations if row.get("final")]
-        right.plot(*_series(before, metric), "o-", color=GREEN, markersize=4)
-        right.plot(*_series(final, metric), "*", color=GREEN, markersize=9)
+        right.plot(*series(before, metric), "o-", color=GREEN, markersize=4)
+        right.plot(*series(final, metric), "*", color=GREEN, markersize=9)
         right.set_ylabel(f"Held-out {metric} (star: finished)", color=GREEN)
         right.spines["top"].set_visible(False)
     with new_directory(directory, is_new=False) as work:
         _save(figure, work / "loss.png")
-        _rates_and_sparsity(training, sparsity, work)
+        _rates_and_sparsity(plan, sparsity, work)
 
 
-def _rates_and_sparsity(rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path) -> None:
-    """Draw the learning rate against step, and a bar for each pruned tensor, if there are any."""
-    figure, axes = _axes("Step", "Learning rate")
-    axes.plot(*_series(rows, "learning_rate"), color=BLUE)
+def _rates_and_sparsity(plan: Plan, sparsity: Mapping[str, Any], directory: Path) -> None:
+    """Draw the learning rate of each step, and a bar for each pruned tensor, if there are any."""
+    figure, axes = _axes("Learning rate of each step", "Step", "Learning rate")
+    _line(axes, range(1, len(plan.learning_rate) + 1), plan.learning_rate, color=BLUE)
     axes.set_ylim(bottom=0)
     _save(figure, directory / "learning_rate.png")
     tensors = sparsity["tensors"]
     if not tensors:
         return
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.16 * len(tensors)), layout="constrained")
-    values = [tensor["sparsity"] for tensor in tensors.values()]
+    figure, axes = plt.subplots(figsize=(7, 1.5 + 0.16 * len(tensors)), layout="constrained")
+    axes.set_title("Sparsity of each pruned matrix", fontsize=11, loc="left")
+    values = [100 * tensor["sparsity"] for tensor in tensors.values()]
     axes.barh([name.removesuffix(".weight") for name in tensors], values, color=BLUE, height=0.75)
-    axes.axvline(sparsity["total"]["sparsity"], color=ORANGE, linewidth=1)
+    total = 100 * sparsity["total"]["sparsity"]
+    axes.axvline(total, color=ORANGE, linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel(f"Sparsity (line: all together, {sparsity['total']['sparsity']:.4f})")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"Sparsity, % (line: all together, {total:.2f} %)")
     axes.tick_params(axis="y", labelsize=6)
     _tidy(axes)
     _save(figure, directory / "sparsity.png")
@@ -98,7 +107,7 @@ def _rates_and_sparsity(rows: Sequence[Row], sparsity: Mapping[str, Any], direct
 
 def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Draw a metric against the learning rate, with its deviation over seeds."""
-    figure, axes = _axes("Learning rate", metric)
+    figure, axes = _axes(f"Held-out {metric} by learning rate", "Learning rate", metric)
     rates, means = [row["learning_rate"] for row in rows], [row["mean"][metric] for row in rows]
     deviations = [row["std"][metric] or 0.0 for row in rows]
     axes.errorbar(rates, means, deviations, fmt="o-", color=BLUE, capsize=3)
@@ -111,20 +120,21 @@ def sweep_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
 def quickstart_picture(rows: Sequence[Row], path: Path) -> None:
     """Draw one bar per model: its accuracy, and its encoder's loss before fine-tuning."""
     figure, (left, right) = plt.subplots(
-        ncols=2, figsize=(9, 0.9 + 0.42 * len(rows)), sharey=True, layout="constrained"
+        ncols=2, figsize=(9, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained"
     )
+    figure.suptitle("What the quickstart trained", fontsize=11)
     names = [row["model"] for row in rows]
     colours = [ORANGE if "prune-once" in name else GREY for name in names]
     bars = left.barh(names, [row["accuracy"] for row in rows], color=colours)
     left.bar_label(bars, fmt="%.3f", padding=3)
     left.invert_yaxis()
     left.set_xlim(0, 1)
-    left.set_xlabel("Accuracy on held-out chapters")
+    left.set_xlabel("Accuracy on held-out chapters, share")
     losses = [row.get("mlm_loss") for row in rows]
     bars = right.barh(names, [loss or 0.0 for loss in losses], color=colours)
     right.bar_label(bars, [f"{loss:.2f}" if loss else "" for loss in losses], padding=3)
     right.margins(x=0.15)
-    right.set_xlabel("MLM loss before fine-tuning (lower is better)")
+    right.set_xlabel("MLM loss before fine-tuning, nats a token (lower is better)")
     for axes in (left, right):
         _tidy(axes)
     _save(figure, path)
@@ -196,13 +206,15 @@ def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if not row.get("eval")], evaluations
 
 
-def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in rows if key in row]
-    return [row["step"] for row in rows], [row[key] for row in rows]
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """Draw a line; few points are drawn as points too, and one alone is seen."""
+    axes.plot(x, y, marker="o" if len(x) <= FEW else None, markersize=3.5, **style)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=x_label == "Step"))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _tidy(axes)

@@ -18,6 +18,7 @@ from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
 from opfa.models.pretraining import compile_models, decay_groups
 from opfa.report import pictures
+from opfa.report.run_page import write_run_page
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -27,6 +28,7 @@ from opfa.training.distributed import Supervisor
 from opfa.training.engine import Engine, start_distributed
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
+from opfa.training.plan import plan
 from opfa.training.session import run_to_end
 from opfa.training.zero import DeepSpeedFile
 from opfa.upstream import objective
@@ -213,7 +215,9 @@ class Trainer:
             directory = at.run.directory
             result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
             metric, rows = self.recipe.metric, at.run.rows()
-            pictures.pretraining_pictures(rows, metric, result, directory / "report")
+            asked = plan(self.schedule, self.recipe.pruning)
+            pictures.pretraining_pictures(rows, metric, result, directory / "report", asked)
+            write_run_page(directory, rows, asked, result)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)

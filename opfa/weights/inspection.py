@@ -45,8 +45,22 @@ def inspect(model: nn.Module | str | Path) -> dict[str, Any]:
     return inspect_checkpoint(str(model)).values()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """A checkpoint that was read once: what was found, and the masks [out, in] that it is about."""
+
+    found: Inspection
+    masks: Masks
+    num_heads: int | None  # of its attention; None where its configuration doesn't say
+
+
 def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
     """Read a checkpoint in a directory, in a file or on the Hub once, and count."""
+    return inspect_masks(name, source).found
+
+
+def inspect_masks(name: str, source: Source | None = None) -> Inspected:
+    """The same with the masks, of a byte a weight."""
     source = source or open_source(name)
     stated = _stated(source.read_json("sparsity.json"), name)
     read = _read(source, set(stated["tensors"]) if stated else set(), name)
@@ -57,7 +71,7 @@ def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
     sizes: dict[str, int | None] = {"dense": read.dense_bytes, "file": source.file_bytes}
     limit = math.ceil(read.limit_bytes)
     sizes["limit"] = limit if limit <= source.file_bytes else None  # a file in 8 bits is below it
-    return Inspection(
+    inspection = Inspection(
         name=name,
         **found,
         dense=read.dense,
@@ -71,6 +85,7 @@ def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
         sizes=sizes,
         downloaded_bytes=source.downloaded_bytes(),
     )
+    return Inspected(found=inspection, masks=read.masks, num_heads=read.num_heads)
 
 
 def check_stated(name: str) -> dict[str, Any]:
@@ -109,13 +124,14 @@ class _Found:
     excluded: dict[str, dict[str, int]] = field(default_factory=dict)
     dense_bytes: int = 0
     limit_bytes: float = 0.0
+    num_heads: int | None = None
 
 
 def _read(source: Source, stated: set[str], where: str) -> _Found:
     """One pass; the stated tensors count as pruned in any case."""
     found, beside, live = _Found(), {}, {}
     found.excluded = {part: {"tensors": 0, "size": 0} for part in PARTS}
-    num_heads = _num_heads(source.read_json("config.json"))
+    num_heads = found.num_heads = _num_heads(source.read_json("config.json"))
 
     def is_linear(name: str, shape: Sequence[int]) -> bool:
         return is_matrix(name, shape) or (name in stated and len(shape) == MATRIX_DIMS)

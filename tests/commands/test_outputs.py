@@ -26,6 +26,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "release": ("release ./nowhere --output {}", "directory"),
     "unpack": ("unpack ./nowhere --output {}", "directory"),
     "plot": ("inspect ./nowhere --plot {}", "file"),
+    "page": ("inspect ./nowhere --page {}", "file"),
     "download": ("download ./nowhere --output {}", "directory"),
     "quickstart": ("quickstart --output {}", "run"),
     "bench": ("bench train --write {}", "file"),

@@ -106,6 +106,7 @@ def test_results_say_what_ran(sparse: Path, examples: Path, tmp_path: Path) -> N
         "loss.png",
         "learning_rate.png",
         "sparsity.png",
+        "index.html",
     }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,9 @@ def test_a_sweep_compares_means_over_seeds(sparse: Path, examples: Path, tmp_pat
     seed = result.best_run.rpartition("-")[2]
     assert (tmp_path / "out/table.md").read_text().endswith(f"/seed-{seed}\n")
     assert (tmp_path / "out/report/sweep.png").exists()
+    page = tmp_path / "out/report/index.html"
+    links = re.findall(r'href="(\.\./[^"]+)"', page.read_text())
+    assert len(links) == 4 and all((page.parent / link).is_file() for link in links)
     assert not list((tmp_path / "out").rglob("checkpoints"))
 
 

@@ -539,7 +539,7 @@ def test_a_model_that_learnt_hidden_states_alone_is_released_as_an_encoder(
     weights = {"hard_weight": 0.0, "soft_weight": 0.0, "hidden_weight": 1.0}
     recipe = pretrain_recipe(prepared, distillation={"teacher": str(sparse), **weights})
     drawn = []
-    monkeypatch.setattr(pictures, "_series", lambda rows, key: drawn.append(key) or ([], []))
+    monkeypatch.setattr(pictures, "series", lambda rows, key: drawn.append(key) or ([], []))
     pretrain(recipe, tmp_path / "run")
     assert "hidden_loss" in drawn and "mlm_loss" not in drawn
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])

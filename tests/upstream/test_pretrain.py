@@ -327,7 +327,7 @@ def test_a_student_that_is_its_teacher_has_no_distance_to_it(
 
 def test_pictures_and_environment_are_written(student: Path) -> None:
     names = {path.name for path in (student / "report").iterdir()}
-    assert names == {"loss.png", "learning_rate.png", "sparsity.png"}
+    assert names == {"loss.png", "learning_rate.png", "sparsity.png", "index.html"}
     environment = json.loads((student / "environment.json").read_text())
     assert environment["world_size"] == 1
     assert len(environment["data"]["splits"]["train"]["sha256"]) == 64
