@@ -18,6 +18,7 @@ from opfa.commands.options import (
 )
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
+from opfa.extras import require
 from opfa.report.tables import Table, print_json, show
 from opfa.storage.files import check_new
 
@@ -47,6 +48,8 @@ def inspect(
     check_files({"--plot": plot})
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
+    if plot is not None:
+        require(f"--plot {plot}", "opfa[plots]", "matplotlib")
     from opfa.weights.comparison import compare
     from opfa.weights.inspection import inspect_checkpoint
 

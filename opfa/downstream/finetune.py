@@ -18,9 +18,9 @@ from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError
+from opfa.extras import has
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
-from opfa.report import pictures
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
@@ -30,7 +30,7 @@ from opfa.training.checkpoint import model_digest, point_name, problem_of, write
 from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
-from opfa.training.metrics import Row
+from opfa.training.metrics import HELD_OUT, VALIDATION, Row
 from opfa.training.session import run_to_end
 from opfa.training.solo import UNCHANGED, SoloEngine
 
@@ -55,9 +55,14 @@ def finetune(
     resume: bool = False,
     *,
     within: Path | None = None,
+    title: str = "",
     concerns: Sequence[Concern] = (),
 ) -> dict[str, Any]:
-    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
+    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
+
+    `within` and `title` are for one of several runs: the directory of all, whose `stop` counts
+    too, and what the bar and the log call it.
+    """
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     launch.refuse_several("opfa finetune")
@@ -69,6 +74,7 @@ def finetune(
         timeout_seconds=math.inf,  # nothing to wait for: one process
         concerns=concerns,
         within=within,
+        title=title,
     )
     return seal.read_json(output / "results.json")
 
@@ -141,7 +147,9 @@ class Trainer:
         selection = self.recipe.selection
         if selection is None:
             return found, Evaluating(every_epoch, self.evaluate, at_end=False)
-        return found, Choosing(selection.every_steps or every_epoch, self.evaluate, self.best)
+        split = HELD_OUT if selection.holdout else VALIDATION
+        every = selection.every_steps or every_epoch
+        return found, Choosing(every, self.evaluate, self.best, split=split)
 
     # a step
 
@@ -150,7 +158,7 @@ class Trainer:
         train = self.data.train
         for step in range(start, self.schedule.steps):
             found = [[index for _, index in places] for places in self.order.step(step)]
-            yield [Examples(train.collate([train.features[i] for i in p]), p) for p in found]
+            yield [Examples(train.collate(train.features.__getitems__(p)), p) for p in found]
 
     def counts(self, micro_batches: list[Examples]) -> Counts:
         """Each micro-batch counts by its targets, and by its tokens."""
@@ -217,8 +225,9 @@ class Trainer:
             if problem := problem_of(point):
                 raise RunError(f"{point}: is the best model and can't be used: {problem}")
             points.restore(at, point)
-        metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
-        run.log({"step": done, "eval": True, "final": True, **metrics})
+        with run.doing("evaluating"):
+            metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
+        run.log({"step": done, "split": VALIDATION, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
         results = {
@@ -234,7 +243,10 @@ class Trainer:
         if best.step is not None:
             results["selected"] = {"step": best.step, best.metric: best.value}
         write_json(run.directory / "results.json", results)
-        pictures.finetuning_pictures(run.rows(), result, run.directory / "report")
+        if has("matplotlib"):
+            from opfa.report import pictures
+
+            pictures.finetuning_pictures(run.rows(), result, run.directory / "report")
         facts = {"step": done, "model_sha256": results["model_sha256"]}
         finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)

@@ -178,6 +178,11 @@ class FinetuneRecipe(Recipe):
             )
         return self
 
+    def check_packages(self) -> None:
+        """Raise `RunError` if a package is missing that this run needs."""
+        self.task.check_packages()
+        self.logging.check_packages()
+
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
         rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
-from opfa.report import pictures
+from opfa.extras import has
 from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -46,7 +46,8 @@ def sweep(
     rates = recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,)
     with Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
-        rows = [_run_all(recipe, rate, seeds, output, supervisor) for rate in rates]
+        titles = _titles(len(rates) * len(seeds))
+        rows = [_run_all(recipe, rate, seeds, output, supervisor, titles) for rate in rates]
     ended = [row for row in rows if row["runs"]]
     if not ended:
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
@@ -66,7 +67,9 @@ def sweep(
     result = seal.write_sealed(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
-    if len(ended) > 1:
+    if len(ended) > 1 and has("matplotlib"):
+        from opfa.report import pictures
+
         pictures.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")
     log.info("%s", table(rows))
     rates = [row["learning_rate"] for row in ended]
@@ -76,8 +79,18 @@ def sweep(
     return result
 
 
+def _titles(num_runs: int) -> Iterator[str]:
+    """What the bars and log lines of each run begin with."""
+    return (f"run {number} of {num_runs}" for number in range(1, num_runs + 1))
+
+
 def _run_all(
-    recipe: FinetuneRecipe, rate: float, seeds: Sequence[int], output: Path, supervisor: Supervisor
+    recipe: FinetuneRecipe,
+    rate: float,
+    seeds: Sequence[int],
+    output: Path,
+    supervisor: Supervisor,
+    titles: Iterator[str],
 ) -> dict[str, Any]:
     """The row of a learning rate, after whatever of it isn't finished yet was run."""
     runs = []
@@ -86,8 +99,10 @@ def _run_all(
         training = recipe.training.model_copy(update={"learning_rate": rate})
         changes = {"sweep": None, "seed": seed, "training": training}
         _stop_if_told(output, name, supervisor)
+        title = next(titles)
+        log.info("%s: %s", title, name)
         try:
-            runs.append({"run": name, **_finished(recipe, changes, output, name)})
+            runs.append({"run": name, **_finished(recipe, changes, output, name, title)})
         except DivergedError as error:
             log.warning("%s: %s", output / name, error)
     return _row(recipe, rate, runs) | {"num_diverged": len(seeds) - len(runs)}
@@ -114,12 +129,15 @@ def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
         raise RunError(f"{output}: --resume with {len(seeds)} seed(s), {what}")
 
 
-def _finished(recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str) -> Result:
+def _finished(
+    recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str, title: str
+) -> Result:
     """The results of a run, from its files or by running it. Its resume points go."""
     directory = output / name
     if not (directory / "done.json").exists():
         has_begun = (directory / "recipe.toml").exists()
-        finetune(recipe.model_copy(update=changes), directory, resume=has_begun, within=output)
+        changed = recipe.model_copy(update=changes)
+        finetune(changed, directory, resume=has_begun, within=output, title=title)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return finished.results(directory)
 

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from opfa.errors import RunError
 from opfa.hub import manifest
+from opfa.hub.reach import problem_of_hub
 
 
 def is_name(name: str) -> bool:
@@ -33,6 +34,8 @@ def push(directory: Path, name: str, *, endpoint: str | None = None, private: bo
     """Upload a verified release as one commit that replaces all that was there; its address."""
     check_name(name, "the repository")
     files: Collection[str] = manifest.check(directory).files
+    if problem := problem_of_hub(endpoint):
+        raise RunError(f"{name}: not uploaded: {problem}")
     try:
         api = HfApi(endpoint=endpoint)
         api.create_repo(name, private=private, exist_ok=True)

@@ -24,13 +24,15 @@ def run_to_end(
     timeout_seconds: float,
     concerns: Sequence[Concern] = (),
     within: Path | None = None,
+    title: str = "",
 ) -> None:
     """Train what `load` loads, in the directory `output`, unless it is done. Collective."""
     check_output(output, recipe, resume)
     with Supervisor(timeout_seconds) as supervisor:
         trainer = load(supervisor)
         steps, is_writer = trainer.schedule.steps, trainer.rank == 0
-        with Run(output, recipe, steps=steps, is_writer=is_writer, within=within) as run:
+        options = {"is_writer": is_writer, "within": within, "title": title}
+        with Run(output, recipe, steps=steps, **options) as run:
             # Rank 0 decides: machines may look at the run directory at different times.
             if distributed.on_first_rank(lambda: run.is_done):
                 distributed.on_first_rank(lambda: finished.check(output))
@@ -40,6 +42,7 @@ def run_to_end(
             at.concerns = _concerns(recipe.logging, trainer, supervisor, concerns)
             _begin(trainer, at, resume)
             run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
+            run.advance(at.step)
             at.model.train()  # a model that was loaded is in evaluation mode
             train(trainer, at)
             trainer.finish(at)

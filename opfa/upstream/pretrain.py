@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from opfa.compression.pruner import Pruner
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
+from opfa.extras import has
 from opfa.models.pretraining import compile_models, decay_groups
-from opfa.report import pictures
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -84,11 +84,12 @@ class Trainer:
         self.teacher = load_teacher(recipe, self.student, device)
         pruning, training = recipe.pruning, recipe.training
         self.pruner = Pruner(self.student, pruning.schedule, pruning.pattern) if pruning else None
-        if recipe.launch.compile:
+        if compiles := recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
+        self.objective = Objective(self.student, recipe.distillation, self.clock, compiles)
         self.engine = Engine(
-            Objective(self.student, recipe.distillation, self.clock, recipe.launch.compile),
+            self.objective,
             decay_groups(self.student, training.weight_decay),
             betas=(training.beta1, training.beta2),
             epsilon=training.epsilon,
@@ -190,7 +191,7 @@ class Trainer:
         teacher = self.teacher if settings and settings.hidden_weight else None
         with self.holding(num):
             found = (batch.to(self.device) for batch in batches)
-            return mean_losses(self.engine.module, found, teacher, is_of_states_alone=alone)
+            return mean_losses(self.objective, found, teacher, is_of_states_alone=alone)
 
     def finish(self, at: Progress) -> None:
         """Write the finished model and the pictures. Collective."""
@@ -204,7 +205,10 @@ class Trainer:
             directory = at.run.directory
             result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
             metric, rows = self.recipe.metric, at.run.rows()
-            pictures.pretraining_pictures(rows, metric, result, directory / "report")
+            if has("matplotlib"):
+                from opfa.report import pictures
+
+                pictures.pretraining_pictures(rows, metric, result, directory / "report")
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)
