@@ -18,6 +18,7 @@ from opfa.commands.options import (
 )
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
+from opfa.extras import require
 from opfa.recipe import read_values
 from opfa.report.tables import print_json
 from opfa.storage.files import check_directory, check_new, write_json
@@ -46,6 +47,7 @@ def prepare(recipe: RecipeFile, output: Output, overrides: Overrides = None) -> 
     """Turn documents into tokenized, sharded pre-training examples."""
     check_new(output)
     checked = PretrainRecipe.read(recipe, overrides or ())
+    require("opfa prepare", "opfa[pretrain]", "datasets", "nupunkt")
     from opfa.upstream.corpus import prepare as execute
 
     execute(checked.corpus, output)
@@ -141,9 +143,14 @@ def calibrate(
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
-def quickstart(output: Output) -> None:
+def quickstart(
+    output: Annotated[
+        Path, Option("--output", help="A new directory, or that of a quickstart that was stopped.")
+    ],
+) -> None:
     """Run the whole method on a small model and four novelists, in minutes on a laptop."""
     check_directory(output)
+    require("opfa quickstart", "opfa[pretrain]", "deepspeed", "datasets", "nupunkt")
     from opfa.quickstart.quickstart import quickstart as execute
 
     execute(output)

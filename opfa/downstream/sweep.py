@@ -17,7 +17,7 @@ from typing import Any
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import DivergedError, RunError
-from opfa.extras import has
+from opfa.extras import has_or_says
 from opfa.report.tables import Table, figure
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -46,6 +46,7 @@ def sweep(
     rates = recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,)
     with Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
+        draws = has_or_says(f"drawing {output / 'report'}", "opfa[plots]", "matplotlib")
         titles = _titles(len(rates) * len(seeds))
         rows = [_run_all(recipe, rate, seeds, output, supervisor, titles) for rate in rates]
     ended = [row for row in rows if row["runs"]]
@@ -67,7 +68,7 @@ def sweep(
     result = seal.write_sealed(output / "results.json", result)
     best_line = f"\nBest: learning rate {best['learning_rate']}, {result['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
-    if len(ended) > 1 and has("matplotlib"):
+    if len(ended) > 1 and draws:
         from opfa.report import pictures
 
         pictures.sweep_picture(ended, recipe.task.metrics[0], output / "report/sweep.png")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opfa.errors import RunError
+from opfa.extras import has_or_says
 from opfa.training import began, distributed, finished, points
 from opfa.training.concerns import Logging, Saving, Stopping
 from opfa.training.distributed import SHARED, Supervisor
@@ -41,6 +42,8 @@ def run_to_end(
             at = Progress(run=run, model=trainer.student, engine=trainer.engine, steps=steps)
             at.concerns = _concerns(recipe.logging, trainer, supervisor, concerns)
             _begin(trainer, at, resume)
+            if within is None:
+                has_or_says(f"drawing {output / 'report'}", "opfa[plots]", "matplotlib")
             run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
             run.advance(at.step)
             at.model.train()  # a model that was loaded is in evaluation mode

@@ -28,7 +28,7 @@ from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.segments import EXAMPLE, packed, segment_pairs
 from opfa.upstream.sentences import sentences_of
 
-with importing("opfa prepare", "opfa[pretrain]"):
+with importing("pre-training", "opfa[pretrain]"):
     import datasets
     from datasets import Dataset, Features, List, Value
 

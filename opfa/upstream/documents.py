@@ -12,7 +12,7 @@ from opfa.errors import DataError, opening, shown
 from opfa.extras import importing
 from opfa.upstream.recipe import Corpus
 
-with importing("opfa prepare", "opfa[pretrain]"):
+with importing("pre-training", "opfa[pretrain]"):
     from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -13,7 +13,7 @@ from opfa.data.order import PAIRS, generator
 from opfa.extras import importing
 from opfa.upstream.recipe import Corpus
 
-with importing("opfa prepare", "opfa[pretrain]"):
+with importing("pre-training", "opfa[pretrain]"):
     from datasets import Dataset, Features, List, Value
 
 EXAMPLE = Features(

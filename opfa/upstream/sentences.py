@@ -4,7 +4,7 @@ import re
 
 from opfa.extras import importing
 
-with importing("opfa prepare", "opfa[pretrain]"):
+with importing("pre-training", "opfa[pretrain]"):
     from nupunkt import load
 
 UNBROKEN = re.compile(r"((?<!\S)\S{1000,})")
