@@ -26,6 +26,7 @@ print(opfa.__file__)
 
 USE = """
 import sys
+from functools import partial
 
 OPTIONAL = {"datasets", "deepspeed", "matplotlib", "nupunkt", "onnx", "onnxruntime", "onnxscript"}
 OPTIONAL |= {"pandas", "peft", "sentence_transformers", "wandb"}
@@ -36,11 +37,11 @@ class Without:  # finds what an environment without extras has
     def find_spec(self, name, path=None, target=None):
         is_missing = name.partition(".")[0] in OPTIONAL
         return None if is_missing else self.finder.find_spec(name, path, target)
-    def find_distributions(self, *context):
-        found = self.finder.find_distributions(*context)
-        return (each for each in found if each.name.lower() not in OPTIONAL)
     def __getattr__(self, name):
-        return getattr(self.finder, name)
+        found = getattr(self.finder, name)
+        return partial(self.installed, found) if name == "find_distributions" else found
+    def installed(self, find, *context):
+        return (each for each in find(*context) if each.name.lower() not in OPTIONAL)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 from opfa.commands.app import run

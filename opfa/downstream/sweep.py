@@ -5,6 +5,7 @@ metric. A value of which a run diverged can win only if every other has such a r
 are of a sample (n - 1).
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
-from opfa.errors import DivergedError, RunError
+from opfa.errors import DivergedError, OpfaError, RunError
 from opfa.extras import has_or_says
 from opfa.report.tables import Table, figure
 from opfa.storage import seal
@@ -44,7 +45,7 @@ def sweep(
     (output / "stopped").unlink(missing_ok=True)
     write_text(output / "recipe.toml", recipe.to_toml())
     rates = recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,)
-    with Supervisor(math.inf) as supervisor:
+    with _nothing_left(output, is_new=not resume), Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
         draws = has_or_says(f"drawing {output / 'report'}", "opfa[plots]", "matplotlib")
         titles = _titles(len(rates) * len(seeds))
@@ -78,6 +79,19 @@ def sweep(
         what = "with more of them in sweep.learning_rate and --resume runs only those"
         log.info("the best learning rate, %s, is at an edge; the same command %s", rate, what)
     return result
+
+
+@contextlib.contextmanager
+def _nothing_left(output: Path, *, is_new: bool) -> Iterator[None]:
+    """Remove a new directory again if an error comes before its first run begins."""
+    try:
+        yield
+    except Stopped:
+        raise  # it can be resumed
+    except OpfaError:
+        if is_new and [path.name for path in output.iterdir()] == ["recipe.toml"]:
+            shutil.rmtree(output)
+        raise
 
 
 def _titles(num_runs: int) -> Iterator[str]:

@@ -138,9 +138,9 @@ class Run:
         log.log(level, "%s", self._line(row))
 
     def _line(self, row: Row) -> str:
-        """A row for the log."""
+        """A row for the log; a terminal breaks it between two numbers."""
         hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
-        numbers = "  ".join(f"{k} {_short(v)}" for k, v in row.items() if k not in hidden)
+        numbers = "  ".join(f"{k}={_short(v)}" for k, v in row.items() if k not in hidden)
         when = "finished" if row.get("final") else f"step {row['step']}/{self._steps}"
         split = row.get("split", VALIDATION).replace("_", " ")
         what = f", {split}" if row.get("eval") else ""
