@@ -15,7 +15,7 @@ import httpx2
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
-from opfa.errors import first_line
+from opfa.errors import OpfaError, first_line
 
 SECONDS = 10.0  # for an answer; the search for an address counts too
 AGAIN_SECONDS = 60.0  # after this, a Hub that didn't answer is asked again
@@ -56,12 +56,18 @@ def offline() -> Iterator[None]:
 def _ask(where: str) -> str:
     """What goes wrong with a question, to which any answer will do."""
     found: list[str] = []
+    try:
+        session = get_session()
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        return f"this proxy can't be used: {first_line(error)}"
 
     def ask() -> None:
         try:
-            get_session().head(where, timeout=SECONDS, follow_redirects=False)
+            session.head(where, timeout=SECONDS, follow_redirects=False)
             found.append("")
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError, ImportError) as error:
+        except OpfaError:  # of `transfer.guarded`, about an answer
+            found.append("")
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError) as error:
             found.append(first_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)  # an address may be searched for minutes
