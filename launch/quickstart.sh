@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole method in minutes on a laptop, set-up included.
-# Usage: bash launch/quickstart.sh [OUTPUT]        OUTPUT: a new directory, default quickstart-out
+# Usage: bash launch/quickstart.sh [OUTPUT]        OUTPUT: a new directory, or one that an interrupted
+# quickstart left: it goes on from there. Default: quickstart-out
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 output="${1:-quickstart-out}"
-if [ -e "$output" ]; then echo "$output exists already; give another: bash launch/quickstart.sh NAME" >&2; exit 2; fi
 echo "Installing into .venv (the first time takes a few minutes) ..."
 bash "$root/launch/install.sh"
 exec "$root/.venv/bin/opfa" quickstart --output "$output"

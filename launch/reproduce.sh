@@ -26,6 +26,6 @@ for pair in "model=$model" "data=$data"; do
   fi
   ln -sfn "$target" "$link"
 done
-bash "$root/launch/install.sh" export
+bash "$root/launch/install.sh"
 ln -sfn "$root/recipes/minilm" recipes # paths in recipes are those of this directory
 exec "$root/.venv/bin/python" recipes/reproduce.py "$@"

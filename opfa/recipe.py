@@ -104,6 +104,9 @@ class Recipe(Section):
         """The resolved recipe as text, complete and reusable, without the secrets in it."""
         return _toml(redacted(self.model_dump(mode="json", exclude_none=True)))
 
+    def check_packages(self) -> None:
+        """Raise `RunError` if a package is missing that a run of this recipe needs."""
+
     def sha256(self) -> str:
         """Digest of the resolved values, whatever the file looked like, without secrets."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()

@@ -26,6 +26,60 @@ assert shipped("recipes/schema/finetune.json").is_file()
 print(opfa.__file__)
 """
 
+USE = """
+import sys
+from functools import partial
+
+OPTIONAL = {"datasets", "deepspeed", "matplotlib", "nupunkt", "onnx", "onnxruntime", "onnxscript"}
+OPTIONAL |= {"pandas", "peft", "sentence_transformers", "wandb"}
+
+class Without:  # finds what an environment without extras has
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        is_missing = name.partition(".")[0] in OPTIONAL
+        return None if is_missing else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        found = getattr(self.finder, name)
+        return partial(self.installed, found) if name == "find_distributions" else found
+    def installed(self, find, *context):
+        return (each for each in find(*context) if each.name.lower() not in OPTIONAL)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+from opfa.commands.app import run
+from opfa.storage.shipped import shipped
+
+model, data = sys.argv[1:]
+task = [f"model.init={model}", "task.hub=", "task.hub_config=", "task.text=text"]
+task += [f"task.train={data}/train.jsonl", f"task.validation={data}/validation.jsonl"]
+task += ["task.classes=", "task.sequence_tokens=24", "distillation=", "training.epochs=1"]
+recipe = shipped("recipes/downstream/sst2.toml")
+finetune = ["finetune", str(recipe), "--output", "mine", *task]
+assert run(["check", str(recipe), *task]) == 0
+assert run(finetune) == 0
+assert run(["evaluate", "mine/model", "--recipe", "mine/recipe.toml"]) == 0
+assert run(["inspect", "mine/model"]) == 0
+assert not OPTIONAL & {name.partition(".")[0] for name in sys.modules}
+finetune[3] = "other"
+for command in (
+    ["inspect", "mine/model", "--plot", "a.png"],
+    [*finetune, "logging.wandb=offline"],
+    [*finetune, "task.hub=a/b"],
+    ["export", "mine/model", "--output", "a.onnx"],
+    ["quickstart", "--output", "quick"],
+    ["bench", "train"],
+):
+    assert run(command) == 2, command
+"""
+SAID = """\
+--plot a.png needs matplotlib: pip install "opfa[plots]"
+logging.wandb = 'offline' needs wandb: pip install "opfa[wandb]"
+task.hub = 'a/b' needs datasets: pip install "opfa[datasets]"
+an ONNX file needs onnx: pip install "opfa[export]"
+opfa quickstart needs deepspeed: pip install "opfa[pretrain]"
+pre-training needs datasets: pip install "opfa[pretrain]"
+"""
+
 
 def tracked() -> list[PurePath]:
     """All files of the repository."""
@@ -68,7 +122,9 @@ def test_every_slow_test_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_has_all_files_and_works(tmp_path: Path) -> None:
+def test_a_wheel_has_all_files_and_works_without_extras(
+    sparse: Path, examples: Path, tmp_path: Path
+) -> None:
     for path in tracked():
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / path).write_bytes((ROOT / path).read_bytes())
@@ -86,3 +142,11 @@ def test_a_wheel_has_all_files_and_works(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
     used = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
     assert used.stdout.strip() == str(tmp_path / "site/opfa/__init__.py")
+    (tmp_path / "empty").mkdir()
+    program = [sys.executable, "-P", "-c", USE, str(sparse), str(examples)]
+    where = {"cwd": tmp_path / "empty", "env": environment | {"HOME": str(tmp_path)}}
+    used = subprocess.run(program, **where, capture_output=True, text=True, check=False)
+    assert used.returncode == 0, used.stderr
+    refused = [line for line in used.stderr.splitlines() if "needs" in line]
+    assert refused == [f"opfa: {line}" for line in SAID.splitlines()]
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {"mine"}

@@ -12,6 +12,7 @@ from opfa.api.progress import progress
 from opfa.api.recipes import AnyRecipe, Overrides, any_recipe_of, recipe_of, task_recipe_of
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
+from opfa.extras import require
 from opfa.storage.files import check_file, check_new, write_json
 from opfa.training import launch
 from opfa.training.run import check_output
@@ -36,6 +37,7 @@ def prepare(recipe: AnyRecipe, output: str | Path, overrides: Overrides = ()) ->
     """
     check_new(Path(output))
     checked = recipe_of(PretrainRecipe, recipe, overrides)
+    require("opfa prepare", "opfa[pretrain]", "datasets", "nupunkt")
     from opfa.upstream.corpus import prepare as execute
 
     return execute(checked.corpus, Path(output))

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
 
+from opfa.extras import importing
 from opfa.models.configs import new_config, wordpiece_tokenizer
 from opfa.models.encoders import write_model
 from opfa.models.pretraining import new_pretraining_model
@@ -15,6 +15,9 @@ from opfa.upstream.corpus import measure, write_summary
 from opfa.upstream.prepared import SPLITS
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.segments import EXAMPLE
+
+with importing("opfa bench train", "opfa[pretrain]"):
+    from datasets import Dataset, disable_progress_bars
 
 ENDLESS = 10**6  # steps, more than will be measured
 NUM_EXAMPLES = 4096

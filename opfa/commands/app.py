@@ -6,6 +6,7 @@ interrupted, 143 ended by SIGTERM. Heavy libraries are imported when a command r
 """
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -18,6 +19,7 @@ from typer import Option
 from opfa.commands import measure, models, predict, recipes, train
 from opfa.commands.streams import secure
 from opfa.errors import STOPPED, OpfaError, RecipeError, Redacting, RunError, redacted
+from opfa.report.bars import DISABLED
 from opfa.storage.files import named
 from opfa.training import launch
 
@@ -25,8 +27,12 @@ INTERRUPTED = 130
 TERMINATED = 128 + signal.SIGTERM
 LONG_WORD = re.compile(r"\S{400,}")  # a path of 5,000 letters hides the rest of a message
 CONTINUED = "a run that had begun continues with the same command and --resume"
+QUICKSTART = "the same command goes on from there"
+VERBOSE, QUIET = "--verbose", "--quiet"  # anywhere, also after the command
+NO_BARS = (DISABLED, "HF_HUB_DISABLE_PROGRESS_BARS")  # tqdm's variable, and huggingface_hub's own
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Once prune for all: sparse pre-trained encoders, and fine-tuning that holds their zeros.",
@@ -49,7 +55,10 @@ def _options(
         bool, Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
     ] = False,
     verbose: Annotated[
-        bool, Option("--verbose", help="Also show the traceback of an error.")
+        bool, Option(VERBOSE, help="Also each logged row, and the traceback of an error.")
+    ] = False,
+    quiet: Annotated[
+        bool, Option(QUIET, help="Only results, warnings and errors; no progress.")
     ] = False,
 ) -> None:
     pass
@@ -61,19 +70,40 @@ def main() -> None:
     arguments = sys.argv[1:]
     sys.argv[1:] = redacted(arguments)  # what wandb and other libraries keep of the command
     sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # rank 0 alone reports what all ranks know
-    logging.getLogger("opfa").setLevel(logging.ERROR if _rank(arguments) else logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
+    logging.getLogger("opfa").setLevel(_level(arguments))
+    if QUIET in arguments:
+        os.environ.update(dict.fromkeys(NO_BARS, "1"))
     _leave(run(arguments))
+
+
+class Lines(logging.Handler):
+    """Writes to what standard error is at that time: above a progress bar while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        print(self.format(record), file=sys.stderr)
+
+
+def _level(arguments: list[str]) -> int:
+    """From which level on this program's own lines are shown."""
+    if _rank(arguments):
+        return logging.ERROR  # rank 0 alone reports what all ranks know
+    if QUIET in arguments:
+        return logging.WARNING
+    return logging.DEBUG if VERBOSE in arguments else logging.INFO
 
 
 def run(arguments: list[str]) -> int:
     """Run a command and return its exit code."""
-    is_verbose = "--verbose" in arguments  # anywhere, also after the command
+    if {VERBOSE, QUIET} <= set(arguments):
+        return _refuse(f"{VERBOSE} and {QUIET}: give one of them")
+    is_verbose, advice = VERBOSE in arguments, CONTINUED
+    if "quickstart" in arguments:
+        advice = QUICKSTART
+    command = [argument for argument in arguments if argument not in (VERBOSE, QUIET)]
     try:
-        status = app(
-            [a for a in arguments if a != "--verbose"], prog_name="opfa", standalone_mode=False
-        )
+        status = app(command, prog_name="opfa", standalone_mode=False)
         sys.stdout.flush()
     except (OpfaError, OSError) as error:
         if isinstance(error, OSError) and error.errno is None:
@@ -86,9 +116,9 @@ def run(arguments: list[str]) -> int:
     except SystemExit as error:
         if error.code != TERMINATED:
             raise
-        return _refuse(f"ended by SIGTERM; {CONTINUED}", TERMINATED)
+        return _refuse(f"ended by SIGTERM; {advice}", TERMINATED)
     if status == INTERRUPTED:  # typer turns Ctrl-C into this
-        return _refuse(f"interrupted; {CONTINUED}", status)
+        return _refuse(f"interrupted; {advice}", status)
     return status if isinstance(status, int) else 0
 
 

@@ -22,6 +22,7 @@ from opfa.commands.options import (
 )
 from opfa.compression.pattern import ENCODER_LAYER
 from opfa.errors import ModelError, RunError
+from opfa.extras import require
 from opfa.report.tables import Table, print_json, show
 
 app = typer.Typer()
@@ -55,6 +56,8 @@ def inspect(
         raise RunError("--page: shows one model; leave --against out, or take --plot")
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise RunError(f"--plot {plot}: must be a .png file in a directory that exists")
+    if plot is not None:
+        require(f"--plot {plot}", "opfa[plots]", "matplotlib")
     from opfa.weights.inspection import inspect_masks
 
     if against is None:

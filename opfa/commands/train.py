@@ -18,6 +18,7 @@ from opfa.commands.options import (
     TaskRecipe,
     check_files,
 )
+from opfa.extras import require
 from opfa.report.tables import print_json
 from opfa.storage.files import check_directory
 from opfa.training import launch
@@ -121,9 +122,15 @@ def calibrate(
 
 
 @app.command(epilog="Example: opfa quickstart --output quickstart-out")
-def quickstart(output: Output, as_json: AsJson = False) -> None:
+def quickstart(
+    output: Annotated[
+        Path, Option("--output", help="A new directory, or that of a quickstart that was stopped.")
+    ],
+    as_json: AsJson = False,
+) -> None:
     """Run the whole method on a small model and four novelists, in minutes on a laptop."""
     check_directory(output)
+    require("opfa quickstart", "opfa[pretrain]", "deepspeed", "datasets", "nupunkt")
     from opfa.quickstart.quickstart import quickstart as execute
 
     execute(output).show(as_json=as_json)

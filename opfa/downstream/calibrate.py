@@ -75,7 +75,7 @@ def _calibrated(
     num_seen = len(training.examples.labels)
     log.info("%s: calibrating on %d examples", name, num_seen)
     loader = DataLoader(
-        training.features,  # pyright: ignore[reportArgumentType]
+        training.features,
         batch_size=recipe.training.batch,
         collate_fn=training.collate,
     )

@@ -81,7 +81,7 @@ def predict(
     lengths = [num_tokens(ids) for ids in split.features["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     loader = DataLoader(
-        Subset(split.features, order),  # pyright: ignore[reportArgumentType]
+        Subset(split.features, order),
         batch_size=batch,
         collate_fn=split.collate,
     )

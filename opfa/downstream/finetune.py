@@ -22,9 +22,9 @@ from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError, blaming
+from opfa.extras import has
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
-from opfa.report import pictures
 from opfa.report.run_page import write_run_page
 from opfa.storage import seal
 from opfa.storage.files import write_json
@@ -35,7 +35,7 @@ from opfa.training.checkpoint import model_digest, point_name, problem_of, write
 from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
-from opfa.training.metrics import Row
+from opfa.training.metrics import HELD_OUT, VALIDATION, Row
 from opfa.training.plan import plan
 from opfa.training.session import run_to_end
 from opfa.training.solo import UNCHANGED, SoloEngine
@@ -61,9 +61,14 @@ def finetune(
     resume: bool = False,
     *,
     within: Path | None = None,
+    title: str = "",
     concerns: Sequence[Concern] = (),
 ) -> FinetuneResult:
-    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results."""
+    """Run a recipe to its end, write RUN/model and RUN/results.json, and return the results.
+
+    `within` and `title` are for one of several runs: the directory of all, whose `stop` counts
+    too, and what the bar and the log call it.
+    """
     if recipe.sweep is not None:
         raise RecipeError("sweep: several runs are a matter of opfa.downstream.sweep")
     launch.refuse_several("opfa finetune")
@@ -75,6 +80,7 @@ def finetune(
         timeout_seconds=math.inf,  # nothing to wait for: one process
         concerns=concerns,
         within=within,
+        title=title,
     )
     return FinetuneResult.read(output)
 
@@ -152,7 +158,8 @@ class Trainer:
         every = every_epoch
         if selection.every_steps is not None:
             every = in_steps(selection.every_steps, self.schedule.steps, 1)
-        return found, Choosing(every, self.evaluate, self.best)
+        split = HELD_OUT if selection.holdout else VALIDATION
+        return found, Choosing(every, self.evaluate, self.best, split=split)
 
     # a step
 
@@ -161,7 +168,7 @@ class Trainer:
         train = self.data.train
         for step in range(start, self.schedule.steps):
             found = [[index for _, index in places] for places in self.order.step(step)]
-            yield [Examples(train.collate([train.features[i] for i in p]), p) for p in found]
+            yield [Examples(train.collate(train.features.__getitems__(p)), p) for p in found]
 
     def counts(self, micro_batches: list[Examples]) -> Counts:
         """Each micro-batch counts by its targets, and by its tokens."""
@@ -228,8 +235,9 @@ class Trainer:
             if problem := problem_of(point):
                 raise RunError(f"{point}: is the best model and can't be used: {problem}")
             points.restore(at, point)
-        metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
-        run.log({"step": done, "eval": True, "final": True, **metrics})
+        with run.doing("evaluating"):
+            metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
+        run.log({"step": done, "split": VALIDATION, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
         result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
         results = Results(
@@ -245,7 +253,10 @@ class Trainer:
         )
         write_json(run.directory / RESULTS, results.model_dump(exclude_unset=True))
         rows, asked = run.rows(), plan(self.schedule, self.recipe.pruning)
-        pictures.finetuning_pictures(rows, result, run.directory / "report", asked)
+        if has("matplotlib"):
+            from opfa.report import pictures
+
+            pictures.finetuning_pictures(rows, result, run.directory / "report", asked)
         write_run_page(run.directory, rows, asked, result)
         facts = {"step": done, "model_sha256": results.model_sha256}
         finished.write(run.directory, facts)

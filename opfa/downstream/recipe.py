@@ -194,6 +194,11 @@ class FinetuneRecipe(Recipe):
         """`to_toml` without anyone's directories, for a finished model's own directory."""
         return type(self).check(shortened(self.model_dump(mode="json"))).to_toml()
 
+    def check_packages(self) -> None:
+        """Raise `RunError` if a package is missing that this run needs."""
+        self.task.check_packages()
+        self.logging.check_packages()
+
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
         rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate

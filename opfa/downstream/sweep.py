@@ -5,11 +5,12 @@ metric. A value of which a run diverged can win only if every other has such a r
 are of a sample (n - 1).
 """
 
+import contextlib
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,8 +26,8 @@ from opfa.downstream.results import (
     SweepRun,
     rates_table,
 )
-from opfa.errors import DivergedError, RunError
-from opfa.report import pictures
+from opfa.errors import DivergedError, OpfaError, RunError
+from opfa.extras import has_or_says
 from opfa.report.sweep_page import write_sweep_page
 from opfa.storage import seal
 from opfa.storage.files import write_text
@@ -52,13 +53,15 @@ def sweep(
     (output / "stopped").unlink(missing_ok=True)
     write_text(output / "recipe.toml", recipe.to_toml())
     rates = recipe.sweep.learning_rate if recipe.sweep else (recipe.training.learning_rate,)
-    with Supervisor(math.inf) as supervisor:
+    with _nothing_left(output, is_new=not resume), Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
-        rows = [_run_all(recipe, rate, seeds, output, supervisor) for rate in rates]
+        draws = has_or_says(f"drawing {output / 'report'}", "opfa[plots]", "matplotlib")
+        titles = _titles(len(rates) * len(seeds))
+        rows = [_run_all(recipe, rate, seeds, output, supervisor, titles) for rate in rates]
     ended = [row for row in rows if row.runs]
     if not ended:
         raise RunError(f"{output}: every run diverged; lower learning rates may help")
-    result = _written(recipe, rows, ended, output)
+    result = _written(recipe, rows, ended, output, draws=draws)
     rates = [row.learning_rate for row in ended]
     if len(rates) > 1 and (rate := result.learning_rate) in (min(rates), max(rates)):
         what = "with more of them in sweep.learning_rate and --resume runs only those"
@@ -67,7 +70,7 @@ def sweep(
 
 
 def _written(
-    recipe: FinetuneRecipe, rows: list[Rate], ended: list[Rate], output: Path
+    recipe: FinetuneRecipe, rows: list[Rate], ended: list[Rate], output: Path, *, draws: bool
 ) -> SweepResult:
     """Compare, and write results.json, the table and the picture."""
     steady = [row for row in ended if not row.num_diverged]
@@ -86,15 +89,40 @@ def _written(
     sealed = seal.write_sealed(output / FILE, found)
     best_line = f"\nBest: learning rate {best.learning_rate}, {found['best_run']}\n"
     write_text(output / "table.md", table(rows) + (best_line if len(rows) > 1 else ""))
-    if len(ended) > 1:
+    if len(ended) > 1 and draws:
+        from opfa.report import pictures
+
         picture = output / "report/sweep.png"
         pictures.sweep_picture([row.model_dump() for row in ended], recipe.task.metrics[0], picture)
     write_sweep_page(output, sealed)
     return SweepResult.model_validate({"directory": output, **sealed})
 
 
+@contextlib.contextmanager
+def _nothing_left(output: Path, *, is_new: bool) -> Iterator[None]:
+    """Remove a new directory again if an error comes before its first run begins."""
+    try:
+        yield
+    except Stopped:
+        raise  # it can be resumed
+    except OpfaError:
+        if is_new and [path.name for path in output.iterdir()] == ["recipe.toml"]:
+            shutil.rmtree(output)
+        raise
+
+
+def _titles(num_runs: int) -> Iterator[str]:
+    """What the bars and log lines of each run begin with."""
+    return (f"run {number} of {num_runs}" for number in range(1, num_runs + 1))
+
+
 def _run_all(
-    recipe: FinetuneRecipe, rate: float, seeds: Sequence[int], output: Path, supervisor: Supervisor
+    recipe: FinetuneRecipe,
+    rate: float,
+    seeds: Sequence[int],
+    output: Path,
+    supervisor: Supervisor,
+    titles: Iterator[str],
 ) -> Rate:
     """The row of a learning rate, after whatever of it isn't finished yet was run."""
     runs = []
@@ -103,8 +131,10 @@ def _run_all(
         training = recipe.training.model_copy(update={"learning_rate": rate})
         changes = {"sweep": None, "seed": seed, "training": training}
         _stop_if_told(output, name, supervisor)
+        title = next(titles)
+        log.info("%s: %s", title, name)
         try:
-            found = _finished(recipe, changes, output, name).values()
+            found = _finished(recipe, changes, output, name, title).values()
             runs.append(SweepRun.model_validate({"run": name, **found}))
         except DivergedError as error:
             log.warning("%s: %s", output / name, error)
@@ -133,13 +163,14 @@ def _check_seeds(output: Path, seeds: Sequence[int]) -> None:
 
 
 def _finished(
-    recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str
+    recipe: FinetuneRecipe, changes: dict[str, Any], output: Path, name: str, title: str
 ) -> FinetuneResult:
     """The results of a run, from its files or by running it. Its resume points go."""
     directory = output / name
     if not (directory / "done.json").exists():
         has_begun = (directory / "recipe.toml").exists()
-        finetune(recipe.model_copy(update=changes), directory, resume=has_begun, within=output)
+        changed = recipe.model_copy(update=changes)
+        finetune(changed, directory, resume=has_begun, within=output, title=title)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     finished.check(directory)
     return FinetuneResult.read(directory)

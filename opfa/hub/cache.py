@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from opfa.errors import ModelError
+from opfa.hub.reach import problem_of_hub, tell_of_cache
 from opfa.hub.transfer import reaching
 from opfa.storage.foreign import INDEXES, weight_map
 
@@ -22,8 +24,19 @@ def refuse_path(name: str, problem: str) -> None:
 def downloaded(name: str, patterns: Sequence[str]) -> Path:
     """The directory in the cache with the files of a model that match these patterns."""
     refuse_path(name, NO_DIRECTORY)
+    problem = problem_of_hub()
     with reaching(name, NOWHERE, ModelError):
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        try:
+            found = snapshot_download(
+                name, allow_patterns=list(patterns), local_files_only=bool(problem)
+            )
+        except LocalEntryNotFoundError as error:
+            if problem:
+                raise ModelError(f"{name}: {NOWHERE}: {problem}") from error
+            raise
+    if problem:
+        tell_of_cache(problem)
+    return Path(found)
 
 
 def cached_directory(name: str) -> Path | None:

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from opfa.errors import RunError
 from opfa.hub import manifest
+from opfa.hub.reach import problem_of_hub
 from opfa.hub.results import PushResult
 
 
@@ -36,6 +37,9 @@ def push(
     """Upload a verified release as one commit that replaces all that was there; its address."""
     check_name(name, "the repository")
     files: Collection[str] = manifest.check(directory).files
+    again = f"the release is whole; to try again: opfa push {directory} {name}"
+    if problem := problem_of_hub(endpoint):
+        raise RunError(f"{name}: not uploaded: {problem}; {again}")
     try:
         api = HfApi(endpoint=endpoint)
         api.create_repo(name, private=private, exist_ok=True)
@@ -47,6 +51,5 @@ def push(
             delete_patterns="*",  # what this commit doesn't bring; never .gitattributes
         )
     except (HTTPError, ValueError, OSError) as error:  # a refused card is a ValueError
-        again = f"the release is whole; to try again: opfa push {directory} {name}"
         raise RunError(f"{name}: not uploaded: {str(error).strip()}; {again}") from error
     return PushResult(name=name, directory=directory, address=str(commit.commit_url))

@@ -28,6 +28,7 @@ from pydantic import Field
 from opfa.errors import ModelError, RunError
 from opfa.hub import manifest
 from opfa.hub.manifest import ALSO, MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SUFFIXES
+from opfa.hub.reach import problem_of_hub
 from opfa.hub.transfer import COMMIT, Meter, patiently, reaching
 from opfa.recipe import Section
 from opfa.storage.seal import File, problem_of_size
@@ -70,6 +71,7 @@ class HubModel(Source):
         self.name = name
         self._endpoint = endpoint and endpoint.rstrip("/")
         self._revision = revision or constants.DEFAULT_REVISION
+        self._problem = problem_of_hub(self._endpoint)  # then only the cache is asked
         with reaching(name):
             try:
                 self.files = self._manifest_files()
@@ -78,6 +80,10 @@ class HubModel(Source):
             except LocalEntryNotFoundError:
                 found = try_to_load_from_cache(name, MANIFEST, revision=self._revision)
                 if found is None or isinstance(found, str):
+                    if self._problem:
+                        raise RunError(
+                            f"{name}: not available from the Hub: {self._problem}"
+                        ) from None
                     raise
                 self.files = self._cached()  # it is known that there is no manifest
 
@@ -93,8 +99,9 @@ class HubModel(Source):
 
     def _get(self, file: str, limit: int, *, is_forced: bool) -> Path:
         what = f"{self.name}, {file}"
-        if is_forced and constants.is_offline_mode():
-            raise RunError(f"{what}: is damaged in the cache, and HF_HUB_OFFLINE forbids to ask")
+        if is_forced and (constants.is_offline_mode() or self._problem):
+            why = self._problem or "HF_HUB_OFFLINE forbids to ask"
+            raise RunError(f"{what}: is damaged in the cache, and {why}")
         ask = functools.partial(
             hf_hub_download,
             self.name,
@@ -102,6 +109,7 @@ class HubModel(Source):
             revision=self._revision,
             endpoint=self._endpoint,
             force_download=is_forced,
+            local_files_only=bool(self._problem),
             tqdm_class=Meter.of(what, limit),
         )
         return Path(patiently(what, ask))

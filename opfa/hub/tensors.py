@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opfa.errors import ModelError, opening
 from opfa.hub.cache import NOWHERE
+from opfa.hub.reach import problem_of_hub
 from opfa.hub.transfer import reaching
 
 TYPES = {
@@ -67,6 +68,8 @@ class RemoteFiles:
         """Ask the Hub once for all names and sizes."""
         self.name = name
         self.num_bytes = 0
+        if problem := problem_of_hub():
+            raise ModelError(f"{name}: {NOWHERE}: {problem}")
         with reaching(self.name, NOWHERE, ModelError):
             info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT_SECONDS)
         self._revision = info.sha

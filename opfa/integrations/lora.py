@@ -12,13 +12,16 @@ PEFT adds a dense B A to a weight. Here the update is masked, in training and in
 
 from typing import Any
 
-from peft import LoraConfig
-from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.nn import functional
 
 from opfa.errors import ModelError
+from opfa.extras import importing
 from opfa.sparsity.layers import MaskedLinear
+
+with importing("opfa.masked_lora", "peft"):
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
 
 
 class MaskedLora(Linear):

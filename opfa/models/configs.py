@@ -1,7 +1,6 @@
 """Configurations and tokenizers, loaded by plain transformers once nothing asks for code."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging as transformers_logging
 
 from opfa.errors import ModelError, opening
+from opfa.extras import has, needs
 from opfa.storage import foreign
 from opfa.weights.compact import METHOD
 from opfa.weights.sources import directory_of, small_files_of
@@ -51,8 +51,8 @@ def loading(what: str, name: str) -> Iterator[None]:
                 raise foreign.code_refused(f"{what} {name!r}", ["auto_map"]) from error
             if "`tiktoken`" in str(error):  # tried with what sentencepiece couldn't read
                 reason = "its sentencepiece model is damaged, or is none"
-                if importlib.util.find_spec("sentencepiece") is None:
-                    reason = "it needs sentencepiece, which is missing: pip install sentencepiece"
+                if not has("sentencepiece"):
+                    reason = needs("it", "sentencepiece", "sentencepiece")
                 raise ModelError(f"{what} {name!r}: can't be loaded: {reason}") from error
             raise
 

@@ -24,12 +24,14 @@ from opfa.data.records import read_records
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RunError
+from opfa.extras import has_or_says
 from opfa.models.pretraining import load_pretraining_model
-from opfa.report import pictures
 from opfa.report.tables import Result, Row, Table, column
+from opfa.storage import seal
 from opfa.storage.files import check_directory, new_directory, write_json, write_text
 from opfa.storage.shipped import shipped
-from opfa.training.distributed import Supervisor
+from opfa.storage.temporary import INCOMPLETE
+from opfa.training.distributed import Stopped, Supervisor
 from opfa.upstream.batches import masker, validation_batches
 from opfa.upstream.corpus import prepare
 from opfa.upstream.objective import Objective
@@ -48,6 +50,9 @@ VARIANTS = {  # row of the table: (recipe, model to start from)
     PRUNE_ONCE: ("finetune", "student"),
     "90 % prune-once, 8 bits": ("finetune-qat", "student"),
 }
+RESULT = "quickstart.json"  # written last
+FILES = {"data", "prepared", "teacher", "student", *(recipe for recipe, _ in VARIANTS.values())}
+FILES |= {RESULT, "table.md", "quickstart.png"}
 log = logging.getLogger(__name__)
 
 
@@ -68,18 +73,20 @@ class Summary(Result):
 
     rows: list[Model]
     zeros_held: bool
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the launch that finished it
+    is_resumed: bool = False
     directory: Path | None = Field(default=None, exclude=True)
 
     def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
         """The table, and how to read it."""
         yield self.table()
+        since = "since it went on" if self.is_resumed else "in all"
         held = "the same" if self.zeros_held else "NOT the same"
         yield (
             "Which author wrote this passage? (held-out chapters)\n"
             "MLM loss: of the encoder before fine-tuning, on held-out text.\n"
             "Sparsity and bytes: encoder matrices only; values and one bit a weight.\n"
-            f"Zeros after fine-tuning: {held} as upstream. {self.seconds:.0f} s in all."
+            f"Zeros after fine-tuning: {held} as upstream. {self.seconds:.0f} s {since}."
         )
         if self.directory is not None:
             yield f"Runs, recipes and pictures: {self.directory}"
@@ -96,57 +103,94 @@ class Summary(Result):
 
 
 def quickstart(output: Path) -> Summary:
-    """Run everything into a new directory; return what came out."""
+    """Run what isn't finished yet in a directory; return what came out.
+
+    Raises `RunError` for a directory with other files, `Stopped` when a signal ended it.
+    """
     check_directory(output)
-    if output.exists() and any(output.iterdir()):
-        raise RunError(f"{output}: is not empty; give a new directory")
+    _upstream("teacher", []).check_packages()
+    is_resumed = _check_output(output)
+    if (output / RESULT).exists():
+        log.info("%s: is finished already", output)
+        return Summary.model_validate({**seal.read_json(output / RESULT), "directory": output})
     start = time.monotonic()
     with Supervisor(math.inf) as supervisor:
         supervisor.save_on_signals()
-        rows = _run_all(output, supervisor)
+        try:
+            rows = _run_all(output, supervisor)
+        except Stopped as stopped:
+            raise Stopped(f"{output}: stopped; the same command goes on from there") from stopped
     seconds = round(time.monotonic() - start, 1)
     held = _zeros_held(output)
-    summary = Summary(rows=rows, zeros_held=held, seconds=seconds, directory=output)
-    write_json(output / "quickstart.json", summary.values())
+    summary = Summary(
+        rows=rows, zeros_held=held, seconds=seconds, is_resumed=is_resumed, directory=output
+    )
     write_text(output / "table.md", summary.table().markdown() + "\n")
-    pictures.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
+    if has_or_says("drawing quickstart.png", "opfa[plots]", "matplotlib"):
+        from opfa.report import pictures
+
+        pictures.quickstart_picture(summary.values()["rows"], output / "quickstart.png")
+    write_json(output / RESULT, summary.values())
     return summary
 
 
+def _check_output(output: Path) -> bool:
+    """Whether an earlier launch began here; refuses a directory of something else."""
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    others = {name for name in names - FILES if not name.endswith(INCOMPLETE)}
+    if others:
+        what = f"is not empty, and {min(others)} is not of a quickstart; give a new directory"
+        raise RunError(f"{output}: {what}")
+    if names:
+        log.info("%s: goes on where it was stopped", output)
+    return bool(names)
+
+
 def _run_all(output: Path, supervisor: Supervisor) -> list[Model]:
+    """Each stage begins, goes on or is done already."""
     majority = write_data(output / "data")
     corpus = [f"corpus.documents={json.dumps([str(output / 'data/documents.jsonl')])}"]
     data = [*corpus, f"data={output / 'prepared'}"]
     with _stage("1/7  tokenizer and pre-training examples", supervisor):
-        prepare(_upstream("teacher", data).corpus, output / "prepared")
+        if not (output / "prepared").exists():  # whole or not at all
+            prepare(_upstream("teacher", data).corpus, output / "prepared")
     with _stage("2/7  teacher: a small dense encoder", supervisor):
-        pretrain(_upstream("teacher", data), output / "teacher")
+        run = output / "teacher"
+        pretrain(_upstream("teacher", data), run, resume=_has_begun(run))
     teacher = output / "teacher/model"
     with _stage("3/7  student: pruned to 90 % under the teacher", supervisor):
         models = [f"model.init={teacher}", f"distillation.teacher={teacher}"]
-        pretrain(_upstream("student", [*data, *models]), output / "student")
+        run = output / "student"
+        pretrain(_upstream("student", [*data, *models]), run, resume=_has_begun(run))
     rows = [Model.model_validate({"model": "majority class", "accuracy": majority})]
     language = language_losses(_upstream("student", [*data, *models]), output)
     for number, (name, (recipe, origin)) in enumerate(VARIANTS.items(), 4):
         with _stage(f"{number}/7  fine-tuning: {name}", supervisor):
             run = output / recipe
-            results = finetune(_downstream(recipe, output, origin), run)
+            results = finetune(_downstream(recipe, output, origin), run, resume=_has_begun(run))
             facts = {**_storage(run / "model"), "mlm_loss": language.get(name), "run": str(run)}
             rows.append(Model.model_validate({"model": name, **results.metrics, **facts}))
     return rows
 
 
+def _has_begun(run: Path) -> bool:
+    return (run / "recipe.toml").exists()
+
+
 def write_data(directory: Path) -> float:
-    """Cut the books into documents and passages; the largest class's share of those held out."""
+    """Cut the books into documents and passages, unless that is done; the largest class's share of
+    those held out.
+    """
     chapters = [record for _, record in read_records(Path(__file__).with_name("books.jsonl.zst"))]
     train = [chapter for chapter in chapters if chapter["split"] == "train"]
     held_out = [chapter for chapter in chapters if chapter["split"] == "heldout"]
     passages, validation = _passages(train), _passages(held_out)
     order = generator(0).permutation(len(passages))[:NUM_LABELLED]
-    with new_directory(directory) as aside:
-        _write(aside / "documents.jsonl", ({"text": chapter["text"]} for chapter in train))
-        _write(aside / "train.jsonl", (passages[index] for index in order))
-        _write(aside / "validation.jsonl", validation)
+    if not directory.exists():  # whole or not at all
+        with new_directory(directory) as aside:
+            _write(aside / "documents.jsonl", ({"text": chapter["text"]} for chapter in train))
+            _write(aside / "train.jsonl", (passages[index] for index in order))
+            _write(aside / "validation.jsonl", validation)
     counts = Counter(passage["author"] for passage in validation)
     return max(counts.values()) / len(validation)
 
@@ -221,7 +265,7 @@ def _zeros_held(output: Path) -> bool:
 
 @contextmanager
 def _stage(title: str, supervisor: Supervisor) -> Iterator[None]:
-    supervisor.stop_if_told(f"stopped before {title}; begin again with a new directory")
+    supervisor.stop_if_told(f"stopped before {title}")
     started = time.monotonic()
     log.info("%s", title)
     yield

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from opfa.extras import has
 from opfa.releases.provenance import Facts, Measurement, Step
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import layer_of
@@ -100,7 +101,7 @@ def model_card(release: Release) -> str:
         auto=UPSTREAM.get(release.purpose) or KINDS[release.purpose].head.__name__,
         data_name=_data_name(task) if task else None,
         layers=_layers(release.sparsity["tensors"]),
-        picture=PICTURE,
+        picture=PICTURE if has("matplotlib") else "",
         flat=_flat,
         figure=figure,
     )

@@ -24,6 +24,7 @@ from opfa.compression import quant
 from opfa.downstream.evaluate import measure
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError, opening
+from opfa.extras import has_or_says
 from opfa.hub import manifest
 from opfa.hub.publish import check_name, push
 from opfa.releases import provenance
@@ -31,7 +32,6 @@ from opfa.releases.card import PICTURE, Release, model_card
 from opfa.releases.provenance import Facts, Measurement, Step
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.releases.rounding import PLAIN, Dtype, Format, write_weights
-from opfa.report import pictures
 from opfa.sparsity import masks
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_json, write_text
@@ -142,7 +142,9 @@ def _write_config(values: Facts, directory: Path) -> None:
 def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
     """Write what others read first, and the manifest; then check every file."""
     write_text(directory / "recipe.toml", found.steps[0].toml)
-    if found.is_sparse:
+    if found.is_sparse and has_or_says(f"drawing {PICTURE}", "opfa[plots]", "matplotlib"):
+        from opfa.report import pictures
+
         pictures.inspection_picture(found.name, inspected.values(), directory / PICTURE)
     write_text(directory / "README.md", f"{model_card(found)}\n")
     for path in directory.iterdir():

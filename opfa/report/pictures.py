@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; needs no display
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from opfa.extras import importing
 from opfa.report.curves import Plan, series, smoothed
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 from opfa.storage.files import new_directory, new_file
+
+with importing("drawing a picture", "opfa[plots]"):
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only; needs no display
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
 ALL = "whole layer"
@@ -70,7 +73,7 @@ def finetuning_pictures(
     _line(axes, *series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
         right = axes.twinx()
-        metric = next(key for key in evaluations[0] if key not in ("step", "eval", "final"))
+        metric = next(key for key, value in evaluations[0].items() if isinstance(value, float))
         before = [row for row in evaluations if not row.get("final")]
         final = [row for row in evaluations if row.get("final")]
         right.plot(*series(before, metric), "o-", color=GREEN, markersize=4)

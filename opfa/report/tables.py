@@ -16,6 +16,8 @@ from opfa.errors import redacted
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 
 ALL = "all"  # the kind that stands for a whole layer
+GAP = "  "  # between two columns on a screen
+NARROWEST = 12  # letters to which a column of texts may be folded
 
 
 class Row(BaseModel):
@@ -51,18 +53,37 @@ class Table:
         ]
         return cls((head, *(str(field.title) for field in columns.values())), lines, "", 1)
 
-    def console(self) -> rich_table.Table:
-        """The table for a screen; cells are folded, never cut."""
+    def console(self, width: int) -> rich_table.Table:
+        """The table for a screen of so many columns. Texts and heads are folded where they must
+        be; numbers never are, and nothing is cut: a table of many numbers may be wider.
+        """
         shown = rich_table.Table(
             box=box.SIMPLE_HEAD, title=self.title or None, pad_edge=False, collapse_padding=True
         )
-        for name, is_number in zip(self.head, self._are_numbers(), strict=True):
-            shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
-        names = [row[0] for row in self.rows]
-        shown.columns[0].min_width = min(30, max(map(len, names), default=0))
+        widths = self._widths(width - len(GAP) * len(self.head))
+        for name, is_number, size in zip(self.head, self._are_numbers(), widths, strict=True):
+            side = "right" if is_number else "left"
+            shown.add_column(name, justify=side, overflow="fold", width=size)
         for row in self.rows:
             shown.add_row(*row)
         return shown
+
+    def _widths(self, available: int) -> list[int]:
+        """Letters for each column, the widest made smaller until all have place."""
+        widths, least = [], []
+        columns = zip(self.head, *self.rows, strict=True)
+        for (head, *cells), is_number in zip(columns, self._are_numbers(), strict=True):
+            longest, word = max(map(len, cells), default=0), max(map(len, head.split()), default=0)
+            widths.append(max(longest, len(head)))
+            least.append(max(word, longest if is_number else min(longest, NARROWEST)))
+        while sum(widths) > available:
+            spare = [width - few for width, few in zip(widths, least, strict=True)]
+            if not any(spare):
+                break
+            # the widest of those that can give something
+            index = max(range(len(widths)), key=lambda i: (spare[i] > 0, widths[i]))
+            widths[index] -= 1
+        return widths
 
     def markdown(self) -> str:
         """The table in Markdown. Cells are Markdown already."""
@@ -143,7 +164,12 @@ def show(parts: Iterable[Table | str]) -> None:
     """Print tables and lines on a screen."""
     console = Console(markup=False)
     for part in parts:
-        print(part) if isinstance(part, str) else console.print(part.console())
+        if isinstance(part, str):
+            print(part)
+        else:
+            table = part.console(console.width)
+            needed = sum((column.width or 0) + len(GAP) for column in table.columns)
+            Console(markup=False, width=max(needed, console.width)).print(table)
 
 
 def print_json(value: Any) -> None:  # Any: what JSON can hold

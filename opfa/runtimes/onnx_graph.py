@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opfa.compression.quant import activation_scale, int8_weight, quant_embeddings, quant_layers
-from opfa.errors import ModelError, RunError, opening
+from opfa.errors import ModelError, opening
+from opfa.extras import importing
 from opfa.models.encoders import head_of
 from opfa.sparsity.masks import Masks
 from opfa.weights.onnx import read_onnx
 
-try:
+with importing("opfa export", "opfa[export]"):
     import onnx
     from onnx import helper, numpy_helper
     from onnxscript import optimizer
-except ImportError as error:
-    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
 
 OPSET = 20  # the first with Gelu
 EXTERNAL_FROM = 2_000_000_000  # bytes of weights that one protobuf file can't hold any more

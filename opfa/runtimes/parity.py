@@ -18,19 +18,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from opfa.downstream.evaluate import predict, score
-from opfa.errors import RunError
+from opfa.extras import importing
 from opfa.runtimes.results import Parity
 from opfa.tasks.features import NO_LABEL, Split
 from opfa.tasks.recipe import Task
 from opfa.tasks.squad import decode
 
-try:
+with importing("answering with an ONNX file", "opfa[export]"):
     from onnxruntime import (
         InferenceSession,
         SessionOptions,  # pyright: ignore[reportAttributeAccessIssue] - made at run time
     )
-except ImportError as error:
-    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
 
 MOST_DIFFERENCE = 1e-4  # of a logit, in fp32
 LEAST_EQUAL = 0.99  # predictions, in 8 bits

@@ -1,5 +1,6 @@
 """Examples of a task, checked as they are read: a mistake is named by file and line."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -8,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Features, List, load_dataset
-from pyarrow import Schema
+from pyarrow import Schema, int64
 from pyarrow.parquet import read_schema
 
 from opfa.data.lines import check_plain
 from opfa.data.order import HELD_OUT, generator
 from opfa.data.records import read_records
 from opfa.errors import DataError, opening, shown
+from opfa.extras import importing
+from opfa.hub.reach import offline, problem_of_hub, tell_of_cache
 from opfa.tasks.checks import Check, MisplacedError, Names, Row
 from opfa.tasks.recipe import Task
 
@@ -133,31 +135,41 @@ def _names_in(schema: Schema, label: str) -> Names:
     """The names of classes that `datasets` wrote into a schema, if it did."""
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = ((metadata.get("info") or {}).get("features") or {}).get(label)
-    if feature is None:
-        return ()
-    features = Features.from_dict({label: feature})
-    is_true = features.arrow_schema.field(label).type == schema.field(label).type
-    return _class_names(features, label) if is_true else ()
+    names = _class_names(feature)
+    kind = schema.field(label).type if names else None
+    is_true = kind is not None and getattr(kind, "value_type", kind) == int64()
+    return names if is_true else ()
 
 
-def _class_names(features: Features, label: str) -> Names:
-    feature = features.get(label)
-    if isinstance(feature, List):
-        feature = feature.feature
-    is_named = isinstance(feature, ClassLabel)
-    return tuple(name.strip() for name in feature.names) if is_named else ()
+def _class_names(feature: Any) -> Names:  # Any: what JSON can hold
+    """The names in the JSON form of a ClassLabel, or of a list of them."""
+    if isinstance(feature, dict):
+        feature = feature.get("feature", feature)
+    is_named = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    return tuple(name.strip() for name in feature["names"]) if is_named else ()
 
 
 def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]:
     assert task.hub is not None, "only called for a Hub data set"
-    with opening(f"{task.hub} [{split}]", DataError):
-        dataset = load_dataset(task.hub, task.hub_config, split=split)
+    with importing(f"task.hub = {task.hub!r}", "opfa[datasets]"):
+        from datasets import load_dataset
+    what = f"{task.hub} [{split}]"
+    problem = "" if Path(task.hub).exists() else problem_of_hub()
+    try:
+        with opening(what, DataError), offline() if problem else contextlib.nullcontext():
+            dataset = load_dataset(task.hub, task.hub_config, split=split)
+    except DataError as error:
+        if problem:
+            raise DataError(f"{what}: can't be read: {problem}") from error
+        raise
+    if problem:
+        tell_of_cache(problem)
     names = dataset.column_names
     wanted = [name for name in dict.fromkeys(_columns(task)) if name in names]
 
     def rows() -> Iterator[tuple[str, Row]]:
-        with opening(f"{task.hub} [{split}]", DataError):
+        with opening(what, DataError):
             for index, row in enumerate(dataset.select_columns(wanted) if wanted else dataset):
                 yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
 
-    return _class_names(dataset.features, task.label), rows()
+    return _class_names(dataset.features.to_dict().get(task.label)), rows()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from opfa.tasks import beginnings
 from opfa.tasks.checks import Row
 from opfa.tasks.examples import Examples
 from opfa.tasks.recipe import Task
+from opfa.tasks.rows import Rows
 
 Batch = dict[str, Tensor]
 Columns = dict[str, list[Any]]  # Any: numbers, or lists of them
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 class Split:
     """One split: `features` and `collate` are for a DataLoader, `examples` for scoring."""
 
-    features: Dataset
+    features: Rows
     examples: Examples
     classes: tuple[str, ...]  # in the order of the model's outputs
     collate: Callable[[Sequence[Row]], Batch]

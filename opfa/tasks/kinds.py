@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from opfa.tasks.examples import Examples
 from opfa.tasks.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import Task
+from opfa.tasks.rows import Rows
 
 CUT = "are longer than sequence_tokens = {0.sequence_tokens}; the rest of them is cut off"
 log = logging.getLogger(__name__)
@@ -179,14 +179,14 @@ def _split(
     chunks, num_misfits = [], 0
     for part in features.parts(examples):
         columns, misfits = kind.build(task, tokenizer, examples, part, labels[part])
-        chunks.append(Dataset.from_dict(dict(columns)))
+        chunks.append(columns)
         num_misfits += misfits
     if num_misfits:
         what = kind.misfit.format(task)
         log.warning("%s: %d of %d examples %s", examples.source, num_misfits, len(labels), what)
     features.check_language(task, tokenizer, examples)
     return Split(
-        features=concatenate_datasets(chunks),
+        features=Rows.of(chunks),
         examples=examples,
         classes=classes,
         collate=partial(features.collate, pad_token_id),

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from opfa.extras import require
 from opfa.recipe import Count, Section
 
 Kind = Literal[
@@ -95,6 +96,11 @@ class Task(Section):
             what = f"windows of sequence_tokens = {self.sequence_tokens} can't overlap by that much"
             raise ValueError(f"stride_tokens = {self.stride_tokens}: {what}; SQuAD: 384 and 128")
         return self
+
+    def check_packages(self) -> None:
+        """Raise `RunError` if its examples can't be read without a package that is missing."""
+        if self.hub is not None:
+            require(f"task.hub = {self.hub!r}", "opfa[datasets]", "datasets")
 
 
 def _check_classes(names: tuple[str, ...]) -> None:

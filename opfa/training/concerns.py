@@ -8,7 +8,7 @@ from opfa.compression.pruner import Pruner
 from opfa.training import distributed, points
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.loop import Concern, Progress
-from opfa.training.metrics import Row
+from opfa.training.metrics import TRAINING, VALIDATION, Row
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Logging(Concern):
         """Log when it is time."""
         at.run.advance(at.step)
         if at.is_due(self.every_steps):
-            at.run.log({"step": at.step, **self.row(at)})
+            at.run.log({"step": at.step, "split": TRAINING, **self.row(at)})
 
 
 @dataclass
@@ -61,11 +61,14 @@ class Evaluating(Concern):
     evaluate: Callable[[], dict[str, float]]  # asked on every rank, and may be collective
     _: KW_ONLY
     at_end: bool = True
+    split: str = VALIDATION  # what it evaluates on
 
     def after_step(self, at: Progress) -> None:
         """Evaluate when it is time."""
         if at.is_due(self.every_steps) and (self.at_end or not at.is_end):
-            self.see(at, {"step": at.step, "eval": True, **self.evaluate()})
+            with at.run.doing("evaluating"):
+                found = self.evaluate()
+            self.see(at, {"step": at.step, "split": self.split, "eval": True, **found})
 
     def see(self, at: Progress, row: Row) -> None:
         """Do something with an evaluation."""

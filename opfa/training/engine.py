@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opfa.compression.pruner import Weights
 from opfa.compression.selection import Ranks
 from opfa.errors import RunError
+from opfa.extras import importing
 from opfa.sparsity.layers import MaskedLinear
 from opfa.training import launch
 from opfa.training.distributed import gather_texts
@@ -41,8 +42,9 @@ def start_distributed(timeout_seconds: float) -> torch.device:
         os.environ.update(_alone())  # RANK may be there for another purpose
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     # Imported here, since DeepSpeed reads DS_ACCELERATOR while it is imported.
-    import deepspeed.ops
-    from deepspeed.utils import logger
+    with importing("pre-training", "opfa[pretrain]"):
+        import deepspeed.ops
+        from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opfa.errors import redacted
+from opfa.extras import has
 
 LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "deepspeed", "safetensors", "numpy")
 
@@ -50,7 +51,7 @@ def environment() -> dict[str, Any]:
     """The software and the machine."""
     import torch  # only here, so that reading a recipe stays fast
 
-    versions = {name: version(name) for name in ("opfa", *LIBRARIES)}
+    versions = {name: version(name) for name in ("opfa", *LIBRARIES) if has(name)}
     machine = {
         "system": platform.platform(),
         "processor": _processor(),

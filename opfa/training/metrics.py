@@ -1,4 +1,10 @@
-"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it."""
+"""`metrics.jsonl`: one JSON object for each logged step of a run, and the one reader of it.
+
+`split` says of which examples a row's numbers are: those of the step ("training"), training
+examples that were held out to choose a model by ("held_out"), or the validation split. `loss` is
+what the run minimizes, in every row that has it. Rows of earlier versions have no `split`; their
+evaluations under a teacher had a `loss` without the teacher's part.
+"""
 
 import hashlib
 import json
@@ -9,7 +15,8 @@ from opfa.errors import RunError
 from opfa.storage.files import new_file, sync
 
 FILE = "metrics.jsonl"
-Row = dict[str, Any]  # step and eval, then numbers
+TRAINING, HELD_OUT, VALIDATION = "training", "held_out", "validation"  # values of `split`
+Row = dict[str, Any]  # step and split, eval of an evaluation, then numbers
 
 
 def read(run: Path) -> list[Row]:

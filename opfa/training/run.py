@@ -5,24 +5,24 @@ import os
 import platform
 import tomllib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from opfa.errors import RunError
 from opfa.recipe import Recipe
+from opfa.report.bars import Bar
 from opfa.storage import seal
 from opfa.storage.files import check_directory, write_text, writing
 from opfa.storage.temporary import lock
 from opfa.training import launch, machine, metrics
-from opfa.training.metrics import Row
+from opfa.training.metrics import HELD_OUT, VALIDATION, Row
 from opfa.training.tracker import Tracker
 
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
-NO_NUMBERS = ("step", "eval", "final")
+NO_NUMBERS = ("step", "split", "eval", "final")
 # Zero where a recipe has no such term, and then not on the console.
+WANDB_PREFIX = {VALIDATION: "eval/", HELD_OUT: "held_out/"}
 OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
 CONTINUED = "the run continues from its newest resume point with --resume"
 log = logging.getLogger(__name__)
@@ -39,15 +39,19 @@ class Run:
         steps: int,
         is_writer: bool = True,
         within: Path | None = None,
+        title: str = "",
     ) -> None:
-        """Make or reopen a directory. A `stop` in `within`, which has several runs, counts too."""
+        """Make or reopen a directory. A `stop` in `within`, which has several runs, counts too.
+        The bar and the lines of the log begin with `title`, or with the directory's name.
+        """
         self.directory = directory
         self._stops = [path / "stop" for path in (directory, within) if path is not None]
         self.recipe = recipe
         self.is_writer = is_writer
         self._steps = steps
         self._tracker: Tracker | None = None
-        self._progress: Progress | None = None
+        self._title = title or directory.name
+        self._bar = Bar(self._title, steps, is_wanted=is_writer)
         if is_writer:
             with writing(directory):
                 (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -62,19 +66,13 @@ class Run:
         return (self.directory / "done.json").exists()
 
     def __enter__(self) -> Self:
-        """Start the progress bar, on a terminal."""
-        if self.is_writer and Console(stderr=True).is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-            columns += [TimeRemainingColumn(), TextColumn("{task.fields[state]}")]
-            self._progress = Progress(*columns, console=Console(stderr=True))
-            self._task = self._progress.add_task(self.directory.name, total=self._steps, state="")
-            self._progress.start()
+        """Show the progress bar."""
+        self._bar.__enter__()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Close what is open."""
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.__exit__()
         if self._tracker is not None:
             self._tracker.finish(exit_code=0 if error is None else 1)
         if self.is_writer:
@@ -129,23 +127,32 @@ class Run:
             return
         with writing(self.directory / metrics.FILE, CONTINUED):
             metrics.append(self.directory, row)
+        is_training = not row.get("eval")
         if self._tracker is not None:
-            prefix = "eval/" if row.get("eval") else ""
+            prefix = "" if is_training else WANDB_PREFIX[row.get("split", VALIDATION)]
             numbers = {prefix + k: v for k, v in row.items() if k not in NO_NUMBERS}
             self._tracker.log(numbers, row["step"])
+        if is_training:
+            self._bar.say(f"loss {_short(row['loss'])}")
+        level = logging.DEBUG if is_training and self._bar.is_shown else logging.INFO
+        log.log(level, "%s", self._line(row))
+
+    def _line(self, row: Row) -> str:
+        """A row for the log; a terminal breaks it between two numbers."""
         hidden = {*NO_NUMBERS, *(name for name in OPTIONAL if row.get(name) == 0)}
-        shown = {k: v for k, v in row.items() if k not in hidden}
-        if self._progress is not None and not row.get("eval"):
-            self._progress.update(self._task, state=f"loss {_short(row['loss'])}")
-        else:
-            text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
-            kind = "evaluation" if row.get("eval") else "step"
-            log.info("%s: %s %d/%d  %s", self.directory.name, kind, row["step"], self._steps, text)
+        numbers = "  ".join(f"{k}={_short(v)}" for k, v in row.items() if k not in hidden)
+        when = "finished" if row.get("final") else f"step {row['step']}/{self._steps}"
+        split = row.get("split", VALIDATION).replace("_", " ")
+        what = f", {split}" if row.get("eval") else ""
+        return f"{self._title}: {when}{what}:  {numbers}"
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        self._bar.move_to(step)
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Show on the bar what happens in this block."""
+        return self._bar.doing(what)
 
     @property
     def is_told_to_stop(self) -> bool:
@@ -164,7 +171,10 @@ def _short(value: Any) -> str:  # Any: a number or a text
 
 
 def check_output(directory: Path, recipe: Recipe, resume: bool, has_several: bool = False) -> None:
-    """Refuse a directory that holds something else, and a resume of what isn't this run."""
+    """Refuse a directory that holds something else, a resume of what isn't this run, and a recipe
+    that needs packages which are missing.
+    """
+    recipe.check_packages()
     if launch.place().rank > 0:  # the first process alone makes the directory
         return
     check_directory(directory)

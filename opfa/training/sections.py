@@ -6,6 +6,7 @@ from pydantic import Field
 
 from opfa.compression.pattern import Pattern
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Ramp
+from opfa.extras import require
 from opfa.recipe import Count, Section, Weight
 
 
@@ -51,6 +52,11 @@ class Saving(Section):
     """Log to Weights & Biases too."""
     wandb_project: str = "opfa"
     """Its project there."""
+
+    def check_packages(self) -> None:
+        """Raise `RunError` if wandb is wanted and not installed."""
+        if self.wandb != "disabled":
+            require(f"logging.wandb = {self.wandb!r}", "opfa[wandb]", "wandb")
 
 
 def learning_rate(

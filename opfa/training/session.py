@@ -7,6 +7,7 @@ from typing import Any
 
 from opfa.compression.schedules import in_steps
 from opfa.errors import RunError
+from opfa.extras import has_or_says
 from opfa.training import began, distributed, finished, points
 from opfa.training.concerns import Logging, Saving, Stopping
 from opfa.training.distributed import SHARED, Supervisor
@@ -25,13 +26,15 @@ def run_to_end(
     timeout_seconds: float,
     concerns: Sequence[Concern] = (),
     within: Path | None = None,
+    title: str = "",
 ) -> None:
     """Train what `load` loads, in the directory `output`, unless it is done. Collective."""
     check_output(output, recipe, resume)
     with Supervisor(timeout_seconds) as supervisor:
         trainer = load(supervisor)
         steps, is_writer = trainer.schedule.steps, trainer.rank == 0
-        with Run(output, recipe, steps=steps, is_writer=is_writer, within=within) as run:
+        options = {"is_writer": is_writer, "within": within, "title": title}
+        with Run(output, recipe, steps=steps, **options) as run:
             # Rank 0 decides: machines may look at the run directory at different times.
             if distributed.on_first_rank(lambda: run.is_done):
                 distributed.on_first_rank(lambda: finished.check(output))
@@ -40,7 +43,10 @@ def run_to_end(
             at = Progress(run=run, model=trainer.student, engine=trainer.engine, steps=steps)
             at.concerns = _concerns(recipe.logging, trainer, supervisor, concerns)
             _begin(trainer, at, resume)
+            if within is None:
+                has_or_says(f"drawing {output / 'report'}", "opfa[plots]", "matplotlib")
             run.start_wandb(recipe.logging.wandb, recipe.logging.wandb_project, recipe.name)
+            run.advance(at.step)
             at.model.train()  # a model that was loaded is in evaluation mode
             train(trainer, at)
             trainer.finish(at)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from opfa.errors import RunError, first_line, opening, redacted
+from opfa.extras import importing
 from opfa.storage.files import write_text, writing
 
 HEX = re.compile(r"[0-9a-f]{32}")
@@ -28,7 +29,8 @@ class Tracker:
         config: dict[str, Any],
     ) -> None:
         """Start it, or go on with the directory's. Raises `RunError` if wandb can't."""
-        import wandb  # only here: it is slow to import, and most runs don't use it
+        with importing(f"logging.wandb = {mode!r}", "opfa[wandb]"):
+            import wandb  # only here: it is slow to import, and most runs don't use it
 
         self._broken = False
         name = _run_id(directory / "wandb/id")

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from opfa.data.order import MicroBatches, Order, Place
 from opfa.errors import DataError
+from opfa.extras import importing
 from opfa.upstream.masking import Masker
 from opfa.upstream.prepared import Prepared as Prepared
 from opfa.upstream.recipe import Masking
+
+with importing("pre-training", "opfa[pretrain]"):
+    from datasets import Dataset
 
 MULTIPLE = 8  # of tokens, to which a batch is padded: what tensor cores like
 

@@ -12,15 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import Dataset, Features, List, Value
 from pyarrow.compute import call_function
 from tokenizers import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opfa.data.order import HELD_OUT, generator
 from opfa.errors import DataError, blaming
+from opfa.extras import importing
 from opfa.models.configs import load_tokenizer, quiet_transformers, wordpiece_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
@@ -29,6 +28,10 @@ from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.results import PrepareResult
 from opfa.upstream.segments import EXAMPLE, packed, segment_pairs
 from opfa.upstream.sentences import sentences_of
+
+with importing("pre-training", "opfa[pretrain]"):
+    import datasets
+    from datasets import Dataset, Features, List, Value
 
 FORMAT = "opfa-corpus/2"
 # The same files, but sentences and pairs were cut otherwise (CHANGELOG).

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
-from datasets import Dataset, Features, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 from opfa.data.records import Bad, expand, read_records, stop
 from opfa.errors import DataError, opening, shown
+from opfa.extras import importing
 from opfa.upstream.recipe import Corpus
+
+with importing("pre-training", "opfa[pretrain]"):
+    from datasets import Dataset, Features, Value, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
 NO_TEXT = "empty, invisible or not a text"
 

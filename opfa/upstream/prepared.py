@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_from_disk
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RecipeError, opening, redacted
+from opfa.extras import importing
 from opfa.models.configs import load_tokenizer
 from opfa.storage import seal
 from opfa.training import distributed, launch
 from opfa.upstream.corpus import FORMAT, OLD_FORMAT, SUMMARY, measure, tokenizer_digest
 from opfa.upstream.recipe import Corpus
+
+with importing("pre-training", "opfa[pretrain]"):
+    from datasets import Dataset, load_from_disk
 
 # What another machine may call otherwise, and what examples that are there no longer depend on.
 PATHS = {"documents", "tokenizer", "bad_records"}

@@ -16,8 +16,8 @@ from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
+from opfa.extras import has
 from opfa.models.pretraining import compile_models, decay_groups
-from opfa.report import pictures
 from opfa.report.run_page import write_run_page
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
@@ -94,11 +94,12 @@ class Trainer:
         pruning, training = recipe.pruning, recipe.training
         ramp = recipe.ramp()
         self.pruner = Pruner(self.student, ramp, pruning.pattern) if pruning and ramp else None
-        if recipe.launch.compile:
+        if compiles := recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
+        self.objective = Objective(self.student, recipe.distillation, self.clock, compiles)
         self.engine = Engine(
-            Objective(self.student, recipe.distillation, self.clock, recipe.launch.compile),
+            self.objective,
             decay_groups(self.student, training.weight_decay),
             betas=(training.beta1, training.beta2),
             epsilon=training.epsilon,
@@ -201,7 +202,7 @@ class Trainer:
         teacher = self.teacher if settings and settings.hidden_weight else None
         with self.holding(num):
             found = (batch.to(self.device) for batch in batches)
-            return mean_losses(self.engine.module, found, teacher, is_of_states_alone=alone)
+            return mean_losses(self.objective, found, teacher, is_of_states_alone=alone)
 
     def finish(self, at: Progress) -> None:
         """Write the finished model and the pictures. Collective."""
@@ -216,7 +217,10 @@ class Trainer:
             result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
             metric, rows = self.recipe.metric, at.run.rows()
             asked = plan(self.schedule, self.recipe.pruning)
-            pictures.pretraining_pictures(rows, metric, result, directory / "report", asked)
+            if has("matplotlib"):
+                from opfa.report import pictures
+
+                pictures.pretraining_pictures(rows, metric, result, directory / "report", asked)
             write_run_page(directory, rows, asked, result)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}

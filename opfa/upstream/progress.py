@@ -4,24 +4,24 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
 
 from opfa.errors import RunError
 from opfa.training import distributed
 from opfa.upstream.batches import Batch
-from opfa.upstream.objective import Counts, Losses, Targets
+from opfa.upstream.objective import PLAIN, Counts, Losses, Objective, Targets
 
 
 @torch.no_grad()
 def mean_losses(
-    module: nn.Module,
+    module: Objective,
     batches: Iterable[Batch],
     teacher: Callable[[Batch], Targets] | None = None,
     *,
     is_of_states_alone: bool = False,
 ) -> dict[str, float]:
     """An `Objective`'s mean losses per predicted token and sequence, without dropout; with a
-    teacher also the distance of hidden states per real token, or that alone.
+    teacher also the distance of hidden states per real token, or that alone. `loss` is there where
+    it is what training minimizes: not beside the losses that a teacher is only a part of.
     """
     module.eval()
     sums, counts = [0.0] * 4, [0] * 4
@@ -35,7 +35,9 @@ def mean_losses(
     mlm, nsp, hidden, total = (a / max(1, b) for a, b in zip(sums, counts, strict=True))
     if is_of_states_alone:
         return {"loss": total, "hidden_loss": hidden}
-    means = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp}
+    means = {"mlm_loss": mlm, "nsp_loss": nsp}
+    if module.distillation is PLAIN:
+        return {"loss": mlm + nsp, **means}
     return {**means, "hidden_loss": hidden} if teacher else means
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Moment, in_steps
 from opfa.errors import RecipeError
+from opfa.extras import require
 from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Steps, Weight
 from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
 from opfa.training.zero import DeepSpeedFile
@@ -215,6 +216,11 @@ class PretrainRecipe(Recipe):
         if self.masking.probability == 0 and self.metric != "hidden_loss":
             raise ValueError(_masks_nothing(self.distillation))
         return self
+
+    def check_packages(self) -> None:
+        """Raise `RunError` if a package is missing that this run needs."""
+        require("pre-training", "opfa[pretrain]", "deepspeed", "datasets", "nupunkt")
+        self.logging.check_packages()
 
     def deepspeed_file(self, processes: int) -> DeepSpeedFile:
         """Read the DeepSpeed file and check that it suits this recipe; raises `RecipeError`."""

@@ -8,10 +8,13 @@ A document is a list of segments, a segment a list of token ids.
 """
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
 
 from opfa.data.order import PAIRS, generator
+from opfa.extras import importing
 from opfa.upstream.recipe import Corpus
+
+with importing("pre-training", "opfa[pretrain]"):
+    from datasets import Dataset, Features, List, Value
 
 EXAMPLE = Features(
     {

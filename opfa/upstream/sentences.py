@@ -2,7 +2,10 @@
 
 import re
 
-from nupunkt import load
+from opfa.extras import importing
+
+with importing("pre-training", "opfa[pretrain]"):
+    from nupunkt import load
 
 UNBROKEN = re.compile(r"((?<!\S)\S{1000,})")
 

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opfa.errors import ModelError, RunError, opening, shown
+from opfa.errors import ModelError, opening, shown
+from opfa.extras import importing
 from opfa.storage.foreign import check_shards, check_weights
 
-try:  # an optional extra
+with importing("an ONNX file", "opfa[export]"):
     import onnx
     from onnx import helper, numpy_helper
-except ImportError as error:
-    raise RunError(f'{error.name} is missing: pip install "opfa[export]"') from error
 
 PRODUCTS = ("MatMul", "MatMulInteger")
 

@@ -227,7 +227,10 @@ def test_every_command_explains_itself_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run([command, "--help"]) == 0
-    assert f"Example: opfa {command}" in " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert f"Example: opfa {command}" in " ".join(out.split())
+    assert cli.run([command, "-h"]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(

@@ -56,3 +56,36 @@ with open("a", "wb") as file:
 """
     assert ran(f"{sys.executable} -c '{code}' 2>&-", tmp_path)[0] == 0
     assert (tmp_path / "a").read_bytes() == b""
+
+
+NOISY = """
+import logging, os
+import typer
+from opfa.commands import app as cli
+cli.app = typer.Typer()
+@cli.app.command()
+def noisy():
+    log = logging.getLogger("opfa.x")
+    log.debug("a row")
+    log.info("a line, %s", os.environ.get("TQDM_DISABLE"))
+    log.warning("a warning")
+    print("a result")
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        ("", "a line, None\na warning\n"),
+        ("--quiet", "a warning\n"),
+        ("--verbose", "a row\na line, None\na warning\n"),
+    ],
+)
+def test_how_much_is_said_beside_the_result(tmp_path: Path, switch: str, said: str) -> None:
+    assert ran(f"{sys.executable} -c '{NOISY}' {switch}", tmp_path) == (0, said)
+
+
+def test_quiet_and_verbose_exclude_each_other(tmp_path: Path) -> None:
+    status, said = ran(f"{sys.executable} -c '{NOISY}' --quiet --verbose", tmp_path)
+    assert (status, said) == (2, "opfa: --verbose and --quiet: give one of them\n")

@@ -19,10 +19,11 @@ from opfa.downstream.recipe import FinetuneRecipe, Sweep
 from opfa.downstream.results import Rate
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table
-from opfa.errors import RecipeError, RunError
+from opfa.errors import ModelError, RecipeError, RunError
 from opfa.storage import seal
 from opfa.training.checkpoint import model_digest
 from opfa.training.distributed import Stopped
+from opfa.training.metrics import read
 
 
 def rows(*values: float, every: int = 10) -> list[dict[str, Any]]:
@@ -225,14 +226,24 @@ def test_the_validation_split_is_looked_at_once_with_a_holdout(
     finetune(selecting(sparse, examples, holdout=0.2), tmp_path / "run")
     validation = len((examples / "validation.jsonl").read_text().splitlines())
     assert sizes == [16] * 4 + [validation]  # steps 2, 4, 6, 8 (the end)
+    rows = read(tmp_path / "run")
+    assert [row["split"] for row in rows if row.get("eval")] == ["held_out"] * 4 + ["validation"]
+    assert {row["split"] for row in rows if "loss" in row} == {"training"}
 
 
 # sweeps and seeds
 
 
-def test_a_sweep_compares_means_over_seeds(sparse: Path, examples: Path, tmp_path: Path) -> None:
+def test_a_sweep_compares_means_over_seeds(
+    sparse: Path, examples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = finetune_recipe(sparse, examples, sweep={"learning_rate": [1e-6, 2e-3]}, seed=7)
-    result = sweep(recipe, tmp_path / "out", num_seeds=2)
+    with caplog.at_level("INFO", "opfa"):
+        result = sweep(recipe, tmp_path / "out", num_seeds=2)
+    assert "run 3 of 4: learning_rate-0.002/seed-7" in caplog.messages
+    assert (
+        sum(line.startswith("run 3 of 4: finished, validation:  ") for line in caplog.messages) == 1
+    )
     names = [[run.run for run in row.runs] for row in result.rows]
     assert names == [
         ["learning_rate-1e-06/seed-7", "learning_rate-1e-06/seed-8"],
@@ -440,3 +451,12 @@ def test_one_run_does_not_ignore_a_sweep(sparse: Path, examples: Path, tmp_path:
     recipe = recipe.model_copy(update={"sweep": Sweep(learning_rate=(1e-3,))})
     with pytest.raises(RecipeError, match="sweep: several runs"):
         finetune(recipe, tmp_path / "run")
+
+
+def test_a_sweep_that_is_refused_before_its_first_run_leaves_nothing(
+    examples: Path, tmp_path: Path
+) -> None:
+    recipe = finetune_recipe(tmp_path / "nowhere", examples, sweep={"learning_rate": [1e-3]})
+    with pytest.raises(ModelError, match="no such directory"):
+        sweep(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,12 +3,15 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opfa.data.records import read_records
 from opfa.errors import RunError
 from opfa.quickstart import quickstart as module
+from opfa.training.distributed import Stopped
+from opfa.upstream.recipe import PretrainRecipe
 
 SHORT = {
     r"^steps = .*": "steps = 3",
@@ -35,10 +38,24 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def test_quickstart_ends_with_a_table_and_pictures(
-    short: Path, capsys: pytest.CaptureFixture[str]
+def test_a_stopped_quickstart_goes_on_and_ends_with_a_table_and_pictures(
+    short: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def pretrain(recipe: PretrainRecipe, output: Path, **options: Any) -> None:
+        if output.name == "student":
+            raise Stopped("SIGTERM")
+        real(recipe, output, **options)
+
+    real = module.pretrain
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "pretrain", pretrain)
+        with pytest.raises(Stopped, match="out: stopped; the same command goes on from there"):
+            module.quickstart(short)
+    done = {path: path.read_bytes() for path in short.glob("*/*.json")}
+    assert short / "teacher/done.json" in done and short / "prepared/corpus.json" in done
     summary = module.quickstart(short)
+    assert {path: path.read_bytes() for path in done} == done
+    assert module.quickstart(short) == summary  # of a finished one only the table is shown
     names = ["majority class", *module.VARIANTS]
     assert [row.model for row in summary.rows] == names
     printed = str(summary)

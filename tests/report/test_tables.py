@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opfa.report.tables import LayerKinds, Result, Row, Table, column, figure, layer_table
+from opfa.report.tables import LayerKinds, Result, Row, Table, column, figure, layer_table, show
 
 TABLE = Table(("name", "zeros"), [("a [b]", "1,024"), ("<c>", "-")], "found", numbers_from=1)
 
@@ -78,3 +78,30 @@ def test_layers_are_named_by_stack_only_where_there_are_several() -> None:
 def test_figures_have_two_digits_where_a_metric_goes_to_100() -> None:
     assert figure(0.5, None) == "0.5000"
     assert figure(81.234, 0.5) == "81.23 ± 0.50"
+
+
+WIDE = Table(
+    ("name", "task", "sparsity", "bytes", "results"),
+    [("someone/" + 60 * "x", "masked language modelling", "85%", "1,024", "accuracy 0.9, loss 2")],
+)
+
+
+def test_a_table_fits_80_columns_by_folding_texts_and_heads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    numbers = ("the largest of all numbers", "1,234,567,890")
+    show([WIDE, Table(("tensor", *(numbers[0],) * 3), [(70 * "q", *(numbers[1],) * 3)], "t", 1)])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    letters = "".join(out.split())
+    assert letters.count("x") == 60 and letters.count("q") == 70  # nothing is cut
+    assert out.count("1,234,567,890") == 3
+
+
+def test_numbers_are_never_folded_even_where_a_table_is_too_wide(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show([Table(("a", *(f"x{i}" for i in range(14))), [("name", *("1234567",) * 14)], "", 1)])
+    assert capsys.readouterr().out.count("1234567") == 14

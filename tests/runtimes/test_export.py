@@ -583,7 +583,7 @@ def test_a_missing_package_is_one_message(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"opfa.runtimes.{module}")
-    with pytest.raises(RunError, match=rf'{package} is missing: pip install "opfa\[export\]"'):
+    with pytest.raises(RunError, match=rf'needs {package}: pip install "opfa\[export\]"'):
         importlib.import_module(f"opfa.runtimes.{module}")
 
 

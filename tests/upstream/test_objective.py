@@ -198,10 +198,18 @@ def test_held_out_losses_are_means_over_tokens_and_sequences() -> None:
     expected = [float(sum(part)) for part in list(zip(*parts, strict=True))[1:]]
     means = mean_losses(objective(student, settings), found, teacher)
     mlm, nsp, _, hidden = expected
-    names = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "hidden_loss": hidden}
+    names = {"mlm_loss": mlm, "nsp_loss": nsp, "hidden_loss": hidden}
     assert means == pytest.approx(names, rel=1e-5)
     del names["hidden_loss"]
     assert mean_losses(objective(student, settings), found) == pytest.approx(names, rel=1e-5)
+
+
+def test_held_out_rows_have_a_loss_where_it_is_what_training_minimizes() -> None:
+    student, found = model(0).eval(), [batch()]
+    means = mean_losses(Objective(student, None), found)
+    assert means["loss"] == pytest.approx(means["mlm_loss"] + means["nsp_loss"])
+    total = Objective(student, None)(found[0], None, Counts(*map(float, found[0].counts()))).total
+    assert means["loss"] == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_the_teacher_is_frozen() -> None:
