@@ -27,9 +27,11 @@ ALSO = {"numpy"}  # comes with those of the base, in any version that they accep
 
 def names(requirements: list[str]) -> set[str]:
     """Packages that requirements name; those of an extra for the extra."""
-    found = set()
+    found: set[str] = set()
     for requirement in requirements:
-        name, extras = re.match(r"([\w.-]+)(?:\[(.*?)\])?", requirement).groups()  # type: ignore[union-attr]
+        match = re.match(r"([\w.-]+)(?:\[(.*?)\])?", requirement)
+        assert match is not None
+        name, extras = match.groups()
         parts = [names(EXTRAS[extra]) for extra in extras.split(",")] if extras else [{name}]
         found |= set().union(*parts)
     return found
@@ -37,7 +39,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def imported(node: ast.AST) -> set[str]:
     """What pip calls the packages of others that are imported in a piece of code."""
-    found = set()
+    found: set[str] = set()
     for each in ast.walk(node):
         if isinstance(each, ast.Import):
             found |= {alias.name for alias in each.names}

@@ -172,4 +172,4 @@ def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]
             for index, row in enumerate(dataset.select_columns(wanted) if wanted else dataset):
                 yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
 
-    return _class_names(dataset.features.to_dict().get(task.label)), rows()
+    return _class_names(dict(dataset.features.to_dict()).get(task.label)), rows()

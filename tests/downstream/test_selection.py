@@ -20,6 +20,7 @@ from opfa.downstream.results import Rate
 from opfa.downstream.selection import Best
 from opfa.downstream.sweep import sweep, table
 from opfa.errors import ModelError, RecipeError, RunError
+from opfa.report import pictures
 from opfa.storage import seal
 from opfa.training.checkpoint import model_digest
 from opfa.training.distributed import Stopped
@@ -171,7 +172,7 @@ def test_a_run_that_was_killed_after_its_last_evaluation_logs_it_once(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.pictures, "finetuning_pictures", killed)
+        patch.setattr(pictures, "finetuning_pictures", killed)
         with pytest.raises(KilledError):
             finetune(recipe, tmp_path / "run")
     finetune(recipe, tmp_path / "run", resume=True)

@@ -17,6 +17,7 @@ from opfa.commands import app as cli
 from opfa.downstream import finetune as finetuning
 from opfa.downstream.sweep import sweep
 from opfa.quickstart import quickstart
+from opfa.report import pictures
 from opfa.training import loop
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.loop import Losses
@@ -25,7 +26,7 @@ from opfa.upstream import pretrain as pretraining
 FEW = {"training": {"epochs": 0.3}}  # 3 steps
 MOMENTS: dict[str, tuple[Any, str]] = {  # what is interrupted, of a run
     "writing the model": (finetuning, "write_finished"),
-    "drawing": (finetuning.pictures, "finetuning_pictures"),
+    "drawing": (pictures, "finetuning_pictures"),
     "marking it done": (finetuning.finished, "write"),
 }
 
