@@ -242,7 +242,8 @@ def test_the_file_lies_beside_what_is_needed_to_use_it(
 ) -> None:
     path, _ = exported
     names = {other.name for other in path.parent.iterdir()}
-    assert names == {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    beside = {"config.json", "tokenizer.json", "tokenizer_config.json", "recipe.toml"}
+    assert names == {"model.onnx", *beside}
     inputs = AutoTokenizer.from_pretrained(path.parent)("the cat sees a dog.", return_tensors="pt")
     assert OnnxModel(path)(**inputs)["logits"].shape == (1, 2)
     assert AutoConfig.from_pretrained(path.parent).id2label == {0: "animal", 1: "person"}
