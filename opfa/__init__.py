@@ -26,6 +26,7 @@ from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
     from opfa.api.models import compare, download, export, list_models, push, release, unpack
+    from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.integrations.guard import SparsityGuard
@@ -50,9 +51,11 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "fuse": "opfa.sparsity.layers",
     "inspect": "opfa.weights.inspection",
     "list_models": "opfa.api.models",
+    "list_recipes": "opfa.api.own",
     "load": "opfa.models.trained",
     "lock": "opfa.sparsity.layers",
     "masked_lora": "opfa.integrations.lora",
+    "new_recipe": "opfa.api.own",
     "plan": "opfa.api.train",
     "predict": "opfa.runtimes.predict",
     "prepare": "opfa.api.train",
@@ -82,9 +85,11 @@ __all__ = [
     "fuse",
     "inspect",
     "list_models",
+    "list_recipes",
     "load",
     "lock",
     "masked_lora",
+    "new_recipe",
     "plan",
     "predict",
     "prepare",

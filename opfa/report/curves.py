@@ -22,7 +22,7 @@ LAST = {
 }
 COLOURS = ("blue", "orange", "green", "purple")  # of the style
 PLANNED = ("sparsity", "learning_rate")
-NO_NUMBERS = ("step", "eval", "final")
+NO_NUMBERS = ("step", "split", "eval", "final")
 Row = Mapping[str, Any]
 
 

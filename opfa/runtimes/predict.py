@@ -26,7 +26,7 @@ from opfa.storage.files import check_file, new_file
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import Task
-from opfa.tasks.unlabelled import Rows, asked
+from opfa.tasks.unlabelled import Numbered, asked
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _predicted(
         log.warning("%s: %d of %d examples %s", source.name, num_cut, num_rows, what)
 
 
-def _checked(task: Task, source: Source) -> Rows:
+def _checked(task: Task, source: Source) -> Numbered:
     """The rows of a source; raises `DataError` at the first one that can't be answered."""
     for index, (where, row) in enumerate(source.rows()):
         if index == 0:

@@ -33,7 +33,7 @@ from opfa.tasks.features import Batch, check_language
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import METRICS, Task
-from opfa.tasks.unlabelled import Chunk, Rows, chunks, kind_of
+from opfa.tasks.unlabelled import Chunk, Numbered, chunks, kind_of
 
 ONNX = ".onnx"
 MOST_TOKENS = 512  # without a recipe, where a model could take more
@@ -90,7 +90,7 @@ class Predictor:
             self._model, self._device = load_ready(self.task, name, self._classes)
 
     def answers(
-        self, source: str, rows: Rows, advance: Callable[[float], object]
+        self, source: str, rows: Numbered, advance: Callable[[float], object]
     ) -> Iterator[tuple[Chunk, Sequence[Prediction]]]:
         """Chunks of rows with their predictions, in order; `advance` hears of examples done."""
         for index, chunk in enumerate(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.data.json_records import Record
@@ -19,8 +18,9 @@ from opfa.tasks.examples import Examples, size_of
 from opfa.tasks.features import CHUNK, CHUNK_CHARACTERS, Split
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.recipe import Task
+from opfa.tasks.rows import Rows
 
-Rows = Iterable[tuple[str, Record]]  # where a row stands ("line 7"), and the row
+Numbered = Iterable[tuple[str, Record]]  # where a row stands ("line 7"), and the row
 ONE_OF_TWO = "SequenceClassification"  # the head of two kinds; how many outputs it has says which
 
 
@@ -57,7 +57,7 @@ def chunks(
     tokenizer: PreTrainedTokenizerBase,
     classes: tuple[str, ...],
     source: str,
-    rows: Rows,
+    rows: Numbered,
 ) -> Iterator[Chunk]:
     """All rows in their order. The tokenizer is one that `kinds.fit` has seen."""
     places: list[str] = []
@@ -102,7 +102,7 @@ def _chunk(
     pad_token_id = tokenizer.pad_token_id
     assert isinstance(pad_token_id, int), "`kinds.fit` has looked"
     split = Split(
-        features=Dataset.from_dict(dict(columns)),
+        features=Rows.of([dict(columns)]),
         examples=examples,
         classes=classes,
         collate=partial(features.collate, pad_token_id),

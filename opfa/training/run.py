@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 from opfa.errors import RunError
 from opfa.recipe import Recipe
 from opfa.report.bars import Bar
+from opfa.report.curves import NO_NUMBERS
 from opfa.storage import seal
 from opfa.storage.files import check_directory, write_text, writing
 from opfa.storage.temporary import lock
@@ -20,7 +21,6 @@ from opfa.training.metrics import HELD_OUT, VALIDATION, Row
 from opfa.training.tracker import Tracker
 
 STARTS = {"checkpoints", ".lock", ".recipe.toml.incomplete", "stop", "stopped"}
-NO_NUMBERS = ("step", "split", "eval", "final")
 # Zero where a recipe has no such term, and then not on the console.
 WANDB_PREFIX = {VALIDATION: "eval/", HELD_OUT: "held_out/"}
 OPTIONAL = ("nsp_loss", "distill_loss", "hidden_loss")
