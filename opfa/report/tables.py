@@ -153,7 +153,7 @@ class Result(Row):
         console = Console(markup=False, file=io.StringIO(), width=80)
         with console.capture() as captured:
             for part in self.parts():
-                console.out(part) if isinstance(part, str) else console.print(part.console())
+                console.out(part) if isinstance(part, str) else console.print(part.console(80))
         return captured.get().rstrip("\n")
 
     def _repr_markdown_(self) -> str:  # how a notebook shows it

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import BertForSequenceClassification, BertTokenizer
 from words import task_of, tiny
 
@@ -15,13 +14,14 @@ from opfa.tasks import kinds as tasks
 from opfa.tasks import squad
 from opfa.tasks.examples import Examples
 from opfa.tasks.recipe import Task
+from opfa.tasks.rows import Rows
 
 
 def split_of(labels: list[Any], classes: tuple[str, ...] = ()) -> tasks.Split:
     """A split as far as scores of labels need it."""
     examples = Examples(source="here", places=[], texts=[], pairs=None, labels=labels, names=())
     return tasks.Split(
-        features=Dataset.from_dict({"labels": labels}),
+        features=Rows.of([{"labels": labels}]),
         examples=examples,
         classes=classes,
         collate=lambda rows: {},

@@ -27,6 +27,7 @@ from opfa.tasks import kinds as tasks
 from opfa.tasks import squad
 from opfa.tasks.features import NO_LABEL
 from opfa.tasks.recipe import Task
+from opfa.tasks.rows import Rows
 from opfa.upstream.pretrain import pretrain
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rome", "par", "##is", "beat", "who", "won"]
@@ -617,7 +618,7 @@ def test_metrics_of_classes_equal_scikit_learn(num_classes: int) -> None:
         source="", places=[], texts=[], pairs=None, labels=targets.tolist(), names=()
     )
     split = tasks.Split(
-        features=Dataset.from_dict({"labels": targets.tolist()}),
+        features=Rows.of([{"labels": targets.tolist()}]),
         examples=examples,
         classes=tuple("abc"[:num_classes]),
         collate=lambda rows: {},
