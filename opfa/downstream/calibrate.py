@@ -20,6 +20,8 @@ from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
+from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished, model_digest
 from opfa.training.engine import choose_accelerator
 from opfa.weights.inspection import inspect
@@ -48,13 +50,18 @@ def _calibrated(
 ) -> dict[str, Any]:
     if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
-    task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    task = settled(recipe.task, name)
     tasks.check_head(task, config)
     validation = tasks.load_validation(task, tokenizer, config)
     training_task = task.model_copy(update={"validation": task.train})
     shuffled = generator(recipe.seed).permutation
     training = tasks.load_validation(
-        training_task, tokenizer, config, lambda num: shuffled(num)[:num_examples].tolist()
+        training_task,
+        tokenizer,
+        config,
+        lambda num: shuffled(num)[:num_examples].tolist(),
+        is_training=True,
     )
     model = tasks.load_model(task, name, validation.classes, is_trained=True)
     if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:
@@ -70,9 +77,10 @@ def _calibrated(
         batch_size=recipe.training.batch,
         collate_fn=training.collate,
     )
-    _observe(model, loader, device)
+    _observe(task, model, loader, device)
     quant.start(model)
     after = evaluate(model, task, validation, batch=64, device=device)
+    tasks.write_more(task, model, directory)
     ranges = directory / quant.FILE
     report = fill_finished(model, tokenizer, directory, lambda _: quant.save(model, ranges))
     metrics = {"task": recipe.name, "fp32": before, "int8": after}
@@ -80,7 +88,7 @@ def _calibrated(
 
 
 @torch.no_grad()
-def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
+def _observe(task: Task, model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
     """Let the ranges become the mean over all batches; dropout is off."""
     model.eval()
     layers = quant.quant_layers(model).values()
@@ -89,4 +97,4 @@ def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -
     for index, batch in enumerate(loader):
         for layer in layers:
             layer.momentum = 1 / (index + 1)
-        model(**{name: tensor.to(device) for name, tensor in tasks.inputs_of(batch).items()})
+        tasks.call(task, model, {name: tensor.to(device) for name, tensor in batch.items()})

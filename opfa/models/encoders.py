@@ -25,6 +25,8 @@ HEADS: dict[str, Any] = {  # Any: Auto classes share no base
     "MultipleChoice": transformers.AutoModelForMultipleChoice,
 }
 
+ENCODER: Any = AutoModel  # no head: hidden states
+
 
 def head_of(config: PretrainedConfig) -> str:
     """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none."""
@@ -56,12 +58,13 @@ def load_weights(
     return model, sorted({*info["missing_keys"], *changed})
 
 
-def load_finetuned_model(name: str) -> PreTrainedModel:
-    """A model with the head that it was saved with, fp32, for evaluation."""
+def load_finetuned_model(name: str, *, has_head: bool = True) -> PreTrainedModel:
+    """A model with the head that it was saved with, or the encoder alone; fp32, for evaluation."""
     config = load_config(name)
-    head = head_of(config)
-    model, missing = load_weights(HEADS[head], name, config, attn_implementation="eager")
-    if missing:
+    head = head_of(config) if has_head else ""
+    cls = HEADS[head] if has_head else ENCODER
+    model, missing = load_weights(cls, name, config, attn_implementation="eager")
+    if missing := missing if has_head else of_encoder(model, missing):
         raise ModelError(f"model {name!r}: {missing[0]} is missing")
     try_out(model, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))
     return model.eval()
@@ -75,8 +78,8 @@ def skeleton(config: PretrainedConfig, cls: Any = AutoModel) -> PreTrainedModel:
 
 def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """The tensors that belong to the encoder, not to a head or pooler; they are never made anew."""
-    encoder = f"{model.base_model_prefix}."
-    return [name for name in names if name.startswith(encoder) and ".pooler." not in name]
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return [n for n in names if n.startswith(encoder) and ".pooler." not in f".{n}"]
 
 
 def write_model(

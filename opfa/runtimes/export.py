@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from opfa.compression import quant
 from opfa.errors import ModelError, RunError
+from opfa.models import sentences
 from opfa.models.configs import load_tokenizer
 from opfa.models.encoders import load_finetuned_model
 from opfa.runtimes import onnx_graph
@@ -20,6 +21,7 @@ from opfa.runtimes.parity import parity, problems
 from opfa.sparsity import masks
 from opfa.storage.files import check_file, check_new, sync_all, work_directory, write_json
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
 from opfa.tasks.recipe import Task
 from opfa.weights.inspection import check_stated
 from opfa.weights.sources import directory_of
@@ -55,18 +57,25 @@ def export(
     with work_directory(output) as aside:
         check_new(output, "file")  # again: another process may have just made it
         stated = check_stated(name)
-        tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
+        pooling = sentences.read_pooling(name)
+        tokenizer = load_tokenizer(name)
+        model = load_finetuned_model(name, has_head=pooling is None)
+        stated = stated if pooling is None else _without_pooler(stated, model)
         model.config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        if pooling is not None:
+            sentences.copy_files(directory_of(name), aside)
         if (aside / output.name).exists():
             raise RunError(f"{output}: is the name of one of the model's files; give FILE.onnx")
         _check_others(aside, output)
         split = None
         if task is not None:
+            task = settled(task, name, is_own=True)
             tasks.check_head(task, model.config)
             split = tasks.load_validation(task, tokenizer, model.config)
         log.info("%s: tracing", name)
-        graph = onnx_graph.trace(model, onnx_graph.input_names(model, tokenizer.model_input_names))
+        inputs = onnx_graph.input_names(model, tokenizer.model_input_names)
+        graph = onnx_graph.trace(model, inputs, pooling)
         if is_int8:
             quant.load(model, ranges)
             onnx_graph.quantize(graph, model)
@@ -83,6 +92,14 @@ def export(
             raise ModelError(f"{output}: not written, it is not the model: {'; '.join(wrong)}")
         _move(aside, output)
     return result
+
+
+def _without_pooler(stated: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The zeros that a sentence encoder's file has: no vector comes from its pooler."""
+    names = [name for name in stated["tensors"] if not name.startswith("pooler.")]
+    if len(names) == len(stated["tensors"]):
+        return stated
+    return {**stated, **masks.report({n: model.get_parameter(n) != 0 for n in names})}
 
 
 def _zeros(
@@ -106,8 +123,8 @@ def _zeros(
 
 def _check_others(aside: Path, output: Path) -> None:
     """Refuse to replace different files beside the output."""
-    for path in aside.iterdir():
-        other = output.with_name(path.name)
+    for path in _files(aside):
+        other = output.parent / path.relative_to(aside)
         if path.name != output.name and os.path.lexists(other):
             check_file(other)
             if other.read_bytes() != path.read_bytes():
@@ -118,5 +135,11 @@ def _move(aside: Path, output: Path) -> None:
     """Let the files appear, `output` last."""
     _check_others(aside, output)
     sync_all(aside)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
-        os.replace(path, output.with_name(path.name))
+    for path in sorted(_files(aside), key=lambda path: path.name == output.name):
+        other = output.parent / path.relative_to(aside)
+        other.parent.mkdir(exist_ok=True)
+        os.replace(path, other)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if not path.is_dir()]
