@@ -78,17 +78,15 @@ class Task(Section):
     no_answer_threshold: float = 0.0
     """There is no answer where its logits lead by more than this."""
     loss: Literal["cosent", "cosine", "ranking", "teacher"] | None = None
-    """Of embeddings: of graded pairs ("cosent", the default, or "cosine"), of pairs without grades
-    ("ranking", in-batch negatives), or none beside the teacher's vectors ("teacher")."""
+    """Of embeddings: graded pairs (by default "cosent"), pairs, or nothing but [distillation]."""
     scale: Positive | None = None
     """What cosines are multiplied by in "cosent" and "ranking"; by default 20."""
     highest_grade: Positive | None = None
     """The grade of a cosine of 1, for "cosine"; by default 1."""
     pooling: Literal["mean", "first"] | None = None
-    """A text's vector: the mean of its tokens, or its first token; by default as in the model's own
-    files, or the mean."""
+    """A vector is the mean token or the first; by default as in the model's files, or the mean."""
     normalize: bool | None = None
-    """Vectors have length 1; by default as in the model's own files, or yes."""
+    """Vectors have length 1; by default as in the model's files, or yes."""
     train_text: str | None = None
     """Column of training texts for "teacher"; by default `text` and `text_pair`."""
 

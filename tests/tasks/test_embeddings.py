@@ -71,7 +71,7 @@ def test_the_losses_are_what_they_say() -> None:
 
 
 def test_correlations_are_those_of_sentence_transformers(
-    tmp_path: Path, tokenizer: BertTokenizer
+    tmp_path: Path, tokenizer: BertTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(validation=written(tmp_path / "a.jsonl", ROWS), metrics=["spearman", "pearson"])
     split = tasks.load_validation(task, tokenizer, BertConfig(**CONFIG))
