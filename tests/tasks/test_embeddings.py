@@ -21,7 +21,7 @@ from opfa.tasks import embeddings, sentences
 from opfa.tasks import kinds as tasks
 from opfa.tasks.recipe import Task
 
-CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+CONFIG: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
 CONFIG |= {"intermediate_size": 8, "max_position_embeddings": 16, "vocab_size": 100}
 ROWS = [
     {"a": "the cat sees", "b": "a dog", "grade": 1.0},
