@@ -22,7 +22,7 @@ import opfa
 from opfa.downstream.calibrate import calibrate
 from opfa.downstream.evaluate import evaluate_model, predict
 from opfa.downstream.finetune import finetune
-from opfa.downstream.recipe import Distillation, FinetuneRecipe
+from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
 from opfa.downstream.teacher import Teacher
 from opfa.errors import ModelError, RecipeError
@@ -218,12 +218,13 @@ def test_a_changed_pooling_is_noticed(run: Path, tmp_path: Path) -> None:
 def test_the_soft_loss_is_the_mean_squared_error_of_vectors(
     sparse: Path, run: Path, pairs: Path, tmp_path: Path, is_kept: bool
 ) -> None:
-    recipe, teacher = recipe_of(sparse, pairs, {"loss": "teacher"}), str(run / "model")
+    distillation = {"teacher": (teacher := str(run / "model")), "hard_weight": 0.0}
+    recipe = recipe_of(sparse, pairs, {"loss": "teacher"}, distillation=distillation)
     task, tokenizer = settled(recipe.task, str(sparse)), load_tokenizer(str(sparse))
     split = tasks.load(task, tokenizer, load_config(str(sparse))).train
     student = tasks.load_model(task, str(sparse), ()).eval()
-    settings = Distillation(teacher=teacher, hard_weight=0.0, hidden_weight=0.0)
-    learning = Teacher(settings, task, (), student, tokenizer=tokenizer)
+    assert recipe.distillation is not None
+    learning = Teacher(recipe.distillation, task, (), student, tokenizer=tokenizer)
     if is_kept:
         learning.remember(split, tmp_path / "kept", contextlib.nullcontext)
     indices = [5, 3, 60]
