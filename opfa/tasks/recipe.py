@@ -115,7 +115,9 @@ class Task(Section):
     @property
     def train_form(self) -> Form:
         """What the training examples of embeddings are."""
-        return {"teacher": "texts", "ranking": "pairs"}.get(self.loss or "", "graded pairs")
+        if self.loss == "teacher":
+            return "texts"
+        return "pairs" if self.loss == "ranking" else "graded pairs"
 
     @property
     def validation_form(self) -> Form:

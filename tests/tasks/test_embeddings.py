@@ -81,9 +81,10 @@ def test_correlations_are_those_of_sentence_transformers(
         def embed_inputs(self, model: Any, sentences: Any, **_: Any) -> np.ndarray:
             return np.stack([vectors[i, j].numpy() for i, j in sentences])
 
-    sides: Any = [[(i, j) for i in range(3)] for j in range(2)]
+    first, second = ([(i, j) for i in range(3)] for j in range(2))
+    texts: Any = {"sentences1": first, "sentences2": second}
     grades = [row["grade"] for row in ROWS]
-    evaluator = Known(*sides, grades, similarity_fn_names=["cosine"])
+    evaluator = Known(**texts, scores=grades, similarity_fn_names=["cosine"])
     monkeypatch.setattr(evaluator, "store_metrics_in_model_card_data", lambda *_: None)
     theirs = evaluator(sentences.NO_MODEL)
     ours = embeddings.score(task, (vectors,), split)
