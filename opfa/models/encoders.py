@@ -28,6 +28,11 @@ HEADS: dict[str, Any] = {  # Any: Auto classes share no base
 ENCODER: Any = AutoModel  # no head: hidden states
 
 
+def has_head(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved with one of `HEADS`."""
+    return any(name.endswith(f"For{h}") for name in config.architectures or () for h in HEADS)
+
+
 def head_of(config: PretrainedConfig) -> str:
     """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none."""
     made_for = ", ".join(config.architectures or ("nothing",))
@@ -58,13 +63,13 @@ def load_weights(
     return model, sorted({*info["missing_keys"], *changed})
 
 
-def load_finetuned_model(name: str, *, has_head: bool = True) -> PreTrainedModel:
+def load_finetuned_model(name: str, *, is_encoder: bool = False) -> PreTrainedModel:
     """A model with the head that it was saved with, or the encoder alone; fp32, for evaluation."""
     config = load_config(name)
-    head = head_of(config) if has_head else ""
-    cls = HEADS[head] if has_head else ENCODER
+    head = "" if is_encoder else head_of(config)
+    cls = ENCODER if is_encoder else HEADS[head]
     model, missing = load_weights(cls, name, config, attn_implementation="eager")
-    if missing := missing if has_head else of_encoder(model, missing):
+    if missing := of_encoder(model, missing) if is_encoder else missing:
         raise ModelError(f"model {name!r}: {missing[0]} is missing")
     try_out(model, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))
     return model.eval()

@@ -7,7 +7,6 @@ its directories can also ask for, such as a dense layer or a prompt, is refused 
 """
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ FILES = (MODULES, f"{FOLDER}/config.json", OWN, CONFIG)
 MODES = {"mean": "mean_tokens", "first": "cls_token"}  # as the older files call them
 OLD_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 NEW_MODES = {"mean": "mean", "cls": "first"}  # as the files of version 6 call them
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Pooling:
             vectors = states[:, 0]
         else:
             kept = attention_mask.unsqueeze(-1).to(states.dtype)
-            vectors = (states * kept).sum(1) / kept.sum(1)
+            vectors = (states * kept).sum(1) / kept.sum(1).clamp(min=1e-9)
         return normalize(vectors, dim=-1) if self.is_normalized else vectors
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from opfa.compression import quant
 from opfa.errors import ModelError, RunError
 from opfa.models import sentences
-from opfa.models.configs import load_tokenizer
-from opfa.models.encoders import load_finetuned_model
+from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.encoders import has_head, load_finetuned_model
 from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
 from opfa.sparsity import masks
@@ -57,10 +57,8 @@ def export(
     with work_directory(output) as aside:
         check_new(output, "file")  # again: another process may have just made it
         stated = check_stated(name)
-        pooling = sentences.read_pooling(name)
-        tokenizer = load_tokenizer(name)
-        model = load_finetuned_model(name, has_head=pooling is None)
-        stated = stated if pooling is None else _without_pooler(stated, model)
+        tokenizer, pooling = load_tokenizer(name), _pooling_of(name)
+        model = load_finetuned_model(name, is_encoder=pooling is not None)
         model.config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         if pooling is not None:
@@ -70,8 +68,7 @@ def export(
         _check_others(aside, output)
         split = None
         if task is not None:
-            task = settled(task, name, is_own=True)
-            tasks.check_head(task, model.config)
+            task = _task_of(task, name, model, pooling)
             split = tasks.load_validation(task, tokenizer, model.config)
         log.info("%s: tracing", name)
         inputs = onnx_graph.input_names(model, tokenizer.model_input_names)
@@ -94,8 +91,23 @@ def export(
     return result
 
 
+def _pooling_of(name: str) -> sentences.Pooling | None:
+    """How a model's vectors are made; None for one with a head, whatever files lie beside it."""
+    return None if has_head(load_config(name)) else sentences.read_pooling(name)
+
+
+def _task_of(
+    task: Task, name: str, model: PreTrainedModel, pooling: sentences.Pooling | None
+) -> Task:
+    """The task that both are compared on, as the model does it."""
+    if task.kind == "embedding" and pooling is None:
+        raise ModelError(f"task.kind = 'embedding': {name} is no sentence encoder")
+    tasks.check_head(task, model.config)
+    return settled(task, name, is_own=True)
+
+
 def _without_pooler(stated: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The zeros that a sentence encoder's file has: no vector comes from its pooler."""
+    """The zeros that a file has. A pooler of an encoder alone is not in it: vectors don't need it."""
     names = [name for name in stated["tensors"] if not name.startswith("pooler.")]
     if len(names) == len(stated["tensors"]):
         return stated
@@ -106,6 +118,7 @@ def _zeros(
     stated: dict[str, Any], model: PreTrainedModel, path: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Zeros and bytes of a file and of the model; and what is wrong with the zeros."""
+    stated = _without_pooler(stated, model)
     rounded = onnx_graph.rounded_to_zero(model)
     found = onnx_graph.nonzeros(path, stated["tensors"])
     counted = masks.report(found)["total"]["zeros"]

@@ -6,17 +6,19 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import break_off, finetune_recipe, sentences
 from onnxruntime import InferenceSession
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from transformers import BertForSequenceClassification
 
 import opfa
 from opfa.downstream.calibrate import calibrate
@@ -28,6 +30,7 @@ from opfa.downstream.teacher import Teacher
 from opfa.errors import ModelError, RecipeError
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.release.release import release, unpack
+from opfa.runtimes import onnx_graph
 from opfa.runtimes.export import export
 from opfa.storage.seal import read_json
 from opfa.tasks import kinds as tasks
@@ -155,6 +158,22 @@ def test_a_model_is_trained_on_as_its_files_say(ran: Finished, pairs: Path, tmp_
     assert [kind.rpartition(".")[2] for kind in kinds] == ["Transformer", "Pooling"]
 
 
+@pytest.fixture(scope="module")
+def _one_trace() -> Iterator[None]:
+    """Both exports are of the same weights, and tracing takes seconds."""
+    traced: list[bytes] = []
+
+    def trace(*arguments: Any) -> onnx.ModelProto:
+        if not traced:
+            traced.append(before(*arguments).SerializeToString())
+        return onnx.load_model_from_string(traced[0])
+
+    before = onnx_graph.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "trace", trace)
+        yield
+
+
 def onnx_vectors(path: Path, model: Path) -> tuple[np.ndarray, np.ndarray]:
     session = InferenceSession(path)
     assert [o.name for o in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
@@ -164,6 +183,7 @@ def onnx_vectors(path: Path, model: Path) -> tuple[np.ndarray, np.ndarray]:
     return result, SentenceTransformer(str(model), device="cpu").encode(TEXTS[:5])
 
 
+@pytest.mark.usefixtures("_one_trace")
 def test_an_exported_file_gives_hidden_states_and_the_vectors(
     ran: Finished, tmp_path: Path
 ) -> None:
@@ -178,6 +198,17 @@ def test_an_exported_file_gives_hidden_states_and_the_vectors(
     assert names <= {path.name for path in output.parent.iterdir()}
 
 
+def test_what_is_no_sentence_encoder_is_not_compared_as_one(
+    sparse: Path, ran: Finished, tmp_path: Path
+) -> None:
+    BertForSequenceClassification.from_pretrained(sparse).save_pretrained(tmp_path / "model")
+    load_tokenizer(str(sparse)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/modules.json").write_text("[]")  # cross-encoders have one too
+    with pytest.raises(ModelError, match="task.kind = 'embedding': .*model is no sentence encoder"):
+        export(str(tmp_path / "model"), tmp_path / "a.onnx", task=ran("graded")[1].task)
+
+
+@pytest.mark.usefixtures("_one_trace")
 def test_it_is_calibrated_to_8_bits_and_exported(ran: Finished, tmp_path: Path) -> None:
     directory, recipe = ran("graded")
     found = calibrate(str(directory / "model"), recipe, tmp_path / "eight", num_examples=20)
