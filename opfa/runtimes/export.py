@@ -107,7 +107,7 @@ def _task_of(
 
 
 def _without_pooler(stated: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The zeros that a file has. A pooler of an encoder alone is not in it: vectors don't need it."""
+    """The zeros that a file has: an encoder's pooler is not in it, as vectors don't need it."""
     names = [name for name in stated["tensors"] if not name.startswith("pooler.")]
     if len(names) == len(stated["tensors"]):
         return stated

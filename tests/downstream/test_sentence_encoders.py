@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import break_off, finetune_recipe, sentences
 from onnxruntime import InferenceSession
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import BertForSequenceClassification
@@ -196,6 +197,18 @@ def test_an_exported_file_gives_hidden_states_and_the_vectors(
     assert np.abs(result - expected).max() < 1e-5
     names = {"modules.json", "sentence_bert_config.json", "1_Pooling"}
     assert names <= {path.name for path in output.parent.iterdir()}
+
+
+@pytest.mark.usefixtures("_one_trace")
+def test_zeros_of_a_pooler_are_not_missed_in_a_file_without_one(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "model/sparsity.json").unlink()
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["pooler.dense.weight"][:8] = 0
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    assert "pooler.dense.weight" in inspect(tmp_path / "model")["tensors"]
+    found = export(str(tmp_path / "model"), tmp_path / "onnx/model.onnx")
+    assert found["zeros"]["model"] == inspect(run / "model")["total"]["zeros"]
 
 
 def test_what_is_no_sentence_encoder_is_not_compared_as_one(
