@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import PretrainedConfig
 
 from opfa.errors import ModelError, opening, shown
 from opfa.models.configs import checked_directory
+from opfa.models.encoders import has_head
 from opfa.storage import foreign
 from opfa.storage.files import write_text
 
@@ -73,6 +75,20 @@ def read_pooling(name: str) -> Pooling | None:
         raise ModelError(f"{path}: {shown(places[:2])}: {what}")
     _check_prompts(directory)
     return Pooling(_mode(directory / FOLDER / "config.json"), kinds[-1] == "Normalize")
+
+
+def read_tokens(name: str) -> int | None:
+    """The longest text in tokens, as `SentenceTransformer(name)` cuts; None where no file says."""
+    path = checked_directory("model", name) / OWN
+    tokens = foreign.read_object(path).get("max_seq_length") if path.exists() else None
+    if tokens is not None and not (type(tokens) is int and tokens > 0):
+        raise ModelError(f"{path}: max_seq_length = {shown(tokens)}: must be 1 or more")
+    return tokens
+
+
+def is_sentence_encoder(name: str, config: PretrainedConfig) -> bool:
+    """Whether a model without a task's head has the files of sentence-transformers."""
+    return not has_head(config) and (checked_directory("model", name) / MODULES).exists()
 
 
 def _mode(path: Path) -> Literal["mean", "first"]:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
 from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder
-from opfa.models.fit import fit_tokenizer
+from opfa.models.fit import fit_padding
 from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.sentences import VECTOR, write_pooling
 from opfa.models.skeleton import try_out
@@ -189,7 +189,7 @@ def _split(
     classes: tuple[str, ...],
     whose: str,
 ) -> Split:
-    pad_token_id = fit(task, tokenizer, config)
+    pad_token_id = fit_padding(config, tokenizer, task.sequence_tokens)
     kind, labels = KINDS[task.kind], examples.labels
     if kind.has_classes:
         labels = classing.indices(task, examples, classes, whose)
@@ -210,15 +210,6 @@ def _split(
         classes=classes,
         collate=partial(features.collate, pad_token_id),
     )
-
-
-def fit(task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """Make a tokenizer fit a model, or raise `ModelError`; returns its padding token."""
-    fit_tokenizer(config, tokenizer, task.sequence_tokens)
-    pad_token_id = tokenizer.pad_token_id
-    if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
-        raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
-    return pad_token_id
 
 
 def check_head(task: Task, config: PretrainedConfig) -> None:
@@ -255,7 +246,7 @@ def load_model(
             theirs, ours = ", ".join(trained), ", ".join(classes)
             what = f"its classes are in another order, {theirs}; the task's are {ours}"
             raise ModelError(f"model {init!r}: {what}")
-    options = {"ignore_mismatched_sizes": True, **_head_options(task, classes), **changed}
+    options = {"ignore_mismatched_sizes": True, **classing.head_options(task, classes), **changed}
     model, new = load_weights(kind.head, init, config, **options)
     has_head = task.kind != "embedding"
     if lost := new if is_trained and has_head else of_encoder(model, new):
@@ -274,19 +265,6 @@ def write_more(task: Task, model: PreTrainedModel, directory: Path) -> None:
     if task.kind == "embedding":
         hidden, pooling = model.config.hidden_size, embeddings.pooling_of(task)
         write_pooling(pooling, directory, hidden=hidden, tokens=task.sequence_tokens)
-
-
-def _head_options(task: Task, classes: Sequence[str]) -> dict[str, Any]:
-    """What transformers' configuration says of the head."""
-    if task.kind == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    options: dict[str, Any] = {}
-    if KINDS[task.kind].has_classes:
-        options["id2label"] = dict(enumerate(classes))
-        options["label2id"] = {name: index for index, name in enumerate(classes)}
-    if task.kind == "classification":
-        options["problem_type"] = "single_label_classification"
-    return options
 
 
 def call(task: Task, model: Callable[..., Any], batch: Batch, **options: Any) -> Any:

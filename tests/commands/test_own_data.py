@@ -72,6 +72,7 @@ def questions(path: Path) -> None:
 TASKS: dict[str, tuple[Any, str, list[str], list[str]]] = {
     "my-csv": (reviews, "reviews.csv", ["task.text=review", "task.label=verdict"], []),
     "my-pairs": (pairs, "pairs.csv", [], []),
+    "my-embeddings": (pairs, "pairs.csv", [], []),
     "my-scores": (stars, "stars.csv", [], []),
     "my-tags": (tags, "words.conll", [], []),
     "my-qa": (questions, "questions.jsonl", [], ["task.stride_tokens=4"]),

@@ -3,6 +3,7 @@ same vectors in sentence-transformers.
 """
 
 import contextlib
+import csv
 import functools
 import json
 import shutil
@@ -19,9 +20,10 @@ from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
 import opfa
+from opfa.commands import app as cli
 from opfa.downstream.calibrate import calibrate
 from opfa.downstream.evaluate import evaluate_model, predict
 from opfa.downstream.finetune import finetune
@@ -135,6 +137,59 @@ def test_a_finished_model_is_sparse_and_the_same_in_sentence_transformers(
     assert torch.allclose(found.norm(dim=-1), torch.ones(())) == (form != "first")
 
 
+LONG = [*TEXTS[:9], " ".join(TEXTS[:9])]  # the last one is cut
+
+
+def predicted(model: Path, **options: Any) -> Tensor:
+    """What `opfa.predict` says of `LONG` [N, H]."""
+    return torch.tensor([each.prediction for each in opfa.predict(model, LONG, **options)])
+
+
+@pytest.mark.parametrize("form", ["graded", "first"])
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_predictions_are_the_vectors_of_sentence_transformers(
+    ran: Finished, tmp_path: Path, form: str, has_recipe: bool
+) -> None:
+    model = ran(form)[0] / "model"
+    if not has_recipe:
+        model = shutil.copytree(model, tmp_path / "alone")
+        path = model / "sentence_bert_config.json"
+        path.write_text(path.read_text().replace("24", "9"))
+    expected = SentenceTransformer(str(model), device="cpu").encode(LONG)
+    found = predicted(model, batch=4)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_a_file_gets_a_vector_a_row_and_of_two_columns_their_cosine(
+    run: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = pairs / "validation.jsonl"
+    words = ["predict", str(run), str(asked), "--text", "b", "--output"]
+    assert cli.run([*words, str(tmp_path / "a.jsonl"), "--prefix", "b_"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert list(rows[0]) == ["a", "b", "grade", "alone", "b_prediction"]
+    expected = encoded(run / "model", pairs)
+    found = torch.tensor([row["b_prediction"] for row in rows])
+    torch.testing.assert_close(found, expected[:, 1], atol=1e-5, rtol=0)
+    assert cli.run([*words, str(tmp_path / "a.csv")]) == 0
+    with (tmp_path / "a.csv").open(newline="") as file:
+        cells = [json.loads(row["prediction"]) for row in csv.DictReader(file)]
+    assert cells == found.tolist()
+    both = opfa.predict(run, asked, text="a", text_pair="b")
+    cosines = (expected[:, 0] * expected[:, 1]).sum(-1)  # their length is 1
+    torch.testing.assert_close(torch.tensor([b.prediction for b in both]), cosines)
+    capsys.readouterr()
+
+
+def test_a_sentence_encoder_loads_as_the_encoder(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(path.read_text().replace('"BertModel"', '"BertForMaskedLM"'))
+    for model in (run, tmp_path / "model"):  # many on the Hub name the class they began as
+        assert type(opfa.load(model)) is BertModel
+    torch.testing.assert_close(predicted(tmp_path / "model"), predicted(run))
+
+
 def test_it_learns_what_people_say(sparse: Path, ran: Finished) -> None:
     directory, recipe = ran("graded")
     before = evaluate_model(str(sparse), recipe).metrics["spearman"]
@@ -196,6 +251,7 @@ def test_an_exported_file_gives_hidden_states_and_the_vectors(
     assert found.zeros.onnx == found.zeros.model
     result, expected = onnx_vectors(output, directory / "model")
     assert np.abs(result - expected).max() < 1e-5
+    torch.testing.assert_close(predicted(output), predicted(directory), atol=1e-5, rtol=0)
     names = {"modules.json", "sentence_bert_config.json", "1_Pooling"}
     assert names <= {path.name for path in output.parent.iterdir()}
 
@@ -232,6 +288,7 @@ def test_it_is_calibrated_to_8_bits_and_exported(ran: Finished, tmp_path: Path) 
     assert export(str(tmp_path / "eight"), output, task=recipe.task).precision == "int8"
     result, expected = onnx_vectors(output, directory / "model")
     assert 1e-5 < np.abs(result - expected).max() < 0.1
+    assert 1e-5 < (predicted(tmp_path / "eight") - predicted(directory)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])
@@ -246,6 +303,8 @@ def test_a_release_gives_the_same_vectors(
     assert "pipeline_tag: sentence-similarity" in card
     assert 'SentenceTransformer("me/mine")' in card
     assert facts.kind == "embedding"
+    ours = predicted(run)
+    torch.testing.assert_close(predicted(tmp_path / "release"), ours, atol=1e-5, rtol=0)
     if form == "compact":
         unpack(tmp_path / "release", tmp_path / "plain")
         found = encoded(tmp_path / "plain", pairs)
