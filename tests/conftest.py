@@ -56,6 +56,7 @@ SLOW = [
     "compression/test_seam.py",
     "training/test_loop.py",
     "storage/test_writing.py",
+    "downstream/test_sentence_encoders.py",
     "downstream/test_finetune.py",
     "quickstart/test_quickstart.py",
     "commands/test_cli.py::test_pretrain_finetune_evaluate_inspect",

@@ -65,7 +65,7 @@ def predict(
     batch: Annotated[int, Option(min=1, help="Examples per pass.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict labels, numbers, answers, tags or choices for examples without labels.
+    """Predict labels, numbers, answers, tags, choices or vectors for examples without labels.
 
     New columns come after the input's: prediction and score; of answers also start and end.
     """

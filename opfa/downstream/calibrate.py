@@ -22,6 +22,8 @@ from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
+from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished, model_digest
 from opfa.training.engine import choose_accelerator
 from opfa.weights.inspection import inspect
@@ -54,7 +56,8 @@ def _calibrated(
 ) -> dict[str, Any]:
     if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
-    task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    task = settled(recipe.task, name)
     tasks.check_head(task, config)
     validation = tasks.load_validation(task, tokenizer, config)
     shuffled = generator(recipe.seed).permutation
@@ -79,9 +82,10 @@ def _calibrated(
         batch_size=recipe.training.batch,
         collate_fn=training.collate,
     )
-    _observe(model, loader, device)
+    _observe(task, model, loader, device)
     quant.start(model)
     after = evaluate(model, task, validation, batch=64, device=device)
+    tasks.write_more(task, model, directory)
     ranges = directory / quant.FILE
     report = fill_finished(model, tokenizer, directory, lambda _: quant.save(model, ranges))
     write_text(directory / RECIPE, recipe.to_public_toml())  # how `opfa predict` reads its inputs
@@ -90,7 +94,7 @@ def _calibrated(
 
 
 @torch.no_grad()
-def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
+def _observe(task: Task, model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
     """Let the ranges become the mean over all batches; dropout is off."""
     model.eval()
     layers = quant.quant_layers(model).values()
@@ -99,4 +103,4 @@ def _observe(model: PreTrainedModel, loader: DataLoader, device: torch.device) -
     for index, batch in enumerate(loader):
         for layer in layers:
             layer.momentum = 1 / (index + 1)
-        model(**{name: tensor.to(device) for name, tensor in tasks.inputs_of(batch).items()})
+        tasks.call(task, model, {name: tensor.to(device) for name, tensor in batch.items()})

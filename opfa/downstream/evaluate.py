@@ -20,8 +20,9 @@ from opfa.models.configs import load_config, load_tokenizer
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
 from opfa.tasks.features import Batch, Split, num_tokens
-from opfa.tasks.kinds import KINDS, inputs_of, logits_of
+from opfa.tasks.kinds import KINDS, logits_of
 from opfa.tasks.recipe import Task
 from opfa.training.engine import choose_accelerator
 from opfa.training.finished import changed_model
@@ -90,8 +91,8 @@ def predict(
     batches = []
     with torch.no_grad():
         for tensors in watch(loader):
-            inputs = {name: tensor.to(device) for name, tensor in inputs_of(tensors).items()}
-            logits = logits_of(task, model(**inputs))
+            placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+            logits = logits_of(task, tasks.call(task, model, placed))
             batches.append([tensor.float().cpu() for tensor in logits])
     model.train(was_training)
     places = torch.tensor(order).argsort()
@@ -153,7 +154,8 @@ class Measured:
 
 def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> Measured:
     """A finished model's metrics on all splits; `answers` gets `predictions` on the first."""
-    task, config, tokenizer = recipe.task, load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    task = settled(recipe.task, name)
     validation = tasks.load_validation(task, tokenizer, config)
     more = {
         key: tasks.load_validation(task.model_copy(update={"validation": split}), tokenizer, config)

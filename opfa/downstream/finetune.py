@@ -29,6 +29,7 @@ from opfa.report.run_page import write_run_page
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
 from opfa.tasks.features import Split
 from opfa.training import began, finished, launch, points
 from opfa.training.checkpoint import model_digest, point_name, problem_of, write_finished
@@ -94,7 +95,8 @@ class Trainer:
     def __init__(self, recipe: FinetuneRecipe) -> None:
         """Load everything and check that it fits together, before any work is done."""
         self.recipe, self.seed = recipe, recipe.seed
-        task, training, init = recipe.task, recipe.training, recipe.model.init
+        training, init = recipe.training, recipe.model.init
+        self.task = task = settled(recipe.task, init)
         self.device = torch.device(choose_accelerator())
         self.tokenizer, config = _loaded(recipe.model)
         holdout = recipe.selection.holdout if recipe.selection else 0.0
@@ -187,8 +189,8 @@ class Trainer:
         settings = self.recipe.distillation
         states = {"output_hidden_states": bool(settings.hidden_weight)} if settings else {}
         with self.precision():
-            outputs = self.student(**tasks.inputs_of(tensors), **states)
-            mean, hidden = tasks.task_loss(self.recipe.task, outputs, tensors), 0.0
+            outputs = tasks.call(self.task, self.student, tensors, **states)
+            mean, hidden = tasks.task_loss(self.task, outputs, tensors), 0.0
             if settings is not None and self.teacher is not None:
                 soft, distance = self.teacher.losses(outputs, tensors, batch.indices)
                 mean = settings.hard_weight * mean + settings.soft_weight * soft
@@ -225,7 +227,7 @@ class Trainer:
     def evaluate(self, split: Split | None = None) -> dict[str, float]:
         """The task's metrics in fp32, by default on the split that models are chosen by."""
         split = split or self.data.selection
-        return evaluate(self.student, self.recipe.task, split, batch=64, device=self.device)
+        return evaluate(self.student, self.task, split, batch=64, device=self.device)
 
     def finish(self, at: Progress) -> None:
         """Take the best model, evaluate, write the finished model, the results and the pictures."""
@@ -239,7 +241,7 @@ class Trainer:
             metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
         run.log({"step": done, "split": VALIDATION, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
-        result = write_finished(self.student, self.tokenizer, directory, self._write_ranges)
+        result = write_finished(self.student, self.tokenizer, directory, self._write_more)
         results = Results(
             task=self.recipe.name,
             metrics=metrics,
@@ -262,7 +264,8 @@ class Trainer:
         finished.write(run.directory, facts)
         (run.directory / FILE).unlink(missing_ok=True)
 
-    def _write_ranges(self, directory: Path) -> None:
+    def _write_more(self, directory: Path) -> None:
+        tasks.write_more(self.task, self.student, directory)
         if self.recipe.quantization is not None:
             quant.save(self.student, directory / quant.FILE)
 

@@ -18,7 +18,7 @@ from opfa.recipe import (
     read_values,
 )
 from opfa.storage.runs import recipe_beside, shortened
-from opfa.tasks.recipe import Task
+from opfa.tasks.recipe import WHOLE_BATCH, Task
 from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
 
 
@@ -182,6 +182,8 @@ class FinetuneRecipe(Recipe):
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
         check_rewinding(self.pruning, self.training.rewind_learning_rate)
+        if self.task.kind == "embedding":
+            _check_embedding(self)
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "
@@ -212,3 +214,23 @@ def recipe_of(model: str) -> FinetuneRecipe | None:
     if path is None or "task" not in read_values(path):  # of pre-training
         return None
     return FinetuneRecipe.read(path)
+
+
+def _check_embedding(recipe: FinetuneRecipe) -> None:
+    """What the loss of embeddings asks of the rest of a recipe."""
+    task, training, teacher = recipe.task, recipe.training, recipe.distillation
+    loss, micro_batch = task.loss or "cosent", training.micro_batch or training.batch
+    if loss in WHOLE_BATCH and micro_batch != training.batch:
+        what = f"task.loss = {loss!r} compares all examples of a batch ({training.batch}) at once"
+        raise ValueError(f"training.micro_batch = {micro_batch}: {what}; leave it out")
+    if loss in WHOLE_BATCH and training.batch < 2:
+        what = "compares examples with the others of their batch; give 2 or more"
+        raise ValueError(f"training.batch = {training.batch}: task.loss = {loss!r} {what}")
+    if loss == "teacher" and (teacher is None or teacher.hard_weight):
+        found = "there is none" if teacher is None else f"hard_weight = {teacher.hard_weight}"
+        what = "needs [distillation] with hard_weight = 0, as nothing else is learnt"
+        raise ValueError(f"task.loss = 'teacher': {what} ({found})")
+    has_holdout = recipe.selection is not None and recipe.selection.holdout > 0
+    if has_holdout and task.train_form != task.validation_form:
+        what = f"training examples are {task.train_form}, and {task.metrics[0]} needs"
+        raise ValueError(f"selection.holdout: {what} {task.validation_form}")

@@ -102,11 +102,11 @@ def _names_in(model: PreTrainedModel, stated: Mapping[str, Any]) -> dict[str, st
     """What stated tensors are called in the model, where linear layers have their shape."""
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes = {f"{name}.weight": list(layer.weight.shape) for name, layer in linear.items()}
-    prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors are stated without it
+    prefix = f"{model.base_model_prefix}."  # a bare encoder's tensors have no such beginning
     return {
         name: place
         for name, tensor in stated.items()
-        for place in (name, prefix + name.removeprefix(prefix))
+        for place in (name, prefix + name.removeprefix(prefix), name.removeprefix(prefix))
         if shapes.get(place) == tensor["shape"]
     }
 

@@ -3,6 +3,8 @@
     soft = T^2 * KL(teacher || student), over classes, choices, tags, or an answer's start and end
     hidden = squared distance of hidden states
 
+Numbers and vectors have no distribution: there soft is their mean squared error.
+
 README.md says why the logits are kept in a file.
 """
 
@@ -29,13 +31,16 @@ from opfa.models.configs import load_tokenizer
 from opfa.models.fit import fit_tokenizer
 from opfa.storage.files import new_file
 from opfa.storage.seal import SEAL
+from opfa.tasks.batches import in_context, is_target
+from opfa.tasks.embeddings import settled
 from opfa.tasks.features import Batch, Split
-from opfa.tasks.kinds import in_context, inputs_of, is_target, load_model, logits_of
+from opfa.tasks.kinds import call, load_model, logits_of
 from opfa.tasks.recipe import Task
 from opfa.training.loop import Concern, Progress
 
 FILE = "teacher.safetensors"  # its logits, while a run lasts
 PER_TOKEN = ("question-answering", "token-classification")  # logits [B, T] and [B, T, C]
+MATCHED = ("regression", "embedding")  # numbers have no distribution: their squared error
 PROBE = "Naïve ÜNITS: 3.5 coats, don't they?"
 Precision = Callable[[], contextlib.AbstractContextManager]
 log = logging.getLogger(__name__)
@@ -54,8 +59,10 @@ class Teacher:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Load it. Raises `ModelError` unless tokenizer, classes and sizes fit the student's."""
-        self.settings, self.task = settings, task
+        self.settings = settings
         with blaming("distillation.teacher", settings.teacher):
+            self.task = settled(task, settings.teacher, is_own=True)
+            _check_lengths(settings.teacher, self.task, task)
             self.model = load_model(task, settings.teacher, classes, is_trained=True)
             theirs = load_tokenizer(settings.teacher)
         self.device = student.device
@@ -65,6 +72,9 @@ class Teacher:
         fit_tokenizer(self.model.config, theirs, task.sequence_tokens)
         _check_tokenizer(settings.teacher, theirs, tokenizer)
         ours, theirs = student.config.hidden_size, self.model.config.hidden_size
+        if task.kind == "embedding" and ours != theirs:
+            what = f"its vectors have {theirs} numbers, the student's {ours}"
+            raise ModelError(f"distillation.teacher = {settings.teacher!r}: {what}")
         if settings.hidden_weight and ours != theirs:
             raise ModelError(
                 f"distillation.hidden_weight = {settings.hidden_weight}: the teacher's hidden "
@@ -94,7 +104,7 @@ class Teacher:
         targets, states = self._targets(batch, indices)
         logits = in_context(self.task, logits_of(self.task, outputs), batch)
         pairs = zip(logits, targets, strict=True)
-        if self.task.kind == "regression":  # one number has no distribution: match it
+        if self.task.kind in MATCHED:
             losses = [mse_loss(ours, theirs) for ours, theirs in pairs]
         else:
             rows = is_target(batch)
@@ -112,7 +122,7 @@ class Teacher:
         states = ()
         if self._kept is None:
             wants_states = bool(self.settings.hidden_weight)
-            outputs = self.model(**inputs_of(batch), output_hidden_states=wants_states)
+            outputs = call(self.task, self.model, batch, output_hidden_states=wants_states)
             logits = list(logits_of(self.task, outputs))
             states = outputs.hidden_states if wants_states else ()
         else:
@@ -157,6 +167,14 @@ def _digest(tensors: Sequence[Tensor]) -> str:
         found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
         found.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _check_lengths(teacher: str, theirs: Task, ours: Task) -> None:
+    """Vectors of length 1 can't become others."""
+    if theirs.normalize != ours.normalize:
+        does = "does not normalize its vectors" if ours.normalize else "normalizes its vectors"
+        advice = f"task.normalize = {str(theirs.normalize).lower()} fits"
+        raise ModelError(f"distillation.teacher = {teacher!r}: {does}; {advice}")
 
 
 def _check_tokenizer(

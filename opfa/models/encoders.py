@@ -25,6 +25,13 @@ HEADS: dict[str, Any] = {  # Any: Auto classes share no base
     "MultipleChoice": transformers.AutoModelForMultipleChoice,
 }
 
+ENCODER: Any = AutoModel  # no head: hidden states
+
+
+def has_head(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved with one of `HEADS`."""
+    return any(name.endswith(f"For{h}") for name in config.architectures or () for h in HEADS)
+
 
 def head_of(config: PretrainedConfig) -> str:
     """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none."""
@@ -56,12 +63,13 @@ def load_weights(
     return model, sorted({*info["missing_keys"], *changed})
 
 
-def load_finetuned_model(name: str) -> PreTrainedModel:
-    """A model with the head that it was saved with, fp32, for evaluation."""
+def load_finetuned_model(name: str, *, is_encoder: bool = False) -> PreTrainedModel:
+    """A model with the head that it was saved with, or the encoder alone; fp32, for evaluation."""
     config = load_config(name)
-    head = head_of(config)
-    model, missing = load_weights(HEADS[head], name, config, attn_implementation="eager")
-    if missing:
+    head = "" if is_encoder else head_of(config)
+    cls = ENCODER if is_encoder else HEADS[head]
+    model, missing = load_weights(cls, name, config, attn_implementation="eager")
+    if missing := of_encoder(model, missing) if is_encoder else missing:
         raise ModelError(f"model {name!r}: {missing[0]} is missing")
     try_out(model, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))
     return model.eval()
@@ -75,8 +83,8 @@ def skeleton(config: PretrainedConfig, cls: Any = AutoModel) -> PreTrainedModel:
 
 def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """The tensors that belong to the encoder, not to a head or pooler; they are never made anew."""
-    encoder = f"{model.base_model_prefix}."
-    return [name for name in names if name.startswith(encoder) and ".pooler." not in name]
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return [n for n in names if n.startswith(encoder) and ".pooler." not in f".{n}"]
 
 
 def write_model(

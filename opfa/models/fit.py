@@ -25,6 +25,15 @@ def fit_tokenizer(
     check_fit(config, tokenizer, tokens)
 
 
+def fit_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> int:
+    """`fit_tokenizer`, and the token that pads; raises `ModelError` where there is none."""
+    fit_tokenizer(config, tokenizer, tokens)
+    pad_token_id = tokenizer.pad_token_id
+    if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
+        raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
+    return pad_token_id
+
+
 def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Refuse more entries or token types than the model has, and sequences that are too long."""
     model = skeleton(config)

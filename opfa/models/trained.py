@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from opfa.compression import quant
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
-from opfa.models.encoders import FEW_TOKENS, HEADS, load_weights, of_encoder
+from opfa.models.encoders import ENCODER, FEW_TOKENS, HEADS, load_weights, of_encoder
+from opfa.models.sentences import is_sentence_encoder
 from opfa.models.skeleton import try_out
 from opfa.weights.sources import directory_of
 
@@ -30,13 +31,14 @@ def load(model: str | Path, *, exact: bool = True) -> PreTrainedModel:
 
     `model` is a run, a directory in any form that opfa writes (plain, compact, with ranges of 8
     bits), or a Hub name. It has the head that it was saved with: of a task, of pre-training, or
-    none. A model in 8 bits rounds weights and inputs of its layers to 8 bits, in fp32 arithmetic,
-    as in its training; with `exact=False` it computes in fp32, as after `from_pretrained`.
+    none. A sentence encoder is the encoder: it gives hidden states, and `opfa.predict` its vectors.
+    A model in 8 bits rounds weights and inputs of its layers to 8 bits, in fp32 arithmetic, as in
+    its training; with `exact=False` it computes in fp32, as after `from_pretrained`.
     Raises `ModelError`. No code that comes with a model is run.
     """
     name = str(model)
     config = load_config(name)
-    head, cls = class_of(config)
+    head, cls = ("", ENCODER) if is_sentence_encoder(name, config) else class_of(config)
     found, missing = load_weights(cls, name, config)
     if lost := missing if head else of_encoder(found, missing):
         raise ModelError(f"model {name!r}: {lost[0]} is missing")
@@ -55,4 +57,4 @@ def class_of(config: PretrainedConfig) -> tuple[str, Any]:
     for head, cls in {**HEADS, **BEFORE_TASKS}.items():
         if made_for.endswith(f"For{head}"):
             return head, cls
-    return "", transformers.AutoModel
+    return "", ENCODER

@@ -23,6 +23,7 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 PIPELINES = {  # of the Hub; the other kinds of tasks have the same name there
     "classification": "text-classification",
     "regression": "text-classification",
+    "embedding": "sentence-similarity",
     "mlm_loss": "fill-mask",
     "hidden_loss": "feature-extraction",
 }
@@ -119,11 +120,14 @@ def _metadata(release: Release) -> dict[str, Any]:
     task = release.steps[0].recipe.get("task", {})
     hub = task.get("hub")
     pipeline = PIPELINES.get(release.purpose, release.purpose)
-    tags = ["opfa", *(["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else [])]
+    is_embedding = release.kind == "embedding"
+    library = "sentence-transformers" if is_embedding else "transformers"
+    tags = [*([library] if is_embedding else []), "opfa"]
+    tags += ["sparse", "pruning", "prune-once-for-all"] if release.is_sparse else []
     values = {
         "base_model": release.base_model,
         "datasets": [hub] if hub else None,
-        "library_name": "transformers",
+        "library_name": library,
         "license": release.licence,
         "model_name": None if release.kind else release.title,
         "pipeline_tag": pipeline,

@@ -27,6 +27,7 @@ from opfa.errors import ModelError, RunError, opening
 from opfa.extras import has_or_says
 from opfa.hub import manifest
 from opfa.hub.publish import check_name, push
+from opfa.models import sentences
 from opfa.releases import provenance
 from opfa.releases.card import PICTURE, Release, model_card
 from opfa.releases.provenance import Facts, Measurement, Step
@@ -47,7 +48,7 @@ READABLE = 0o644
 EXACT = (("dense", "fp32"), ("compact", "fp32"))  # nothing is rounded
 COPIED = (
     "config.json generation_config.json tokenizer*.json special_tokens_map.json added_tokens.json "
-    f"vocab.* merges.txt *.model *.jinja {quant.FILE} {RECIPE}"
+    f"vocab.* merges.txt *.model *.jinja {quant.FILE} {RECIPE} {' '.join(sentences.FILES)}"
 ).split()
 WRITTEN = ("sparsity.json", "model*.safetensors*")  # anew, so not copied
 __all__ = ["push", "release", "unpack"]
@@ -147,7 +148,7 @@ def _describe(found: Release, inspected: Inspection, directory: Path) -> None:
 
         pictures.inspection_picture(found.name, inspected.values(), directory / PICTURE)
     write_text(directory / "README.md", f"{model_card(found)}\n")
-    for path in directory.iterdir():
+    for path in filter(Path.is_file, directory.rglob("*")):
         path.chmod(READABLE)  # safetensors makes files for their owner alone
     manifest.write(directory, found.name, found.facts(), found.weights_sha256)
     manifest.check(directory)

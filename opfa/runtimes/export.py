@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from opfa.compression import quant
 from opfa.downstream.recipe import recipe_of
 from opfa.errors import ModelError, RunError
-from opfa.models.configs import load_tokenizer
-from opfa.models.encoders import load_finetuned_model
+from opfa.models import sentences
+from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.encoders import has_head, load_finetuned_model
 from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
 from opfa.runtimes.results import ExportResult, Fingerprints, Sides, Zeros
@@ -30,6 +31,7 @@ from opfa.storage.files import (
 )
 from opfa.storage.runs import RECIPE, recipe_beside
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
 from opfa.tasks.recipe import Task
 from opfa.weights.inspection import check_stated
 from opfa.weights.sources import directory_of
@@ -65,19 +67,23 @@ def export(
     with work_directory(output) as aside:
         check_new(output, "file")  # again: another process may have just made it
         stated = check_stated(name)
-        tokenizer, model = load_tokenizer(name), load_finetuned_model(name)
+        tokenizer, pooling = load_tokenizer(name), _pooling_of(name)
+        model = load_finetuned_model(name, is_encoder=pooling is not None)
         model.config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         _write_recipe(name, aside, output)
+        if pooling is not None:
+            sentences.copy_files(directory_of(name), aside)
         if (aside / output.name).exists():
             raise RunError(f"{output}: is the name of one of the model's files; give FILE.onnx")
         _check_others(aside, output)
         split = None
         if task is not None:
-            tasks.check_head(task, model.config)
+            task = _task_of(task, name, model, pooling)
             split = tasks.load_validation(task, tokenizer, model.config)
         log.info("%s: tracing", name)
-        graph = onnx_graph.trace(model, onnx_graph.input_names(model, tokenizer.model_input_names))
+        inputs = onnx_graph.input_names(model, tokenizer.model_input_names)
+        graph = onnx_graph.trace(model, inputs, pooling)
         if is_int8:
             quant.load(model, ranges)
             onnx_graph.quantize(graph, model)
@@ -105,10 +111,34 @@ def _write_recipe(name: str, aside: Path, output: Path) -> None:
         write_text(aside / RECIPE, recipe.to_public_toml())
 
 
+def _pooling_of(name: str) -> sentences.Pooling | None:
+    """How a model's vectors are made; None for one with a head, whatever files lie beside it."""
+    return None if has_head(load_config(name)) else sentences.read_pooling(name)
+
+
+def _task_of(
+    task: Task, name: str, model: PreTrainedModel, pooling: sentences.Pooling | None
+) -> Task:
+    """The task that both are compared on, as the model does it."""
+    if task.kind == "embedding" and pooling is None:
+        raise ModelError(f"task.kind = 'embedding': {name} is no sentence encoder")
+    tasks.check_head(task, model.config)
+    return settled(task, name, is_own=True)
+
+
+def _without_pooler(stated: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The zeros that a file has: an encoder's pooler is not in it, as vectors don't need it."""
+    names = [name for name in stated["tensors"] if not name.startswith("pooler.")]
+    if len(names) == len(stated["tensors"]):
+        return stated
+    return {**stated, **masks.report({n: model.get_parameter(n) != 0 for n in names})}
+
+
 def _zeros(
     stated: dict[str, Any], model: PreTrainedModel, path: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Zeros and bytes of a file and of the model; and what is wrong with the zeros."""
+    stated = _without_pooler(stated, model)
     rounded = onnx_graph.rounded_to_zero(model)
     found = onnx_graph.nonzeros(path, stated["tensors"])
     counted = masks.report(found)["total"]["zeros"]
@@ -126,8 +156,8 @@ def _zeros(
 
 def _check_others(aside: Path, output: Path) -> None:
     """Refuse to replace different files beside the output."""
-    for path in aside.iterdir():
-        other = output.with_name(path.name)
+    for path in _files(aside):
+        other = output.parent / path.relative_to(aside)
         if path.name != output.name and os.path.lexists(other):
             check_file(other)
             if other.read_bytes() != path.read_bytes():
@@ -138,5 +168,11 @@ def _move(aside: Path, output: Path) -> None:
     """Let the files appear, `output` last."""
     _check_others(aside, output)
     sync_all(aside)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == output.name):
-        os.replace(path, output.with_name(path.name))
+    for path in sorted(_files(aside), key=lambda path: path.name == output.name):
+        other = output.parent / path.relative_to(aside)
+        other.parent.mkdir(exist_ok=True)
+        os.replace(path, other)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if not path.is_dir()]

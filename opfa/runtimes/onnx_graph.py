@@ -22,6 +22,7 @@ from opfa.compression.quant import activation_scale, int8_weight, quant_embeddin
 from opfa.errors import ModelError, opening
 from opfa.extras import importing
 from opfa.models.encoders import head_of
+from opfa.models.sentences import VECTOR, Pooling
 from opfa.sparsity.masks import Masks
 from opfa.weights.onnx import read_onnx
 
@@ -34,18 +35,40 @@ OPSET = 20  # the first with Gelu
 EXTERNAL_FROM = 2_000_000_000  # bytes of weights that one protobuf file can't hold any more
 
 
-def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto:
-    """The graph of a plain model; every axis of its inputs may have any size."""
-    head = head_of(model.config)
+class _Pooled(nn.Module):
+    """A sentence encoder: hidden states [B, T, H] and vectors [B, H] of tokens."""
+
+    def __init__(self, model: PreTrainedModel, pooling: Pooling) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
+        states = outputs.last_hidden_state
+        return states, self.pooling(states, attention_mask)
+
+
+def trace(
+    model: PreTrainedModel, input_names: Sequence[str], pooling: Pooling | None = None
+) -> onnx.ModelProto:
+    """The graph of a plain model; every axis of its inputs may have any size. With a pooling its
+    outputs are hidden states and vectors.
+    """
+    head = head_of(model.config) if pooling is None else ""
     axes = ("batch", "choices", "tokens") if head == "MultipleChoice" else ("batch", "tokens")
     extents = (2, 3, 5)[: len(axes)]  # the exporter makes constants of 0 and 1
     example = {name: torch.zeros(extents, dtype=torch.long) for name in input_names}
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     outputs = ("start_logits", "end_logits") if head == "QuestionAnswering" else ("logits",)
+    outputs = ("last_hidden_state", VECTOR) if pooling else outputs
+    whole = _Pooled(model, pooling) if pooling else model
     with _quiet(), torch.no_grad():
         with opening(type(model).__name__, ModelError, "torch can't export this class"):
             program = torch.onnx.export(
-                model,
+                whole,
                 kwargs=example,
                 dynamo=True,
                 optimize=False,
@@ -55,7 +78,9 @@ def trace(model: PreTrainedModel, input_names: Sequence[str]) -> onnx.ModelProto
                 verbose=False,
             )
         assert program is not None, "the exporter was asked for a program"
-        initializers = program.model.graph.initializers.values()
+        initializers = list(program.model.graph.initializers.values())
+        for item in initializers if pooling else ():
+            item.name = str(item.name).removeprefix("model.")
         matrices = [(item, item.const_value) for item in initializers if item.name in weights]
         for item, _ in matrices:  # equal small ones, such as zeros, would become one
             item.const_value = None

@@ -132,8 +132,8 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 def _equal(
     task: Task, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], split: Split
 ) -> float | None:
-    """The share of equal predictions; numbers are never quite equal, so a regression has none."""
-    if task.kind == "regression":
+    """The share of equal predictions; None for numbers and vectors, which are never quite equal."""
+    if task.kind in ("regression", "embedding"):
         return None
     if task.kind == "question-answering":
         answers = (decode(task, logits, split)[0] for logits in (ours, theirs))

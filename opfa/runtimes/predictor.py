@@ -24,11 +24,14 @@ from opfa.errors import ModelError, RunError, opening
 from opfa.hub.cache import downloaded
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.encoders import skeleton
+from opfa.models.fit import fit_padding
+from opfa.models.sentences import is_sentence_encoder, read_tokens
 from opfa.models.skeleton import num_positions
 from opfa.storage.foreign import CONFIG, check_weights
 from opfa.storage.runs import RECIPE
 from opfa.tasks import classes as classing
 from opfa.tasks import kinds as tasks
+from opfa.tasks.embeddings import settled
 from opfa.tasks.features import Batch, check_language
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction
@@ -38,10 +41,12 @@ from opfa.tasks.unlabelled import Chunk, Numbered, chunks, kind_of
 ONNX = ".onnx"
 MOST_TOKENS = 512  # without a recipe, where a model could take more
 WINDOW_TOKENS, STRIDE_TOKENS = 384, 128  # of questions without a recipe, as for SQuAD
+EMBEDDING = "embedding"
 COLUMNS: dict[str, dict[str, Any]] = {  # without a recipe, as public data sets call them
     "question-answering": {"text": "question", "text_pair": "context"},
     "token-classification": {"text": "tokens"},
     "multiple-choice": {"choices": ["choices"]},
+    EMBEDDING: {"text_pair": "other"},  # a task has one, to measure on; nothing else asks for it
 }
 NO_NAME = re.compile(r"LABEL_\d+")
 log = logging.getLogger(__name__)
@@ -80,7 +85,7 @@ class Predictor:
         self._tokenizer = load_tokenizer(options.tokenizer or beside)
         self.task = _task(beside, config, self._tokenizer, options)
         tasks.check_head(self.task, config)
-        tasks.fit(self.task, self._tokenizer, config)
+        fit_padding(config, self._tokenizer, self.task.sequence_tokens)
         self._classes = _classes(self.task, config, beside)
         self._batch, self._device = options.batch, torch.device("cpu")
         self._model: nn.Module
@@ -125,20 +130,28 @@ def _task(
 ) -> Task:
     """The task of the recipe, or of the model's head, with what a user says of it."""
     found, given = _task_of_recipe(name, options.recipe), options.of_task()
-    kind = options.kind or (kind_of(config) if found is None else found.kind)
+    kind = options.kind or (_kind(name, config) if found is None else found.kind)
     if kind not in KINDS:
         raise RunError(f"--kind {kind}: known are {', '.join(KINDS)}")
     if found is None or found.kind != kind:
-        values = _defaults(kind, config, tokenizer)
+        values = _defaults(name, kind, config, tokenizer)
     else:
         values = found.model_dump(mode="json")
     try:
-        return Task.model_validate_json(json.dumps(values | given))
+        task = Task.model_validate_json(json.dumps(values | given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         raise RunError(f"{name}: {where and f'{where}: '}{said}") from None
+    if task.kind == EMBEDDING:  # of single texts, unless two columns are asked for
+        task = task.model_copy(update={"text_pair": options.text_pair})
+    return settled(task, name)
+
+
+def _kind(name: str, config: PretrainedConfig) -> str:
+    """The kind of task that a model without a recipe is for."""
+    return EMBEDDING if is_sentence_encoder(name, config) else kind_of(config)
 
 
 def _task_of_recipe(name: str, given: Path | None) -> Task | None:
@@ -151,12 +164,14 @@ def _task_of_recipe(name: str, given: Path | None) -> Task | None:
 
 
 def _defaults(
-    kind: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    name: str, kind: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The task of a model without a recipe."""
     positions = num_positions(skeleton(config), config)
-    limits = (positions, tokenizer.model_max_length, MOST_TOKENS)
-    tokens = min(limit for limit in limits if limit is not None)
+    most = min(tokenizer.model_max_length, MOST_TOKENS)
+    if kind == EMBEDDING:  # as sentence-transformers cuts, so that the vectors are the same
+        most = read_tokens(name) or min(tokenizer.model_max_length, positions or MOST_TOKENS)
+    tokens = min(most, positions or most)
     values = {"kind": kind, "text": "text", "metrics": METRICS[kind][:1], "sequence_tokens": tokens}
     if kind == "question-answering":
         tokens = min(tokens, WINDOW_TOKENS)

@@ -22,7 +22,8 @@ Files = Mapping[str, str]  # SHA-256 by name
 SEAL = "sealed"
 FILES = "files_sha256"
 SHOWN = 3  # problems in one message
-TEMPLATES = "additional_chat_templates"  # the one directory that transformers looks into
+# Directories that transformers and sentence-transformers look into.
+FOLDERS = ("additional_chat_templates", "1_Pooling")
 # What some class of transformers reads, whether it is usual for encoders or not.
 DECIDES = re.compile(
     r"\.(json|jinja|safetensors|model|spm|vocab|codes|bpe|tiktoken)$"
@@ -78,7 +79,8 @@ def files_of(directory: Path) -> dict[str, str]:
 
 def model_files(directory: Path, also: Collection[str] = ()) -> dict[str, str]:
     """The files that decide what a model in this directory answers, and those of `also`."""
-    paths = sorted([*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")])
+    inner = (path for folder in FOLDERS for path in directory.glob(f"{folder}/*"))
+    paths = sorted([*directory.glob("*"), *inner])
     names = {path.relative_to(directory).as_posix(): path for path in paths if path.is_file()}
     return {
         name: digest(path)

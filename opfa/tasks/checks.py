@@ -35,6 +35,31 @@ def classified(task: Task, row: Row, names: Names) -> Parts:
 
 def measured(task: Task, row: Row, _: Names) -> Parts:
     """A text or a pair of texts, and a finite number."""
+    return *asked_texts(task, row), _number(task, row)
+
+
+def embedded(task: Task, row: Row, _: Names) -> Parts:
+    """A pair of texts, and its grade where the metrics need one."""
+    return _pair(task, row, is_graded=task.validation_form == "graded pairs")
+
+
+def embedded_training(task: Task, row: Row, _: Names) -> Parts:
+    """What the loss needs: a pair and its grade, a pair, or a text or two for a teacher."""
+    if task.train_text is not None:
+        return _text(row, task.train_text), None, 1.0
+    return _pair(task, row, is_graded=task.train_form == "graded pairs")
+
+
+def _pair(task: Task, row: Row, *, is_graded: bool) -> Parts:
+    """Two texts, both not empty, and their grade; 1 where there are no grades."""
+    grade, most = _number(task, row) if is_graded else 1.0, task.highest_grade or 1.0
+    if is_graded and task.loss == "cosine" and abs(grade) > most:
+        what = f"must be within -{most:g} and {most:g}, cosines of -1 and 1 (task.highest_grade)"
+        raise ValueError(f"{task.label!r} {what} (got {grade:g})")
+    return *asked_each(task, row), grade
+
+
+def _number(task: Task, row: Row) -> float:
     value = _value(row, task.label)
     try:
         number = float(value)
@@ -42,7 +67,7 @@ def measured(task: Task, row: Row, _: Names) -> Parts:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{task.label!r} is not a finite number (got {shown(value)})")
-    return *asked_texts(task, row), number
+    return number
 
 
 def tagged(task: Task, row: Row, names: Names) -> Parts:
@@ -94,6 +119,12 @@ def asked_texts(task: Task, row: Row) -> Asked:
     if not "".join(both).strip():
         raise ValueError(f"{task.text!r} and {task.text_pair!r} are both empty")
     return both
+
+
+def asked_each(task: Task, row: Row) -> Asked:
+    """A text, or two that are embedded each by itself."""
+    pair = None if task.text_pair is None else _text(row, task.text_pair)
+    return _text(row, task.text), pair
 
 
 def asked_words(task: Task, row: Row) -> Asked:

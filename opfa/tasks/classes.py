@@ -1,7 +1,7 @@
 """Classes by name: which there are, in which order a model has them, and their numbers."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -90,3 +90,16 @@ def _check_tags(task: Task, examples: Examples, classes: tuple[str, ...]) -> Non
         advice = "say their names in order, such as task.classes = ['O', 'B-PER', 'I-PER']"
     found = f"needs tags such as O, B-PER and I-PER, and there is {shown((numbers or inside)[0])}"
     raise DataError(f"{examples.source}: {metrics[0]} {found}; {advice}")
+
+
+def head_options(task: Task, classes: Sequence[str]) -> dict[str, Any]:
+    """What transformers' configuration says of the head."""
+    if task.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    options: dict[str, Any] = {}
+    if classes:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: index for index, name in enumerate(classes)}
+    if task.kind == "classification":
+        options["problem_type"] = "single_label_classification"
+    return options

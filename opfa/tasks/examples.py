@@ -116,7 +116,7 @@ def size_of(value: object) -> int:
 
 def _columns(task: Task) -> list[str]:
     """Those that a task reads; nothing else in its data matters."""
-    names = (task.text, task.text_pair, *task.choices, task.label, "id")
+    names = (task.text, task.text_pair, task.train_text, *task.choices, task.label, "id")
     return [name for name in names if name is not None]
 
 

@@ -1,7 +1,8 @@
 """Features: what a model is called with, tokenized from checked examples.
 
 As in SQuAD, a long context becomes overlapping windows, and an answer outside a window is its
-[CLS]. A word's tag stands on its first token. Choices make batches [examples, choices, tokens].
+[CLS]. A word's tag stands on its first token. Choices make batches [examples, choices, tokens], and
+texts that are embedded [examples, texts, tokens].
 """
 
 import logging
@@ -71,6 +72,20 @@ def _encoded(
     return tokenizer(texts, pairs, truncation=True, max_length=tokens)
 
 
+def sentences(
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
+) -> tuple[Columns, int]:
+    """Each text of an example by itself, cut at `sequence_tokens`: [examples, texts, tokens]."""
+    columns = [examples.texts, *([] if examples.pairs is None else [examples.pairs])]
+    encoded = [_encoded(task, tokenizer, column[part], None) for column in columns]
+    grouped = {
+        name: [list(texts) for texts in zip(*(each[name] for each in encoded), strict=True)]
+        for name in encoded[0]
+    }
+    is_cut = zip(*map(_are_cut, encoded), strict=True)
+    return {**grouped, "labels": labels}, sum(map(any, is_cut))
+
+
 def tagged_words(
     task: Task, tokenizer: PreTrainedTokenizerBase, examples: Examples, part: slice, labels: Labels
 ) -> tuple[Columns, int]:
@@ -118,9 +133,13 @@ def choices(
 
 def _num_cut(encoded: BatchEncoding, num_choices: int = 1) -> int:
     """How many examples are longer than they may be, in one choice or several."""
-    assert encoded.encodings is not None, "a fast tokenizer's"
-    is_cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+    is_cut = _are_cut(encoded)
     return sum(any(is_cut[i : i + num_choices]) for i in range(0, len(is_cut), num_choices))
+
+
+def _are_cut(encoded: BatchEncoding) -> list[bool]:
+    assert encoded.encodings is not None, "a fast tokenizer's"
+    return [bool(encoding.overflowing) for encoding in encoded.encodings]
 
 
 def windows(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
-from opfa.models.encoders import HEADS, load_weights, of_encoder
-from opfa.models.fit import fit_tokenizer
+from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder
+from opfa.models.fit import fit_padding
 from opfa.models.pretraining import dropouts, keep_values
+from opfa.models.sentences import VECTOR, write_pooling
 from opfa.models.skeleton import try_out
-from opfa.tasks import checks, features, predictions, scores, squad
+from opfa.tasks import checks, embeddings, features, predictions, scores, squad
 from opfa.tasks import classes as classing
 from opfa.tasks import examples as reading
+from opfa.tasks.batches import in_context, inputs_of, num_targets, targets_of
 from opfa.tasks.checks import Ask, Check
 from opfa.tasks.examples import Examples
-from opfa.tasks.features import DECODING, NO_LABEL, NOWHERE, TARGETS, Batch, Build, Split
+from opfa.tasks.features import DECODING, Batch, Build, Split
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import Task
 from opfa.tasks.rows import Rows
@@ -36,12 +39,14 @@ class Kind:
     """All that distinguishes one kind of task from another."""
 
     check: Check
+    check_training: Check | None = None  # where training examples are others
     ask: Ask  # what an example says apart from its label
     blank: Callable[[Any], Any] = lambda _: 0  # in the place of a label; Any: what was asked
     build: Build
     misfit: str = CUT  # what is wrong with an example that doesn't fit
     head: Any  # one of transformers' Auto classes, which share no base
     outputs: tuple[str, ...] = ("logits",)
+    given: tuple[str, ...] = ()  # what the model itself must give, where that is not `outputs`
     has_classes: bool = False
     score: Callable[[Task, tuple[Tensor, ...], Split], dict[str, float]]
     answers: Callable[[Task, tuple[Tensor, ...], Split], Sequence[Prediction]]  # one each
@@ -94,6 +99,17 @@ KINDS = {
         score=scores.of_classes,
         answers=predictions.choices,
     ),
+    "embedding": Kind(
+        check=checks.embedded,
+        check_training=checks.embedded_training,
+        ask=checks.asked_each,
+        build=features.sentences,
+        head=ENCODER,
+        outputs=(VECTOR,),
+        given=("last_hidden_state",),
+        score=embeddings.score,
+        answers=embeddings.answers,
+    ),
 }
 
 
@@ -112,8 +128,9 @@ def load(
 ) -> Data:
     """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
+    embeddings.check_library(task, is_training=True)
     read = partial(reading.read, task, check=kind.check)
-    train = read(task.train)
+    train = reading.read(task, task.train, kind.check_training or kind.check)
     classes = classing.of_training(task, train) if kind.has_classes else ()  # of held-out ones too
     if isinstance(task.validation, str):
         validation = read(task.validation)
@@ -147,12 +164,14 @@ def load_validation(
     """The validation split alone, or the training split, classes as in the model; `choose` picks
     indices of so many.
     """
-    validation, check = task.validation, KINDS[task.kind].check
-    if isinstance(validation, str):
-        examples = reading.read(task, task.train if is_training else validation, check)
+    kind, validation = KINDS[task.kind], task.validation
+    embeddings.check_library(task, is_training=False)
+    if is_training or not isinstance(validation, str):
+        examples = reading.read(task, task.train, kind.check_training or kind.check)
     else:
-        train = reading.read(task, task.train, check)
-        parts = _held_out(task, train, validation, "task.validation")
+        examples = reading.read(task, validation, kind.check)
+    if not isinstance(validation, str):
+        parts = _held_out(task, examples, validation, "task.validation")
         examples = parts[0] if is_training else parts[1]
     if choose is not None:
         examples = examples.select(choose(len(examples.labels)))
@@ -170,7 +189,7 @@ def _split(
     classes: tuple[str, ...],
     whose: str,
 ) -> Split:
-    pad_token_id = fit(task, tokenizer, config)
+    pad_token_id = fit_padding(config, tokenizer, task.sequence_tokens)
     kind, labels = KINDS[task.kind], examples.labels
     if kind.has_classes:
         labels = classing.indices(task, examples, classes, whose)
@@ -193,17 +212,10 @@ def _split(
     )
 
 
-def fit(task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """Make a tokenizer fit a model, or raise `ModelError`; returns its padding token."""
-    fit_tokenizer(config, tokenizer, task.sequence_tokens)
-    pad_token_id = tokenizer.pad_token_id
-    if not (isinstance(pad_token_id, int) and tokenizer.is_fast):
-        raise ModelError("the tokenizer needs a padding token and the fast (`tokenizers`) form")
-    return pad_token_id
-
-
 def check_head(task: Task, config: PretrainedConfig) -> None:
     """Refuse a checkpoint that was not fine-tuned for this kind of task."""
+    if task.kind == "embedding":
+        return  # every encoder gives vectors
     head = KINDS[task.kind].head.__name__.removeprefix("AutoModelFor")
     if not any(head in name for name in config.architectures or ()):
         made_for = ", ".join(config.architectures or ("nothing",))
@@ -234,60 +246,33 @@ def load_model(
             theirs, ours = ", ".join(trained), ", ".join(classes)
             what = f"its classes are in another order, {theirs}; the task's are {ours}"
             raise ModelError(f"model {init!r}: {what}")
-    options = {"ignore_mismatched_sizes": True, **_head_options(task, classes), **changed}
+    options = {"ignore_mismatched_sizes": True, **classing.head_options(task, classes), **changed}
     model, new = load_weights(kind.head, init, config, **options)
-    if lost := new if is_trained else of_encoder(model, new):
+    has_head = task.kind != "embedding"
+    if lost := new if is_trained and has_head else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
     choices = (2,) if task.kind == "multiple-choice" else ()
     outputs = try_out(model, init, (1, *choices, task.sequence_tokens))
-    if missing := [name for name in kind.outputs if name not in outputs]:
+    if missing := [name for name in kind.given or kind.outputs if name not in outputs]:
         raise ModelError(f"model {init!r}: a head of another form, it has no {missing[0]}")
     keep_values(model, config, changed)
     return model
 
 
-def _head_options(task: Task, classes: Sequence[str]) -> dict[str, Any]:
-    """What transformers' configuration says of the head."""
-    if task.kind == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    options: dict[str, Any] = {}
-    if KINDS[task.kind].has_classes:
-        options["id2label"] = dict(enumerate(classes))
-        options["label2id"] = {name: index for index, name in enumerate(classes)}
-    if task.kind == "classification":
-        options["problem_type"] = "single_label_classification"
-    return options
+def write_more(task: Task, model: PreTrainedModel, directory: Path) -> None:
+    """Write the files that a finished model of this kind has beside those of transformers."""
+    if task.kind == "embedding":
+        hidden, pooling = model.config.hidden_size, embeddings.pooling_of(task)
+        write_pooling(pooling, directory, hidden=hidden, tokens=task.sequence_tokens)
 
 
-def inputs_of(batch: Batch) -> Batch:
-    """What the model is called with: everything but the targets."""
-    return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
-
-
-def targets_of(batch: Batch) -> list[Tensor]:
-    """The targets, in the order of the outputs."""
-    return [batch[name] for name in TARGETS if name in batch]
-
-
-def num_targets(batch: Batch) -> int:
-    """How many predictions a batch asks for: examples, windows, or words with a tag."""
-    return int(is_target(batch).sum())
-
-
-def is_target(batch: Batch) -> Tensor:
-    """Where a batch asks for a prediction; numbers are all asked for."""
-    targets = targets_of(batch)[0]
-    return (targets != NO_LABEL) | torch.tensor(targets.is_floating_point(), device=targets.device)
-
-
-def in_context(task: Task, logits: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-    """Logits in fp32; no answer is in padding, so the loss doesn't depend on how a batch is cut."""
-    logits = [tensor.float() for tensor in logits]
-    if task.kind != "question-answering" or "attention_mask" not in batch:
-        return logits
-    padding = batch["attention_mask"] == 0
-    return [tensor.masked_fill(padding, NOWHERE) for tensor in logits]
+def call(task: Task, model: Callable[..., Any], batch: Batch, **options: Any) -> Any:
+    """A model's outputs for a batch, by name; `options` are transformers' own."""
+    inputs = inputs_of(batch)
+    if task.kind == "embedding":
+        return embeddings.call(task, model, inputs, **options)
+    return model(**inputs, **options)
 
 
 def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -296,7 +281,11 @@ def logits_of(task: Task, outputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def task_loss(task: Task, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Mean over targets in fp32: cross-entropy (the mean of starts and ends) or squared error."""
+    """Mean over targets in fp32: cross-entropy (the mean of starts and ends) or squared error;
+    `embeddings.loss` says what it is there.
+    """
+    if task.kind == "embedding":
+        return embeddings.loss(task, outputs, batch)
     logits = in_context(task, logits_of(task, outputs), batch)
     targets = targets_of(batch)
     if task.kind == "regression":

@@ -46,6 +46,13 @@ class NumberPrediction(Prediction):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorPrediction(Prediction):
+    """The vector of a text [hidden size], of length 1 where the model normalizes."""
+
+    prediction: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerPrediction(Prediction):
     """A part of the context: characters `start` to `end`, both 0 where the question has no answer.
 

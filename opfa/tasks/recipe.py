@@ -5,14 +5,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from opfa.extras import require
-from opfa.recipe import Count, Section
+from opfa.recipe import Count, Positive, Section
 
 Kind = Literal[
-    "classification", "regression", "question-answering", "token-classification", "multiple-choice"
+    "classification",
+    "regression",
+    "question-answering",
+    "token-classification",
+    "multiple-choice",
+    "embedding",
 ]
+Form = Literal["graded pairs", "pairs", "texts"]  # of examples of embeddings
+GRADED = ("pearson", "spearman")
+RETRIEVAL = ("recall@1", "recall@5", "recall@10", "recall@100", "mrr@10")
 METRICS: dict[str, tuple[str, ...]] = {  # what each kind of task knows; higher is better in all
     "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman"),
+    "regression": GRADED,
     "question-answering": (
         "exact_match",
         "squad_f1",
@@ -24,8 +32,11 @@ METRICS: dict[str, tuple[str, ...]] = {  # what each kind of task knows; higher 
     ),
     "token-classification": ("entity_f1", "entity_precision", "entity_recall", "accuracy"),
     "multiple-choice": ("accuracy",),
+    "embedding": (*GRADED, *RETRIEVAL),
 }
 ONLY_UNANSWERABLE = METRICS["question-answering"][2:]
+EMBEDDING = ("loss", "scale", "highest_grade", "pooling", "normalize", "train_text")
+WHOLE_BATCH = ("cosent", "ranking")  # losses that compare an example with the others of its batch
 
 
 class Task(Section):
@@ -67,6 +78,18 @@ class Task(Section):
     """Questions may have no answer, as in SQuAD v2.0."""
     no_answer_threshold: float = 0.0
     """There is no answer where its logits lead by more than this."""
+    loss: Literal["cosent", "cosine", "ranking", "teacher"] | None = None
+    """Of embeddings: graded pairs (by default "cosent"), pairs, or nothing but [distillation]."""
+    scale: Positive | None = None
+    """What cosines are multiplied by in "cosent" and "ranking"; by default 20."""
+    highest_grade: Positive | None = None
+    """The grade of a cosine of 1, for "cosine"; by default 1."""
+    pooling: Literal["mean", "first"] | None = None
+    """A vector is the mean token or the first; by default as in the model's files, or the mean."""
+    normalize: bool | None = None
+    """Vectors have length 1; by default as in the model's files, or yes."""
+    train_text: str | None = None
+    """Column of training texts for "teacher"; by default `text` and `text_pair`."""
 
     @field_validator("validation", mode="before")
     @classmethod
@@ -95,12 +118,27 @@ class Task(Section):
         if self.kind == "question-answering" and self.stride_tokens >= self.sequence_tokens:
             what = f"windows of sequence_tokens = {self.sequence_tokens} can't overlap by that much"
             raise ValueError(f"stride_tokens = {self.stride_tokens}: {what}; SQuAD: 384 and 128")
+        _check_embedding(self)
         return self
 
     def check_packages(self) -> None:
-        """Raise `RunError` if its examples can't be read without a package that is missing."""
+        """Raise `RunError` if a package is missing that it needs, to read or to learn."""
         if self.hub is not None:
             require(f"task.hub = {self.hub!r}", "opfa[datasets]", "datasets")
+        if self.kind == "embedding" and (self.loss != "teacher" or {*self.metrics} & {*RETRIEVAL}):
+            require("task.kind = 'embedding'", "opfa[embeddings]", "sentence_transformers")
+
+    @property
+    def train_form(self) -> Form:
+        """What the training examples of embeddings are."""
+        if self.loss == "teacher":
+            return "texts"
+        return "pairs" if self.loss == "ranking" else "graded pairs"
+
+    @property
+    def validation_form(self) -> Form:
+        """What the validation examples of embeddings are."""
+        return "graded pairs" if set(self.metrics) & set(GRADED) else "pairs"
 
 
 def _check_classes(names: tuple[str, ...]) -> None:
@@ -111,3 +149,29 @@ def _check_classes(names: tuple[str, ...]) -> None:
         if name in seen:
             raise ValueError(f"classes: {name!r} stands twice")
         seen.add(name)
+
+
+def _check_embedding(task: Task) -> None:
+    if task.kind != "embedding":
+        if given := [key for key in EMBEDDING if getattr(task, key) is not None]:
+            value = getattr(task, given[0])
+            raise ValueError(f"{given[0]} = {value!r}: is for kind = 'embedding' alone")
+        return
+    if task.text_pair is None:
+        what = "embeddings are measured on pairs of texts, and this is the column of the second"
+        raise ValueError(f"text_pair: {what}")
+    if len({metric in GRADED for metric in task.metrics}) > 1:
+        what = f"{' and '.join(GRADED)} need graded pairs, the others pairs; take one or the other"
+        raise ValueError(f"metrics = {list(task.metrics)}: {what}")
+    if not isinstance(task.validation, str) and task.train_form != task.validation_form:
+        what = f"training examples are {task.train_form}, and {task.metrics[0]} needs"
+        raise ValueError(f"validation = {task.validation}: {what} {task.validation_form}")
+    loss = task.loss or "cosent"
+    for key, losses in (
+        ("scale", WHOLE_BATCH),
+        ("highest_grade", ("cosine",)),
+        ("train_text", ("teacher",)),
+    ):
+        if (value := getattr(task, key)) is not None and loss not in losses:
+            what = f"is for loss = {' or '.join(map(repr, losses))}, and this is {loss!r}"
+            raise ValueError(f"{key} = {value!r}: {what}")

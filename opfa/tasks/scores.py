@@ -46,8 +46,13 @@ def _f1(task: Task, split: Split) -> Callable[[np.ndarray, np.ndarray], Any]:
 
 
 def of_numbers(task: Task, logits: tuple[Tensor, ...], split: Split) -> dict[str, float]:
-    """Correlations of the predicted numbers; one with a constant is undefined and counts as 0."""
-    values, targets = logits[0].squeeze(-1).numpy(), np.asarray(split.features["labels"])
+    """Correlations of the predicted numbers with those of the examples."""
+    return correlations(task, logits[0].squeeze(-1).numpy(), split)
+
+
+def correlations(task: Task, values: np.ndarray, split: Split) -> dict[str, float]:
+    """Of one number for each example; one with a constant is undefined and counts as 0."""
+    targets = np.asarray(split.features["labels"])
     return {name: _correlation(name, values, targets) for name in task.metrics}
 
 

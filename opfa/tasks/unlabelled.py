@@ -59,7 +59,7 @@ def chunks(
     source: str,
     rows: Numbered,
 ) -> Iterator[Chunk]:
-    """All rows in their order. The tokenizer is one that `kinds.fit` has seen."""
+    """All rows in their order. The tokenizer is one that `fit_padding` has seen."""
     places: list[str] = []
     held: list[Record] = []
     questions: list[Asked] = []
@@ -100,7 +100,7 @@ def _chunk(
     )
     columns, num_misfits = kind.build(task, tokenizer, examples, slice(0, len(rows)), labels)
     pad_token_id = tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int), "`kinds.fit` has looked"
+    assert isinstance(pad_token_id, int), "`fit_padding` has looked"
     split = Split(
         features=Rows.of([dict(columns)]),
         examples=examples,

@@ -33,7 +33,7 @@ def test_all_recipes_are_listed_ones_own_first(capsys: pytest.CaptureFixture[str
     assert {row["name"]: row["file"] for row in rows} == {
         name: str(path) for name, path in recipe_files().items()
     }
-    assert [row["name"] for row in rows][:2] == ["my-csv", "my-encoder"]
+    assert [row["name"] for row in rows][:2] == ["my-csv", "my-embeddings"]
     commands = {row["name"]: row["command"] for row in rows}
     assert (commands["sst2"], commands["bert-base-90"]) == ("finetune", "pretrain")
     shown = said(capsys, "recipes")

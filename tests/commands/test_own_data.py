@@ -72,6 +72,7 @@ def questions(path: Path) -> None:
 TASKS: dict[str, tuple[Any, str, list[str], list[str]]] = {
     "my-csv": (reviews, "reviews.csv", ["task.text=review", "task.label=verdict"], []),
     "my-pairs": (pairs, "pairs.csv", [], []),
+    "my-embeddings": (pairs, "pairs.csv", [], []),
     "my-scores": (stars, "stars.csv", [], []),
     "my-tags": (tags, "words.conll", [], []),
     "my-qa": (questions, "questions.jsonl", [], ["task.stride_tokens=4"]),
@@ -101,10 +102,10 @@ def test_a_task_of_ones_own(
     settings = [f"task.train={file}", *settings]
     assert len(settings) <= 3
     run(capsys, "new", name, "mine.toml", *settings, f"model.init={sparse}", *SMALL, *small)
-    shown = run(capsys, "finetune", "mine.toml", "--output", "runs/mine")
+    shown = run(capsys, "finetune", "mine.toml", "--output", "runs/mine", "--json")
     results = json.loads(shown)
     assert round(results["sparsity"], 2) == 0.9 and results["task"] == "mine"
-    again = run(capsys, "evaluate", "runs/mine/model", "--recipe", "runs/mine/recipe.toml")
+    again = run(capsys, "evaluate", "runs/mine", "--json")
     assert json.loads(again)["metrics"] == pytest.approx(results["metrics"], nan_ok=True)
     if name == "my-csv":
         config = json.loads(Path("runs/mine/model/config.json").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe, pretrain_recipe
-from test_survival import Launch
+from test_survival import launched
 
 from opfa.commands import app as cli
 from opfa.downstream import finetune as finetuning
@@ -157,8 +157,8 @@ def test_what_is_damaged_on_one_machine_ends_every_rank(prepared: Path, tmp_path
     path = next((tmp_path / "data/train").glob("*.arrow"))
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     values = json.loads(pretrain_recipe(tmp_path / "data").model_dump_json(exclude_none=True))
-    jobs = [{"values": values, "output": str(tmp_path / "run")}]
-    with Launch(jobs, tmp_path, ranks=2) as launch:
+    job = {"values": values, "output": str(tmp_path / "run")}
+    with launched(job, tmp_path, ranks=2) as launch:
         assert launch.wait() == [2, 2]
         for rank in (0, 1):
             assert f"{path.relative_to(tmp_path / 'data')} has changed" in launch.said(rank)
