@@ -92,3 +92,8 @@ def test_rooms_name_only_the_base_classes_of_transformers_beside_its_door() -> N
         allowed = TRANSFORMERS.get(room_of(path), set())
         if allowed is not None:
             assert {name.rpartition(".")[2] for name in names} <= BASES | allowed, path
+
+
+def test_no_file_is_longer_than_a_reader_likes() -> None:
+    sizes = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert not {str(path): size for path, size in sizes.items() if size > 300}

@@ -22,10 +22,8 @@ from opfa.downstream.selection import Best, Choosing
 from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError, blaming
-from opfa.extras import has
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
-from opfa.report.run_page import write_run_page
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
@@ -37,7 +35,7 @@ from opfa.training.concerns import Evaluating, Pruning
 from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import HELD_OUT, VALIDATION, Row
-from opfa.training.plan import plan
+from opfa.training.reporting import write_report
 from opfa.training.session import run_to_end
 from opfa.training.solo import UNCHANGED, SoloEngine
 
@@ -157,9 +155,7 @@ class Trainer:
         selection = self.recipe.selection
         if selection is None:
             return found, Evaluating(every_epoch, self.evaluate, at_end=False)
-        every = every_epoch
-        if selection.every_steps is not None:
-            every = in_steps(selection.every_steps, self.schedule.steps, 1)
+        every = in_steps(selection.every_steps or every_epoch, self.schedule.steps, 1)
         split = HELD_OUT if selection.holdout else VALIDATION
         return found, Choosing(every, self.evaluate, self.best, split=split)
 
@@ -254,14 +250,8 @@ class Trainer:
             **({"selected": best.found()} if best.step is not None else {}),
         )
         write_json(run.directory / RESULTS, results.model_dump(exclude_unset=True))
-        rows, asked = run.rows(), plan(self.schedule, self.recipe.pruning)
-        if has("matplotlib"):
-            from opfa.report import pictures
-
-            pictures.finetuning_pictures(rows, result, run.directory / "report", asked)
-        write_run_page(run.directory, rows, asked, result)
-        facts = {"step": done, "model_sha256": results.model_sha256}
-        finished.write(run.directory, facts)
+        write_report(run, self.schedule, self.recipe.pruning, result)
+        finished.write(run.directory, {"step": done, "model_sha256": results.model_sha256})
         (run.directory / FILE).unlink(missing_ok=True)
 
     def _write_more(self, directory: Path) -> None:

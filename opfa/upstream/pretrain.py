@@ -16,9 +16,7 @@ from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
-from opfa.extras import has
 from opfa.models.pretraining import compile_models, decay_groups
-from opfa.report.run_page import write_run_page
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -28,7 +26,7 @@ from opfa.training.distributed import Supervisor
 from opfa.training.engine import Engine, start_distributed
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import Row
-from opfa.training.plan import plan
+from opfa.training.reporting import write_report
 from opfa.training.session import run_to_end
 from opfa.training.zero import DeepSpeedFile
 from opfa.upstream import objective
@@ -215,13 +213,8 @@ class Trainer:
             nn.Module.to(self.student, "cpu")
             directory = at.run.directory
             result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
-            metric, rows = self.recipe.metric, at.run.rows()
-            asked = plan(self.schedule, self.recipe.pruning)
-            if has("matplotlib"):
-                from opfa.report import pictures
-
-                pictures.pretraining_pictures(rows, metric, result, directory / "report", asked)
-            write_run_page(directory, rows, asked, result)
+            pruning, metric = self.recipe.pruning, self.recipe.metric
+            write_report(at.run, self.schedule, pruning, result, metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)
