@@ -18,6 +18,7 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opfa.errors import RecipeError, brief, not_plain, redacted
+from opfa.toml import to_toml
 
 SCALARS = {"str", "int", "float", "bool"}
 MOST_BYTES = 1 << 20  # of a recipe file
@@ -102,7 +103,7 @@ class Recipe(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe as text, complete and reusable, without the secrets in it."""
-        return _toml(redacted(self.model_dump(mode="json", exclude_none=True)))
+        return to_toml(redacted(self.model_dump(mode="json", exclude_none=True)))
 
     def check_packages(self) -> None:
         """Raise `RunError` if a package is missing that a run of this recipe needs."""
@@ -282,26 +283,3 @@ def _fields(root: type[BaseModel], location: Sequence[str | int]) -> Mapping[str
             return None
         model = models[0]
     return model.model_fields
-
-
-def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    lines = [f"{_key(key)} = {toml_value(value)}" for key, value in plain.items()]
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            name = f"{prefix}{_key(key)}"
-            lines += ["", f"[{name}]", _toml(value, f"{name}.").rstrip("\n")]
-    return "\n".join(lines) + "\n"
-
-
-def _key(key: str) -> str:
-    is_bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if is_bare else toml_value(key)
-
-
-def toml_value(value: Any) -> str:  # Any: whatever JSON can hold
-    """A value as TOML writes it."""
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    # TOML's strings, numbers and booleans are JSON's, but for its escapes of emoji and of DEL.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opfa"
 FLOORS = [  # rooms of one floor don't know each other; a file at the top is a room of its own
-    {"errors"},
+    {"errors", "toml"},
     {"recipe", "extras"},
     {"storage"},
     {"data", "sparsity"},

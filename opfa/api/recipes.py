@@ -19,6 +19,7 @@ from opfa.errors import RecipeError, RunError, brief
 from opfa.recipe import KINDS, Recipe, RecipeType, override_value, read_values
 from opfa.storage.runs import recipe_beside
 from opfa.storage.shipped import find_recipe
+from opfa.toml import toml_value
 from opfa.upstream.recipe import PretrainRecipe
 
 Overrides = Mapping[str, Any] | Sequence[str]  # Any: what TOML can hold, a path, or None
@@ -88,5 +89,5 @@ def _toml(value: Any) -> str:  # Any: as in `Overrides`
     if isinstance(value, (list, tuple, range)):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, (str, Path)):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        return toml_value(str(value))
     return json.dumps(value) if isinstance(value, (bool, int, float)) else json.dumps(str(value))

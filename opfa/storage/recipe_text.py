@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opfa.errors import RecipeError
-from opfa.recipe import toml_value
+from opfa.toml import toml_value
 
 HEADER = re.compile(r"\[([^\[\]]+)\]\s*(?:#.*)?$")
 COMMAND = re.compile(r"#\s+(opfa .*)")
