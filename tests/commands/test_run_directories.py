@@ -25,7 +25,7 @@ def run(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def done(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
     """What a command prints as JSON."""
-    status = cli.run(list(map(str, words)))
+    status = cli.run([*map(str, words), "--json"])
     said = capsys.readouterr()
     assert status == 0, said.err
     return json.loads(said.out)
@@ -56,9 +56,7 @@ def test_calibrate_takes_a_run_and_leaves_its_recipe(
 def test_inspect_and_finetune_take_a_run(
     run: Path, examples: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    fingerprints = {
-        done(capsys, "inspect", m, "--json")["fingerprint"] for m in (run, run / "model")
-    }
+    fingerprints = {done(capsys, "inspect", m)["fingerprint"] for m in (run, run / "model")}
     assert len(fingerprints) == 1
     recipe = finetune_recipe(
         run, examples, training={"epochs": 0.1}, distillation={"teacher": str(run)}
