@@ -1,25 +1,24 @@
 """A recipe as text that people read: values are changed in it, and its comments stay.
 
-The change is found by comparing values, not by reading overrides a second time. What came out is
-parsed again, so a text that this can't edit (a list over several lines) is an error, not a wrong
-recipe. Rejected: tomlkit, one more library for a page of code.
+tomlkit changes the text where a value differs. What came out is parsed again by tomllib and
+compared with the values that were asked for, so there is an error or the right recipe.
 """
 
 import contextlib
+import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opfa.errors import RecipeError
-from opfa.toml import toml_value
 
-HEADER = re.compile(r"\[([^\[\]]+)\]\s*(?:#.*)?$")
 COMMAND = re.compile(r"#\s+(opfa .*)")
 READING = "check|prepare|pretrain|finetune|plan"  # commands whose first word is a recipe
-Place = tuple[str, str]  # section, or "" before the first one, and key
+ABOVE = re.compile(r"((?:^#.*\n)+)(^\[.*\n)", re.MULTILINE)  # comments of a section, and its header
+BELOW = re.compile(r"(^\[.*\n)((?:^#\ue000.*\n)+)", re.MULTILINE)  # the same while it is changed
 
 
 def what_it_is(text: str) -> str:
@@ -52,93 +51,43 @@ def for_file(text: str, name: str, file: Path, schema: str) -> str:
 
 
 def changed(text: str, after: Mapping[str, Any], where: str) -> str:
-    """The text with other values and the same comments."""
-    before, lines = tomllib.loads(text), text.splitlines()
-    for section in [each for each in _sections(before) if each not in list(_sections(after))]:
-        _remove_section(lines, section)
-    old, new = dict(_leaves(before)), dict(_leaves(after))
-    for section, key in old.keys() - new.keys():
-        if (index := _find(lines, section, key)) is not None:
-            del lines[index]
-    for place, value in new.items():
-        if place not in old or old[place] != value or type(old[place]) is not type(value):
-            _put(lines, *place, value)
-    found = "\n".join(lines) + "\n"
-    with contextlib.suppress(tomllib.TOMLDecodeError):  # a part of a list over several lines
-        if tomllib.loads(found) == after:
+    """The text with other values and the same comments; a new key is the last of its section.
+
+    Raises `RecipeError` where the text can't be changed so.
+    """
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    # tomlkit counts a comment right above a header to the section before it
+    text = ABOVE.sub(lambda match: match[2] + match[1].replace("#", "#\ue000"), text)
+    with contextlib.suppress(TOMLKitError, tomllib.TOMLDecodeError):
+        document = tomlkit.parse(text)
+        _change(document, tomllib.loads(text), after)
+        found = document.as_string().rstrip("\n") + "\n"
+        found = BELOW.sub(lambda match: match[2].replace("#\ue000", "#") + match[1], found)
+        if _exact(tomllib.loads(found)) == _exact(after):
             return found
     raise RecipeError(f"{where}: its text can't be changed like this; edit the file instead")
 
 
-def _sections(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield f"{prefix}{key}"
-            yield from _sections(value, f"{prefix}{key}.")
+def _change(table: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Touch only what differs in a table of tomlkit."""
+    from tomlkit import item, nl
+    from tomlkit.items import Table
+
+    for key in before.keys() - after.keys():
+        del table[key]
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            _change(table[key], old, value)
+        elif key not in before or _exact(old) != _exact(value):
+            new = item(value)
+            if isinstance(new, Table):
+                new.add(nl())
+            table[key] = new
 
 
-def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[Place, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{section}.{key}".lstrip("."))
-        else:
-            yield (section, key), value
-
-
-def _bounds(lines: list[str], section: str) -> tuple[int, int] | None:
-    """The first line of a section, its header left out, and the one after its last."""
-    headers = [
-        (i, match[1].strip()) for i, line in enumerate(lines) if (match := HEADER.match(line))
-    ]
-    starts = [(0, ""), *((index + 1, name) for index, name in headers)]
-    ends = [*(index for index, _ in headers), len(lines)]
-    return next(
-        ((start, end) for (start, name), end in zip(starts, ends, strict=True) if name == section),
-        None,
-    )
-
-
-def _find(lines: list[str], section: str, key: str, comment: str = "") -> int | None:
-    """The line of a key, or with `comment` the comment that suggests it."""
-    start, end = _bounds(lines, section) or (0, 0)
-    rule = re.compile(rf"{comment}{re.escape(key)}\s*=")
-    return next((index for index in range(start, end) if rule.match(lines[index])), None)
-
-
-def _put(lines: list[str], section: str, key: str, value: Any) -> None:  # Any: as in TOML
-    """Write a value in its line, in the one that suggests it, or in a new one."""
-    line = f"{key} = {toml_value(value)}"
-    index = _find(lines, section, key)
-    if index is None:
-        index = _find(lines, section, key, r"#\s*")
-    if index is not None:
-        lines[index] = line + _comment(lines[index].removeprefix("#").strip())
-        return
-    bounds = _bounds(lines, section)
-    if bounds is None:
-        lines += ["", f"[{section}]", line]
-        return
-    start, end = bounds
-    keys = [i for i in range(start, end) if lines[i].strip() and not lines[i].startswith("#")]
-    lines.insert(keys[-1] + 1 if keys else start, line)
-
-
-def _comment(line: str) -> str:
-    """What stands behind a value, with the blanks before it."""
-    for match in re.finditer(r"\s*#", line):
-        try:
-            tomllib.loads(line[: match.start()])
-        except tomllib.TOMLDecodeError:
-            continue  # a # within a text
-        return line[match.start() :]
-    return ""
-
-
-def _remove_section(lines: list[str], section: str) -> None:
-    """Take a section out; a comment right above the next one belongs to that one."""
-    if (bounds := _bounds(lines, section)) is None:
-        return
-    start, end = bounds
-    while end < len(lines) and lines[end - 1].startswith("#"):
-        end -= 1
-    del lines[start - 1 : end]
+def _exact(value: Any) -> str:  # Any: as in TOML
+    """Another text for 1, 1.0 and true, which Python takes for equal."""
+    return json.dumps(value, sort_keys=True, default=repr)

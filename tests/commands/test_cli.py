@@ -18,7 +18,16 @@ from opfa.training import points
 from opfa.training.checkpoint import newest_point
 from opfa.training.loop import Progress
 
-HEAVY = ("torch", "transformers", "datasets", "deepspeed", "matplotlib", "wandb", "sklearn")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "matplotlib",
+    "wandb",
+    "sklearn",
+    "tomlkit",
+)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
