@@ -22,7 +22,7 @@ from opfa.compression.grains import Grain
 from opfa.compression.oneshot import OneShot
 from opfa.compression.pattern import ENCODER_LAYER
 from opfa.compression.pruner import Pruner
-from opfa.compression.schedules import Gradual
+from opfa.compression.schedules import Ramp
 from opfa.compression.scores import Score
 from opfa.errors import ModelError, RecipeError, opening
 from opfa.recipe import Recipe
@@ -33,12 +33,11 @@ from opfa.storage.files import new_file, write_json
 MASKS = "opfa-masks.safetensors"  # both in the Trainer's checkpoints
 FACTS = "opfa-pruning.json"
 WHAT = "PruningCallback"
-MANY_STEPS = 1 << 30  # of a run of unknown length
 log = logging.getLogger(__name__)
 
 
-class Ramp(Recipe, Gradual):
-    """A schedule in steps."""
+class Schedule(Recipe, Ramp):
+    """A ramp whose problems are told like those of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PruningCallback(TrainerCallback):
         *,
         start: int | float = 0,
         end: int | float = 0.5,
-        every: int = 10,
+        every: int | float = 10,
         hold_until: int | float | None = None,
         initial: float = 0.0,
         scope: Literal["layer", "global"] = "layer",
@@ -90,23 +89,11 @@ class PruningCallback(TrainerCallback):
         self._pattern = OneShot.check({**rules, **named, "sparsity": sparsity}, WHAT)
         self._score = score if isinstance(score, Score) else None
         self._grain = grain if isinstance(grain, Grain) else None
-        self._ramp = {"start": start, "end": end, "hold_until": hold_until}
-        self._rest = {"every": every, "initial": initial, "target": sparsity}
+        moments = {"start": start, "end": end, "hold_until": hold_until, "every": every}
+        self._ramp = Schedule.check({**moments, "initial": initial, "target": sparsity}, WHAT)
         self._resume_from = None if resume_from is None else Path(resume_from)
         self._pruner: Pruner | None = None
         self.updates: list[MaskUpdate] = []
-        is_mixed = len({type(value) for value in self._ramp.values() if value}) > 1
-        if not is_mixed:  # else it depends on the number of steps what can't be
-            self._schedule(MANY_STEPS)
-
-    def _schedule(self, num_steps: int) -> Ramp:
-        """The ramp of a run of so many steps."""
-        ramp = {
-            name: _step(name, value, num_steps)
-            for name, value in self._ramp.items()
-            if value is not None
-        }
-        return Ramp.check({**ramp, **self._rest}, WHAT)
 
     # what a Trainer calls
 
@@ -114,7 +101,10 @@ class PruningCallback(TrainerCallback):
         self, args: Any, state: Any, _: Any, *__: Any, model: nn.Module, **___: Any
     ) -> None:
         """Mask the layers; the first update, or the masks of a checkpoint."""
-        schedule = self._schedule(state.max_steps)
+        try:
+            schedule = self._ramp.over(state.max_steps)
+        except ValueError as error:
+            raise RecipeError(f"{WHAT}: {error}") from None
         if schedule.last_update > state.max_steps:
             what = f"the last mask update, {schedule.last_update}, is after the end of training"
             raise RecipeError(f"{WHAT}: {what} (step {state.max_steps})")
@@ -205,16 +195,6 @@ class PruningCallback(TrainerCallback):
             found = masks.load(directory / MASKS)
         set_masks(model, found)
         self._pruner.load(directory, step)
-
-
-def _step(name: str, value: int | float, num_steps: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RecipeError(f"{WHAT}: {name} = {value!r}: give a step, or a share from 0.0 to 1.0")
-    if isinstance(value, int):
-        return value
-    if not 0.0 <= value <= 1.0:
-        raise RecipeError(f"{WHAT}: {name} = {value}: a share of the run is from 0.0 to 1.0")
-    return round(value * num_steps)
 
 
 def _checkpoint(args: Any, state: Any, given: Path | None) -> Path:

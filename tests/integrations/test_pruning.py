@@ -184,12 +184,13 @@ def test_a_checkpoint_of_another_directory_is_given(directory: Path, tmp_path: P
     ("settings", "message"),
     [
         ({"sparsity": 1.5}, "sparsity: Input should be less than 1"),
-        ({"sparsity": 0.9, "end": 1.5}, "end = 1.5: a share of the run is from 0.0 to 1.0"),
+        ({"sparsity": 0.9, "end": 1.5}, "end: must be steps, an .* or a share of .* 1.0 .got 1.5"),
         ({"sparsity": 0.9, "start": 5, "end": 3}, "end = 3: the ramp must not end before start"),
-        ({"sparsity": 0.9, "every": 0}, "every: Input should be greater than or equal to 1"),
+        ({"sparsity": 0.9, "start": 0.6}, "end = 0.5: the ramp must not end before start = 0.6"),
+        ({"sparsity": 0.9, "every": 0}, "every: must be steps, an .* equal to 1, or a share"),
         ({"sparsity": 0.9, "scope": "row"}, "scope: Input should be 'layer' or 'global'"),
         ({"sparsity": 0.9, "score": "size"}, "score"),
-        ({"sparsity": 0.9, "end": "half"}, "end = 'half': give a step, or a share"),
+        ({"sparsity": 0.9, "end": "half"}, "end: must be steps, .* or a share .*.got 'half'"),
     ],
 )
 def test_what_can_not_be_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -200,6 +201,8 @@ def test_what_can_not_be_is_refused_at_once(settings: dict[str, Any], message: s
 def test_a_ramp_beyond_the_end_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"last mask update, 9, is after the end .*\(step 8\)"):
         trainer(dense(), tmp_path, PruningCallback(0.9, end=9)).train()
+    with pytest.raises(RecipeError, match="end = 4: .* before start = 5, of 8 steps"):
+        trainer(dense(), tmp_path, PruningCallback(0.9, start=5, end=0.5)).train()
 
 
 def test_a_training_that_ends_early_says_so(
