@@ -52,6 +52,6 @@ def importing(what: str, requirement: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise RunError(needs(what, str(error.name), requirement)) from error
+        raise RunError(needs(what, str(error.name).partition(".")[0], requirement)) from error
     except ImportError as error:
         raise RunError(f"{what}: {first_line(error)}") from error

@@ -227,5 +227,7 @@ def test_without_sentence_transformers_one_message_says_what_to_install(
     task = task_of(validation=written(tmp_path / "a.jsonl", ROWS))
     tasks.load_validation(task, tokenizer, BertConfig(**CONFIG))  # correlations need nothing more
     for missing in (task_of(), task_of(loss="teacher", metrics=["mrr@10"])):
-        with pytest.raises(RunError, match=r'is missing: pip install "opfa\[embeddings\]"'):
+        with pytest.raises(
+            RunError, match=r'needs sentence_transformers: pip install "opfa\[embeddings\]"'
+        ):
             tasks.load(missing, tokenizer, BertConfig(**CONFIG))

@@ -117,7 +117,7 @@ def test_rows_have_the_loss_of_hidden_states_and_no_head_s(clean: Path) -> None:
 
 def test_pictures_results_and_cards_are_made(clean: Path, tmp_path: Path) -> None:
     names = {path.name for path in (clean / "report").iterdir()}
-    assert names == {"loss.png", "learning_rate.png", "sparsity.png"}
+    assert names == {"loss.png", "learning_rate.png", "sparsity.png", "index.html"}
     last = rows_of(clean)[-1]["hidden_loss"]
     assert row_of("x", clean).metrics == {"hidden_loss": last}
     facts = release(clean, tmp_path / "out")
