@@ -58,14 +58,13 @@ class FinetuneResult(Outcome, Results):
         return {"model": self.model, "results": self.directory / FILE}
 
     def commands(self) -> Sequence[Sequence[Path | str]]:
-        """8 bits, or a release."""
-        recipe = self.directory / "recipe.toml"
+        """Predictions and 8 bits, or a release."""
         if self.quantized:
             small = ("--output", f"{self.directory}-small", "--format", "compact-int8")
             return [("release", self.directory, *small)]
-        eight = ("--recipe", recipe, "--output", f"{self.directory}-8bit")
         return [
-            ("calibrate", self.model, *eight),
+            ("predict", self.directory, "FILE"),
+            ("calibrate", self.directory, "--output", f"{self.directory}-8bit"),
             ("release", self.directory, "--output", f"{self.directory}-release"),
         ]
 
