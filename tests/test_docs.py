@@ -95,23 +95,9 @@ def test_sentences_about_training_speed_say_what_the_tables_say() -> None:
         ("no teacher / dense, time", fastest["no teacher"] / fastest["dense"]),
     ):
         assert number(ratios[name][0]) == pytest.approx(expected, abs=0.011), name
+    whole = sum(number(seconds) for seconds, _ in parts.values())
     for name, (seconds, share) in parts.items():
-        assert number(share) == pytest.approx(100 * number(seconds) / fastest["ours"], abs=2), name
-
-
-def test_ratios_of_other_measured_tables_are_those_of_their_columns() -> None:
-    text = (ROOT / BENCH).read_text()
-    for name in ("BERT-base", "BERT-large"):
-        (line,) = re.findall(rf"\| {name} \| (.*) \|\n", text)
-        kept, anew, ratio = map(number, line.split(" | "))
-        assert ratio == pytest.approx(anew / kept, abs=0.011)
-    (files,) = tables(BENCH, "files")
-    weights = number(files["dense, fp32"][1]) * 1e6 / 4
-    for form, cells in files.items():
-        whole = sum(number(part) for cell in cells[:2] for part in cell.split(" + ") if part)
-        assert number(cells[5]) == pytest.approx(8e6 * whole / weights, abs=0.005), form
-        rest = sum(map(number, cells[2:4]))
-        assert number(cells[4]) == pytest.approx(whole + rest, abs=0.06), form
+        assert number(share) == pytest.approx(100 * number(seconds) / whole, abs=1), name
 
 
 def test_the_readme_names_the_option_that_shows_tracebacks() -> None:

@@ -146,8 +146,10 @@ def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any
     from opfa.models.configs import load_tokenizer
     from opfa.models.trained import load
     from opfa.training.checkpoint import fill_finished
+    from opfa.training.engine import choose_accelerator
     from opfa.weights.sources import directory_of
 
+    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     tokenizer, model = load_tokenizer(name), load(name, exact=False)
     if (directory_of(name) / quant.FILE).is_file():
         raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")

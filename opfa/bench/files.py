@@ -28,6 +28,7 @@ from opfa.releases.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
 from opfa.report.tables import Result, Row, Table
 from opfa.sparsity.anatomy import EMBEDDING
 from opfa.storage.files import write_json
+from opfa.training.engine import choose_accelerator
 from opfa.weights.compact import CONFIG, FILE
 from opfa.weights.packing import PARTS, TYPES
 
@@ -90,6 +91,7 @@ class Files(Result):
 
 def bench_files() -> Files:
     """Write every form and load it."""
+    choose_accelerator()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directories, pruned = _write(Path(name))
