@@ -142,17 +142,15 @@ def _pruned(
 
 def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any]) -> PruneResult:
     check_new(output)
-    from opfa.compression import quant
     from opfa.models.configs import load_tokenizer
-    from opfa.models.trained import load
+    from opfa.models.trained import load, ranges_of
     from opfa.training.checkpoint import fill_finished
     from opfa.training.engine import choose_accelerator
-    from opfa.weights.sources import directory_of
 
     choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
-    tokenizer, model = load_tokenizer(name), load(name, exact=False)
-    if (directory_of(name) / quant.FILE).is_file():
+    if ranges_of(name) is not None:
         raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")
+    tokenizer, model = load_tokenizer(name), load(name, exact=False)
     result = _pruned(model, settings, output, own)
     with new_directory(output) as work:
         fill_finished(model, tokenizer, work)

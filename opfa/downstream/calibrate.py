@@ -17,6 +17,7 @@ from opfa.downstream.results import CalibrateResult
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.trained import ranges_of
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_text
@@ -27,7 +28,6 @@ from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished, model_digest
 from opfa.training.engine import choose_accelerator
 from opfa.weights.inspection import inspect
-from opfa.weights.sources import directory_of
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def calibrate(
 def _calibrated(
     name: str, recipe: FinetuneRecipe, directory: Path, num_examples: int
 ) -> dict[str, Any]:
-    if (directory_of(name) / quant.FILE).is_file():
+    if ranges_of(name) is not None:
         raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
     config, tokenizer = load_config(name), load_tokenizer(name)
     task = settled(recipe.task, name)

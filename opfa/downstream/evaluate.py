@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from opfa.compression import quant
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import EvaluateResult
 from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.trained import as_trained, ranges_of
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.tasks import kinds as tasks
@@ -126,18 +126,12 @@ def evaluate_model(
     )
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a model has its ranges for 8 bits beside it."""
-    return (directory_of(name) / quant.FILE).is_file()
-
-
 def load_ready(
     task: Task, name: str, classes: Sequence[str]
 ) -> tuple[PreTrainedModel, torch.device]:
     """A finished model that computes as it was trained, also in 8 bits; and where it is."""
     model = tasks.load_model(task, name, classes, is_trained=True)
-    if is_quantized(name):
-        quant.load(model, directory_of(name) / quant.FILE)
+    as_trained(model, name)
     device = torch.device(choose_accelerator())
     nn.Module.to(model, device)
     return model, device
@@ -172,6 +166,6 @@ def measure(name: str, recipe: FinetuneRecipe, answers: Path | None = None) -> M
 
     return Measured(
         metrics=evaluate_splits(metrics_of, validation, more),
-        is_quantized=is_quantized(name),
+        is_quantized=ranges_of(name) is not None,
         examples_sha256=validation.examples.sha256(),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opfa.compression import quant
@@ -45,10 +46,21 @@ def load(model: str | Path, *, exact: bool = True) -> PreTrainedModel:
     if missing:
         log.warning("%s: %s is not in its files, and was made anew", name, missing[0])
     try_out(found, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))
-    ranges = directory_of(name) / quant.FILE
-    if exact and ranges.is_file():
-        quant.load(found, ranges)
+    if exact:
+        as_trained(found, name)
     return found.eval()
+
+
+def ranges_of(name: str) -> Path | None:
+    """The file of ranges that a model in 8 bits has beside it; None for any other model."""
+    path = directory_of(name) / quant.FILE
+    return path if path.is_file() else None
+
+
+def as_trained(model: nn.Module, name: str) -> None:
+    """Make the loaded model `name` round as in its training, if it is in 8 bits."""
+    if (ranges := ranges_of(name)) is not None:
+        quant.load(model, ranges)
 
 
 def class_of(config: PretrainedConfig) -> tuple[str, Any]:

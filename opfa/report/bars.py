@@ -21,9 +21,9 @@ class Bar:
     """
 
     def __init__(
-        self, title: str, total: int, *, counts: bool = True, is_wanted: bool = True
+        self, title: str, total: int | None, *, counts: bool = True, is_wanted: bool = True
     ) -> None:
-        """A bar of `total` steps, whose numbers are shown if it `counts`."""
+        """A bar of `total` steps (None: not known), whose numbers are shown if it `counts`."""
         console = Console(stderr=True)
         is_on = is_wanted and os.environ.get(DISABLED, "0") in ("", "0")
         self.is_shown = is_on and console.is_terminal
@@ -47,6 +47,10 @@ class Bar:
     def move_to(self, step: int) -> None:
         """So many steps are done."""
         self._bar.update(self._task, completed=step)
+
+    def advance(self, num: float) -> None:
+        """So many more steps are done."""
+        self._bar.advance(self._task, num)
 
     def say(self, state: str) -> None:
         """Show a few words behind the bar."""

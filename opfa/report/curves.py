@@ -1,12 +1,13 @@
 """The curves of a run: what its rows hold, and what its recipe asks of every step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+
+from opfa.report.logged import NO_NUMBERS, Row, by_kind
 
 MOST = 4000  # points of a curve; more can't be told apart, and a page should stay small
 LABELS = {  # what rows may hold, in the order of a page: title and unit
@@ -22,8 +23,6 @@ LAST = {
 }
 COLOURS = ("blue", "orange", "green", "purple")  # of the style
 PLANNED = ("sparsity", "learning_rate")
-NO_NUMBERS = ("step", "split", "eval", "final")
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,7 @@ class Chart:
 
 def charts(rows: Sequence[Row], plan: Plan) -> list[Chart]:
     """One chart for each number of the rows, and two for the plan."""
-    training = [row for row in rows if not row.get("eval")]
-    evaluations = [row for row in rows if row.get("eval")]
+    training, evaluations = by_kind(rows)
     names = dict.fromkeys(n for row in [*training, *evaluations] for n in row)
     measured = [n for n in names if n not in (*NO_NUMBERS, *PLANNED, *LABELS, *LAST)]
     logged = {n for row in training for n in row}

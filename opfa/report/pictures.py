@@ -10,6 +10,7 @@ import numpy as np
 
 from opfa.extras import importing
 from opfa.report.curves import Plan, series, smoothed
+from opfa.report.logged import Row, by_kind
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 from opfa.storage.files import new_directory, new_file
 
@@ -29,7 +30,6 @@ LOSSES = {
     "hidden_loss": "Hidden states' squared distance",
 }
 FEW = 40  # points that are drawn as such
-Row = Mapping[str, Any]
 
 
 def pretraining_pictures(
@@ -43,7 +43,7 @@ def pretraining_pictures(
 
 def loss_picture(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Draw one of `LOSSES`: of each batch, their mean over a twentieth of the run, and held out."""
-    training, evaluations = _by_kind(rows)
+    training, evaluations = by_kind(rows)
     figure, axes = _axes("Loss and sparsity", "Step", LOSSES[metric])
     steps, losses = series(training, metric)
     width, middles, means = smoothed(steps, losses)
@@ -68,7 +68,7 @@ def finetuning_pictures(
     rows: Sequence[Row], sparsity: Mapping[str, Any], directory: Path, plan: Plan
 ) -> None:
     """Draw loss and metrics against step, the learning rate, and the sparsity of each tensor."""
-    training, evaluations = _by_kind(rows)
+    training, evaluations = by_kind(rows)
     figure, axes = _axes("Training loss and held-out results", "Step", "Training loss of a batch")
     _line(axes, *series(training, "loss"), color=BLUE, linewidth=0.9)
     if evaluations:
@@ -202,11 +202,6 @@ def _heat_map(
         axes.axvline(len(kinds) - 1.5, color="white", linewidth=8)
     axes.spines[:].set_visible(False)
     return figure
-
-
-def _by_kind(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    evaluations = [row for row in rows if row.get("eval")]
-    return [row for row in rows if not row.get("eval")], evaluations
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:

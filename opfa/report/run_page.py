@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opfa.report.curves import NO_NUMBERS, Plan, Row, charts
+from opfa.report.curves import Plan, charts
+from opfa.report.logged import NO_NUMBERS, Row, by_kind
 from opfa.report.page import percent, render
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import by_layer, layer_labels, short_kinds
@@ -27,7 +28,7 @@ def run_page(run: Path, rows: Sequence[Row], plan: Plan, sparsity: Mapping[str, 
     """That page. Raises `RunError` where one of these files is damaged."""
     recipe = seal.read_toml(run / "recipe.toml")
     environment = seal.read_json(run / "environment.json")
-    evaluations = [row for row in rows if row.get("eval")]
+    _, evaluations = by_kind(rows)
     metrics = _metrics(evaluations)
     values = {
         "name": str(recipe.get("name", run.name)),
@@ -69,7 +70,7 @@ def _cards(
     recipe: Mapping[str, Any],
 ) -> Iterator[tuple[str, str, str]]:
     """What matters most: label, value, note."""
-    last = next((row for row in reversed(rows) if row.get("eval")), {})
+    last = next(reversed(by_kind(rows)[1]), {})
     for name in metrics:
         if last.get(name):
             yield name.replace("_", " "), figure(last[name], None), "held out, at the end"

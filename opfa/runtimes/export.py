@@ -17,6 +17,7 @@ from opfa.errors import ModelError, RunError
 from opfa.models import sentences
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.encoders import has_head, load_finetuned_model
+from opfa.models.trained import as_trained, ranges_of
 from opfa.runtimes import onnx_graph
 from opfa.runtimes.parity import parity, problems
 from opfa.runtimes.results import ExportResult, Fingerprints, Sides, Zeros
@@ -57,9 +58,9 @@ def export(
         check_file(report)
         if report.absolute() == output.absolute():
             raise RunError(f"--report {report}: is the output too; give another file")
-    ranges = directory_of(name) / quant.FILE
-    is_int8 = ranges.is_file() if is_int8 is None else is_int8
-    if is_int8 and not ranges.is_file():
+    has_ranges = ranges_of(name) is not None
+    is_int8 = has_ranges if is_int8 is None else is_int8
+    if is_int8 and not has_ranges:
         raise ModelError(
             f"{name}: has no {quant.FILE}, so it can't be exported to 8 bits; fine-tune it with "
             "[quantization], or use `opfa calibrate`"
@@ -85,7 +86,7 @@ def export(
         inputs = onnx_graph.input_names(model, tokenizer.model_input_names)
         graph = onnx_graph.trace(model, inputs, pooling)
         if is_int8:
-            quant.load(model, ranges)
+            as_trained(model, name)
             onnx_graph.quantize(graph, model)
         onnx_graph.write(graph, aside / output.name)
         found, wrong = _zeros(stated, model, aside / output.name)

@@ -8,16 +8,14 @@ hours of work. Then chunks of rows are answered in batches of similar length, an
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opfa.data.json_records import Record
 from opfa.data.lines import check_plain
 from opfa.errors import RunError
+from opfa.report.bars import Bar
 from opfa.report.tables import Result, Table
 from opfa.runtimes import rows as rowing
 from opfa.runtimes.predictor import Options, Predictor
@@ -165,9 +163,9 @@ def _predicted(
     """Chunks of rows, their predictions, and how many of them were cut; all are checked first."""
     task, num_rows, num_cut = predictor.task, 0, 0
     total = sum(1 for _ in _checked(task, source)) if source.is_lasting else None
-    with _bar(total, is_shown=has_bar) as advance:
+    with Bar("predict", total, is_wanted=has_bar) as bar:
         rows = source.rows() if source.is_lasting else _checked(task, source)
-        for chunk, predictions in predictor.answers(source.name, rows, advance):
+        for chunk, predictions in predictor.answers(source.name, rows, bar.advance):
             num_rows += len(chunk.rows)
             num_cut += chunk.num_misfits
             yield chunk.rows, predictions, chunk.num_misfits
@@ -183,16 +181,3 @@ def _checked(task: Task, source: Source) -> Numbered:
             rowing.check_columns(task, source, row)
         asked(task, source.name, where, row)
         yield where, row
-
-
-@contextlib.contextmanager
-def _bar(total: int | None, *, is_shown: bool) -> Iterator[Callable[[float], object]]:
-    """A bar on standard error, where that is a terminal; it is moved by examples."""
-    console = Console(stderr=True)
-    if not (is_shown and console.is_terminal):
-        yield lambda _: None
-        return
-    columns = [TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("predict", total=total)
-        yield lambda num: progress.advance(task, num)

@@ -12,7 +12,7 @@ from typing import IO, Any, Self
 from opfa.errors import RunError
 from opfa.recipe import Recipe
 from opfa.report.bars import Bar
-from opfa.report.curves import NO_NUMBERS
+from opfa.report.logged import NO_NUMBERS
 from opfa.storage import seal
 from opfa.storage.files import check_directory, write_text, writing
 from opfa.storage.temporary import lock

@@ -4,20 +4,18 @@
 """
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from opfa.errors import DataError, RecipeError, opening, redacted
 from opfa.extras import importing
 from opfa.models.configs import load_tokenizer
+from opfa.report.bars import Bar
 from opfa.storage import seal
 from opfa.training import distributed, launch
 from opfa.upstream.corpus import FORMAT, OLD_FORMAT, SUMMARY, measure, tokenizer_digest
@@ -155,14 +153,11 @@ def _with_bar(directory: Path, names: Iterable[str]) -> Iterator[str]:
     """These names; on a terminal with a progress bar, where their files are large."""
     names = list(names)
     sizes = [path.stat().st_size if (path := directory / name).is_file() else 0 for name in names]
-    if sum(sizes) < LARGE or launch.place().rank > 0 or not sys.stderr.isatty():
-        yield from names
-        return
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"checking {directory}", total=sum(sizes))
+    is_wanted = sum(sizes) >= LARGE and launch.place().rank == 0
+    with Bar("checking the data", sum(sizes), counts=False, is_wanted=is_wanted) as bar:
         for name, size in zip(names, sizes, strict=True):
             yield name
-            progress.advance(task, size)
+            bar.advance(size)
 
 
 def _split(directory: Path) -> Dataset:

@@ -19,6 +19,7 @@ from opfa.training.checkpoint import newest_point
 from opfa.training.loop import Progress
 
 HEAVY = (
+    "numpy",
     "torch",
     "transformers",
     "datasets",
