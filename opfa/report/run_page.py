@@ -71,9 +71,10 @@ def _cards(
 ) -> Iterator[tuple[str, str, str]]:
     """What matters most: label, value, note."""
     last = next(reversed(by_kind(rows)[1]), {})
+    where = f"{last.get('split', 'held out')}, at the end"
     for name in metrics:
         if last.get(name):
-            yield name.replace("_", " "), figure(last[name], None), "held out, at the end"
+            yield name.replace("_", " "), figure(last[name], None), where
     total = sparsity["total"]
     if total["zeros"]:
         note = f"{total['zeros']:,} of {total['size']:,} weights of pruned matrices"
