@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
+    from opfa.inference.predict import predict
     from opfa.integrations.guard import SparsityGuard
     from opfa.integrations.lora import masked_lora
     from opfa.integrations.pruning import PruningCallback
     from opfa.models.trained import load
-    from opfa.runtimes.predict import predict
     from opfa.sparsity.layers import fuse, lock
     from opfa.weights.inspection import inspect
 
@@ -57,7 +57,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "masked_lora": "opfa.integrations.lora",
     "new_recipe": "opfa.api.own",
     "plan": "opfa.api.train",
-    "predict": "opfa.runtimes.predict",
+    "predict": "opfa.inference.predict",
     "prepare": "opfa.api.train",
     "pretrain": "opfa.api.train",
     "prune": "opfa.api.prune",

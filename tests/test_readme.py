@@ -118,7 +118,7 @@ def test_sentences_about_the_quickstart_say_what_its_results_say() -> None:
         if name.startswith("90 %"):
             assert row["sparsity"] == 0.9 and row["nonzero"] == size / 10
     zeros = size * 9 // 10
-    page = text_of("opfa/runtimes/README.md")
+    page = text_of("opfa/inference/README.md")
     assert f"zeros (the model's: {zeros:,})" in page
     assert f"{zeros + 29:,}, 29 of them rounded" in page
 

@@ -15,8 +15,8 @@ from opfa.storage.files import check_file, check_new
 
 if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
+    from opfa.inference.results import ExportResult
     from opfa.releases.results import ReleaseResult, UnpackResult
-    from opfa.runtimes.results import ExportResult
     from opfa.weights.comparison import Comparison
 
 Form = Literal["dense", "compact", "compact-int8"]
@@ -146,7 +146,7 @@ def export(
     if verify is not None:
         checked = task_recipe_of(model, recipe, ())
         task = checked.task.model_copy(update={"validation": str(verify)})
-    from opfa.runtimes.export import export as execute
+    from opfa.inference.export import export as execute
 
     is_int8 = None if precision is None else precision == "int8"
     file = None if report is None else Path(report)

@@ -4,9 +4,9 @@ from opfa.api.prune import PruneResult
 from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
 from opfa.hub.index import Released
 from opfa.hub.results import DownloadResult, PushResult
+from opfa.inference.results import ExportResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
-from opfa.runtimes.results import ExportResult
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [

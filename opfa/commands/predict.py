@@ -71,8 +71,8 @@ def predict(
     """
     if output is None and as_json:
         raise RunError("--json is about --output FILE; standard output has the predictions already")
-    from opfa.runtimes.predict import predict_file
-    from opfa.runtimes.predictor import Options
+    from opfa.inference.predict import predict_file
+    from opfa.inference.predictor import Options
 
     options = Options(
         kind=kind,

@@ -31,10 +31,10 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.sweep import sweep
 from opfa.downstream.teacher import Teacher
 from opfa.errors import ModelError, RecipeError
+from opfa.inference import onnx_graph
+from opfa.inference.export import export
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.releases.release import release, unpack
-from opfa.runtimes import onnx_graph
-from opfa.runtimes.export import export
 from opfa.storage.seal import read_json
 from opfa.tasks import kinds as tasks
 from opfa.tasks.embeddings import settled

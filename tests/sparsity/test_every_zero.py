@@ -34,10 +34,10 @@ from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import ModelError
+from opfa.inference.export import export
 from opfa.models.configs import quiet_transformers, wordpiece_tokenizer
 from opfa.releases.release import release, unpack
 from opfa.releases.rounding import write_weights
-from opfa.runtimes.export import export
 
 WORDS = sorted({word for line in (*SUBJECTS, *VERBS, *OBJECTS) for word in line.split()})
 VOCABULARY = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", ".", *WORDS]

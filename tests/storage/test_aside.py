@@ -17,8 +17,8 @@ from opfa.commands import app as cli
 from opfa.downstream import calibrate as calibrating
 from opfa.errors import RunError
 from opfa.hub import download as downloading
+from opfa.inference import export as exporting
 from opfa.releases import release as releasing
-from opfa.runtimes import export as exporting
 from opfa.storage.files import new_directory, new_file, work_directory, write_text
 from opfa.storage.temporary import held, lock
 from opfa.training.checkpoint import save_point

@@ -15,11 +15,11 @@ from typing import TextIO
 from opfa.data.json_records import Record
 from opfa.data.lines import check_plain
 from opfa.errors import RunError
+from opfa.inference import rows as rowing
+from opfa.inference.predictor import Options, Predictor
+from opfa.inference.rows import Csv, InputFormat, Item, JsonLines, OutputFormat, Source
 from opfa.report.bars import Bar
 from opfa.report.tables import Result, Table
-from opfa.runtimes import rows as rowing
-from opfa.runtimes.predictor import Options, Predictor
-from opfa.runtimes.rows import Csv, InputFormat, Item, JsonLines, OutputFormat, Source
 from opfa.storage.files import check_file, new_file
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction

@@ -20,10 +20,10 @@ import opfa
 from opfa.commands import app as cli
 from opfa.downstream.evaluate import measure
 from opfa.errors import DataError, ModelError, OpfaError, Redacting, RunError
+from opfa.inference import rows
+from opfa.inference.predict import predict_file
+from opfa.inference.predictor import Options, Predictor
 from opfa.models.encoders import HEADS
-from opfa.runtimes import rows
-from opfa.runtimes.predict import predict_file
-from opfa.runtimes.predictor import Options, Predictor
 from opfa.tasks import unlabelled
 from opfa.tasks.predictions import (
     AnswerPrediction,

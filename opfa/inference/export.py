@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from opfa.compression import quant
 from opfa.downstream.recipe import recipe_of
 from opfa.errors import ModelError, RunError
+from opfa.inference import onnx_graph
+from opfa.inference.parity import parity, problems
+from opfa.inference.results import ExportResult, Fingerprints, Sides, Zeros
 from opfa.models import sentences
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.encoders import has_head, load_finetuned_model
 from opfa.models.trained import as_trained, ranges_of
-from opfa.runtimes import onnx_graph
-from opfa.runtimes.parity import parity, problems
-from opfa.runtimes.results import ExportResult, Fingerprints, Sides, Zeros
 from opfa.sparsity import masks
 from opfa.storage.files import (
     check_file,

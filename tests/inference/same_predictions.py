@@ -1,5 +1,5 @@
 """The same predictions by `opfa predict` on each form of a model, by transformers' `pipeline`, and
-by ONNX Runtime by hand. On real data: python tests/runtimes/same_predictions.py DATA
+by ONNX Runtime by hand. On real data: python tests/inference/same_predictions.py DATA
 
 Every kind of task gets a small random BERT, which is fine-tuned for a minute with half of its
 weights pruned, then released, exported, and asked about as many examples as there are.
@@ -29,9 +29,9 @@ from transformers import (
 import opfa
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.inference.export import export
+from opfa.inference.parity import session_options
 from opfa.releases.release import release
-from opfa.runtimes.export import export
-from opfa.runtimes.parity import session_options
 from opfa.tasks.predictions import Prediction
 
 NUM_TRAIN, NUM_EXAMPLES = 3_000, 500

@@ -194,7 +194,7 @@ def _onnx(
     file: Path, task: Task, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str]
 ) -> nn.Module:
     """An ONNX file in ONNX Runtime, tried out on one word."""
-    from opfa.runtimes.parity import OnnxModel  # an optional extra
+    from opfa.inference.parity import OnnxModel  # an optional extra
 
     with opening(file, ModelError, "can't be read by ONNX Runtime"):
         model = OnnxModel(file)

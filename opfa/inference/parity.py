@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opfa.downstream.evaluate import predict, score
 from opfa.extras import importing
-from opfa.runtimes.results import Parity
+from opfa.inference.results import Parity
 from opfa.tasks.features import NO_LABEL, Split
 from opfa.tasks.recipe import Task
 from opfa.tasks.squad import decode

@@ -29,11 +29,11 @@ from opfa.compression.pattern import Pattern
 from opfa.downstream.finetune import finetune
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import ModelError, RunError
+from opfa.inference import export, onnx_graph, parity
+from opfa.inference.onnx_graph import nonzeros
+from opfa.inference.parity import OnnxModel, session_options
+from opfa.inference.results import Parity
 from opfa.models.encoders import HEADS, load_finetuned_model
-from opfa.runtimes import export, onnx_graph, parity
-from opfa.runtimes.onnx_graph import nonzeros
-from opfa.runtimes.parity import OnnxModel, session_options
-from opfa.runtimes.results import Parity
 from opfa.sparsity import masks
 from opfa.sparsity.layers import lock, mask_layers
 from opfa.tasks.kinds import load_validation
@@ -584,9 +584,9 @@ def test_a_missing_package_is_one_message(
     monkeypatch: pytest.MonkeyPatch, module: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"opfa.runtimes.{module}")
+    monkeypatch.delitem(sys.modules, f"opfa.inference.{module}")
     with pytest.raises(RunError, match=rf'needs {package}: pip install "opfa\[export\]"'):
-        importlib.import_module(f"opfa.runtimes.{module}")
+        importlib.import_module(f"opfa.inference.{module}")
 
 
 def test_nonzeros_of_a_name_that_is_not_there_is_left_out(
