@@ -1,0 +1,139 @@
+"""A transformers model whose encoder runs in the kernels.
+
+The model stays what it is, with its head in torch: only the encoder's `forward` is another, and its
+weights are packed. So the outputs are transformers' own, and a pipeline can hold it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+from opfa.errors import RunError
+from opfa.models import trained
+from opfa.runtime.families import Build, build
+from opfa.runtime.program import Ints, Runner
+
+KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
+REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
+
+
+class KernelEncoder:
+    """What the class of an encoder becomes: `forward` computes in the kernels."""
+
+    runner: Runner
+    built: Build
+    training: bool
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,  # of transformers' models
+    ) -> BaseModelOutput | BaseModelOutputWithPooling:
+        """Hidden states [batch, tokens, channels] of `input_ids` [batch, tokens], fp32.
+
+        Only real tokens are computed; hidden states of padding are 0. Raises `RunError` for what
+        the kernels lack: training, attentions, hidden states of all layers, embeddings as input.
+        """
+        if self.training:
+            raise RunError("the runtime computes forward only; train the model in torch")
+        for name in REFUSED:
+            if options.get(name) is not None and options[name] is not False:
+                raise RunError(f"{name}: the runtime doesn't have it")
+        if input_ids is None or input_ids.ndim != 2:
+            raise RunError("input_ids: must be a tensor [batch, tokens]")
+        lengths, rows = _real_tokens(input_ids, attention_mask)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = self._ids(input_ids.numpy(), token_type_ids, position_ids, rows)
+        shape = (*input_ids.shape, self.built.channels)
+        hidden = torch.empty(shape) if len(rows) == input_ids.numel() else torch.zeros(shape)
+        if len(rows):
+            self.runner.run(starts, ids, rows=rows, target=hidden.numpy())
+        pooler = getattr(self, "pooler", None)
+        if pooler is None:
+            return BaseModelOutput(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType] - a FloatTensor
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooler(hidden))  # pyright: ignore[reportArgumentType]
+
+    def _ids(
+        self, ids: Any, types: Tensor | None, positions: Tensor | None, rows: Ints
+    ) -> list[Ints]:
+        """Rows of the embedded tables for each real token."""
+        found: list[Any] = [ids, None, np.zeros_like(ids) if types is None else types.numpy()]
+        if positions is not None:
+            found[1] = positions.expand(*ids.shape).numpy()
+        elif (padding := self.built.first_position) is not None:  # RoBERTa's begin behind it
+            is_token = ids != padding
+            found[1] = np.cumsum(is_token, 1) * is_token + padding
+        else:
+            found[1] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        names = ("input_ids", "position_ids", "token_type_ids")
+        picked = []
+        for name, given, size in zip(names, found, self.built.table_sizes, strict=False):
+            values = given.reshape(-1)[rows].astype(np.int32)
+            if len(values) and not 0 <= values.min() <= values.max() < size:
+                wrong = values.max() if values.max() >= size else values.min()
+                raise RunError(f"{name}: {wrong} is not in the model's {size:,}")
+            picked.append(values)
+        return picked
+
+    def save_pretrained(self, *_: object, **__: object) -> None:
+        """Refused: the weights are packed."""
+        raise RunError("a model in the runtime can't be saved; save the one that it was made from")
+
+
+def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
+    """Lengths of sequences, and the rows of their tokens."""
+    if mask is None:
+        return np.full(len(ids), ids.shape[1], np.int32), np.arange(ids.numel(), dtype=np.int32)
+    if mask.shape != ids.shape:
+        raise RunError(f"attention_mask: is {list(mask.shape)}, and input_ids {list(ids.shape)}")
+    is_real = mask.numpy() != 0
+    if (np.diff(is_real, axis=1, prepend=False).sum(1) > 2).any():
+        raise RunError("attention_mask: the real tokens of a row must stand together")
+    lengths = is_real.sum(1)
+    return lengths[lengths > 0].astype(np.int32), np.flatnonzero(is_real).astype(np.int32)
+
+
+def with_kernels(model: PreTrainedModel, threads: int) -> PreTrainedModel:
+    """Make the encoder of a model run in the kernels, in place, and drop its dense weights."""
+    encoder = model.base_model
+    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
+    built = build(encoder)
+    for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
+        delattr(encoder, name)
+    cls = type(encoder)
+    encoder.__class__ = type(f"Kernel{cls.__name__}", (KernelEncoder, cls), {})
+    vars(encoder).update(built=built, runner=Runner(built.program, threads))
+    return model.eval().requires_grad_(False)
+
+
+def load(model: str | Path, *, threads: int | None = None) -> PreTrainedModel:
+    """A model whose encoder runs in the kernels, for use as in transformers; forward only."""
+    return with_kernels(trained.load(model, exact=False), num_threads(threads))
+
+
+def num_threads(wanted: int | None) -> int:
+    """How many threads to use: by default the cores that this process may use."""
+    cores = max(1, min(len(os.sched_getaffinity(0)), _quota()))
+    if wanted is None:
+        return cores
+    if not 1 <= wanted <= cores:
+        raise RunError(f"threads = {wanted}: must be from 1 to the {cores} cores of this process")
+    return wanted
+
+
+def _quota() -> int:
+    """The cores that the container's quota allows (cgroup 2)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return os.cpu_count() or 1

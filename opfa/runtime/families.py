@@ -1,0 +1,210 @@
+"""The families of encoders, as steps for the kernels: BERT, RoBERTa, DistilBERT and ModernBERT.
+
+Weights are taken from a transformers model by the paths of its modules. Queries, keys and values
+become one matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from opfa.errors import ModelError
+from opfa.runtime.packing import Floats, Packed, pack
+from opfa.runtime.program import Program
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+class Build:
+    """A program while it is put together from the modules of an encoder."""
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        """Begin with no steps."""
+        self.encoder, self.program = encoder, Program()
+        self.channels, self.table_sizes = 0, list[int]()
+        self.first_position: int | None = None  # the id of padding, if positions begin behind it
+        self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
+
+    def module(self, path: str) -> Any:  # Any: a module of the family
+        """A module of the encoder."""
+        return self.encoder.get_submodule(path)
+
+    def embed(self, paths: Sequence[str], target: int) -> None:
+        """Sums of embeddings."""
+        tables = [_array(self.module(path).weight) for path in paths]
+        self.table_sizes = [len(table) for table in tables]
+        self.program.embed(tables, target)
+
+    def store(self, source: int, channels: int) -> None:
+        """The hidden states that a call gives."""
+        self.channels = channels
+        self.program.store(source, channels)
+
+    def norm(self, path: str, source: int, target: int) -> None:
+        """Layer normalization."""
+        module = self.module(path)
+        self.program.norm(
+            source, target, _array(module.weight), _array(module.bias), float(module.eps)
+        )
+
+    def linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> None:
+        """One or several layers with the same input; `options` are those of `Program.linear`."""
+        modules = [self.module(path) for path in paths]
+        matrix = pack(np.concatenate([_array(module.weight) for module in modules]))
+        biases = [_array(module.bias) for module in modules if module.bias is not None]
+        self.matrices[" ".join(paths)] = matrix
+        bias = np.concatenate(biases) if biases else None
+        self.program.linear(matrix, bias, source, target, **options)
+
+
+def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
+    """A parameter as fp32 numbers, which share its memory if it is fp32."""
+    return None if parameter is None else parameter.detach().float().contiguous().numpy()
+
+
+def _activation(name: object) -> str:
+    if name not in ACTIVATIONS:
+        raise ModelError(f"activation {name!r}: the runtime has {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[str(name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostNorm:
+    """Layers that normalize after each residual: their sizes, and the paths of their modules."""
+
+    hidden: int
+    heads: int
+    layers: int
+    intermediate: int
+    activation: object
+    tables: Sequence[str]
+    stack: str
+    names: Mapping[str, str]
+
+
+def _post_norm(build: Build, sizes: PostNorm) -> None:
+    hidden, heads, program = sizes.hidden, sizes.heads, build.program
+    x, sums = program.buffer(hidden), program.buffer(hidden)
+    qkv, attended = program.buffer(3 * hidden), program.buffer(hidden)
+    middle = program.buffer(sizes.intermediate)
+    build.embed(sizes.tables, x)
+    build.norm("embeddings.LayerNorm", x, x)
+    for number in range(sizes.layers):
+        path = {key: f"{sizes.stack}.{number}.{name}" for key, name in sizes.names.items()}
+        build.linear([path["query"], path["key"], path["value"]], x, qkv)
+        program.attention(qkv, attended, hidden, heads)
+        build.linear([path["out"]], attended, sums, residual=x)
+        build.norm(path["norm"], sums, x)
+        build.linear([path["up"]], x, middle, activation=_activation(sizes.activation))
+        build.linear([path["down"]], middle, sums, residual=x)
+        build.norm(path["last"], sums, x)
+    build.store(x, hidden)
+
+
+def _bert(build: Build, config: Any) -> None:  # Any: the family's configuration
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    names = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
+    names |= {"out": "attention.output.dense", "norm": "attention.output.LayerNorm"}
+    names |= {"up": "intermediate.dense", "down": "output.dense", "last": "output.LayerNorm"}
+    sizes = PostNorm(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+        intermediate=config.intermediate_size,
+        activation=config.hidden_act,
+        tables=[f"embeddings.{table}" for table in tables],
+        stack="encoder.layer",
+        names=names,
+    )
+    _post_norm(build, sizes)
+
+
+def _roberta(build: Build, config: Any) -> None:
+    build.first_position = config.pad_token_id
+    _bert(build, config)
+
+
+def _distilbert(build: Build, config: Any) -> None:
+    names = {name: f"attention.{name[0]}_lin" for name in ("query", "key", "value")}
+    names |= {"out": "attention.out_lin", "norm": "sa_layer_norm"}
+    names |= {"up": "ffn.lin1", "down": "ffn.lin2", "last": "output_layer_norm"}
+    sizes = PostNorm(
+        hidden=config.dim,
+        heads=config.n_heads,
+        layers=config.n_layers,
+        intermediate=config.hidden_dim,
+        activation=config.activation,
+        tables=["embeddings.word_embeddings", "embeddings.position_embeddings"],
+        stack="transformer.layer",
+        names=names,
+    )
+    _post_norm(build, sizes)
+
+
+def _modernbert(build: Build, config: Any) -> None:
+    """Layers that normalize before; gated, with rotated queries and keys, and some local."""
+    hidden, heads, program = config.hidden_size, config.num_attention_heads, build.program
+    x, normed, attended = (program.buffer(hidden) for _ in range(3))
+    qkv, both = program.buffer(3 * hidden), program.buffer(2 * config.intermediate_size)
+    middle = program.buffer(config.intermediate_size)
+    tables = {
+        kind: _rotations(build.module("rotary_emb"), config, kind)
+        for kind in set(config.layer_types)
+    }
+    build.embed(["embeddings.tok_embeddings"], x)
+    build.norm("embeddings.norm", x, x)
+    for number, kind in enumerate(config.layer_types):
+        path = f"layers.{number}"
+        if number:
+            build.norm(f"{path}.attn_norm", x, normed)
+        build.linear([f"{path}.attn.Wqkv"], normed if number else x, qkv)
+        program.rotate(qkv, hidden, heads, tables[kind])
+        window = config.sliding_window if kind == "sliding_attention" else 0
+        program.attention(qkv, attended, hidden, heads, window=window)
+        build.linear([f"{path}.attn.Wo"], attended, x, residual=x)
+        build.norm(f"{path}.mlp_norm", x, normed)
+        build.linear([f"{path}.mlp.Wi"], normed, both)
+        program.gate(both, middle, config.intermediate_size, _activation(config.hidden_activation))
+        build.linear([f"{path}.mlp.Wo"], middle, x, residual=x)
+    build.norm("final_norm", x, normed)
+    build.store(normed, hidden)
+
+
+def _rotations(rotary: Any, config: Any, kind: str) -> list[Floats]:  # Any: the family's own
+    """Cosines and sines [positions, half of a head]."""
+    frequencies = getattr(rotary, f"{kind}_inv_freq").numpy().astype(np.float32)
+    angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+    scaling = np.float32(getattr(rotary, f"{kind}_attention_scaling"))
+    return [np.cos(angles) * scaling, np.sin(angles) * scaling]
+
+
+FAMILIES: dict[str, Callable[[Build, Any], None]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "modernbert": _modernbert,
+}
+
+
+def build(encoder: PreTrainedModel) -> Build:
+    """The program of an encoder that has its weights; raises `ModelError` for another family."""
+    config: PretrainedConfig = encoder.config
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")
+    found = Build(encoder)
+    FAMILIES[config.model_type](found, config)
+    return found

@@ -1,0 +1,27 @@
+/* What runtime.c gives to the work of a step, and how a level of instructions offers that work. */
+#ifndef OPFA_OPS_H
+#define OPFA_OPS_H
+#include "opfa_runtime.h"
+
+#define OPFA_DENSE_BLOCK 48  /* rows of a dense matrix that are one item of work */
+#define OPFA_MOST_HEAD 256   /* channels of a head */
+typedef struct {
+  int32_t sequence, tile, lane, count;
+} opfa_queries; /* queries of one sequence in one tile */
+
+typedef struct {
+  const opfa_program *program;
+  const opfa_call *call;
+  int32_t padded, tiles;       /* tokens with those that fill the last group */
+  int32_t num_queries;
+  const opfa_queries *queries;
+  const int32_t *positions;    /* of tokens in their sequences */
+} opfa_work;
+
+typedef struct {
+  void (*work[OPFA_GATE + 1])(const opfa_work *, const opfa_step *, int64_t item);
+  double (*peak)(void);
+} opfa_ops;
+
+double opfa_now(void);
+#endif

@@ -1,0 +1,318 @@
+/* Runs a program step by step on a pool of threads, with the best instructions that the CPU has. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "ops.h"
+
+#define SPIN_SECONDS 50e-6
+
+double opfa_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+/* ---- Levels -------------------------------------------------------------------------------- */
+
+extern const opfa_ops opfa_ops_plain;
+#if defined(__x86_64__)
+extern const opfa_ops opfa_ops_avx512, opfa_ops_avx2;
+#endif
+
+static int has_avx512(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return 0;
+#endif
+}
+
+static int has_avx2(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 0;
+#endif
+}
+
+static int always(void) { return 1; }
+
+static const struct level {
+  const char *name;
+  int (*is_there)(void);
+  const opfa_ops *ops;
+} levels[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, &opfa_ops_avx512},
+    {"avx2", has_avx2, &opfa_ops_avx2},
+    {"plain", always, &opfa_ops_plain},
+#elif defined(__aarch64__)
+    {"neon", always, &opfa_ops_plain},
+#else
+    {"plain", always, &opfa_ops_plain},
+#endif
+};
+enum { NUM_LEVELS = sizeof(levels) / sizeof(*levels) };
+static _Atomic(const opfa_ops *) chosen;
+
+int32_t opfa_abi(void) { return OPFA_ABI; }
+
+const char *opfa_levels(void) {
+  static char names[64];
+  char found[64] = "";
+  for (int i = 0; i < NUM_LEVELS; i++)
+    if (levels[i].is_there()) strcat(strcat(found, *found ? " " : ""), levels[i].name);
+  return strcpy(names, found);
+}
+
+int opfa_choose(const char *level) {
+  for (int i = 0; i < NUM_LEVELS; i++)
+    if (!strcmp(levels[i].name, level) && levels[i].is_there()) {
+      chosen = levels[i].ops;
+      return 0;
+    }
+  return -1;
+}
+
+static const opfa_ops *ops(void) {
+  const opfa_ops *found = chosen;
+  for (int i = 0; !found; i++)
+    if (levels[i].is_there()) found = levels[i].ops;
+  return found;
+}
+
+double opfa_peak(void) { return ops()->peak(); }
+
+/* ---- Threads ------------------------------------------------------------------------------- */
+
+typedef struct {
+  _Alignas(64) atomic_int_least64_t next;
+  int64_t end;
+} range;
+
+typedef struct {
+  opfa_work work;
+  int threads;
+  const opfa_ops *ops;
+  range *ranges; /* [steps][threads] */
+  atomic_int *arrived; /* [steps] */
+} job;
+
+struct opfa_pool {
+  int threads;
+  pthread_t *handles;
+  pthread_mutex_t calls, lock; /* one call at a time; the state below */
+  pthread_cond_t wake;
+  atomic_long epoch;
+  atomic_int sleeping;
+  atomic_int running;
+  job *job;
+};
+
+typedef struct {
+  opfa_pool *pool;
+  int index;
+} seat;
+
+/* Waits until *value is at least `wanted`: spins, then gives the core to others. */
+static void await(atomic_int *value, int wanted) {
+  double until = 0;
+  for (int n = 0; atomic_load_explicit(value, memory_order_acquire) < wanted; n++) {
+    relax();
+    if (n % 64 != 63) continue;
+    if (!until) until = opfa_now() + SPIN_SECONDS;
+    if (opfa_now() > until) sched_yield();
+  }
+}
+
+/* Each thread has a part of a step's items, and helps the others when it is done. */
+static void take_part(job *j, int index) {
+  for (int n = 0; n < j->work.program->num_steps; n++) {
+    const opfa_step *step = j->work.program->steps + n;
+    range *ranges = j->ranges + (size_t)n * j->threads;
+    for (int i = 0; i < j->threads; i++) {
+      range *r = ranges + (index + i) % j->threads;
+      for (;;) {
+        const int64_t item = atomic_fetch_add_explicit(&r->next, 1, memory_order_relaxed);
+        if (item >= r->end) break;
+        j->ops->work[step->kind](&j->work, step, item);
+      }
+    }
+    atomic_fetch_add_explicit(j->arrived + n, 1, memory_order_acq_rel);
+    await(j->arrived + n, j->threads);
+  }
+}
+
+static void *worker(void *argument) {
+  const seat mine = *(seat *)argument;
+  free(argument);
+  opfa_pool *pool = mine.pool;
+  for (long seen = 0;; seen++) {
+    const double until = opfa_now() + SPIN_SECONDS;
+    while (atomic_load(&pool->epoch) == seen && opfa_now() < until) relax();
+    if (atomic_load(&pool->epoch) == seen) {
+      pthread_mutex_lock(&pool->lock);
+      atomic_fetch_add(&pool->sleeping, 1);
+      while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+      atomic_fetch_sub(&pool->sleeping, 1);
+      pthread_mutex_unlock(&pool->lock);
+    }
+    if (!pool->job) return NULL;
+    take_part(pool->job, mine.index);
+    atomic_fetch_sub(&pool->running, 1);
+  }
+}
+
+static void start(opfa_pool *pool, job *j) {
+  pool->job = j;
+  atomic_store(&pool->running, pool->threads - 1);
+  atomic_fetch_add(&pool->epoch, 1);
+  if (atomic_load(&pool->sleeping)) {
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+  }
+}
+
+opfa_pool *opfa_pool_new(int32_t threads) {
+  opfa_pool *pool = calloc(1, sizeof *pool);
+  if (!pool || !(pool->handles = calloc((size_t)threads, sizeof *pool->handles))) {
+    free(pool);
+    return NULL;
+  }
+  pthread_mutex_init(&pool->calls, NULL);
+  pthread_mutex_init(&pool->lock, NULL);
+  pthread_cond_init(&pool->wake, NULL);
+  for (pool->threads = 1; pool->threads < threads; pool->threads++) {
+    seat *mine = malloc(sizeof *mine);
+    if (mine) *mine = (seat){pool, pool->threads};
+    if (!mine || pthread_create(pool->handles + pool->threads, NULL, worker, mine)) {
+      free(mine);
+      opfa_pool_free(pool);
+      return NULL;
+    }
+  }
+  return pool;
+}
+
+void opfa_pool_free(opfa_pool *pool) {
+  if (!pool) return;
+  start(pool, NULL);
+  for (int i = 1; i < pool->threads; i++) pthread_join(pool->handles[i], NULL);
+  free(pool->handles);
+  free(pool);
+}
+
+/* ---- Runs ---------------------------------------------------------------------------------- */
+
+static int32_t padded_to_groups(int32_t tokens) {
+  return (tokens + OPFA_GROUP - 1) / OPFA_GROUP * OPFA_GROUP;
+}
+
+int64_t opfa_workspace(const opfa_program *program, int32_t tokens) {
+  return program->channels * padded_to_groups(tokens) + 2 * OPFA_TILE; /* vectors may begin late */
+}
+
+static int64_t num_items(const opfa_work *w, const opfa_step *s) {
+  switch (s->kind) {
+    case OPFA_LINEAR: {
+      const int height = s->matrix->block ? s->matrix->block : OPFA_DENSE_BLOCK;
+      return (int64_t)((s->matrix->rows + height - 1) / height) * w->tiles;
+    }
+    case OPFA_ATTENTION: return (int64_t)w->num_queries * s->heads;
+    case OPFA_ROTARY: return (int64_t)w->tiles * s->heads;
+    default: return w->padded / OPFA_GROUP;
+  }
+}
+
+/* The queries of each sequence by tiles, and the position of each token. */
+static void split(opfa_work *w, opfa_queries *queries, int32_t *positions) {
+  int n = 0;
+  for (int s = 0; s < w->call->sequences; s++)
+    for (int token = w->call->starts[s], end = w->call->starts[s + 1]; token < end;) {
+      const int lane = token % OPFA_TILE;
+      const int count = end - token < OPFA_TILE - lane ? end - token : OPFA_TILE - lane;
+      queries[n++] = (opfa_queries){s, token / OPFA_TILE, lane, count};
+      for (int i = 0; i < count; i++) positions[token + i] = token + i - w->call->starts[s];
+      token += count;
+    }
+  w->num_queries = n;
+  w->queries = queries;
+  w->positions = positions;
+}
+
+int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool) {
+  const int threads = pool->threads, steps = program->num_steps;
+  opfa_work w = {.program = program, .call = call, .padded = padded_to_groups(call->tokens)};
+  w.tiles = (w.padded + OPFA_TILE - 1) / OPFA_TILE;
+  opfa_queries *queries = malloc(sizeof *queries * (size_t)(call->sequences + w.tiles));
+  int32_t *positions = malloc(sizeof *positions * (size_t)w.padded);
+  range *ranges = aligned_alloc(64, sizeof *ranges * (size_t)(steps * threads));
+  atomic_int *arrived = calloc((size_t)steps, sizeof *arrived);
+  const int is_there = queries && positions && ranges && arrived;
+  if (is_there) {
+    split(&w, queries, positions);
+    for (int n = 0; n < steps; n++) {
+      const int64_t items = num_items(&w, program->steps + n);
+      for (int i = 0; i < threads; i++) {
+        atomic_init(&ranges[n * threads + i].next, items * i / threads);
+        ranges[n * threads + i].end = items * (i + 1) / threads;
+      }
+    }
+    job j = {w, threads, ops(), ranges, arrived};
+    pthread_mutex_lock(&pool->calls);
+    if (threads > 1) start(pool, &j);
+    take_part(&j, 0);
+    if (threads > 1) {
+      for (int n = 0; atomic_load(&pool->running); n++)
+        if (n % 1024 == 1023) sched_yield();
+        else relax();
+    }
+    pthread_mutex_unlock(&pool->calls);
+  }
+  free(queries);
+  free(positions);
+  free(ranges);
+  free(arrived);
+  return is_there ? 0 : -1;
+}
+
+int opfa_check(const opfa_matrix *m, uint64_t visits, uint64_t live) {
+  if (m->rows < 1 || m->columns < 1 || m->block < 1 || m->block > 256 || m->tile < 1 || m->tile > 256) return 1;
+  const int64_t blocks = (m->rows + m->block - 1) / m->block, tiles = (m->columns + m->tile - 1) / m->tile;
+  uint64_t entry = 0;
+  if (m->starts[0] != 0 || m->starts[blocks * tiles] != visits) return 2;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int rows = m->rows - b * m->block < m->block ? (int)(m->rows - b * m->block) : m->block;
+    if (m->entries[b] != entry) return 3;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int columns = m->columns - t * m->tile < m->tile ? (int)(m->columns - t * m->tile) : m->tile;
+      const uint32_t from = m->starts[b * tiles + t], to = m->starts[b * tiles + t + 1];
+      if (to < from || to > visits) return 2;
+      for (uint32_t v = from; v < to; v++) {
+        const int row = m->visits[2 * v], count = m->visits[2 * v + 1];
+        if (row >= rows || count > columns || entry + (uint64_t)count > live) return 4;
+        for (int i = 0; i < count; i++)
+          if (m->indices[entry + i] >= columns) return 5;
+        entry += count;
+      }
+    }
+  }
+  return m->entries[blocks] == entry && entry == live ? 0 : 3;
+}

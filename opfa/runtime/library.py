@@ -1,0 +1,104 @@
+"""The compiled kernels, called through ctypes: the structures of kernels/opfa_runtime.h.
+
+ctypes releases the GIL during a call, and one library serves every version of Python and torch.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+
+from opfa.errors import RunError
+from opfa.runtime.build import compiled
+
+ABI = 1
+TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
+LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
+KINDS = ("embed", "load", "store", "norm", "linear", "attention", "rotary", "gate")
+
+
+class Matrix(Structure):
+    """`opfa_matrix`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("rows", "columns", "block", "tile")),
+        *((name, c_void_p) for name in ("starts", "entries", "visits", "indices", "values")),
+        ("bias", c_void_p),
+    ]
+
+
+class Buffer(Structure):
+    """`opfa_buffer`."""
+
+    _fields_ = [("offset", c_int64), ("channels", c_int32)]
+
+
+class Step(Structure):
+    """`opfa_step`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("kind", "activation", "source", "target", "residual")),
+        ("first", c_int32 * 3),
+        *((name, c_int32) for name in ("channels", "heads", "window")),
+        *((name, c_float) for name in ("epsilon", "scale")),
+        ("matrix", POINTER(Matrix)),
+        *((name, c_void_p) for name in ("weight", "bias")),
+        ("tables", c_void_p * TABLES),
+    ]
+
+
+class Program(Structure):
+    """`opfa_program`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("num_steps", "num_buffers")),
+        ("steps", POINTER(Step)),
+        ("buffers", POINTER(Buffer)),
+        ("channels", c_int64),
+    ]
+
+
+class Call(Structure):
+    """`opfa_call`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "sequences")),
+        ("starts", c_void_p),
+        ("ids", c_void_p * TABLES),
+        *((name, c_void_p) for name in ("rows", "input", "output", "workspace")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, at the level of `OPFA_RUNTIME_LEVEL` if that is set.
+
+    Raises `RunError` where there is neither a library nor a compiler, or for a level that this CPU
+    doesn't have.
+    """
+    found = ctypes.CDLL(str(compiled()))
+    found.opfa_levels.restype = c_char_p
+    found.opfa_choose.argtypes = [c_char_p]
+    found.opfa_peak.restype = c_double
+    found.opfa_pool_new.restype = c_void_p
+    found.opfa_pool_free.argtypes = [c_void_p]
+    found.opfa_workspace.restype = c_int64
+    found.opfa_run.argtypes = [POINTER(Program), POINTER(Call), c_void_p]
+    found.opfa_check.argtypes = [POINTER(Matrix), ctypes.c_uint64, ctypes.c_uint64]
+    if found.opfa_abi() != ABI:
+        raise RunError(f"{compiled()}: has interface {found.opfa_abi()}, not {ABI}")
+    level = os.environ.get(LEVEL)
+    if level and found.opfa_choose(level.encode()):
+        raise RunError(f"{LEVEL}={level}: this CPU has {found.opfa_levels().decode()}")
+    return found
+
+
+def level() -> str:
+    """The instructions that the kernels use: avx512, avx2, neon or plain."""
+    return os.environ.get(LEVEL) or levels()[0]
+
+
+def levels() -> list[str]:
+    """What this CPU can run, best first."""
+    return library().opfa_levels().decode().split()
