@@ -18,8 +18,10 @@ from opfa.errors import RunError
 
 KERNELS = Path(__file__).parent / "kernels"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+AMX = ["-mavx512vnni", "-mavx512bf16", "-mavx512vbmi2", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 LEVELS = {  # the name of a level: bytes of a vector, and the compiler's options
     "x86_64": {
+        "amx": (64, [*AVX512, *AMX]),
         "avx512bf16": (64, [*AVX512, "-mavx512vnni", "-mavx512bf16"]),
         "avx512vnni": (64, [*AVX512, "-mavx512vnni"]),
         "avx512": (64, AVX512),

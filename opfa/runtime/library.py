@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from opfa.errors import RunError
 from opfa.runtime.build import compiled
 
-ABI = 2
+ABI = 3
 TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
@@ -24,7 +24,10 @@ class Matrix(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("rows", "columns", "block", "tile", "dtype")),
-        *((name, c_void_p) for name in ("starts", "entries", "visits", "indices", "values")),
+        *(
+            (name, c_void_p)
+            for name in ("starts", "entries", "masks", "visits", "indices", "values")
+        ),
         *((name, c_void_p) for name in ("scales", "bias")),
     ]
 
@@ -79,7 +82,7 @@ def library() -> ctypes.CDLL:
     doesn't have.
     """
     found = ctypes.CDLL(str(compiled()))
-    found.opfa_levels.restype = c_char_p
+    found.opfa_levels.restype = found.opfa_level.restype = c_char_p
     found.opfa_choose.argtypes = [c_char_p]
     found.opfa_peak.restype = c_double
     found.opfa_pool_new.restype = c_void_p
@@ -96,8 +99,8 @@ def library() -> ctypes.CDLL:
 
 
 def level() -> str:
-    """The instructions that the kernels use: avx512, avx2, neon or plain."""
-    return os.environ.get(LEVEL) or levels()[0]
+    """The instructions that the kernels use: amx, avx512bf16, ..., avx2, neon or plain."""
+    return library().opfa_level().decode()
 
 
 def levels() -> list[str]:

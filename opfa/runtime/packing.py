@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import DTYPES, PANEL
+from opfa.runtime.library import DTYPES, PANEL, level
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
+SIDE, ROW = 16, 64  # rows and bytes of a tile of AMX
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
 Floats = NDArray[np.float32]
 
@@ -38,7 +39,8 @@ class Packed:
 def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     """A weight [out, in] with its zeros left out, as fp32, bf16 (bits as uint16) or int8.
 
-    In fp32 it is packed dense if more than `most_density` of it live.
+    In fp32 it is packed dense if more than `most_density` of it live. On a CPU with AMX, bf16 and
+    int8 are packed by masks.
     """
     dtype = DTYPES[{"float32": 0, "uint16": 1, "int8": 2}[weight.dtype.name]]
     num_live = int(np.count_nonzero(weight))
@@ -46,7 +48,26 @@ def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     sizes["dtype"] = DTYPES.index(dtype)
     if dtype == "fp32" and num_live > most_density * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
+    if dtype != "fp32" and level() == "amx":
+        return Packed(**sizes, block=BLOCK, tile=ROW // weight.itemsize, arrays=_masks(weight))
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
+
+
+def _masks(weight: NDArray) -> dict[str, NDArray]:
+    """By groups of 16 rows and tiles of 64 bytes: a mask of each row, and the live weights."""
+    columns = ROW // weight.itemsize
+    groups, tiles = -(-weight.shape[0] // SIDE), -(-weight.shape[1] // columns)
+    padded = np.zeros((groups * SIDE, tiles * columns), weight.dtype)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    ordered = padded.reshape(groups, SIDE, tiles, columns).transpose(0, 2, 1, 3)
+    is_live = ordered != 0
+    masks = np.packbits(is_live, axis=-1, bitorder="little")
+    entries = _sums(is_live.sum((1, 2, 3)))
+    return {
+        "masks": np.ascontiguousarray(masks),
+        "entries": entries,
+        "values": np.concatenate([ordered[is_live], np.zeros(ROW, weight.dtype)]),
+    }
 
 
 def _panels(weight: Floats) -> Floats:

@@ -7,6 +7,14 @@
 #include <string.h>
 #include <time.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "ops.h"
 
 #define SPIN_SECONDS 50e-6
@@ -29,7 +37,7 @@ static inline void relax(void) {
 
 extern const opfa_ops opfa_ops_plain;
 #if defined(__x86_64__)
-extern const opfa_ops opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512, opfa_ops_avx2;
+extern const opfa_ops opfa_ops_amx, opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512, opfa_ops_avx2;
 #endif
 
 static int has_avx512(void) {
@@ -58,6 +66,19 @@ static int has_bf16(void) {
 #endif
 }
 
+/* The system must allow a process to use the tiles, which make its threads' state large. */
+static int has_amx(void) {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!has_bf16() || !__builtin_cpu_supports("avx512vbmi2")) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const unsigned all = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
+  return (d & all) == all && !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
+#else
+  return 0;
+#endif
+}
+
 static int has_avx2(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -75,6 +96,7 @@ static const struct level {
   const opfa_ops *ops;
 } levels[] = {
 #if defined(__x86_64__)
+    {"amx", has_amx, &opfa_ops_amx},
     {"avx512bf16", has_bf16, &opfa_ops_avx512bf16},
     {"avx512vnni", has_vnni, &opfa_ops_avx512vnni},
     {"avx512", has_avx512, &opfa_ops_avx512},
@@ -108,12 +130,15 @@ int opfa_choose(const char *level) {
   return -1;
 }
 
-static const opfa_ops *ops(void) {
-  const opfa_ops *found = chosen;
-  for (int i = 0; !found; i++)
-    if (levels[i].is_there()) found = levels[i].ops;
-  return found;
+static const struct level *current(void) {
+  const opfa_ops *wanted = chosen;
+  for (const struct level *l = levels;; l++)
+    if (wanted ? l->ops == wanted : l->is_there()) return l;
 }
+
+const char *opfa_level(void) { return current()->name; }
+
+static const opfa_ops *ops(void) { return current()->ops; }
 
 double opfa_peak(void) { return ops()->peak(); }
 
