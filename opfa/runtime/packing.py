@@ -66,7 +66,7 @@ def _masks(weight: NDArray) -> dict[str, NDArray]:
     return {
         "masks": np.ascontiguousarray(masks),
         "entries": entries,
-        "values": np.concatenate([ordered[is_live], np.zeros(ROW, weight.dtype)]),
+        "values": np.append(ordered[is_live], np.zeros(ROW, weight.dtype)),  # rows are read whole
     }
 
 
