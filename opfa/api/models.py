@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
     from opfa.inference.results import ExportResult
     from opfa.releases.results import ReleaseResult, UnpackResult
+    from opfa.runtime.packer import PackResult
     from opfa.weights.comparison import Comparison
 
 Form = Literal["dense", "compact", "compact-int8"]
@@ -119,6 +120,21 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
     from opfa.releases.release import unpack as execute
 
     return execute(Path(directory), Path(output))
+
+
+@progress()
+def pack(model: str | Path, output: str | Path, *, dtype: Literal["fp32"] = "fp32") -> "PackResult":
+    """Pack an encoder, with its head if it has one, for `opfa.runtime.load` on CPUs.
+
+    `model` is a run, a directory in any form or a Hub name: BERT, RoBERTa, DistilBERT or ModernBERT.
+    The new directory `output` has its configuration, its tokenizer and one file, which is mapped and
+    not read, so that processes share it. A matrix with half of its weights zero, or more, is there
+    without its zeros. `dtype` is the type of the live weights.
+    """
+    check_new(Path(output))
+    from opfa.runtime.packer import pack as execute
+
+    return execute(str(model), Path(output), dtype)
 
 
 @progress()

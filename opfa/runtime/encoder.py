@@ -16,8 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from opfa.errors import RunError
 from opfa.models import trained
-from opfa.runtime.families import Build, build
+from opfa.models.configs import checked_directory
+from opfa.runtime import mapped
+from opfa.runtime.families import Build, Matrices, build
 from opfa.runtime.program import Ints, Runner
+from opfa.storage.foreign import PACKED
 
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
 REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -102,11 +105,16 @@ def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
     return lengths[lengths > 0].astype(np.int32), np.flatnonzero(is_real).astype(np.int32)
 
 
-def with_kernels(model: PreTrainedModel, threads: int) -> PreTrainedModel:
-    """Make the encoder of a model run in the kernels, in place, and drop its dense weights."""
+def with_kernels(
+    model: PreTrainedModel, threads: int, matrices: Matrices | None = None
+) -> PreTrainedModel:
+    """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
+
+    With `matrices`, a source of packed ones, its weights are not read.
+    """
     encoder = model.base_model
     assert isinstance(encoder, PreTrainedModel), "heads stand on one"
-    built = build(encoder)
+    built = build(encoder, matrices)
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
     cls = type(encoder)
@@ -116,8 +124,15 @@ def with_kernels(model: PreTrainedModel, threads: int) -> PreTrainedModel:
 
 
 def load(model: str | Path, *, threads: int | None = None) -> PreTrainedModel:
-    """A model whose encoder runs in the kernels, for use as in transformers; forward only."""
-    return with_kernels(trained.load(model, exact=False), num_threads(threads))
+    """A model whose encoder runs in the kernels, for use as in transformers; forward only.
+
+    `model` is a run, a directory in any form or a Hub name. What `opfa pack` wrote is mapped.
+    """
+    number = num_threads(threads)
+    directory = checked_directory("model", str(model), with_weights=True)
+    if (directory / PACKED).is_file():
+        return mapped.load(directory, lambda found, packed: with_kernels(found, number, packed))
+    return with_kernels(trained.load(model, exact=False), number)
 
 
 def num_threads(wanted: int | None) -> int:

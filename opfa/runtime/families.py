@@ -26,14 +26,16 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+Matrices = Callable[[Sequence[str]], Packed]  # that of layers at these paths of an encoder
 
 
 class Build:
     """A program while it is put together from the modules of an encoder."""
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
-        """Begin with no steps."""
+    def __init__(self, encoder: PreTrainedModel, matrices: Matrices | None = None) -> None:
+        """Begin with no steps. Matrices are packed here, unless there is another source."""
         self.encoder, self.program = encoder, Program()
+        self._matrix = matrices or (lambda paths: pack_layers(encoder, paths))
         self.channels, self.table_sizes = 0, list[int]()
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
         self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
@@ -63,11 +65,17 @@ class Build:
     def linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> None:
         """One or several layers with the same input; `options` are those of `Program.linear`."""
         modules = [self.module(path) for path in paths]
-        matrix = pack(np.concatenate([_array(module.weight) for module in modules]))
+        matrix = self._matrix(paths)
         biases = [_array(module.bias) for module in modules if module.bias is not None]
         self.matrices[" ".join(paths)] = matrix
         bias = np.concatenate(biases) if biases else None
         self.program.linear(matrix, bias, source, target, **options)
+
+
+def pack_layers(encoder: PreTrainedModel, paths: Sequence[str]) -> Packed:
+    """The weights of layers with the same input as one matrix."""
+    modules: list[Any] = [encoder.get_submodule(path) for path in paths]
+    return pack(np.concatenate([_array(module.weight) for module in modules]))
 
 
 def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
@@ -199,12 +207,20 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 }
 
 
-def build(encoder: PreTrainedModel) -> Build:
-    """The program of an encoder that has its weights; raises `ModelError` for another family."""
+def build(encoder: PreTrainedModel, matrices: Matrices | None = None) -> Build:
+    """The program of an encoder that has its weights; raises `ModelError` for another family.
+
+    With `matrices`, a source of packed ones, the weights of its layers are not read.
+    """
     config: PretrainedConfig = encoder.config
+    check_family(config)
+    found = Build(encoder, matrices)
+    FAMILIES[config.model_type](found, config)
+    return found
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Raise `ModelError` for a model that the runtime doesn't run."""
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")
-    found = Build(encoder)
-    FAMILIES[config.model_type](found, config)
-    return found

@@ -5,16 +5,25 @@ live there, by falling count, so that a loop's length seldom changes. A matrix w
 gain stays dense, in panels of six rows.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import PANEL
+from opfa.runtime.library import PANEL, Matrix, library
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
+DTYPES = ("fp32",)  # of the values
 Floats = NDArray[np.float32]
+WRONG = {  # what `opfa_check` says
+    1: "sizes of blocks and tiles",
+    2: "first visits",
+    3: "first live weights of blocks",
+    4: "visits",
+    5: "columns",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class Packed:
 
 def pack(weight: Floats, *, most_density: float = MOST_DENSITY) -> Packed:
     """A weight [out, in] with its zeros left out, or dense if more than `most_density` live."""
-    num_live = int(np.count_nonzero(weight))
+    num_live = int(np.count_nonzero(weight != 0))
     sizes = {"rows": weight.shape[0], "columns": weight.shape[1], "num_live": num_live}
     if num_live > most_density * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
@@ -53,22 +62,59 @@ def _panels(weight: Floats) -> Floats:
 def _visits(weight: Floats) -> dict[str, NDArray]:
     num_rows, num_columns = weight.shape
     blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // COLUMNS)
-    row, column = np.nonzero(weight)
-    block, tile = row // BLOCK, column // COLUMNS
-    visit = row * tiles + tile
-    count = np.bincount(visit, minlength=num_rows * tiles)[visit]
-    order = np.lexsort((column, row, -count, tile, block))
-    row, column, visit, count = row[order], column[order], visit[order], count[order]
-    is_first = np.diff(visit, prepend=-1) != 0
-    places = (row // BLOCK * tiles + column // COLUMNS)[is_first]
+    is_live = weight != 0
+    places = np.flatnonzero(is_live)  # a visit's weights stand together here, by rising column
+    first = np.arange(0, num_columns, COLUMNS)
+    counts = np.add.reduceat(is_live, first, axis=1, dtype=np.int64).reshape(-1)
+    begins = np.cumsum(counts) - counts
+    row, tile = np.divmod(np.arange(num_rows * tiles), tiles)
+    order = np.lexsort((row, -counts, tile, row // BLOCK))
+    order = order[counts[order] > 0]
+    row, tile, counts, begins = row[order], tile[order], counts[order], begins[order]
+    moved = np.repeat(begins - (np.cumsum(counts) - counts), counts)
+    places = places[moved + np.arange(len(places))]
+    per_block = np.bincount(row // BLOCK, counts, minlength=blocks).astype(np.int64)
     return {
-        "starts": _sums(np.bincount(places, minlength=blocks * tiles)),
-        "entries": _sums(np.bincount(row // BLOCK, minlength=blocks)),
-        "visits": np.stack([row % BLOCK, count], 1)[is_first].astype(np.uint8),
-        "indices": (column % COLUMNS).astype(np.uint8),
-        "values": np.ascontiguousarray(weight[row, column], np.float32),
+        "starts": _sums(np.bincount(row // BLOCK * tiles + tile, minlength=blocks * tiles)),
+        "entries": _sums(per_block),
+        "visits": np.stack([row % BLOCK, counts], 1).astype(np.uint8),
+        "indices": (places % num_columns % COLUMNS).astype(np.uint8),
+        "values": weight.reshape(-1)[places].astype(np.float32, copy=False),
     }
 
 
 def _sums(counts: NDArray) -> NDArray[np.uint32]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
+
+
+def check(matrix: Packed) -> None:
+    """Raise `ValueError` unless the kernels stay inside of a matrix' arrays, whoever made them."""
+    kinds = _kinds(matrix)
+    if set(matrix.arrays) != set(kinds):
+        raise ValueError(f"has {', '.join(sorted(matrix.arrays))}, not {', '.join(sorted(kinds))}")
+    for name, (dtype, *shape) in kinds.items():
+        found = matrix.arrays[name]
+        if found.dtype != dtype or found.shape != tuple(shape) or not found.flags.c_contiguous:
+            what = f"{dtype.__name__} {shape}"
+            raise ValueError(f"{name}: is {found.dtype} {list(found.shape)}, not {what}")
+    if matrix.block:
+        sizes = {name: getattr(matrix, name) for name in ("rows", "columns", "block", "tile")}
+        struct = Matrix(**sizes, **{name: a.ctypes.data for name, a in matrix.arrays.items()})
+        visits = len(matrix.arrays["visits"])
+        if wrong := library().opfa_check(ctypes.byref(struct), visits, matrix.num_live):
+            raise ValueError(f"{WRONG[wrong]}: can't be right")
+
+
+def _kinds(matrix: Packed) -> dict[str, list]:
+    """The type and the shape that each array must have."""
+    rows, columns = matrix.rows, matrix.columns
+    if not matrix.block:
+        return {"values": [np.float32, -(-rows // PANEL), columns, PANEL]}
+    blocks, tiles = -(-rows // matrix.block), -(-columns // matrix.tile)
+    return {
+        "starts": [np.uint32, blocks * tiles + 1],
+        "entries": [np.uint32, blocks + 1],
+        "visits": [np.uint8, len(matrix.arrays.get("visits", ())), 2],
+        "indices": [np.uint8, matrix.num_live],
+        "values": [np.float32, matrix.num_live],
+    }

@@ -1,0 +1,170 @@
+"""The packed file: a model for the kernels that is mapped, not read. Byte for byte: FORMAT.md.
+
+It is a safetensors file. Each matrix of the encoder stands there as the arrays of its `Packed`, all
+other parameters and buffers under their own names, and all begin at multiples of 64 bytes. Nothing
+of it is believed: the digest, then every size and index that the kernels use, are checked.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from opfa.errors import ModelError, shown
+from opfa.runtime.packing import DTYPES, Packed, check
+from opfa.weights import sealed
+
+VERSION = "1"
+FORMAT = "opfa-packed"  # the key of the version
+ALIGNMENT = 64  # bytes: a line of a cache
+MATRIX, PADDING = "matrix.", "padding."  # what names of arrays begin with, before a number
+MOST_SIZE = 1 << 24  # rows or columns
+TYPES = {"float32": "F32", "uint32": "U32", "uint8": "U8", "int64": "I64"}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+Size = Annotated[int, Field(ge=1, le=MOST_SIZE)]
+Side = Annotated[int, Field(ge=0, le=256)]
+
+
+class Entry(BaseModel):
+    """What the header says of a matrix: the layers whose rows it has, one after the other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    layers: Annotated[list[str], Field(min_length=1)]
+    rows: Size
+    columns: Size
+    block: Side
+    tile: Side
+    num_live: Annotated[int, Field(ge=0)]
+
+
+class Facts(BaseModel):
+    """The metadata of a packed file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: str = Field(alias=FORMAT)
+    sha256: str
+    family: str  # transformers' model_type
+    dtype: str
+    model: str  # that it was made from
+    matrices: Json[list[Entry]]
+
+
+class PackedFile:
+    """An open packed file, mapped and checked; its tensors are views of the mapping."""
+
+    def __init__(self, path: Path) -> None:
+        """Map and check; raises `ModelError` for anything but an undamaged packed file."""
+        self.path = path
+        try:
+            self.facts = _checked(path)
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if not name.startswith(PADDING)]  # noqa: SIM118 - not a dict
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+            self.matrices = {}
+            for number, entry in enumerate(self.facts.matrices):
+                self.matrices[tuple(entry.layers)] = _matrix(tensors, f"{MATRIX}{number}.", entry)
+        except (*UNREADABLE, SafetensorError) as error:
+            raise ModelError(f"{path}: not a packed file: {_reason(error)}") from error
+        if left := [name for name in tensors if name.startswith(MATRIX)]:
+            raise ModelError(f"{path}: not a packed file: {left[0]}: of no matrix")
+        self.tensors = tensors
+
+    def matrix(self, layers: Sequence[str], rows: int, columns: int) -> Packed:
+        """The matrix [rows, columns] of these layers; raises `ModelError` for another shape."""
+        found = self.matrices.get(tuple(layers))
+        if found is None:
+            raise ModelError(f"{self.path}: {' + '.join(layers)}: is missing")
+        if (found.rows, found.columns) != (rows, columns):
+            what = f"is {found.rows} x {found.columns}, and by its config.json {rows} x {columns}"
+            raise ModelError(f"{self.path}: {' + '.join(layers)}: {what}")
+        return found
+
+
+def _checked(path: Path) -> Facts:
+    """The metadata of a file whose digest is right and whose version is ours."""
+    with path.open("rb") as file:
+        header, offset = sealed.read_header(file)
+        metadata = header[sealed.METADATA]
+        if (version := metadata[FORMAT]) != VERSION:
+            what = f"packed format {shown(version)}; this opfa reads {VERSION!r}"
+            raise ModelError(f"{path}: {what}; pack the model again")
+        if metadata[sealed.SHA256] != sealed.digest(file, header, offset):
+            raise ModelError(f"{path}: is damaged, its SHA-256 is not what it says")
+    facts = Facts.model_validate(metadata)
+    if facts.dtype not in DTYPES:
+        raise ModelError(f"{path}: is in {shown(facts.dtype)}; this opfa has {', '.join(DTYPES)}")
+    return facts
+
+
+def _matrix(tensors: dict[str, Tensor], prefix: str, entry: Entry) -> Packed:
+    """A matrix of the file, checked and taken out of its tensors."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    arrays = {name.removeprefix(prefix): tensors.pop(name).numpy() for name in names}
+    matrix = Packed(**entry.model_dump(exclude={"layers"}), arrays=arrays)
+    if (entry.block == 0) != (entry.tile == 0):
+        raise ValueError(f"{entry.layers[0]}: block {entry.block}, tile {entry.tile}")
+    try:
+        check(matrix)
+    except ValueError as error:
+        raise ValueError(f"{entry.layers[0]}: {error}") from error
+    return matrix
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return shown(error)
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, NDArray],
+    matrices: Mapping[Sequence[str], Packed],
+    *,
+    family: str,
+    dtype: str,
+    model: str,
+) -> None:
+    """Write a packed file; `matrices` are by the names of their layers."""
+    entries, arrays = [], dict(tensors)
+    for number, (layers, matrix) in enumerate(matrices.items()):
+        arrays |= {f"{MATRIX}{number}.{name}": array for name, array in matrix.arrays.items()}
+        sizes = {name: getattr(matrix, name) for name in Entry.model_fields if name != "layers"}
+        entries.append({"layers": [*layers], **sizes})
+    facts = {"family": family, "dtype": dtype, "model": model}
+    facts |= {"matrices": sealed.to_json(entries).decode(), FORMAT: VERSION}
+    header: dict[str, Any] = {sealed.METADATA: {**facts, sealed.SHA256: sealed.EMPTY}}
+    end = 0
+    for name, array in (parts := list(_aligned(arrays))):
+        start, end = end, end + array.nbytes
+        sizes = {"shape": [*array.shape], "data_offsets": [start, end]}
+        header[name] = {"dtype": TYPES[array.dtype.name], **sizes}
+    digest = sealed.begin(header)
+    size = len(sealed.to_json(header, ensure_ascii=False))
+    size += -(8 + size) % ALIGNMENT
+    with path.open("xb") as file:
+        file.seek(8 + size)
+        for _, array in parts:
+            content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            digest.update(content)
+            file.write(content)
+        header[sealed.METADATA][sealed.SHA256] = digest.hexdigest()
+        file.seek(0)
+        file.write(size.to_bytes(8, "little"))
+        file.write(sealed.to_json(header, ensure_ascii=False).ljust(size))
+
+
+def _aligned(arrays: Mapping[str, NDArray]) -> Iterator[tuple[str, NDArray]]:
+    """Arrays, with bytes between them so that each begins at a multiple of `ALIGNMENT`."""
+    end = 0
+    for number, (name, array) in enumerate(arrays.items()):
+        if spare := -end % ALIGNMENT:
+            yield f"{PADDING}{number}", np.zeros(spare, np.uint8)
+        yield name, array
+        end += spare + array.nbytes
