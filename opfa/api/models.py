@@ -126,10 +126,10 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
 def pack(model: str | Path, output: str | Path, *, dtype: Literal["fp32"] = "fp32") -> "PackResult":
     """Pack an encoder, with its head if it has one, for `opfa.runtime.load` on CPUs.
 
-    `model` is a run, a directory in any form or a Hub name: BERT, RoBERTa, DistilBERT or ModernBERT.
-    The new directory `output` has its configuration, its tokenizer and one file, which is mapped and
-    not read, so that processes share it. A matrix with half of its weights zero, or more, is there
-    without its zeros. `dtype` is the type of the live weights.
+    `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
+    name. The new directory `output` has its configuration, its tokenizer and one file, which is
+    mapped and not read, so that processes share it. Matrices of which half is zero, or more, are
+    there without their zeros. `dtype` is the type of the live weights.
     """
     check_new(Path(output))
     from opfa.runtime.packer import pack as execute

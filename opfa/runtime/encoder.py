@@ -54,6 +54,9 @@ class KernelEncoder:
         if input_ids is None or input_ids.ndim != 2:
             raise RunError("input_ids: must be a tensor [batch, tokens]")
         lengths, rows = _real_tokens(input_ids, attention_mask)
+        most = self.built.num_positions
+        if most is not None and lengths.max(initial=0) > most:
+            raise RunError(f"input_ids: {lengths.max():,} tokens; the model has {most:,} positions")
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         ids = self._ids(input_ids.numpy(), token_type_ids, position_ids, rows)
         shape = (*input_ids.shape, self.built.channels)

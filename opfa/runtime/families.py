@@ -37,6 +37,7 @@ class Build:
         self.encoder, self.program = encoder, Program()
         self._matrix = matrices or (lambda paths: pack_layers(encoder, paths))
         self.channels, self.table_sizes = 0, list[int]()
+        self.num_positions: int | None = None  # where they are not a table's: rotated
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
         self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
 
@@ -168,6 +169,7 @@ def _modernbert(build: Build, config: Any) -> None:
     x, normed, attended = (program.buffer(hidden) for _ in range(3))
     qkv, both = program.buffer(3 * hidden), program.buffer(2 * config.intermediate_size)
     middle = program.buffer(config.intermediate_size)
+    build.num_positions = config.max_position_embeddings
     tables = {
         kind: _rotations(build.module("rotary_emb"), config, kind)
         for kind in set(config.layer_types)
