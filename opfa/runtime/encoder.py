@@ -18,7 +18,7 @@ from opfa.errors import RunError
 from opfa.models import trained
 from opfa.models.configs import checked_directory
 from opfa.runtime import mapped
-from opfa.runtime.families import Build, Matrices, build
+from opfa.runtime.families import Build, Layers, build
 from opfa.runtime.program import Ints, Runner
 from opfa.storage.foreign import PACKED
 
@@ -109,15 +109,15 @@ def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
 
 
 def with_kernels(
-    model: PreTrainedModel, threads: int, matrices: Matrices | None = None
+    model: PreTrainedModel, threads: int, layers: Layers | None = None
 ) -> PreTrainedModel:
     """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
 
-    With `matrices`, a source of packed ones, its weights are not read.
+    With `layers`, a source of packed ones, its own are not read.
     """
     encoder = model.base_model
     assert isinstance(encoder, PreTrainedModel), "heads stand on one"
-    built = build(encoder, matrices)
+    built = build(encoder, layers)
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
     cls = type(encoder)

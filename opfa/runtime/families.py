@@ -26,16 +26,26 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-Matrices = Callable[[Sequence[str]], Packed]  # that of layers at these paths of an encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Layers with the same input, as the kernels take them."""
+
+    matrix: Packed
+    bias: Floats | None  # [rows]
+
+
+Layers = Callable[[Sequence[str]], Linear]  # those at these paths of an encoder
 
 
 class Build:
     """A program while it is put together from the modules of an encoder."""
 
-    def __init__(self, encoder: PreTrainedModel, matrices: Matrices | None = None) -> None:
-        """Begin with no steps. Matrices are packed here, unless there is another source."""
+    def __init__(self, encoder: PreTrainedModel, layers: Layers | None = None) -> None:
+        """Begin with no steps. Layers are packed here, unless there is another source."""
         self.encoder, self.program = encoder, Program()
-        self._matrix = matrices or (lambda paths: pack_layers(encoder, paths))
+        self._layers = layers or (lambda paths: pack_layers(encoder, paths))
         self.channels, self.table_sizes = 0, list[int]()
         self.num_positions: int | None = None  # where they are not a table's: rotated
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
@@ -65,18 +75,19 @@ class Build:
 
     def linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> None:
         """One or several layers with the same input; `options` are those of `Program.linear`."""
-        modules = [self.module(path) for path in paths]
-        matrix = self._matrix(paths)
-        biases = [_array(module.bias) for module in modules if module.bias is not None]
-        self.matrices[" ".join(paths)] = matrix
-        bias = np.concatenate(biases) if biases else None
-        self.program.linear(matrix, bias, source, target, **options)
+        layers = self._layers(paths)
+        self.matrices[" ".join(paths)] = layers.matrix
+        self.program.linear(layers.matrix, layers.bias, source, target, **options)
 
 
-def pack_layers(encoder: PreTrainedModel, paths: Sequence[str]) -> Packed:
-    """The weights of layers with the same input as one matrix."""
+def pack_layers(encoder: PreTrainedModel, paths: Sequence[str]) -> Linear:
+    """Layers of an encoder that has its weights."""
     modules: list[Any] = [encoder.get_submodule(path) for path in paths]
-    return pack(np.concatenate([_array(module.weight) for module in modules]))
+    biases = [_array(module.bias) for module in modules if module.bias is not None]
+    return Linear(
+        matrix=pack(np.concatenate([_array(module.weight) for module in modules])),
+        bias=np.concatenate(biases) if biases else None,
+    )
 
 
 def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
@@ -209,14 +220,14 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 }
 
 
-def build(encoder: PreTrainedModel, matrices: Matrices | None = None) -> Build:
+def build(encoder: PreTrainedModel, layers: Layers | None = None) -> Build:
     """The program of an encoder that has its weights; raises `ModelError` for another family.
 
-    With `matrices`, a source of packed ones, the weights of its layers are not read.
+    With `layers`, a source of packed ones, its own are not read.
     """
     config: PretrainedConfig = encoder.config
     check_family(config)
-    found = Build(encoder, matrices)
+    found = Build(encoder, layers)
     FAMILIES[config.model_type](found, config)
     return found
 

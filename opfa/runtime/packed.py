@@ -1,11 +1,11 @@
 """The packed file: a model for the kernels that is mapped, not read. Byte for byte: FORMAT.md.
 
-It is a safetensors file. Each matrix of the encoder stands there as the arrays of its `Packed`, all
-other parameters and buffers under their own names, and all begin at multiples of 64 bytes. Nothing
-of it is believed: the digest, then every size and index that the kernels use, are checked.
+It is a safetensors file. The encoder's linear layers stand there as arrays of the kernels, other
+parameters and buffers under their own names, and all begin at multiples of 64 bytes. Nothing of it
+is believed: the digest, then every size and index that the kernels use, are checked.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opfa.errors import ModelError, shown
+from opfa.runtime.families import Linear
 from opfa.runtime.packing import DTYPES, Packed, check
 from opfa.weights import sealed
 
@@ -23,6 +24,7 @@ VERSION = "1"
 FORMAT = "opfa-packed"  # the key of the version
 ALIGNMENT = 64  # bytes: a line of a cache
 MATRIX, PADDING = "matrix.", "padding."  # what names of arrays begin with, before a number
+BIAS = "bias"
 MOST_SIZE = 1 << 24  # rows or columns
 TYPES = {"float32": "F32", "uint32": "U32", "uint8": "U8", "int64": "I64"}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -31,7 +33,7 @@ Side = Annotated[int, Field(ge=0, le=256)]
 
 
 class Entry(BaseModel):
-    """What the header says of a matrix: the layers whose rows it has, one after the other."""
+    """What the header says of layers with the same input, whose rows are one matrix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     layers: Annotated[list[str], Field(min_length=1)]
@@ -65,24 +67,14 @@ class PackedFile:
             with safe_open(path, "pt") as file:
                 names = [name for name in file.keys() if not name.startswith(PADDING)]  # noqa: SIM118 - not a dict
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-            self.matrices = {}
+            self.layers: dict[tuple[str, ...], Linear] = {}
             for number, entry in enumerate(self.facts.matrices):
-                self.matrices[tuple(entry.layers)] = _matrix(tensors, f"{MATRIX}{number}.", entry)
+                self.layers[tuple(entry.layers)] = _linear(tensors, f"{MATRIX}{number}.", entry)
         except (*UNREADABLE, SafetensorError) as error:
             raise ModelError(f"{path}: not a packed file: {_reason(error)}") from error
         if left := [name for name in tensors if name.startswith(MATRIX)]:
             raise ModelError(f"{path}: not a packed file: {left[0]}: of no matrix")
         self.tensors = tensors
-
-    def matrix(self, layers: Sequence[str], rows: int, columns: int) -> Packed:
-        """The matrix [rows, columns] of these layers; raises `ModelError` for another shape."""
-        found = self.matrices.get(tuple(layers))
-        if found is None:
-            raise ModelError(f"{self.path}: {' + '.join(layers)}: is missing")
-        if (found.rows, found.columns) != (rows, columns):
-            what = f"is {found.rows} x {found.columns}, and by its config.json {rows} x {columns}"
-            raise ModelError(f"{self.path}: {' + '.join(layers)}: {what}")
-        return found
 
 
 def _checked(path: Path) -> Facts:
@@ -101,18 +93,19 @@ def _checked(path: Path) -> Facts:
     return facts
 
 
-def _matrix(tensors: dict[str, Tensor], prefix: str, entry: Entry) -> Packed:
-    """A matrix of the file, checked and taken out of its tensors."""
+def _linear(tensors: dict[str, Tensor], prefix: str, entry: Entry) -> Linear:
+    """Layers of the file, checked and taken out of its tensors."""
     names = [name for name in tensors if name.startswith(prefix)]
     arrays = {name.removeprefix(prefix): tensors.pop(name).numpy() for name in names}
+    bias = arrays.pop(BIAS, None)
     matrix = Packed(**entry.model_dump(exclude={"layers"}), arrays=arrays)
-    if (entry.block == 0) != (entry.tile == 0):
-        raise ValueError(f"{entry.layers[0]}: block {entry.block}, tile {entry.tile}")
     try:
         check(matrix)
+        if bias is not None and (bias.dtype != np.float32 or bias.shape != (entry.rows,)):
+            raise ValueError(f"bias: is {bias.dtype} {list(bias.shape)}, not one a row")
     except ValueError as error:
         raise ValueError(f"{entry.layers[0]}: {error}") from error
-    return matrix
+    return Linear(matrix=matrix, bias=bias)
 
 
 def _reason(error: Exception) -> str:
@@ -125,23 +118,24 @@ def _reason(error: Exception) -> str:
 def write(
     path: Path,
     tensors: Mapping[str, NDArray],
-    matrices: Mapping[Sequence[str], Packed],
+    layers: Mapping[tuple[str, ...], Linear],
     *,
     family: str,
     dtype: str,
     model: str,
 ) -> None:
-    """Write a packed file; `matrices` are by the names of their layers."""
+    """Write a packed file; `layers` are by their names, `tensors` all that belongs to none."""
     entries, arrays = [], dict(tensors)
-    for number, (layers, matrix) in enumerate(matrices.items()):
-        arrays |= {f"{MATRIX}{number}.{name}": array for name, array in matrix.arrays.items()}
-        sizes = {name: getattr(matrix, name) for name in Entry.model_fields if name != "layers"}
-        entries.append({"layers": [*layers], **sizes})
+    for number, (names, linear) in enumerate(layers.items()):
+        parts = {**linear.matrix.arrays, **({} if linear.bias is None else {BIAS: linear.bias})}
+        arrays |= {f"{MATRIX}{number}.{name}": array for name, array in parts.items()}
+        sizes = {key: getattr(linear.matrix, key) for key in Entry.model_fields if key != "layers"}
+        entries.append({"layers": [*names], **sizes})
     facts = {"family": family, "dtype": dtype, "model": model}
     facts |= {"matrices": sealed.to_json(entries).decode(), FORMAT: VERSION}
     header: dict[str, Any] = {sealed.METADATA: {**facts, sealed.SHA256: sealed.EMPTY}}
     end = 0
-    for name, array in (parts := list(_aligned(arrays))):
+    for name, array in (laid := list(_aligned(arrays))):
         start, end = end, end + array.nbytes
         sizes = {"shape": [*array.shape], "data_offsets": [start, end]}
         header[name] = {"dtype": TYPES[array.dtype.name], **sizes}
@@ -150,8 +144,8 @@ def write(
     size += -(8 + size) % ALIGNMENT
     with path.open("xb") as file:
         file.seek(8 + size)
-        for _, array in parts:
-            content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for _, array in laid:
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             digest.update(content)
             file.write(content)
         header[sealed.METADATA][sealed.SHA256] = digest.hexdigest()

@@ -1,11 +1,12 @@
 """The packer: any checkpoint of a family of the runtime -> a directory that the runtime maps."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 from transformers import PreTrainedModel
 
 from opfa.errors import RunError
@@ -17,9 +18,9 @@ from opfa.report.outcome import Outcome, Place
 from opfa.report.tables import Table
 from opfa.runtime import packed
 from opfa.runtime.encoder import KEPT
-from opfa.runtime.families import build, check_family, pack_layers
+from opfa.runtime.families import Linear, build, check_family, pack_layers
 from opfa.runtime.mapped import prefix_of
-from opfa.runtime.packing import DTYPES, Packed
+from opfa.runtime.packing import DTYPES
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.foreign import CONFIG, PACKED, QUANTIZED, read_object
 from opfa.storage.runs import shortened
@@ -66,8 +67,7 @@ def pack(name: str, output: Path, dtype: str) -> PackResult:
         raise RunError(f"dtype = {dtype!r}: must be {' or '.join(DTYPES)}")
     check_family(load_config(name))
     tokenizer, model = load_tokenizer(name), trained.load(name, exact=False)
-    matrices = _matrices(model)
-    weights = {f"{layer}.weight" for layers in matrices for layer in layers}
+    layers = _layers(model)
     source = checked_directory("model", name, with_weights=True)
     with new_directory(output) as work:
         with quiet_transformers():
@@ -76,16 +76,17 @@ def pack(name: str, output: Path, dtype: str) -> PackResult:
         _write_config(source, type(model).__name__, shortened(name), work)
         packed.write(
             work / PACKED,
-            {key: tensor.numpy() for key, tensor in _tensors(model) if key not in weights},
-            matrices,
+            dict(_tensors(model, {name for names in layers for name in names})),
+            layers,
             family=model.config.model_type,
             dtype=dtype,
             model=shortened(name),
         )
         num_bytes = (work / PACKED).stat().st_size
-    live = sum(matrix.num_live for matrix in matrices.values())
-    arrays = [array for matrix in matrices.values() for array in matrix.arrays.values()]
-    num_sparse = sum(matrix.block > 0 for matrix in matrices.values())
+    matrices = [linear.matrix for linear in layers.values()]
+    live = sum(matrix.num_live for matrix in matrices)
+    arrays = [array for matrix in matrices for array in matrix.arrays.values()]
+    num_sparse = sum(matrix.block > 0 for matrix in matrices)
     return PackResult(
         directory=output,
         family=model.config.model_type,
@@ -99,27 +100,28 @@ def pack(name: str, output: Path, dtype: str) -> PackResult:
     )
 
 
-def _matrices(model: PreTrainedModel) -> dict[tuple[str, ...], Packed]:
-    """The packed matrices of a model's encoder, by the names of their layers."""
+def _layers(model: PreTrainedModel) -> dict[tuple[str, ...], Linear]:
+    """The packed layers of a model's encoder, by their names."""
     encoder, prefix = model.base_model, prefix_of(model)
     assert isinstance(encoder, PreTrainedModel), "heads stand on one"
-    layers = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    found: dict[tuple[str, ...], Packed] = {}
-    with Bar("packing matrices", sum(key.partition(".")[0] not in KEPT for key in layers)) as bar:
+    linear = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    found: dict[tuple[str, ...], Linear] = {}
+    with Bar("packing layers", sum(key.partition(".")[0] not in KEPT for key in linear)) as bar:
 
-        def matrix(paths: Sequence[str]) -> Packed:
+        def layers(paths: Sequence[str]) -> Linear:
             made = found[tuple(prefix + path for path in paths)] = pack_layers(encoder, paths)
             bar.advance(len(paths))
             return made
 
-        build(encoder, matrix)
+        build(encoder, layers)
     return found
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, those that several modules share once."""
+def _tensors(model: PreTrainedModel, packed: Container[str]) -> Iterator[tuple[str, NDArray]]:
+    """All parameters and buffers but those of packed layers; those that modules share once."""
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        yield key, tensor.detach().contiguous()
+        if key.rpartition(".")[0] not in packed:
+            yield key, tensor.detach().contiguous().numpy()
 
 
 def _write_config(source: Path, architecture: str, made_from: str, directory: Path) -> None:

@@ -79,7 +79,7 @@ def _visits(weight: Floats) -> dict[str, NDArray]:
         "entries": _sums(per_block),
         "visits": np.stack([row % BLOCK, counts], 1).astype(np.uint8),
         "indices": (places % num_columns % COLUMNS).astype(np.uint8),
-        "values": weight.reshape(-1)[places].astype(np.float32, copy=False),
+        "values": weight.reshape(-1)[places],
     }
 
 
@@ -89,6 +89,12 @@ def _sums(counts: NDArray) -> NDArray[np.uint32]:
 
 def check(matrix: Packed) -> None:
     """Raise `ValueError` unless the kernels stay inside of a matrix' arrays, whoever made them."""
+    if not 0 <= matrix.num_live <= matrix.rows * matrix.columns:
+        raise ValueError(
+            f"has {matrix.num_live:,} live weights of {matrix.rows * matrix.columns:,}"
+        )
+    if (matrix.block == 0) != (matrix.tile == 0):
+        raise ValueError(f"block = {matrix.block}, tile = {matrix.tile}: both are 0, or none")
     kinds = _kinds(matrix)
     if set(matrix.arrays) != set(kinds):
         raise ValueError(f"has {', '.join(sorted(matrix.arrays))}, not {', '.join(sorted(kinds))}")

@@ -41,7 +41,7 @@ def begin(header: Mapping[str, Any]) -> "hashlib._Hash":
     return hashlib.sha256(to_json({**header, METADATA: metadata}))
 
 
-def to_json(header: Mapping[str, Any], *, ensure_ascii: bool = True) -> bytes:
+def to_json(header: Any, *, ensure_ascii: bool = True) -> bytes:  # Any: what JSON can hold
     """A header as JSON; by default in the form that the digest is of."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=ensure_ascii)
     return text.encode()
