@@ -123,13 +123,15 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
 
 
 @progress()
-def pack(model: str | Path, output: str | Path, *, dtype: Literal["fp32"] = "fp32") -> "PackResult":
+def pack(
+    model: str | Path, output: str | Path, *, dtype: Literal["fp32", "bf16", "int8"] | None = None
+) -> "PackResult":
     """Pack an encoder, with its head if it has one, for `opfa.runtime.load` on CPUs.
 
     `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
     name. The new directory `output` has its configuration, its tokenizer and one file, which is
     mapped and not read, so that processes share it. Matrices of which half is zero, or more, are
-    there without their zeros. `dtype` is the type of the live weights.
+    there without their zeros. `dtype` is how it computes, as in `opfa.runtime.load`.
     """
     check_new(Path(output))
     from opfa.runtime.packer import pack as execute

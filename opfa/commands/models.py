@@ -208,7 +208,10 @@ def unpack(
 def pack(
     model: ModelName,
     output: Output,
-    dtype: Annotated[Literal["fp32"], Option(help="Type of the live weights.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "int8"] | None,
+        Option(help="Of the products; default: int8 for a model in 8 bits, else fp32."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack an encoder for the CPU runtime, which skips zeros: one file, mapped and shared."""

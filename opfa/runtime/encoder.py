@@ -6,7 +6,7 @@ weights are packed. So the outputs are transformers' own, and a pipeline can hol
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from opfa.errors import RunError
+from opfa.errors import ModelError, RunError
 from opfa.models import trained
 from opfa.models.configs import checked_directory
 from opfa.runtime import mapped
-from opfa.runtime.families import Build, Layers, build
+from opfa.runtime.families import Build, build
+from opfa.runtime.layers import Layers, ModelLayers
+from opfa.runtime.library import DTYPES
 from opfa.runtime.program import Ints, Runner
 from opfa.storage.foreign import PACKED
 
+Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
 REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
@@ -113,10 +116,9 @@ def with_kernels(
 ) -> PreTrainedModel:
     """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
 
-    With `layers`, a source of packed ones, its own are not read.
+    Its layers are packed in fp32, unless they come from elsewhere.
     """
-    encoder = model.base_model
-    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
+    encoder = encoder_of(model)
     built = build(encoder, layers)
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
@@ -126,16 +128,47 @@ def with_kernels(
     return model.eval().requires_grad_(False)
 
 
-def load(model: str | Path, *, threads: int | None = None) -> PreTrainedModel:
+def load(
+    model: str | Path, *, dtype: Dtype | None = None, threads: int | None = None
+) -> PreTrainedModel:
     """A model whose encoder runs in the kernels, for use as in transformers; forward only.
 
-    `model` is a run, a directory in any form or a Hub name. What `opfa pack` wrote is mapped.
+    `model` is a run, a directory in any form, or a Hub name. `dtype` is how it computes: "fp32";
+    "bf16", whose products have 8 bits of precision and fp32 sums; or "int8", for models that were
+    trained or calibrated in 8 bits, with exact integer sums. By default int8 for these, else fp32.
+    `threads` are by default the cores that this process may use. What `opfa pack` wrote is mapped,
+    in the type that it was packed in.
+    Raises `ModelError` for a family that the runtime lacks, `RunError` for a bad option.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise RunError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     number = num_threads(threads)
     directory = checked_directory("model", str(model), with_weights=True)
     if (directory / PACKED).is_file():
-        return mapped.load(directory, lambda found, packed: with_kernels(found, number, packed))
-    return with_kernels(trained.load(model, exact=False), number)
+        return mapped.load(
+            directory, dtype, lambda *found: with_kernels(found[0], number, found[1])
+        )
+    found, chosen = load_for(str(model), dtype)
+    return with_kernels(found, number, ModelLayers(encoder_of(found), chosen))
+
+
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder below a model's head, or the model itself."""
+    encoder = model.base_model
+    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
+    return encoder
+
+
+def load_for(name: str, dtype: str | None) -> tuple[PreTrainedModel, str]:
+    """A model with its weights, and the type in which the runtime computes with it.
+
+    Raises `ModelError` for int8 and a model that isn't in 8 bits.
+    """
+    is_8_bits = trained.ranges_of(name) is not None
+    chosen = dtype or ("int8" if is_8_bits else "fp32")
+    if chosen == "int8" and not is_8_bits:
+        raise ModelError(f"model {name!r}: has no 8-bit ranges; `opfa calibrate` makes them")
+    return trained.load(name, exact=chosen == "int8"), chosen
 
 
 def num_threads(wanted: int | None) -> int:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opfa.errors import ModelError
-from opfa.runtime.packing import Floats, Packed, pack
-from opfa.runtime.program import Program
+from opfa.runtime.layers import Layers, ModelLayers, array_of, table_of
+from opfa.runtime.packing import Floats, Packed
+from opfa.runtime.program import Form, Program
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -28,24 +28,13 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """Layers with the same input, as the kernels take them."""
-
-    matrix: Packed
-    bias: Floats | None  # [rows]
-
-
-Layers = Callable[[Sequence[str]], Linear]  # those at these paths of an encoder
-
-
 class Build:
     """A program while it is put together from the modules of an encoder."""
 
-    def __init__(self, encoder: PreTrainedModel, layers: Layers | None = None) -> None:
-        """Begin with no steps. Layers are packed here, unless there is another source."""
-        self.encoder, self.program = encoder, Program()
-        self._layers = layers or (lambda paths: pack_layers(encoder, paths))
+    def __init__(self, encoder: PreTrainedModel, layers: Layers) -> None:
+        """Begin with no steps."""
+        self.encoder, self.layers, self.program = encoder, layers, Program()
+        self._narrowed: dict[int, int] = {}  # buffers, and those of their values in another form
         self.channels, self.table_sizes = 0, list[int]()
         self.num_positions: int | None = None  # where they are not a table's: rotated
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
@@ -57,7 +46,7 @@ class Build:
 
     def embed(self, paths: Sequence[str], target: int) -> None:
         """Sums of embeddings."""
-        tables = [_array(self.module(path).weight) for path in paths]
+        tables = [table_of(self.module(path)) for path in paths]
         self.table_sizes = [len(table) for table in tables]
         self.program.embed(tables, target)
 
@@ -70,29 +59,43 @@ class Build:
         """Layer normalization."""
         module = self.module(path)
         self.program.norm(
-            source, target, _array(module.weight), _array(module.bias), float(module.eps)
+            source, target, array_of(module.weight), array_of(module.bias), float(module.eps)
         )
 
-    def linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> None:
-        """One or several layers with the same input; `options` are those of `Program.linear`."""
-        layers = self._layers(paths)
-        self.matrices[" ".join(paths)] = layers.matrix
-        self.program.linear(layers.matrix, layers.bias, source, target, **options)
+    def linear(
+        self, paths: Sequence[str], source: int, target: int, *, feeds: str = "", **options: Any
+    ) -> None:
+        """Layers with the same input, one below the other in target; `feeds` is the layer whose
+        input target is, and `options` are those of `Program.linear`.
+        """
+        forms = [self.layers.form(path) for path in paths]
+        if len(set(forms)) > 1:  # in 8 bits, each with its own range
+            first = 0
+            for path in paths:
+                first += self._linear([path], source, target, first=first, **options)
+            return
+        if feeds and (form := self.layers.form(feeds)) is not None:
+            options["form"] = form
+            self._narrowed[target] = target
+        self._linear(paths, source, target, **options)
 
+    def _linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> int:
+        """Layers as one step; gives how many rows they have."""
+        found = self.layers.linear(paths)
+        self.matrices[" ".join(paths)] = found.matrix
+        if found.form is not None:
+            source = self._narrow(source, found.matrix.columns, found.form)
+        options["scales"] = found.scales
+        self.program.linear(found.matrix, found.bias, source, target, **options)
+        return found.matrix.rows
 
-def pack_layers(encoder: PreTrainedModel, paths: Sequence[str]) -> Linear:
-    """Layers of an encoder that has its weights."""
-    modules: list[Any] = [encoder.get_submodule(path) for path in paths]
-    biases = [_array(module.bias) for module in modules if module.bias is not None]
-    return Linear(
-        matrix=pack(np.concatenate([_array(module.weight) for module in modules])),
-        bias=np.concatenate(biases) if biases else None,
-    )
-
-
-def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
-    """A parameter as fp32 numbers, which share its memory if it is fp32."""
-    return None if parameter is None else parameter.detach().float().contiguous().numpy()
+    def _narrow(self, source: int, channels: int, form: Form) -> int:
+        """The buffer of a source in a form; what `feeds` wrote has it already."""
+        if self._narrowed.get(source) != source:
+            if source not in self._narrowed:
+                self._narrowed[source] = self.program.buffer(channels)
+            self.program.narrow(source, self._narrowed[source], channels, form)
+        return self._narrowed[source]
 
 
 def _activation(name: object) -> str:
@@ -128,7 +131,8 @@ def _post_norm(build: Build, sizes: PostNorm) -> None:
         program.attention(qkv, attended, hidden, heads)
         build.linear([path["out"]], attended, sums, residual=x)
         build.norm(path["norm"], sums, x)
-        build.linear([path["up"]], x, middle, activation=_activation(sizes.activation))
+        activation = _activation(sizes.activation)
+        build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
         build.linear([path["down"]], middle, sums, residual=x)
         build.norm(path["last"], sums, x)
     build.store(x, hidden)
@@ -221,13 +225,13 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 
 
 def build(encoder: PreTrainedModel, layers: Layers | None = None) -> Build:
-    """The program of an encoder that has its weights; raises `ModelError` for another family.
+    """The program of an encoder; raises `ModelError` for a family that isn't here.
 
-    With `layers`, a source of packed ones, its own are not read.
+    Its layers are packed in fp32, unless they come from elsewhere.
     """
     config: PretrainedConfig = encoder.config
     check_family(config)
-    found = Build(encoder, layers)
+    found = Build(encoder, layers or ModelLayers(encoder, "fp32"))
     FAMILIES[config.model_type](found, config)
     return found
 

@@ -17,17 +17,23 @@ from opfa.models.encoders import ENCODER, FEW_TOKENS, SPARE_TENSORS, skeleton
 from opfa.models.sentences import is_sentence_encoder
 from opfa.models.skeleton import try_out
 from opfa.models.trained import class_of
-from opfa.runtime.families import Layers, Linear
+from opfa.runtime.layers import Layers, Linear
 from opfa.runtime.packed import PackedFile
+from opfa.runtime.program import Form
 from opfa.storage.foreign import PACKED
 
 Run = Callable[[PreTrainedModel, Layers], PreTrainedModel]  # puts an encoder into the kernels
 
 
-def load(directory: Path, run: Run) -> PreTrainedModel:
-    """The model of a packed directory; raises `ModelError` for one that is damaged."""
+def load(directory: Path, dtype: str | None, run: Run) -> PreTrainedModel:
+    """The model of a packed directory; raises `ModelError` for one that is damaged, or that was
+    packed in another type than `dtype`.
+    """
     name = str(directory)
     file, config = PackedFile(directory / PACKED), load_config(name)
+    if dtype not in (None, file.facts.dtype):
+        what = f"is packed in {file.facts.dtype}; `opfa pack` its model ({file.facts.model}) again"
+        raise ModelError(f"model {name!r}: dtype = {dtype!r}: {what}")
     if config.model_type != file.facts.family:
         what = f"is of {file.facts.family!r}, and its config.json of {config.model_type!r}"
         raise ModelError(f"{file.path}: {what}")
@@ -36,7 +42,7 @@ def load(directory: Path, run: Run) -> PreTrainedModel:
     model = skeleton(config, cls, most_tensors=most)
     _assign(model, file)
     with loading("model", name):
-        model = run(model, lambda paths: _layers(model, file, paths))
+        model = run(model, MappedLayers(model, file))
     if empty := [key for key, parameter in model.named_parameters() if parameter.is_meta]:
         raise ModelError(f"{file.path}: {empty[0]}: is packed, and no matrix of the encoder")
     try_out(model, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))
@@ -48,19 +54,31 @@ def prefix_of(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _layers(model: PreTrainedModel, file: PackedFile, paths: Sequence[str]) -> Linear:
-    """Layers of the encoder, in the shapes that they have in the skeleton."""
-    names = [prefix_of(model) + path for path in paths]
-    found = file.layers.get(tuple(names))
-    if found is None:
-        raise ModelError(f"{file.path}: {' + '.join(names)}: is missing")
-    modules: list[Any] = [model.get_submodule(name) for name in names]
-    rows, columns = sum(module.out_features for module in modules), modules[0].in_features
-    matrix = found.matrix
-    if (matrix.rows, matrix.columns) != (rows, columns):
-        what = f"is {matrix.rows} x {matrix.columns}, and by its config.json {rows} x {columns}"
-        raise ModelError(f"{file.path}: {' + '.join(names)}: {what}")
-    return found
+class MappedLayers:
+    """Layers of a packed file, in the shapes that they have in the skeleton."""
+
+    def __init__(self, model: PreTrainedModel, file: PackedFile) -> None:
+        """Those of this model."""
+        self.model, self.file = model, file
+        self._forms = {name: it.form for names, it in file.layers.items() for name in names}
+
+    def form(self, path: str) -> Form | None:
+        """The form of a layer's input."""
+        return self._forms.get(prefix_of(self.model) + path)
+
+    def linear(self, paths: Sequence[str]) -> Linear:
+        """Layers of one matrix; raises `ModelError` where it is missing or has another shape."""
+        names = [prefix_of(self.model) + path for path in paths]
+        found = self.file.layers.get(tuple(names))
+        where = f"{self.file.path}: {' + '.join(names)}"
+        if found is None:
+            raise ModelError(f"{where}: is missing")
+        modules: list[Any] = [self.model.get_submodule(name) for name in names]
+        rows, columns = sum(module.out_features for module in modules), modules[0].in_features
+        if (found.matrix.rows, found.matrix.columns) != (rows, columns):
+            what = f"is {found.matrix.rows} x {found.matrix.columns}"
+            raise ModelError(f"{where}: {what}, and by its config.json {rows} x {columns}")
+        return found
 
 
 def _assign(model: PreTrainedModel, file: PackedFile) -> None:

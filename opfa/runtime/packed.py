@@ -16,20 +16,38 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opfa.errors import ModelError, shown
-from opfa.runtime.families import Linear
-from opfa.runtime.packing import DTYPES, Packed, check
+from opfa.runtime.layers import Linear
+from opfa.runtime.library import DTYPES
+from opfa.runtime.packing import Packed, check
+from opfa.runtime.program import Form
 from opfa.weights import sealed
 
 VERSION = "1"
 FORMAT = "opfa-packed"  # the key of the version
 ALIGNMENT = 64  # bytes: a line of a cache
 MATRIX, PADDING = "matrix.", "padding."  # what names of arrays begin with, before a number
-BIAS = "bias"
+VECTORS = ("bias", "scales")  # of rows, beside the arrays of a matrix
 MOST_SIZE = 1 << 24  # rows or columns
-TYPES = {"float32": "F32", "uint32": "U32", "uint8": "U8", "int64": "I64"}
+TYPES = {
+    "float32": "F32",
+    "uint32": "U32",
+    "uint16": "U16",  # bits of bf16
+    "uint8": "U8",
+    "int8": "I8",
+    "int64": "I64",
+}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+SIZES = ("rows", "columns", "block", "tile", "num_live")
 Size = Annotated[int, Field(ge=1, le=MOST_SIZE)]
 Side = Annotated[int, Field(ge=0, le=256)]
+
+
+class Input(BaseModel):
+    """How the input of an int8 matrix is rounded: q = clamp(round(x / scale) + zero, 0, 255)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    zero: Annotated[int, Field(ge=0, le=255)]
 
 
 class Entry(BaseModel):
@@ -37,6 +55,8 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     layers: Annotated[list[str], Field(min_length=1)]
+    dtype: str  # of the values
+    input: Input | None  # of int8
     rows: Size
     columns: Size
     block: Side
@@ -97,15 +117,31 @@ def _linear(tensors: dict[str, Tensor], prefix: str, entry: Entry) -> Linear:
     """Layers of the file, checked and taken out of its tensors."""
     names = [name for name in tensors if name.startswith(prefix)]
     arrays = {name.removeprefix(prefix): tensors.pop(name).numpy() for name in names}
-    bias = arrays.pop(BIAS, None)
-    matrix = Packed(**entry.model_dump(exclude={"layers"}), arrays=arrays)
+    vectors = {name: arrays.pop(name) for name in VECTORS if name in arrays}
     try:
-        check(matrix)
-        if bias is not None and (bias.dtype != np.float32 or bias.shape != (entry.rows,)):
-            raise ValueError(f"bias: is {bias.dtype} {list(bias.shape)}, not one a row")
+        matrix = _matrix(entry, arrays)
+        is_int8 = entry.dtype == "int8"
+        if set(vectors) != set(VECTORS if is_int8 else VECTORS[:1]):
+            raise ValueError(f"has {', '.join(vectors) or 'no bias'} in {entry.dtype}")
+        for name, vector in vectors.items():
+            if vector.dtype != np.float32 or vector.shape != (entry.rows,):
+                raise ValueError(f"{name}: is {vector.dtype} {[*vector.shape]}, not one a row")
+        if is_int8 != (entry.input is not None):
+            raise ValueError(f"input: is {entry.input} in {entry.dtype}")
     except ValueError as error:
         raise ValueError(f"{entry.layers[0]}: {error}") from error
-    return Linear(matrix=matrix, bias=bias)
+    form = None if entry.dtype == "fp32" else Form(entry.dtype, **dict(entry.input or ()))
+    return Linear(matrix=matrix, bias=vectors["bias"], scales=vectors.get("scales"), form=form)
+
+
+def _matrix(entry: Entry, arrays: dict[str, NDArray]) -> Packed:
+    """The checked matrix of an entry."""
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"dtype {shown(entry.dtype)}: must be one of {', '.join(DTYPES)}")
+    sizes = entry.model_dump(include=set(SIZES))
+    matrix = Packed(**sizes, dtype=DTYPES.index(entry.dtype), arrays=arrays)
+    check(matrix)
+    return matrix
 
 
 def _reason(error: Exception) -> str:
@@ -127,10 +163,13 @@ def write(
     """Write a packed file; `layers` are by their names, `tensors` all that belongs to none."""
     entries, arrays = [], dict(tensors)
     for number, (names, linear) in enumerate(layers.items()):
-        parts = {**linear.matrix.arrays, **({} if linear.bias is None else {BIAS: linear.bias})}
+        parts = {**linear.matrix.arrays, "bias": linear.bias}
+        parts |= {} if linear.scales is None else {"scales": linear.scales}
         arrays |= {f"{MATRIX}{number}.{name}": array for name, array in parts.items()}
-        sizes = {key: getattr(linear.matrix, key) for key in Entry.model_fields if key != "layers"}
-        entries.append({"layers": [*names], **sizes})
+        sizes = {name: getattr(linear.matrix, name) for name in SIZES}
+        kind, form = DTYPES[linear.matrix.dtype], linear.form
+        given = {"scale": form.scale, "zero": form.zero} if form and kind == "int8" else None
+        entries.append({"layers": [*names], "dtype": kind, "input": given, **sizes})
     facts = {"family": family, "dtype": dtype, "model": model}
     facts |= {"matrices": sealed.to_json(entries).decode(), FORMAT: VERSION}
     header: dict[str, Any] = {sealed.METADATA: {**facts, sealed.SHA256: sealed.EMPTY}}

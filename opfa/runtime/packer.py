@@ -1,7 +1,7 @@
 """The packer: any checkpoint of a family of the runtime -> a directory that the runtime maps."""
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -9,18 +9,19 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from opfa.errors import RunError
-from opfa.models import trained
+from opfa.compression import quant
+from opfa.errors import ModelError, RunError
 from opfa.models.configs import checked_directory, load_config, load_tokenizer, quiet_transformers
 from opfa.models.sentences import copy_files
 from opfa.report.bars import Bar
 from opfa.report.outcome import Outcome, Place
 from opfa.report.tables import Table
 from opfa.runtime import packed
-from opfa.runtime.encoder import KEPT
-from opfa.runtime.families import Linear, build, check_family, pack_layers
+from opfa.runtime.encoder import KEPT, encoder_of, load_for
+from opfa.runtime.families import build, check_family
+from opfa.runtime.layers import Linear, ModelLayers, table_of
+from opfa.runtime.library import DTYPES
 from opfa.runtime.mapped import prefix_of
-from opfa.runtime.packing import DTYPES
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.foreign import CONFIG, PACKED, QUANTIZED, read_object
 from opfa.storage.runs import shortened
@@ -60,14 +61,16 @@ class PackResult(Outcome):
         return {"model": self.directory}
 
 
-def pack(name: str, output: Path, dtype: str) -> PackResult:
+def pack(name: str, output: Path, dtype: str | None) -> PackResult:
     """Write the new directory `output`: configuration, tokenizer and one packed file."""
     check_new(output)
-    if dtype not in DTYPES:
-        raise RunError(f"dtype = {dtype!r}: must be {' or '.join(DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise RunError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     check_family(load_config(name))
-    tokenizer, model = load_tokenizer(name), trained.load(name, exact=False)
-    layers = _layers(model)
+    tokenizer, (model, dtype) = load_tokenizer(name), load_for(name, dtype)
+    layers = _layers(model, dtype)
+    packed_layers = {name for names in layers for name in names}
+    _check_8_bits(model, packed_layers)
     source = checked_directory("model", name, with_weights=True)
     with new_directory(output) as work:
         with quiet_transformers():
@@ -76,20 +79,26 @@ def pack(name: str, output: Path, dtype: str) -> PackResult:
         _write_config(source, type(model).__name__, shortened(name), work)
         packed.write(
             work / PACKED,
-            dict(_tensors(model, {name for names in layers for name in names})),
+            dict(_tensors(model, packed_layers)),
             layers,
             family=model.config.model_type,
             dtype=dtype,
             model=shortened(name),
         )
         num_bytes = (work / PACKED).stat().st_size
-    matrices = [linear.matrix for linear in layers.values()]
+    return _result(output, model.config.model_type, dtype, num_bytes, layers.values())
+
+
+def _result(
+    output: Path, family: str, dtype: str, num_bytes: int, layers: Collection[Linear]
+) -> PackResult:
+    matrices = [linear.matrix for linear in layers]
     live = sum(matrix.num_live for matrix in matrices)
     arrays = [array for matrix in matrices for array in matrix.arrays.values()]
     num_sparse = sum(matrix.block > 0 for matrix in matrices)
     return PackResult(
         directory=output,
-        family=model.config.model_type,
+        family=family,
         dtype=dtype,
         bytes=num_bytes,
         matrix_bytes=sum(array.nbytes for array in arrays),
@@ -100,28 +109,50 @@ def pack(name: str, output: Path, dtype: str) -> PackResult:
     )
 
 
-def _layers(model: PreTrainedModel) -> dict[tuple[str, ...], Linear]:
+class Counted(ModelLayers):
+    """Layers of a model that are kept, and move a bar."""
+
+    def __init__(
+        self, encoder: PreTrainedModel, dtype: str, kept: dict[tuple[str, ...], Linear], bar: Bar
+    ) -> None:
+        """Put them into `kept` by their paths."""
+        super().__init__(encoder, dtype)
+        self.kept, self.bar = kept, bar
+
+    def linear(self, paths: Sequence[str]) -> Linear:
+        """Pack layers."""
+        made = self.kept[tuple(paths)] = super().linear(paths)
+        self.bar.advance(len(paths))
+        return made
+
+
+def _layers(model: PreTrainedModel, dtype: str) -> dict[tuple[str, ...], Linear]:
     """The packed layers of a model's encoder, by their names."""
-    encoder, prefix = model.base_model, prefix_of(model)
-    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
+    encoder, prefix = encoder_of(model), prefix_of(model)
     linear = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     found: dict[tuple[str, ...], Linear] = {}
     with Bar("packing layers", sum(key.partition(".")[0] not in KEPT for key in linear)) as bar:
-
-        def layers(paths: Sequence[str]) -> Linear:
-            made = found[tuple(prefix + path for path in paths)] = pack_layers(encoder, paths)
-            bar.advance(len(paths))
-            return made
-
-        build(encoder, layers)
-    return found
+        build(encoder, Counted(encoder, dtype, found, bar))
+    return {tuple(prefix + path for path in paths): layer for paths, layer in found.items()}
 
 
-def _tensors(model: PreTrainedModel, packed: Container[str]) -> Iterator[tuple[str, NDArray]]:
+def _tensors(model: PreTrainedModel, inside: Container[str]) -> Iterator[tuple[str, NDArray]]:
     """All parameters and buffers but those of packed layers; those that modules share once."""
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if key.rpartition(".")[0] not in packed:
-            yield key, tensor.detach().contiguous().numpy()
+        path = key.rpartition(".")[0]
+        if path not in inside:
+            module = model.get_submodule(path)
+            is_table = isinstance(module, nn.Embedding)
+            yield key, table_of(module) if is_table else tensor.detach().contiguous().numpy()
+
+
+def _check_8_bits(model: PreTrainedModel, inside: Container[str]) -> None:
+    """Refuse layers of a head in 8 bits, which torch would compute."""
+    for name in quant.quant_layers(model):
+        if name not in inside:
+            raise ModelError(
+                f"{name}: is in 8 bits; packed models have them in their encoders only"
+            )
 
 
 def _write_config(source: Path, architecture: str, made_from: str, directory: Path) -> None:

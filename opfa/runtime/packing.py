@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import PANEL, Matrix, library
+from opfa.runtime.library import DTYPES, PANEL, Matrix, library
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
-DTYPES = ("fp32",)  # of the values
+VALUES = {"float32": "fp32", "uint16": "bf16", "int8": "int8"}  # by the type of the array
 Floats = NDArray[np.float32]
 WRONG = {  # what `opfa_check` says
     1: "sizes of blocks and tiles",
@@ -35,6 +35,7 @@ class Packed:
     num_live: int
     block: int
     tile: int
+    dtype: int  # of `library.DTYPES`
     arrays: dict[str, NDArray]  # by the names of `library.Matrix`
 
     @property
@@ -43,11 +44,16 @@ class Packed:
         return self.num_live / (self.rows * self.columns)
 
 
-def pack(weight: Floats, *, most_density: float = MOST_DENSITY) -> Packed:
-    """A weight [out, in] with its zeros left out, or dense if more than `most_density` live."""
+def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
+    """A weight [out, in] with its zeros left out, as fp32, bf16 (bits as uint16) or int8.
+
+    In fp32 it is packed dense if more than `most_density` of it live.
+    """
+    dtype = VALUES[weight.dtype.name]
     num_live = int(np.count_nonzero(weight != 0))
     sizes = {"rows": weight.shape[0], "columns": weight.shape[1], "num_live": num_live}
-    if num_live > most_density * weight.size:
+    sizes["dtype"] = DTYPES.index(dtype)
+    if dtype == "fp32" and num_live > most_density * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
 
@@ -59,7 +65,7 @@ def _panels(weight: Floats) -> Floats:
     return np.ascontiguousarray(padded.transpose(0, 2, 1))
 
 
-def _visits(weight: Floats) -> dict[str, NDArray]:
+def _visits(weight: NDArray) -> dict[str, NDArray]:
     num_rows, num_columns = weight.shape
     blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // COLUMNS)
     is_live = weight != 0
@@ -95,16 +101,19 @@ def check(matrix: Packed) -> None:
         )
     if (matrix.block == 0) != (matrix.tile == 0):
         raise ValueError(f"block = {matrix.block}, tile = {matrix.tile}: both are 0, or none")
+    if not matrix.block and matrix.dtype:
+        raise ValueError(f"is dense in {DTYPES[matrix.dtype]}")
     kinds = _kinds(matrix)
     if set(matrix.arrays) != set(kinds):
         raise ValueError(f"has {', '.join(sorted(matrix.arrays))}, not {', '.join(sorted(kinds))}")
     for name, (dtype, *shape) in kinds.items():
         found = matrix.arrays[name]
         if found.dtype != dtype or found.shape != tuple(shape) or not found.flags.c_contiguous:
-            what = f"{dtype.__name__} {shape}"
+            what = f"{np.dtype(dtype)} {shape}"
             raise ValueError(f"{name}: is {found.dtype} {list(found.shape)}, not {what}")
     if matrix.block:
-        sizes = {name: getattr(matrix, name) for name in ("rows", "columns", "block", "tile")}
+        names = ("rows", "columns", "block", "tile", "dtype")
+        sizes = {name: getattr(matrix, name) for name in names}
         struct = Matrix(**sizes, **{name: a.ctypes.data for name, a in matrix.arrays.items()})
         visits = len(matrix.arrays["visits"])
         if wrong := library().opfa_check(ctypes.byref(struct), visits, matrix.num_live):
@@ -122,5 +131,5 @@ def _kinds(matrix: Packed) -> dict[str, list]:
         "entries": [np.uint32, blocks + 1],
         "visits": [np.uint8, len(matrix.arrays.get("visits", ())), 2],
         "indices": [np.uint8, matrix.num_live],
-        "values": [np.float32, matrix.num_live],
+        "values": [[np.float32, np.uint16, np.int8][matrix.dtype], matrix.num_live],
     }
