@@ -81,8 +81,8 @@ def _weights(layer: Any, form: Form | None) -> tuple[NDArray, NDArray, Floats]:
     if form is None:
         return array_of(layer.weight), np.ones(0, np.float32), bias
     if form.dtype == "bf16":
-        bits = layer.weight.detach().bfloat16().contiguous().view(torch.uint16).numpy()
-        return bits, np.ones(0, np.float32), bias
+        values = layer.weight.detach().bfloat16().contiguous() + 0.0  # -0.0 becomes 0.0, no bits
+        return values.view(torch.uint16).numpy(), np.ones(0, np.float32), bias
     steps, scale = quant.int8_weight(layer)
     steps, scale = steps.numpy(), scale.double().numpy() * form.scale
     scales = np.broadcast_to(scale, len(steps))
