@@ -112,14 +112,14 @@ def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
 
 
 def with_kernels(
-    model: PreTrainedModel, threads: int, layers: Layers | None = None
+    model: PreTrainedModel, threads: int, dtype: str = "fp32", layers: Layers | None = None
 ) -> PreTrainedModel:
     """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
 
-    Its layers are packed in fp32, unless they come from elsewhere.
+    Its layers are packed in `dtype`, unless packed `layers` come from elsewhere.
     """
     encoder = encoder_of(model)
-    built = build(encoder, layers)
+    built = build(encoder, layers or ModelLayers(encoder, dtype))
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
     cls = type(encoder)
@@ -146,10 +146,10 @@ def load(
     directory = checked_directory("model", str(model), with_weights=True)
     if (directory / PACKED).is_file():
         return mapped.load(
-            directory, dtype, lambda *found: with_kernels(found[0], number, found[1])
+            directory, dtype, lambda it, layers: with_kernels(it, number, layers=layers)
         )
     found, chosen = load_for(str(model), dtype)
-    return with_kernels(found, number, ModelLayers(encoder_of(found), chosen))
+    return with_kernels(found, number, chosen)
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:

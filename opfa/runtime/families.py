@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opfa.errors import ModelError
-from opfa.runtime.layers import Layers, ModelLayers, array_of, table_of
+from opfa.runtime.layers import Layers, array_of, table_of
 from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.program import Form, Program
 
@@ -224,14 +224,11 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 }
 
 
-def build(encoder: PreTrainedModel, layers: Layers | None = None) -> Build:
-    """The program of an encoder; raises `ModelError` for a family that isn't here.
-
-    Its layers are packed in fp32, unless they come from elsewhere.
-    """
+def build(encoder: PreTrainedModel, layers: Layers) -> Build:
+    """The program of an encoder with its layers; raises `ModelError` for another family."""
     config: PretrainedConfig = encoder.config
     check_family(config)
-    found = Build(encoder, layers or ModelLayers(encoder, "fp32"))
+    found = Build(encoder, layers)
     FAMILIES[config.model_type](found, config)
     return found
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opfa.errors import ModelError
+from opfa.compression import quant
+from opfa.errors import ModelError, RunError
 from opfa.models.configs import load_config, loading
 from opfa.models.encoders import ENCODER, FEW_TOKENS, SPARE_TENSORS, skeleton
 from opfa.models.sentences import is_sentence_encoder
@@ -26,14 +27,14 @@ Run = Callable[[PreTrainedModel, Layers], PreTrainedModel]  # puts an encoder in
 
 
 def load(directory: Path, dtype: str | None, run: Run) -> PreTrainedModel:
-    """The model of a packed directory; raises `ModelError` for one that is damaged, or that was
-    packed in another type than `dtype`.
+    """The model of a packed directory; raises `ModelError` for one that is damaged, and `RunError`
+    for one that was packed in another type than `dtype`.
     """
     name = str(directory)
     file, config = PackedFile(directory / PACKED), load_config(name)
     if dtype not in (None, file.facts.dtype):
         what = f"is packed in {file.facts.dtype}; `opfa pack` its model ({file.facts.model}) again"
-        raise ModelError(f"model {name!r}: dtype = {dtype!r}: {what}")
+        raise RunError(f"model {name!r}: dtype = {dtype!r}: {what}")
     if config.model_type != file.facts.family:
         what = f"is of {file.facts.family!r}, and its config.json of {config.model_type!r}"
         raise ModelError(f"{file.path}: {what}")
@@ -41,6 +42,8 @@ def load(directory: Path, dtype: str | None, run: Run) -> PreTrainedModel:
     most = SPARE_TENSORS + 4 * (len(file.tensors) + len(file.layers))
     model = skeleton(config, cls, most_tensors=most)
     _assign(model, file)
+    if (directory / quant.FILE).is_file():  # layers of a head
+        quant.load(model, directory / quant.FILE)
     with loading("model", name):
         model = run(model, MappedLayers(model, file))
     if empty := [key for key, parameter in model.named_parameters() if parameter.is_meta]:

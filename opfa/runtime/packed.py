@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from opfa.errors import ModelError, shown
+from opfa.errors import ModelError, first_line, shown
 from opfa.runtime.layers import Linear
 from opfa.runtime.library import DTYPES
 from opfa.runtime.packing import Packed, check
@@ -148,7 +148,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return shown(error)
+    return first_line(error)
 
 
 def write(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opfa.compression import quant
-from opfa.errors import ModelError, RunError
+from opfa.errors import RunError
 from opfa.models.configs import checked_directory, load_config, load_tokenizer, quiet_transformers
 from opfa.models.sentences import copy_files
 from opfa.report.bars import Bar
@@ -69,17 +69,18 @@ def pack(name: str, output: Path, dtype: str | None) -> PackResult:
     check_family(load_config(name))
     tokenizer, (model, dtype) = load_tokenizer(name), load_for(name, dtype)
     layers = _layers(model, dtype)
-    packed_layers = {name for names in layers for name in names}
-    _check_8_bits(model, packed_layers)
+    inside = {name for names in layers for name in names}
     source = checked_directory("model", name, with_weights=True)
     with new_directory(output) as work:
         with quiet_transformers():
             tokenizer.save_pretrained(work)
         copy_files(source, work)
         _write_config(source, type(model).__name__, shortened(name), work)
+        if outside := set(quant.quant_layers(model)) - inside:  # torch computes them
+            quant.save(model, work / quant.FILE, outside)
         packed.write(
             work / PACKED,
-            dict(_tensors(model, packed_layers)),
+            dict(_tensors(model, inside)),
             layers,
             family=model.config.model_type,
             dtype=dtype,
@@ -138,21 +139,14 @@ def _layers(model: PreTrainedModel, dtype: str) -> dict[tuple[str, ...], Linear]
 
 def _tensors(model: PreTrainedModel, inside: Container[str]) -> Iterator[tuple[str, NDArray]]:
     """All parameters and buffers but those of packed layers; those that modules share once."""
+    eight_bits = quant.quant_layers(model)
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         path = key.rpartition(".")[0]
-        if path not in inside:
+        is_range = path in eight_bits and not isinstance(tensor, nn.Parameter)  # quant.save has it
+        if path not in inside and not is_range:
             module = model.get_submodule(path)
             is_table = isinstance(module, nn.Embedding)
             yield key, table_of(module) if is_table else tensor.detach().contiguous().numpy()
-
-
-def _check_8_bits(model: PreTrainedModel, inside: Container[str]) -> None:
-    """Refuse layers of a head in 8 bits, which torch would compute."""
-    for name in quant.quant_layers(model):
-        if name not in inside:
-            raise ModelError(
-                f"{name}: is in 8 bits; packed models have them in their encoders only"
-            )
 
 
 def _write_config(source: Path, architecture: str, made_from: str, directory: Path) -> None:
