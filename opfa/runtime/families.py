@@ -36,7 +36,7 @@ class Build:
         self.encoder, self.layers, self.program = encoder, layers, Program()
         self._narrowed: dict[int, int] = {}  # buffers, and those of their values in another form
         self.channels, self.table_sizes = 0, list[int]()
-        self.num_positions: int | None = None  # where they are not a table's: rotated
+        self.most_tokens: int | None = None  # where no table has positions
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
         self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
 
@@ -184,11 +184,11 @@ def _modernbert(build: Build, config: Any) -> None:
     x, normed, attended = (program.buffer(hidden) for _ in range(3))
     qkv, both = program.buffer(3 * hidden), program.buffer(2 * config.intermediate_size)
     middle = program.buffer(config.intermediate_size)
-    build.num_positions = config.max_position_embeddings
     tables = {
         kind: _rotations(build.module("rotary_emb"), config, kind)
         for kind in set(config.layer_types)
     }
+    build.most_tokens = config.max_position_embeddings
     build.embed(["embeddings.tok_embeddings"], x)
     build.norm("embeddings.norm", x, x)
     for number, kind in enumerate(config.layer_types):
