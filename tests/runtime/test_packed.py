@@ -1,6 +1,7 @@
 """Packed models: the same numbers as the checkpoint's, mapped, and refused when damaged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from networks import CONFIGS, batch, in_8_bits, sparse
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -42,6 +44,7 @@ HEADS = {
     "words": AutoModelForMaskedLM,
     "none": AutoModel,
 }
+ENCODER = re.compile(r"encoder\.layer\..*(?<!LayerNorm)\.weight$")
 Change = Callable[[dict[str, Any], bytearray], object]
 
 
@@ -129,14 +132,47 @@ def test_a_sentence_encoder_keeps_its_files(tmp_path: Path) -> None:
 
 def test_the_result_counts(packed: Path, checkpoint: Path, tmp_path: Path) -> None:
     found = opfa.pack(checkpoint, tmp_path / "again")
-    weights = dict(sparse(HEADS["sequences"], CONFIGS["bert"]).bert.encoder.named_parameters())
-    live = sum(int(w.count_nonzero()) for w in weights.values() if w.ndim == 2)
+    weights = load_file(checkpoint / "model.safetensors")
+    live = sum(np.count_nonzero(w) for n, w in weights.items() if ENCODER.search(n))
     assert (found.live, found.sparse, found.dense) == (live, 8, 0)
     assert found.bytes == (tmp_path / "again" / PACKED).stat().st_size
     assert found.matrix_bytes / live == found.bytes_a_weight < 7  # of small matrices
     assert "bytes a live weight" in str(found) and "opfa.runtime.load" in str(found)
     same = [(path / PACKED).read_bytes() for path in (packed, tmp_path / "again")]
     assert same[0] == same[1]
+
+
+def test_a_reader_by_the_page_of_the_format_finds_every_weight(
+    packed: Path, checkpoint: Path
+) -> None:
+    """As FORMAT.md says it, without code of ours."""
+    stored, found = load_file(packed / PACKED), {}
+    with safe_open(packed / PACKED, "np") as file:
+        metadata = file.metadata()
+    for number, entry in enumerate(json.loads(metadata["matrices"])):
+        names = ("values", "indices", "visits", "starts", "entries")
+        values, indices, visits, starts, entries = (stored[f"matrix.{number}.{n}"] for n in names)
+        visits = visits.astype(int)
+        rows, columns, block, tile = (entry[key] for key in ("rows", "columns", "block", "tile"))
+        weight, first, num_tiles = np.zeros((rows, columns), np.float32), 0, -(-columns // tile)
+        for place in range(len(starts) - 1):
+            b, t = divmod(place, num_tiles)
+            assert t or first == entries[b]
+            for row, count in visits[starts[place] : starts[place + 1]]:
+                places = t * tile + indices[first : first + count].astype(int)
+                weight[b * block + row, places] = values[first : first + count]
+                first += count
+        layers = np.split(weight, len(entry["layers"]))
+        found |= {
+            f"{name}.weight": part for name, part in zip(entry["layers"], layers, strict=True)
+        }
+    expected = load_file(checkpoint / "model.safetensors")
+    assert set(found) == {name for name in expected if ENCODER.search(name)}
+    for name, weight in found.items():
+        assert np.array_equal(weight, expected[name])
+    others = {n: a for n, a in stored.items() if not n.startswith(("matrix.", "padding."))}
+    for name in set(others) & set(expected):
+        assert np.array_equal(others[name], expected[name])
 
 
 def test_visits_are_those_of_a_plain_sort() -> None:
@@ -156,7 +192,8 @@ def test_visits_are_those_of_a_plain_sort() -> None:
 
 def test_the_file_is_mapped_and_arrays_begin_at_lines_of_the_cache(packed: Path) -> None:
     model = load(packed)
-    table = model.get_input_embeddings().weight.data_ptr()
+    embeddings: Any = model.get_input_embeddings()
+    table = embeddings.weight.data_ptr()
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [line[0].split("-") for line in lines if line[-1] == str((packed / PACKED).resolve())]
     assert any(int(start, 16) <= table < int(end, 16) for start, end in ranges)
