@@ -334,8 +334,23 @@ int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool
   return is_there ? 0 : -1;
 }
 
+/* The masks of each group of rows have as many bits as it has weights. */
+static int check_masks(const opfa_matrix *m, uint64_t live) {
+  const int64_t columns = m->dtype == OPFA_BF16 ? 32 : 64, groups = (m->rows + 15) / 16;
+  const int64_t words = (m->columns + columns - 1) / columns * 16 * columns / 32;
+  const uint32_t *masks = m->masks;
+  uint64_t entry = 0;
+  if (m->dtype == OPFA_FP32 || m->block % 16 || m->tile != columns) return 1;
+  for (int64_t g = 0; g < groups; g++) {
+    if (m->entries[g] != entry) return 3;
+    for (int64_t i = 0; i < words; i++) entry += (uint64_t)__builtin_popcount(*masks++);
+  }
+  return m->entries[groups] == entry && entry == live ? 0 : 3;
+}
+
 int opfa_check(const opfa_matrix *m, uint64_t visits, uint64_t live) {
   if (m->rows < 1 || m->columns < 1 || m->block < 1 || m->block > 256 || m->tile < 1 || m->tile > 256) return 1;
+  if (m->masks) return check_masks(m, live);
   const int64_t blocks = (m->rows + m->block - 1) / m->block, tiles = (m->columns + m->tile - 1) / m->tile;
   uint64_t entry = 0;
   if (m->starts[0] != 0 || m->starts[blocks * tiles] != visits) return 2;
