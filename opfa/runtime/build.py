@@ -17,9 +17,12 @@ from pathlib import Path
 from opfa.errors import RunError
 
 KERNELS = Path(__file__).parent / "kernels"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 LEVELS = {  # the name of a level: bytes of a vector, and the compiler's options
     "x86_64": {
-        "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]),
+        "avx512bf16": (64, [*AVX512, "-mavx512vnni", "-mavx512bf16"]),
+        "avx512vnni": (64, [*AVX512, "-mavx512vnni"]),
+        "avx512": (64, AVX512),
         "avx2": (32, ["-mavx2", "-mfma"]),
         "plain": (16, []),
     }

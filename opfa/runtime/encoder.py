@@ -6,7 +6,7 @@ weights are packed. So the outputs are transformers' own, and a pipeline can hol
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from opfa.errors import RunError
+from opfa.errors import ModelError, RunError
 from opfa.models import trained
 from opfa.runtime.families import Build, build
+from opfa.runtime.library import DTYPES
 from opfa.runtime.program import Ints, Runner
 
+Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
 REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
@@ -102,11 +104,11 @@ def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
     return lengths[lengths > 0].astype(np.int32), np.flatnonzero(is_real).astype(np.int32)
 
 
-def with_kernels(model: PreTrainedModel, threads: int) -> PreTrainedModel:
+def with_kernels(model: PreTrainedModel, threads: int, dtype: str = "fp32") -> PreTrainedModel:
     """Make the encoder of a model run in the kernels, in place, and drop its dense weights."""
     encoder = model.base_model
     assert isinstance(encoder, PreTrainedModel), "heads stand on one"
-    built = build(encoder)
+    built = build(encoder, dtype)
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
     cls = type(encoder)
@@ -115,9 +117,25 @@ def with_kernels(model: PreTrainedModel, threads: int) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load(model: str | Path, *, threads: int | None = None) -> PreTrainedModel:
-    """A model whose encoder runs in the kernels, for use as in transformers; forward only."""
-    return with_kernels(trained.load(model, exact=False), num_threads(threads))
+def load(
+    model: str | Path, *, dtype: Dtype | None = None, threads: int | None = None
+) -> PreTrainedModel:
+    """A model whose encoder runs in the kernels, for use as in transformers; forward only.
+
+    `model` is a run, a directory in any form, or a Hub name. `dtype` is how it computes: "fp32";
+    "bf16", whose products have 8 bits of precision and fp32 sums; or "int8", for models that were
+    trained or calibrated in 8 bits, with exact integer sums. By default int8 for these, else fp32.
+    `threads` are by default the cores that this process may use.
+    Raises `ModelError` for a family that the runtime lacks, `RunError` for a bad option.
+    """
+    is_8_bits = trained.ranges_of(str(model)) is not None
+    chosen = dtype or ("int8" if is_8_bits else "fp32")
+    if chosen not in DTYPES:
+        raise RunError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if chosen == "int8" and not is_8_bits:
+        raise ModelError(f"model {str(model)!r}: has no 8-bit ranges; `opfa calibrate` makes them")
+    found = trained.load(model, exact=chosen == "int8")
+    return with_kernels(found, num_threads(threads), chosen)
 
 
 def num_threads(wanted: int | None) -> int:

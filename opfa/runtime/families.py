@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from opfa.compression import quant
 from opfa.errors import ModelError
 from opfa.runtime.packing import Floats, Packed, pack
-from opfa.runtime.program import Program
+from opfa.runtime.program import Form, Program
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -31,9 +34,10 @@ ACTIVATIONS = {
 class Build:
     """A program while it is put together from the modules of an encoder."""
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
+    def __init__(self, encoder: PreTrainedModel, dtype: str) -> None:
         """Begin with no steps."""
-        self.encoder, self.program = encoder, Program()
+        self.encoder, self.dtype, self.program = encoder, dtype, Program()
+        self._narrowed: dict[int, int] = {}  # buffers, and those of their values in another form
         self.channels, self.table_sizes = 0, list[int]()
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
         self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
@@ -60,14 +64,68 @@ class Build:
             source, target, _array(module.weight), _array(module.bias), float(module.eps)
         )
 
-    def linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> None:
-        """One or several layers with the same input; `options` are those of `Program.linear`."""
-        modules = [self.module(path) for path in paths]
-        matrix = pack(np.concatenate([_array(module.weight) for module in modules]))
-        biases = [_array(module.bias) for module in modules if module.bias is not None]
+    def linear(
+        self, paths: Sequence[str], source: int, target: int, *, feeds: str = "", **options: Any
+    ) -> None:
+        """Layers with the same input, one below the other in target; `feeds` is the layer whose
+        input target is, and `options` are those of `Program.linear`.
+        """
+        layers = [self.module(path) for path in paths]
+        forms = [self._form(layer) for layer in layers]
+        if len(set(forms)) > 1:  # in 8 bits, each with its own range
+            for path, layer in zip(paths, layers, strict=True):
+                first = sum(each.out_features for each in layers[: layers.index(layer)])
+                self._linear([path], [layer], source, target, first=first, **options)
+            return
+        if feeds and (form := self._form(self.module(feeds))) is not None:
+            options["form"] = form
+            self._narrowed[target] = target
+        self._linear(paths, layers, source, target, **options)
+
+    def _linear(
+        self, paths: Sequence[str], layers: Sequence[Any], source: int, target: int, **options: Any
+    ) -> None:
+        form = self._form(layers[0])
+        weights, scales, biases = zip(*(_weights(layer, form) for layer in layers), strict=True)
+        matrix = pack(np.concatenate(weights))
         self.matrices[" ".join(paths)] = matrix
-        bias = np.concatenate(biases) if biases else None
-        self.program.linear(matrix, bias, source, target, **options)
+        if form is not None:
+            source = self._narrow(source, layers[0].in_features, form)
+            if form.dtype == "int8":
+                options["scales"] = np.concatenate(scales)
+        self.program.linear(matrix, np.concatenate(biases), source, target, **options)
+
+    def _form(self, layer: Any) -> Form | None:
+        """The form of a layer's input; None for fp32."""
+        if self.dtype != "int8":
+            return None if self.dtype == "fp32" else Form(self.dtype)
+        if not isinstance(layer, quant.QuantLinear):
+            return None
+        scale, zero = quant.activation_scale(layer.low, layer.high)
+        return Form("int8", float(scale), int(zero))
+
+    def _narrow(self, source: int, channels: int, form: Form) -> int:
+        """The buffer of a source in a form; what `feeds` wrote has it already."""
+        if self._narrowed.get(source) != source:
+            if source not in self._narrowed:
+                self._narrowed[source] = self.program.buffer(channels)
+            self.program.narrow(source, self._narrowed[source], channels, form)
+        return self._narrowed[source]
+
+
+def _weights(layer: Any, form: Form | None) -> tuple[NDArray, NDArray, Floats]:
+    """A layer's weights as they are stored, scales of its rows, and bias."""
+    bias = np.zeros(layer.out_features, np.float32) if layer.bias is None else _array(layer.bias)
+    if form is None:
+        return _array(layer.weight), np.ones(0, np.float32), bias
+    if form.dtype == "bf16":
+        bits = layer.weight.detach().bfloat16().contiguous().view(torch.uint16).numpy()
+        return bits, np.ones(0, np.float32), bias
+    steps, scale = quant.int8_weight(layer)
+    steps, scale = steps.numpy(), scale.double().numpy() * form.scale
+    scales = np.broadcast_to(scale, len(steps))
+    offset = scales * form.zero * steps.sum(1, dtype=np.int64)
+    return steps, scales.astype(np.float32), (bias - offset).astype(np.float32)
 
 
 def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
@@ -108,7 +166,8 @@ def _post_norm(build: Build, sizes: PostNorm) -> None:
         program.attention(qkv, attended, hidden, heads)
         build.linear([path["out"]], attended, sums, residual=x)
         build.norm(path["norm"], sums, x)
-        build.linear([path["up"]], x, middle, activation=_activation(sizes.activation))
+        activation = _activation(sizes.activation)
+        build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
         build.linear([path["down"]], middle, sums, residual=x)
         build.norm(path["last"], sums, x)
     build.store(x, hidden)
@@ -199,12 +258,15 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 }
 
 
-def build(encoder: PreTrainedModel) -> Build:
-    """The program of an encoder that has its weights; raises `ModelError` for another family."""
+def build(encoder: PreTrainedModel, dtype: str = "fp32") -> Build:
+    """The program of an encoder that has its weights; raises `ModelError` for another family.
+
+    In int8 the layers that are `QuantLinear` compute in 8 bits, the others in fp32.
+    """
     config: PretrainedConfig = encoder.config
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")
-    found = Build(encoder)
+    found = Build(encoder, dtype)
     FAMILIES[config.model_type](found, config)
     return found

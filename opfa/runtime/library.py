@@ -11,20 +11,21 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from opfa.errors import RunError
 from opfa.runtime.build import compiled
 
-ABI = 1
+ABI = 2
 TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
-KINDS = ("embed", "load", "store", "norm", "linear", "attention", "rotary", "gate")
+KINDS = ("embed", "load", "store", "norm", "linear", "attention", "rotary", "gate", "narrow")
+DTYPES = ("fp32", "bf16", "int8")
 
 
 class Matrix(Structure):
     """`opfa_matrix`."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("rows", "columns", "block", "tile")),
+        *((name, c_int32) for name in ("rows", "columns", "block", "tile", "dtype")),
         *((name, c_void_p) for name in ("starts", "entries", "visits", "indices", "values")),
-        ("bias", c_void_p),
+        *((name, c_void_p) for name in ("scales", "bias")),
     ]
 
 
@@ -40,8 +41,8 @@ class Step(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kind", "activation", "source", "target", "residual")),
         ("first", c_int32 * 3),
-        *((name, c_int32) for name in ("channels", "heads", "window")),
-        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_int32) for name in ("channels", "heads", "window", "form")),
+        *((name, c_float) for name in ("inverse", "zero", "epsilon", "scale")),
         ("matrix", POINTER(Matrix)),
         *((name, c_void_p) for name in ("weight", "bias")),
         ("tables", c_void_p * TABLES),
@@ -52,7 +53,7 @@ class Program(Structure):
     """`opfa_program`."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("num_steps", "num_buffers")),
+        *((name, c_int32) for name in ("num_steps", "num_buffers", "group")),
         ("steps", POINTER(Step)),
         ("buffers", POINTER(Buffer)),
         ("channels", c_int64),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import PANEL
+from opfa.runtime.library import DTYPES, PANEL
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
@@ -26,6 +26,7 @@ class Packed:
     num_live: int
     block: int
     tile: int
+    dtype: int  # of `library.DTYPES`
     arrays: dict[str, NDArray]  # by the names of `library.Matrix`
 
     @property
@@ -34,11 +35,16 @@ class Packed:
         return self.num_live / (self.rows * self.columns)
 
 
-def pack(weight: Floats, *, most_density: float = MOST_DENSITY) -> Packed:
-    """A weight [out, in] with its zeros left out, or dense if more than `most_density` live."""
+def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
+    """A weight [out, in] with its zeros left out, as fp32, bf16 (bits as uint16) or int8.
+
+    In fp32 it is packed dense if more than `most_density` of it live.
+    """
+    dtype = DTYPES[{"float32": 0, "uint16": 1, "int8": 2}[weight.dtype.name]]
     num_live = int(np.count_nonzero(weight))
     sizes = {"rows": weight.shape[0], "columns": weight.shape[1], "num_live": num_live}
-    if num_live > most_density * weight.size:
+    sizes["dtype"] = DTYPES.index(dtype)
+    if dtype == "fp32" and num_live > most_density * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
 
@@ -50,7 +56,7 @@ def _panels(weight: Floats) -> Floats:
     return np.ascontiguousarray(padded.transpose(0, 2, 1))
 
 
-def _visits(weight: Floats) -> dict[str, NDArray]:
+def _visits(weight: NDArray) -> dict[str, NDArray]:
     num_rows, num_columns = weight.shape
     blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // COLUMNS)
     row, column = np.nonzero(weight)
@@ -66,7 +72,7 @@ def _visits(weight: Floats) -> dict[str, NDArray]:
         "entries": _sums(np.bincount(row // BLOCK, minlength=blocks)),
         "visits": np.stack([row % BLOCK, count], 1)[is_first].astype(np.uint8),
         "indices": (column % COLUMNS).astype(np.uint8),
-        "values": np.ascontiguousarray(weight[row, column], np.float32),
+        "values": np.ascontiguousarray(weight[row, column]),
     }
 
 

@@ -9,11 +9,26 @@ from numpy.typing import NDArray
 
 from opfa.errors import RunError
 from opfa.runtime import library as native
-from opfa.runtime.library import ACTIVATIONS, KINDS, TABLES, library
+from opfa.runtime.library import ACTIVATIONS, DTYPES, GROUP, KINDS, TABLES, library
 from opfa.runtime.packing import Floats, Packed
 
 ALIGNMENT = 16  # floats
+NARROW_GROUP = 32  # tokens that bf16 and int8 inputs hold together
 Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The input of bf16 or int8 matrices: q = clamp(round(x / scale) + zero, 0, 255) in int8."""
+
+    dtype: str
+    scale: float = 1.0
+    zero: int = 0
+
+    def fields(self) -> dict[str, float]:
+        """What a step says of it. torch multiplies by 1 / scale, as an fp32 number."""
+        inverse = float(np.float32(1) / np.float32(self.scale))
+        return {"form": DTYPES.index(self.dtype), "inverse": inverse, "zero": self.zero}
 
 
 @dataclass
@@ -23,6 +38,7 @@ class Program:
     steps: list[native.Step] = field(default_factory=list)
     buffers: list[native.Buffer] = field(default_factory=list)
     channels: int = 0
+    group: int = GROUP
     _kept: list[object] = field(default_factory=list)
 
     def buffer(self, channels: int) -> int:
@@ -52,6 +68,11 @@ class Program:
             "norm", source=source, target=target, channels=len(weight), epsilon=epsilon, **values
         )
 
+    def narrow(self, source: int, target: int, channels: int, form: "Form") -> None:
+        """target = source as the input of bf16 or int8 matrices."""
+        self.group = NARROW_GROUP
+        self._add("narrow", source=source, target=target, channels=channels, **form.fields())
+
     def linear(
         self,
         matrix: Packed,
@@ -59,21 +80,32 @@ class Program:
         source: int,
         target: int,
         *,
+        scales: Floats | None = None,
+        first: int = 0,
         activation: str = "none",
         residual: int = -1,
+        form: "Form | None" = None,
     ) -> None:
-        """target = activation(matrix @ source + bias + residual)."""
+        """target = activation(matrix @ source + bias + residual), from its channel `first`.
+
+        `scales` are those of an int8 matrix's rows, times its input's. With `form` the target is
+        the input of the next matrix.
+        """
         arrays = {name: self._pointer(array) for name, array in matrix.arrays.items()}
-        sizes = {name: getattr(matrix, name) for name in ("rows", "columns", "block", "tile")}
-        struct = native.Matrix(**sizes, **arrays, bias=self._pointer(bias))
+        names = ("rows", "columns", "block", "tile", "dtype")
+        sizes = {name: getattr(matrix, name) for name in names}
+        vectors = {"bias": self._pointer(bias), "scales": self._pointer(scales)}
+        struct = native.Matrix(**sizes, **arrays, **vectors)
         self._kept.append(struct)
         self._add(
             "linear",
             source=source,
             target=target,
             residual=residual,
+            first=(ctypes.c_int32 * 3)(first, 0, 0),
             activation=ACTIVATIONS.index(activation),
             matrix=ctypes.pointer(struct),
+            **(form.fields() if form else {}),
         )
 
     def attention(
@@ -124,7 +156,7 @@ class Runner:
         self._kept = program
         steps = (native.Step * len(program.steps))(*program.steps)
         buffers = (native.Buffer * len(program.buffers))(*program.buffers)
-        sizes = len(steps), len(buffers)
+        sizes = len(steps), len(buffers), program.group
         self._program = native.Program(*sizes, steps, buffers, program.channels)
         self._pool = library().opfa_pool_new(threads)
         if not self._pool:

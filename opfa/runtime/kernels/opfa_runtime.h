@@ -1,8 +1,8 @@
 /* The C interface of opfa's CPU runtime: sparse encoders on real tokens only.
  *
  * Activations are channel-major. The tokens of all sequences stand behind each other, in tiles of
- * OPFA_TILE; the last tile has a multiple of OPFA_GROUP tokens. A buffer of C channels is
- * [tile][C][tokens of the tile] in fp32, so a vector holds the same channel of 16 tokens, and a
+ * OPFA_TILE; the last tile has a multiple of 16 tokens, with bf16 and int8 of 32. A buffer of C channels is
+ * [tile][C][tokens of the tile], so a vector holds the same channel of 16 tokens, and a
  * live weight is multiplied with the tokens of a tile at once.
  */
 #ifndef OPFA_RUNTIME_H
@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define OPFA_ABI 1
+#define OPFA_ABI 2
 #define OPFA_TILE 64
 #define OPFA_GROUP 16
 #define OPFA_PANEL 6 /* rows of a dense matrix that stand together */
@@ -20,19 +20,23 @@ enum opfa_activation {
   OPFA_NONE, OPFA_GELU, OPFA_GELU_TANH, OPFA_RELU, OPFA_SILU, OPFA_TANH
 };
 enum opfa_kind {
-  OPFA_EMBED, OPFA_LOAD, OPFA_STORE, OPFA_NORM, OPFA_LINEAR, OPFA_ATTENTION, OPFA_ROTARY, OPFA_GATE
+  OPFA_EMBED, OPFA_LOAD, OPFA_STORE, OPFA_NORM, OPFA_LINEAR, OPFA_ATTENTION, OPFA_ROTARY, OPFA_GATE,
+  OPFA_NARROW, OPFA_KINDS
 };
+enum opfa_dtype { OPFA_FP32, OPFA_BF16, OPFA_INT8 };
 
 /* A matrix [rows, columns] times tokens. Sparse: rows in blocks, columns in tiles; in a block and
  * tile each row that lives has one visit (row in the block, live weights), by falling count. */
 typedef struct {
   int32_t rows, columns;
   int32_t block, tile;      /* rows of a block, columns of a tile; block 0: dense, in panels */
+  int32_t dtype;            /* of values; dense: fp32 */
   const uint32_t *starts;   /* [blocks * tiles + 1] first visit */
   const uint32_t *entries;  /* [blocks + 1] first live weight */
   const uint8_t *visits;    /* [visits][2] */
   const uint8_t *indices;   /* [live] column in its tile */
-  const float *values;      /* [live], or dense [rows / PANEL][columns][PANEL] */
+  const void *values;       /* [live], or dense [rows / PANEL][columns][PANEL] */
+  const float *scales;      /* [rows] of int8: of the weights times of the input */
   const float *bias;        /* [rows], or NULL */
 } opfa_matrix;
 
@@ -46,6 +50,8 @@ typedef struct {
   int32_t in, out, residual;      /* buffers; residual -1: none */
   int32_t first[3];               /* first channel: q, k, v of in; input and gate */
   int32_t channels, heads, window;
+  int32_t form;                   /* dtype of out: the input of what matrices */
+  float inverse, zero;            /* of int8: q = round(x * inverse) + zero */
   float epsilon, scale;
   const opfa_matrix *matrix;
   const float *weight, *bias;     /* of a norm */
@@ -54,6 +60,7 @@ typedef struct {
 
 typedef struct {
   int32_t num_steps, num_buffers;
+  int32_t group;                  /* tokens of the last tile are a multiple of it: 16 or 32 */
   const opfa_step *steps;
   const opfa_buffer *buffers;
   int64_t channels;               /* of all buffers */

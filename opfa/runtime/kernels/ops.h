@@ -4,6 +4,7 @@
 #include "opfa_runtime.h"
 
 #define OPFA_DENSE_BLOCK 48  /* rows of a dense matrix that are one item of work */
+#define OPFA_PARTS 4          /* items of a tile that is made narrow */
 #define OPFA_MOST_HEAD 256   /* channels of a head */
 typedef struct {
   int32_t sequence, tile, lane, count;
@@ -19,7 +20,7 @@ typedef struct {
 } opfa_work;
 
 typedef struct {
-  void (*work[OPFA_GATE + 1])(const opfa_work *, const opfa_step *, int64_t item);
+  void (*work[OPFA_KINDS])(const opfa_work *, const opfa_step *, int64_t item);
   double (*peak)(void);
 } opfa_ops;
 

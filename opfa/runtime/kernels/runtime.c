@@ -29,7 +29,7 @@ static inline void relax(void) {
 
 extern const opfa_ops opfa_ops_plain;
 #if defined(__x86_64__)
-extern const opfa_ops opfa_ops_avx512, opfa_ops_avx2;
+extern const opfa_ops opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512, opfa_ops_avx2;
 #endif
 
 static int has_avx512(void) {
@@ -37,6 +37,22 @@ static int has_avx512(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return 0;
+#endif
+}
+
+static int has_vnni(void) {
+#if defined(__x86_64__)
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return 0;
+#endif
+}
+
+static int has_bf16(void) {
+#if defined(__x86_64__)
+  return has_vnni() && __builtin_cpu_supports("avx512bf16");
 #else
   return 0;
 #endif
@@ -59,6 +75,8 @@ static const struct level {
   const opfa_ops *ops;
 } levels[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", has_bf16, &opfa_ops_avx512bf16},
+    {"avx512vnni", has_vnni, &opfa_ops_avx512vnni},
     {"avx512", has_avx512, &opfa_ops_avx512},
     {"avx2", has_avx2, &opfa_ops_avx2},
     {"plain", always, &opfa_ops_plain},
@@ -221,12 +239,12 @@ void opfa_pool_free(opfa_pool *pool) {
 
 /* ---- Runs ---------------------------------------------------------------------------------- */
 
-static int32_t padded_to_groups(int32_t tokens) {
-  return (tokens + OPFA_GROUP - 1) / OPFA_GROUP * OPFA_GROUP;
+static int32_t padded_to_groups(const opfa_program *program, int32_t tokens) {
+  return (tokens + program->group - 1) / program->group * program->group;
 }
 
 int64_t opfa_workspace(const opfa_program *program, int32_t tokens) {
-  return program->channels * padded_to_groups(tokens) + 2 * OPFA_TILE; /* vectors may begin late */
+  return program->channels * padded_to_groups(program, tokens) + 2 * OPFA_TILE; /* vectors may begin late */
 }
 
 static int64_t num_items(const opfa_work *w, const opfa_step *s) {
@@ -236,6 +254,7 @@ static int64_t num_items(const opfa_work *w, const opfa_step *s) {
       return (int64_t)((s->matrix->rows + height - 1) / height) * w->tiles;
     }
     case OPFA_ATTENTION: return (int64_t)w->num_queries * s->heads;
+    case OPFA_NARROW: return (int64_t)w->tiles * OPFA_PARTS;
     case OPFA_ROTARY: return (int64_t)w->tiles * s->heads;
     default: return w->padded / OPFA_GROUP;
   }
@@ -259,7 +278,7 @@ static void split(opfa_work *w, opfa_queries *queries, int32_t *positions) {
 
 int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool) {
   const int threads = pool->threads, steps = program->num_steps;
-  opfa_work w = {.program = program, .call = call, .padded = padded_to_groups(call->tokens)};
+  opfa_work w = {.program = program, .call = call, .padded = padded_to_groups(program, call->tokens)};
   w.tiles = (w.padded + OPFA_TILE - 1) / OPFA_TILE;
   opfa_queries *queries = malloc(sizeof *queries * (size_t)(call->sequences + w.tiles));
   int32_t *positions = malloc(sizeof *positions * (size_t)w.padded);

@@ -1,0 +1,243 @@
+/* Matrices times tokens, for one level of instructions. */
+#ifndef OPFA_PRODUCTS_H
+#define OPFA_PRODUCTS_H
+#include "vectors.h"
+
+/* How many tokens a product holds in registers: sparse, and dense with ROWS rows. */
+#if VB == 64
+enum { MOST = 64, WIDE = 64, ROWS = 6 };
+#elif VB == 32 || defined(__aarch64__)
+enum { MOST = 64, WIDE = 16, ROWS = 6 };
+#else
+enum { MOST = 32, WIDE = 16, ROWS = 3 };
+#endif
+
+/* Bytes of a token's channel as input of a bf16 and of an int8 matrix. Where the CPU has no
+ * products of such numbers they are fp32 numbers with the same values. */
+#ifdef __AVX512BF16__
+enum { BF16_BYTES = 2 };
+#else
+enum { BF16_BYTES = 4 };
+#endif
+#ifdef __AVX512VNNI__
+enum { INT8_BYTES = 1 };
+#else
+enum { INT8_BYTES = 4 };
+#endif
+
+/* ---- Dense ---- */
+
+/* out[m][lane] += sum over k of a[k * along + m * across] * b[k * stride + lane]. */
+INLINE void outer(int rows, int vectors, int64_t k_end, const float *a, int64_t along, int64_t across,
+                  const float *b, int64_t stride, float *out, int64_t out_stride) {
+  vec sums[ROWS][WIDE / LANES];
+  UNROLL for (int m = 0; m < rows; m++)
+    UNROLL for (int i = 0; i < vectors; i++) sums[m][i] = load(out + m * out_stride + i * LANES);
+  for (int64_t k = 0; k < k_end; k++) {
+    vec tokens[WIDE / LANES];
+    UNROLL for (int i = 0; i < vectors; i++) tokens[i] = load(b + k * stride + i * LANES);
+    UNROLL for (int m = 0; m < rows; m++) {
+      const float scalar = a[k * along + m * across];
+      UNROLL for (int i = 0; i < vectors; i++) sums[m][i] += scalar * tokens[i];
+    }
+  }
+  UNROLL for (int m = 0; m < rows; m++)
+    UNROLL for (int i = 0; i < vectors; i++) store(out + m * out_stride + i * LANES, sums[m][i]);
+}
+
+/* The same for any number of rows and lanes; lanes are a multiple of 16. */
+static void product(int64_t rows, int lanes, int64_t k_end, const float *a, int64_t along,
+                    int64_t across, const float *b, int64_t stride, float *out, int64_t out_stride) {
+  for (int lane = 0; lane < lanes; lane += WIDE) {
+    const int vectors = (lanes - lane < WIDE ? lanes - lane : WIDE) / LANES;
+    for (int64_t m = 0; m < rows; m += ROWS) {
+      const int some = rows - m < ROWS ? (int)(rows - m) : ROWS;
+#define CASE(R, V)                                                                             \
+  case (V) * 8 + (R):                                                                          \
+    outer(R, V, k_end, a + m * across, along, across, b + lane, stride, out + m * out_stride + lane, \
+          out_stride);                                                                         \
+    break;
+#if VB > 16 || defined(__aarch64__)
+#define CASES(V) CASE(1, V) CASE(2, V) CASE(3, V) CASE(4, V) CASE(5, V) CASE(6, V)
+#else
+#define CASES(V) CASE(1, V) CASE(2, V) CASE(3, V)
+#endif
+      switch (vectors * 8 + some) {
+#if VB == 64
+        CASES(1) CASES(2) CASES(3) CASES(4)
+#elif VB == 32
+        CASES(2)
+#else
+        CASES(4)
+#endif
+      }
+    }
+  }
+}
+
+/* ---- Sparse: one visit, that is the live weights of one row in one tile of columns ---- */
+
+/* y[lane] += sum of values times tokens, all fp32. */
+INLINE void visit_fp32(int lanes, int width, const uint8_t *indices, const float *values, int count,
+                       const float *x, float *y) {
+  vec sums[MOST / LANES];
+  UNROLL for (int i = 0; i < lanes / LANES; i++) sums[i] = load(y + i * LANES);
+  int j = 0;
+#define LIVE(S)                                                                                \
+  {                                                                                            \
+    const float *tokens = x + ((four >> (8 * (S))) & 255) * (size_t)width;                     \
+    const float value = values[j + (S)];                                                       \
+    UNROLL for (int i = 0; i < lanes / LANES; i++) sums[i] += value * load(tokens + i * LANES); \
+  }
+  for (; j + 4 <= count; j += 4) {
+    uint32_t four;
+    memcpy(&four, indices + j, 4);
+    LIVE(0) LIVE(1) LIVE(2) LIVE(3)
+  }
+  for (; j < count; j++) {
+    const uint32_t four = indices[j];
+    LIVE(0)
+  }
+#undef LIVE
+  UNROLL for (int i = 0; i < lanes / LANES; i++) store(y + i * LANES, sums[i]);
+}
+
+#ifdef __AVX512BF16__
+/* Two weights at a time: their tokens are interleaved, and vdpbf16ps adds both products in fp32.
+ * `narrow_bf16` stores 32 tokens so that the two halves come out in the order of the tokens. */
+INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint16_t *values,
+                       int count, const uint16_t *x, float *y) {
+  __m512 sums[MOST / 16];
+  UNROLL for (int i = 0; i < lanes / 16; i++) sums[i] = _mm512_loadu_ps(y + i * 16);
+  for (int j = 0; j < count; j += 2) {
+    const int is_pair = j + 1 < count;
+    const uint16_t *left = x + indices[j] * (size_t)width, *right = x + indices[j + is_pair] * (size_t)width;
+    const uint32_t two = values[j] | (is_pair ? (uint32_t)values[j + 1] << 16 : 0);
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)two);
+    UNROLL for (int i = 0; i < lanes / 32; i++) {
+      const __m512i a = _mm512_loadu_si512(left + i * 32), b = _mm512_loadu_si512(right + i * 32);
+      sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], (__m512bh)_mm512_unpacklo_epi16(a, b), pair);
+      sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], (__m512bh)_mm512_unpackhi_epi16(a, b), pair);
+    }
+  }
+  UNROLL for (int i = 0; i < lanes / 16; i++) _mm512_storeu_ps(y + i * 16, sums[i]);
+}
+#else
+INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint16_t *values,
+                       int count, const float *x, float *y) {
+  float wide[256];
+  for (int j = 0; j < count; j++) {
+    const uint32_t bits = (uint32_t)values[j] << 16;
+    memcpy(wide + j, &bits, 4);
+  }
+  visit_fp32(lanes, width, indices, wide, count, x, y);
+}
+#endif
+
+#ifdef __AVX512VNNI__
+/* Four weights at a time: the bytes of their tokens are transposed, and vpdpbusd adds the four
+ * products in int32. `narrow_int8` stores the tokens so that they come out in their order. */
+INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values, int count,
+                       const uint8_t *x, int32_t *y) {
+#define QUAD(V, P, LOAD, STORE, SET, BITS)                                                       \
+  V sums[4];                                                                                     \
+  UNROLL for (int i = 0; i < 4; i++) sums[i] = LOAD((void *)(y + i * (BITS / 32)));              \
+  for (int j = 0; j < count; j += 4) {                                                           \
+    const int left = count - j;                                                                  \
+    uint32_t four = 0;                                                                           \
+    memcpy(&four, values + j, left < 4 ? (size_t)left : 4);                                      \
+    const V weights = SET((int)four);                                                            \
+    const V a = LOAD((void *)(x + indices[j] * (size_t)width));                                  \
+    const V b = LOAD((void *)(x + indices[left > 1 ? j + 1 : j] * (size_t)width));               \
+    const V c = LOAD((void *)(x + indices[left > 2 ? j + 2 : j] * (size_t)width));               \
+    const V d = LOAD((void *)(x + indices[left > 3 ? j + 3 : j] * (size_t)width));               \
+    const V ab = P##_unpacklo_epi8(a, b), cd = P##_unpacklo_epi8(c, d);                          \
+    const V ba = P##_unpackhi_epi8(a, b), dc = P##_unpackhi_epi8(c, d);                          \
+    sums[0] = P##_dpbusd_epi32(sums[0], P##_unpacklo_epi16(ab, cd), weights);                    \
+    sums[1] = P##_dpbusd_epi32(sums[1], P##_unpackhi_epi16(ab, cd), weights);                    \
+    sums[2] = P##_dpbusd_epi32(sums[2], P##_unpacklo_epi16(ba, dc), weights);                    \
+    sums[3] = P##_dpbusd_epi32(sums[3], P##_unpackhi_epi16(ba, dc), weights);                    \
+  }                                                                                              \
+  UNROLL for (int i = 0; i < 4; i++) STORE((void *)(y + i * (BITS / 32)), sums[i]);
+  if (lanes == 64) {
+    QUAD(__m512i, _mm512, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_set1_epi32, 512)
+  } else {
+    QUAD(__m256i, _mm256, _mm256_loadu_si256, _mm256_storeu_si256, _mm256_set1_epi32, 256)
+  }
+#undef QUAD
+}
+#else
+/* Integers in fp32: a visit's sum is below 2^24 and so exact, and is added as an integer. */
+INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values, int count,
+                       const float *x, int32_t *y) {
+  float wide[256], sums[MOST] __attribute__((aligned(64))) = {0};
+  for (int j = 0; j < count; j++) wide[j] = values[j];
+  visit_fp32(lanes, width, indices, wide, count, x, sums);
+  for (int i = 0; i < lanes; i += LANES)
+    *(loose_ints *)(y + i) += __builtin_convertvector(load(sums + i), ints);
+}
+#endif
+
+/* y[row][token] += a block of rows times a tile's tokens x, of which there are `width`; x and y have
+ * the numbers of `dtype`, and y is int32 for int8. */
+INLINE void sparse(int dtype, int width, const opfa_matrix *m, int block, const char *x, float *y) {
+  const int tiles = (m->columns + m->tile - 1) / m->tile;
+  const uint32_t *starts = m->starts + (size_t)block * tiles;
+  const size_t bytes = dtype == OPFA_FP32 ? 4 : dtype == OPFA_BF16 ? BF16_BYTES : INT8_BYTES;
+  UNROLL for (int lane = 0; lane < width; lane += MOST) {
+    const int lanes = width - lane < MOST ? width - lane : MOST;
+    size_t entry = m->entries[block];
+    for (int t = 0; t < tiles; t++)
+      for (uint32_t v = starts[t]; v < starts[t + 1]; v++) {
+        const int row = m->visits[2 * v], count = m->visits[2 * v + 1];
+        const void *tokens = x + ((size_t)t * m->tile * width + lane) * bytes;
+        const uint8_t *indices = m->indices + entry;
+        float *out = y + row * width + lane;
+        if (dtype == OPFA_FP32)
+          visit_fp32(lanes, width, indices, (const float *)m->values + entry, count, tokens, out);
+        else if (dtype == OPFA_BF16)
+          visit_bf16(lanes, width, indices, (const uint16_t *)m->values + entry, count, tokens, out);
+        else
+          visit_int8(lanes, width, indices, (const int8_t *)m->values + entry, count, tokens, (int32_t *)out);
+        entry += count;
+      }
+  }
+}
+
+/* ---- Input of bf16 and int8 matrices: a channel's tokens, of which there are 32 or 64 ---- */
+
+INLINE void narrow_bf16(int width, const float *from, char *to) {
+#ifdef __AVX512BF16__
+  for (int i = 0; i < width; i += 32) {
+    const __m512i low = (__m512i)to_bf16(load(from + i)), high = (__m512i)to_bf16(load(from + i + 16));
+    const __m512i both = _mm512_packus_epi32(_mm512_srli_epi32(low, 16), _mm512_srli_epi32(high, 16));
+    _mm512_storeu_si512(to + i * 2, both);
+  }
+#else
+  for (int i = 0; i < width; i += LANES) store((float *)to + i, to_bf16(load(from + i)));
+#endif
+}
+
+/* q = clamp(round(x / scale) + zero, 0, 255), as torch.fake_quantize_per_tensor_affine. */
+INLINE void narrow_int8(int width, const float *from, char *to, float inverse, float zero) {
+#define STEPS(x) smaller(larger(nearest(smaller(larger((x) * inverse, all(-1e6f)), all(1e6f))) + zero, all(0)), all(255.0f))
+#ifdef __AVX512VNNI__
+  if (width == 64) {
+    __m512i q[4];
+    UNROLL for (int i = 0; i < 4; i++) q[i] = (__m512i)__builtin_convertvector(STEPS(load(from + i * 16)), ints);
+    const __m512i low = _mm512_packus_epi32(q[0], q[1]), high = _mm512_packus_epi32(q[2], q[3]);
+    _mm512_storeu_si512(to, _mm512_packus_epi16(low, high));
+  } else {
+    __m512i q[2];
+    UNROLL for (int i = 0; i < 2; i++) q[i] = (__m512i)__builtin_convertvector(STEPS(load(from + i * 16)), ints);
+    const __m256i low = _mm256_packus_epi32(_mm512_castsi512_si256(q[0]), _mm512_extracti64x4_epi64(q[0], 1));
+    const __m256i high = _mm256_packus_epi32(_mm512_castsi512_si256(q[1]), _mm512_extracti64x4_epi64(q[1], 1));
+    _mm256_storeu_si256((void *)to, _mm256_packus_epi16(low, high));
+  }
+#else
+  for (int i = 0; i < width; i += LANES) store((float *)to + i, STEPS(load(from + i)));
+#endif
+#undef STEPS
+}
+
+#endif
