@@ -27,7 +27,6 @@ from opfa.models.encoders import HEADS, load_weights
 from opfa.storage.files import new_directory, new_file
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-FIXED_TOKENS = 128  # of a file with one shape
 OLD_OPSET, OLD_IR = 14, 8  # what DeepSparse reads
 SEEN = (4, 64)  # random tokens for the ranges of 8 bits
 
@@ -37,7 +36,7 @@ def write_random(root: Path, config: Mapping[str, Any], sparsities: Sequence[flo
 
     A weight that is zero in one is zero in all with more zeros.
     """
-    wanted = [sparsity for sparsity in sorted(sparsities) if not (root / f"{sparsity:g}").exists()]
+    wanted = [each for each in sorted({*sparsities}) if not (root / f"{each:g}").exists()]
     if not wanted:
         return
     torch.manual_seed(0)
@@ -91,19 +90,19 @@ def _in_8_bits(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def write_onnx(directory: Path) -> dict[str, Path]:
-    """Write a model as ONNX: "fp32" and "int8" of any shape, "fixed" for 1 x 128 tokens.
+def write_onnx(directory: Path, tokens: int) -> dict[str, Path]:
+    """Write a model as ONNX: "fp32" and "int8" of any shape, "fixed" for 1 x tokens.
 
-    "int8" is what `opfa export` writes, but weights lie transposed in the file: OpenVINO computes in
-    integers only then. "fixed" comes from torch's older exporter; DeepSparse reads no newer one. It
-    is missing where this exporter fails.
+    "int8" is what `opfa export` writes, but weights lie transposed in the file: only then OpenVINO
+    computes in integers. "fixed" comes from torch's older exporter; DeepSparse reads no newer one.
+    It is missing where this exporter fails.
     """
     files = {name: directory / f"{name}.onnx" for name in ("fp32", "int8", "fixed")}
     if all(file.exists() for name, file in files.items() if name != "fixed"):
         return {name: file for name, file in files.items() if file.exists()}
     model = _load(directory)
     try:
-        _write_fixed(model, files["fixed"])
+        _write_fixed(model, files["fixed"], tokens)
     except ModelError:
         del files["fixed"]
     graph = onnx_graph.trace(model, onnx_graph.input_names(model, INPUTS))
@@ -116,9 +115,9 @@ def write_onnx(directory: Path) -> dict[str, Path]:
     return files
 
 
-def _write_fixed(model: PreTrainedModel, path: Path) -> None:
+def _write_fixed(model: PreTrainedModel, path: Path, tokens: int) -> None:
     names = onnx_graph.input_names(model, INPUTS)
-    example = {name: torch.ones(1, FIXED_TOKENS, dtype=torch.long) for name in names}
+    example = {name: torch.ones(1, tokens, dtype=torch.long) for name in names}
     with new_file(path) as work, warnings.catch_warnings(action="ignore"):
         with opening(type(model).__name__, ModelError, "torch can't export it"), torch.no_grad():
             torch.onnx.export(

@@ -1,5 +1,6 @@
 """The runtime and torch as contestants of `opfa bench inference`."""
 
+import functools
 import os
 import threading
 import time
@@ -9,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from opfa import runtime
 from opfa.bench.worker import Engine
 from opfa.models import trained
 from opfa.releases.rounding import DTYPES
-from opfa.runtime.library import KINDS
-from opfa.runtime.program import Program, Runner
+from opfa.runtime.library import KINDS, library
+from opfa.runtime.program import Runner
 
-PARTS = {"linear": "linear layers", "attention": "attention"}  # by kinds of steps
-REST = "rest"  # norms, embeddings, activations' gates, transfers
-EVERYTHING, WHOLE = "all steps", "a call"
+LINEAR, ATTENTION, REST, STEPS = "linear layers", "attention", "rest", "all steps"
+PARTS = {"linear": LINEAR, "attention": ATTENTION}  # by kinds of steps; the others are the rest
 
 
 class Torch(Engine):
@@ -30,7 +31,7 @@ class Torch(Engine):
         torch.set_num_threads(self.threads)
         model = trained.load(path, exact=False)
         model.set_attn_implementation("sdpa")
-        return model.to(DTYPES[self.options["dtype"]])
+        return nn.Module.to(model, DTYPES[self.options["dtype"]])
 
     def batch(self, lengths: list[int]) -> tuple[Any, Any]:
         """Tensors; no mask where all have the same length."""
@@ -49,45 +50,54 @@ class Ours(Torch):
     def load(self, path: str) -> Any:
         """A model whose encoder runs in the kernels."""
         torch.set_num_threads(self.threads)
-        dtype = self.options["dtype"]
-        return runtime.load(
-            path, threads=self.threads, **({} if dtype == "fp32" else {"dtype": dtype})
-        )
+        return runtime.load(path, threads=self.threads, dtype=self.options["dtype"])
 
-    def sizes(self) -> dict[str, float]:
-        """Live weights of the layers in the kernels, and the bytes that they are packed in."""
-        matrices = self._built().matrices.values()
+    def bytes_a_weight(self) -> float:
+        """Packed bytes of the layers in the kernels for each live weight."""
+        matrices = self._built.matrices.values()
         arrays = [array for matrix in matrices for array in matrix.arrays.values()]
-        live = sum(matrix.num_live for matrix in matrices)
-        return {"live": live, "bytes": sum(array.nbytes for array in arrays)}
+        return sum(array.nbytes for array in arrays) / sum(matrix.num_live for matrix in matrices)
 
-    def _built(self, model: str = "") -> Any:
-        return self.models[model].base_model.built
+    def sparsity(self) -> float:
+        """Of the layers in the kernels."""
+        matrices = self._built.matrices.values()
+        size = sum(matrix.rows * matrix.columns for matrix in matrices)
+        return 1 - sum(matrix.num_live for matrix in matrices) / size
 
-    def parts(self, tokens: int, calls: int) -> dict[str, list[float]]:
-        """Seconds of the steps of each kind alone, of all, and of a call, taken in turn."""
-        program = self._built().program
-        steps: dict[str, list[Any]] = {name: [] for name in (*PARTS.values(), REST)}
+    @property
+    def _built(self) -> Any:
+        return self.models[""].base_model.built
+
+    def work(self, tokens: int) -> dict[str, float]:
+        """Floating-point operations with one sequence: of live weights, and of attention."""
+        live = sum(matrix.num_live for matrix in self._built.matrices.values())
+        steps = [each for each in self._built.program.steps if KINDS[each.kind] == "attention"]
+        products = 4 * tokens**2 * sum(step.channels for step in steps)  # windows aside
+        return {LINEAR: 2 * tokens * live, ATTENTION: products}
+
+    def part(self, name: str, tokens: int, calls: int) -> list[float]:
+        """Seconds of the steps of one kind alone, or of all, with one sequence."""
+        runner = self._runners()[name]
+        starts, rows = np.array([0, tokens], np.int32), np.arange(tokens, dtype=np.int32)
+        ids = [np.zeros(tokens, np.int32) for _ in self._built.table_sizes]
+        target = np.empty((tokens, self._built.channels), np.float32)
+        found = []
+        for _ in range(calls + 1):
+            start = time.perf_counter()
+            runner.run(starts, ids, rows=rows, target=target)
+            found.append(time.perf_counter() - start)
+        return found[1:]
+
+    @functools.cache  # noqa: B019 - a process has one
+    def _runners(self) -> dict[str, Runner]:
+        program = self._built.program
+        steps: dict[str, list[Any]] = {LINEAR: [], ATTENTION: [], REST: [], STEPS: program.steps}
         for step in program.steps:
             steps[PARTS.get(KINDS[step.kind], REST)].append(step)
-        steps[EVERYTHING] = program.steps
-        runners = {
+        return {
             name: Runner(replace(program, steps=chosen), self.threads)
             for name, chosen in steps.items()
         }
-        starts, rows = np.array([0, tokens], np.int32), np.arange(tokens, dtype=np.int32)
-        ids = [np.zeros(tokens, np.int32) for _ in self._built().table_sizes]
-        target = np.empty((tokens, self._built().channels), np.float32)
-        found: dict[str, list[float]] = {name: [] for name in (*runners, WHOLE)}
-        for _ in range(calls):
-            for name, runner in runners.items():
-                for is_counted in (False, True):
-                    start = time.perf_counter()
-                    runner.run(starts, ids, rows=rows, target=target)
-                    if is_counted:
-                        found[name].append(time.perf_counter() - start)
-            found[WHOLE] += self.call([tokens], 1)
-        return found
 
     def streams(self, tokens: int, seconds: float) -> float:
         """Sequences a second, each model called by a thread of its own."""
@@ -110,13 +120,12 @@ class Ours(Torch):
 
 
 def peak(calls: int = 5) -> float:
-    """GFLOP/s of multiply-adds that one core can do now: the mean over the cores, each one's best."""
+    """GFLOP/s of fp32 multiply-adds that a core can do now: each core's best, and their mean."""
     cores, found = os.sched_getaffinity(0), []
-    library = runtime.library.library()
     try:
         for core in cores:
             os.sched_setaffinity(0, {core})
-            found.append(max(library.opfa_peak() for _ in range(calls)))
+            found.append(max(library().opfa_peak() for _ in range(calls)))
     finally:
         os.sched_setaffinity(0, cores)
     return sum(found) / len(found)

@@ -98,7 +98,7 @@ class OpenVino(Engine):
 
     def load(self, path: str) -> Any:
         """A request of a compiled model."""
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports] - of the peers
 
         wanted = {"INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY"}
         if "precision" in self.options:
@@ -116,7 +116,7 @@ class DeepSparse(Engine):
 
     def load(self, path: str) -> Any:
         """An engine."""
-        import deepsparse
+        import deepsparse  # pyright: ignore[reportMissingImports] - of the peers
 
         return deepsparse.Engine(path, batch_size=1, num_cores=self.threads)
 
