@@ -1,5 +1,7 @@
 """Sparse encoders on CPUs, in kernels that skip zeros."""
 
 from opfa.runtime.encoder import load
+from opfa.runtime.explain import Explanation, explain
+from opfa.runtime.swap import swap
 
-__all__ = ["load"]
+__all__ = ["Explanation", "explain", "load", "swap"]

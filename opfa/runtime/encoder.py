@@ -4,7 +4,6 @@ The model stays what it is, with its head in torch: only the encoder's `forward`
 weights are packed. So the outputs are transformers' own, and a pipeline can hold it.
 """
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from opfa.models import trained
 from opfa.runtime.families import Build, build
 from opfa.runtime.library import DTYPES
 from opfa.runtime.program import Ints, Runner
+from opfa.runtime.threads import Pool, num_threads
 
 Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
@@ -54,6 +54,9 @@ class KernelEncoder:
             raise RunError("input_ids: must be a tensor [batch, tokens]")
         lengths, rows = _real_tokens(input_ids, attention_mask)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        if self.built.most_tokens is not None and max(lengths, default=0) > self.built.most_tokens:
+            most = self.built.most_tokens
+            raise RunError(f"input_ids: {max(lengths)} tokens; the model has {most} positions")
         ids = self._ids(input_ids.numpy(), token_type_ids, position_ids, rows)
         shape = (*input_ids.shape, self.built.channels)
         hidden = torch.empty(shape) if len(rows) == input_ids.numel() else torch.zeros(shape)
@@ -113,7 +116,7 @@ def with_kernels(model: PreTrainedModel, threads: int, dtype: str = "fp32") -> P
         delattr(encoder, name)
     cls = type(encoder)
     encoder.__class__ = type(f"Kernel{cls.__name__}", (KernelEncoder, cls), {})
-    vars(encoder).update(built=built, runner=Runner(built.program, threads))
+    vars(encoder).update(built=built, runner=Runner(built.program, Pool(threads)))
     return model.eval().requires_grad_(False)
 
 
@@ -136,22 +139,3 @@ def load(
         raise ModelError(f"model {str(model)!r}: has no 8-bit ranges; `opfa calibrate` makes them")
     found = trained.load(model, exact=chosen == "int8")
     return with_kernels(found, num_threads(threads), chosen)
-
-
-def num_threads(wanted: int | None) -> int:
-    """How many threads to use: by default the cores that this process may use."""
-    cores = max(1, min(len(os.sched_getaffinity(0)), _quota()))
-    if wanted is None:
-        return cores
-    if not 1 <= wanted <= cores:
-        raise RunError(f"threads = {wanted}: must be from 1 to the {cores} cores of this process")
-    return wanted
-
-
-def _quota() -> int:
-    """The cores that the container's quota allows (cgroup 2)."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return os.cpu_count() or 1

@@ -39,6 +39,7 @@ class Build:
         self.encoder, self.dtype, self.program = encoder, dtype, Program()
         self._narrowed: dict[int, int] = {}  # buffers, and those of their values in another form
         self.channels, self.table_sizes = 0, list[int]()
+        self.most_tokens: int | None = None  # where no table has positions
         self.first_position: int | None = None  # the id of padding, if positions begin behind it
         self.matrices: dict[str, Packed] = {}  # by the paths of the layers that they stand for
 
@@ -223,6 +224,7 @@ def _modernbert(build: Build, config: Any) -> None:
         kind: _rotations(build.module("rotary_emb"), config, kind)
         for kind in set(config.layer_types)
     }
+    build.most_tokens = config.max_position_embeddings
     build.embed(["embeddings.tok_embeddings"], x)
     build.norm("embeddings.norm", x, x)
     for number, kind in enumerate(config.layer_types):

@@ -11,6 +11,7 @@ from opfa.errors import RunError
 from opfa.runtime import library as native
 from opfa.runtime.library import ACTIVATIONS, DTYPES, GROUP, KINDS, TABLES, library
 from opfa.runtime.packing import Floats, Packed
+from opfa.runtime.threads import Pool
 
 ALIGNMENT = 16  # floats
 NARROW_GROUP = 32  # tokens that bf16 and int8 inputs hold together
@@ -149,23 +150,15 @@ class Program:
 
 
 class Runner:
-    """A program with threads; may be called from several threads at once."""
+    """A program with a pool of threads; may be called from several threads at once."""
 
-    def __init__(self, program: Program, threads: int) -> None:
-        """Start the threads; raises `RunError` if the machine has none left."""
-        self._kept = program
+    def __init__(self, program: Program, pool: Pool) -> None:
+        """Bring the steps into one piece."""
+        self._kept, self.pool = program, pool
         steps = (native.Step * len(program.steps))(*program.steps)
         buffers = (native.Buffer * len(program.buffers))(*program.buffers)
         sizes = len(steps), len(buffers), program.group
         self._program = native.Program(*sizes, steps, buffers, program.channels)
-        self._pool = library().opfa_pool_new(threads)
-        if not self._pool:
-            raise RunError(f"threads = {threads}: the machine has no memory or no threads left")
-
-    def __del__(self) -> None:
-        """End the threads."""
-        if pool := getattr(self, "_pool", None):
-            library().opfa_pool_free(pool)
 
     def run(
         self,
@@ -193,5 +186,5 @@ class Runner:
             *pointers,
             workspace[start:].ctypes.data,
         )
-        if library().opfa_run(ctypes.byref(self._program), ctypes.byref(call), self._pool):
+        if library().opfa_run(ctypes.byref(self._program), ctypes.byref(call), self.pool.pointer):
             raise RunError(f"no memory for {num_tokens:,} tokens")

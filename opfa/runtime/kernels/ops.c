@@ -115,51 +115,65 @@ static void norm(const opfa_work *w, const opfa_step *s, int64_t item) {
   }
 }
 
-/* Sums of rows of tables, brought from [token, channel] to [channel, token]. */
-static void embed(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const int tile = (int)(item * GROUP / TILE), lane = (int)(item * GROUP % TILE);
-  const tile_of out = at(w, s->out, tile);
-  for (int t = 0; t < GROUP; t++) {
-    const int64_t token = item * GROUP + t;
-    float *y = out.data + lane + t;
-    if (token >= w->call->tokens) {
-      for (int c = 0; c < s->channels; c++) y[(size_t)c * out.width] = 0;
-      continue;
+/* Sums of up to three rows of channels for GROUP tokens, brought to [channel][token]. */
+static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int channels, tile_of out, int lane) {
+  float *y = out.data + lane;
+  for (int t = 0; t < GROUP; t += LANES, y += LANES) {
+    int c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+      vec block[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) {
+        block[i] = load(rows[t + i][0] + c);
+        for (int n = 1; n < tables; n++) block[i] += load(rows[t + i][n] + c);
+      }
+      transpose(block);
+      UNROLL for (int i = 0; i < LANES; i++) store(y + (size_t)(c + i) * out.width, block[i]);
     }
-    const float *rows[OPFA_TABLES];
-    int n = 0;
-    for (int i = 0; i < OPFA_TABLES; i++)
-      if (s->tables[i]) rows[n++] = s->tables[i] + (size_t)w->call->ids[i][token] * s->channels;
-    if (n == 3)
-      for (int c = 0; c < s->channels; c++) y[(size_t)c * out.width] = rows[0][c] + rows[1][c] + rows[2][c];
-    else if (n == 2)
-      for (int c = 0; c < s->channels; c++) y[(size_t)c * out.width] = rows[0][c] + rows[1][c];
-    else
-      for (int c = 0; c < s->channels; c++) y[(size_t)c * out.width] = rows[0][c];
+    for (; c < channels; c++)
+      for (int i = 0; i < LANES; i++) {
+        float sum = 0;
+        for (int n = 0; n < tables; n++) sum += rows[t + i][n][c];
+        y[(size_t)c * out.width + i] = sum;
+      }
   }
 }
 
-/* Rows of the caller's input to [channel, token], and back. */
-static void transfer(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const int is_load = s->kind == OPFA_LOAD;
-  const int tile = (int)(item * GROUP / TILE), lane = (int)(item * GROUP % TILE);
-  const tile_of b = at(w, is_load ? s->out : s->in, tile);
+/* Embeddings, or the rows of the caller's input. Tokens that only fill the group repeat the last. */
+static void enter(const opfa_work *w, const opfa_step *s, int64_t item) {
+  const opfa_call *call = w->call;
+  const float *rows[GROUP][OPFA_TABLES];
+  int tables = 0;
   for (int t = 0; t < GROUP; t++) {
-    const int64_t token = item * GROUP + t;
-    float *y = b.data + lane + t;
-    if (token >= w->call->tokens) {
-      if (is_load)
-        for (int c = 0; c < s->channels; c++) y[(size_t)c * b.width] = 0;
-      continue;
+    const int64_t wanted = item * GROUP + t, token = wanted < call->tokens ? wanted : call->tokens - 1;
+    tables = 0;
+    if (s->kind == OPFA_LOAD)
+      rows[t][tables++] = call->input + (call->rows ? call->rows[token] : token) * (int64_t)s->channels;
+    else
+      for (int i = 0; i < OPFA_TABLES && s->tables[i]; i++)
+        rows[t][tables++] = s->tables[i] + (int64_t)call->ids[i][token] * s->channels;
+  }
+  gather(rows, tables, s->channels, at(w, s->out, (int)(item * GROUP / TILE)), (int)(item * GROUP % TILE));
+}
+
+/* [channel][token] to the rows of the caller's output. */
+static void leave(const opfa_work *w, const opfa_step *s, int64_t item) {
+  const tile_of in = at(w, s->in, (int)(item * GROUP / TILE));
+  for (int t = 0; t < GROUP; t += LANES) {
+    const float *x = in.data + item * GROUP % TILE + t;
+    float *rows[LANES];
+    int tokens = 0;
+    for (int64_t token = item * GROUP + t; tokens < LANES && token < w->call->tokens; tokens++, token++)
+      rows[tokens] = w->call->output + (w->call->rows ? w->call->rows[token] : token) * s->channels;
+    int c = 0;
+    for (; c + LANES <= s->channels; c += LANES) {
+      vec block[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) block[i] = load(x + (size_t)(c + i) * in.width);
+      transpose(block);
+      UNROLL for (int i = 0; i < LANES; i++)
+        if (i < tokens) store(rows[i] + c, block[i]);
     }
-    const int64_t row = w->call->rows ? w->call->rows[token] : token;
-    if (is_load) {
-      const float *x = w->call->input + row * s->channels;
-      for (int c = 0; c < s->channels; c++) y[(size_t)c * b.width] = x[c];
-    } else {
-      float *x = w->call->output + row * s->channels;
-      for (int c = 0; c < s->channels; c++) x[c] = y[(size_t)c * b.width];
-    }
+    for (; c < s->channels; c++)
+      for (int i = 0; i < tokens; i++) rows[i][c] = x[(size_t)c * in.width + i];
   }
 }
 
@@ -271,7 +285,7 @@ static double peak(void) {
 #define NAME_(level) opfa_ops_##level
 #define NAME(level) NAME_(level)
 const opfa_ops NAME(OPFA_LEVEL) = {
-    .work = {[OPFA_EMBED] = embed, [OPFA_LOAD] = transfer, [OPFA_STORE] = transfer, [OPFA_NORM] = norm,
+    .work = {[OPFA_EMBED] = enter, [OPFA_LOAD] = enter, [OPFA_STORE] = leave, [OPFA_NORM] = norm,
              [OPFA_LINEAR] = linear, [OPFA_ATTENTION] = attention, [OPFA_ROTARY] = rotary, [OPFA_GATE] = gate,
              [OPFA_NARROW] = narrow_step},
     .peak = peak,

@@ -55,6 +55,29 @@ INLINE vec root(vec a) {
 }
 #endif
 
+/* LANES vectors as a matrix, transposed: log2(LANES) times the first half between the second. */
+INLINE void transpose(vec *rows) {
+#if LANES == 16
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif LANES == 8
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+  UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
+    vec next[LANES];
+    UNROLL for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = LOW(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = HIGH(rows[i], rows[i + LANES / 2]);
+    }
+    UNROLL for (int i = 0; i < LANES; i++) rows[i] = next[i];
+  }
+}
+
 /* exp by 2^n * exp(r), |r| <= ln 2 / 2, to 2e-7 of its value; 0 below -87. */
 INLINE vec exponential(vec x) {
   const ints dead = x < -87.0f;

@@ -1,0 +1,42 @@
+"""Threads that compute for one or several programs, and how many there may be."""
+
+import os
+from pathlib import Path
+
+from opfa.errors import RunError
+from opfa.runtime.library import library
+
+
+class Pool:
+    """Threads of the kernels. They sleep between calls, and end with the object."""
+
+    def __init__(self, threads: int) -> None:
+        """Start them; raises `RunError` if the machine has none left."""
+        self.threads = threads
+        self.pointer = library().opfa_pool_new(threads)
+        if not self.pointer:
+            raise RunError(f"threads = {threads}: the machine has no memory or no threads left")
+
+    def __del__(self) -> None:
+        """End them."""
+        if pointer := getattr(self, "pointer", None):
+            library().opfa_pool_free(pointer)
+
+
+def num_threads(wanted: int | None) -> int:
+    """How many threads to use: by default the cores that this process may use."""
+    cores = max(1, min(len(os.sched_getaffinity(0)), _quota()))
+    if wanted is None:
+        return cores
+    if not 1 <= wanted <= cores:
+        raise RunError(f"threads = {wanted}: must be from 1 to the {cores} cores of this process")
+    return wanted
+
+
+def _quota() -> int:
+    """The cores that the container's quota allows (cgroup 2)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return os.cpu_count() or 1
