@@ -51,6 +51,11 @@ class Contestant:
     options: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it needs opfa."""
+        return ":" in self.engine
+
     def model(self, directory: Path) -> Path:
         """The file or directory that it reads."""
         return directory / f"{self.form}.onnx" if self.form else directory
@@ -72,6 +77,7 @@ CONTESTANTS = {
     "ours, bf16": _here("Ours", "bf16"),
     "ours, int8": _here("Ours", "int8"),
     "ours, fp32, AVX2": _here("Ours", "fp32", **{LEVEL: "avx2"}),
+    "drop-in, fp32": _here("Swapped", "fp32"),
     TORCH: _here("Torch", "fp32"),
     "torch, bf16": _here("Torch", "bf16"),
     "torch, bf16, no AMX": _here("Torch", "bf16", **WITHOUT_AMX),
@@ -127,12 +133,11 @@ class Worker:
         """Start it and let it load the models; raises `RunError` with its last words."""
         self._engine = contestant.engine.rpartition(":")[2]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
-        is_ours = ":" in contestant.engine
-        how = ["-m", "opfa.bench.worker"] if is_ours else [str(WORKER)]
+        how = ["-m", "opfa.bench.worker"] if contestant.is_here else [str(WORKER)]
         chosen = {name: str(path) for name, path in paths.items()}
         options = json.dumps({"paths": chosen, "threads": threads, **contestant.options})
         variables = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads), **contestant.variables}
-        if not is_ours:  # opfa/bench is not for imports
+        if not contestant.is_here:  # opfa/bench is not for imports
             variables["PYTHONSAFEPATH"] = "1"
         self._process = subprocess.Popen(
             [python, *how, contestant.engine, options],
@@ -194,7 +199,7 @@ class Stage:
     ) -> Worker | None:
         """Start a contestant on models by name; None, and the reason in `left_out`, if it can't."""
         contestant = CONTESTANTS[name]
-        python = python_with(contestant.package, self.plan.peers)
+        python = python_with(contestant.package, () if contestant.is_here else self.plan.peers)
         if python is None:
             self.left_out[name] = f"{contestant.package} is not installed"
             return None

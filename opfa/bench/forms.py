@@ -109,7 +109,7 @@ def write_onnx(directory: Path, tokens: int) -> dict[str, Path]:
     with new_file(files["fp32"]) as work:
         onnx_graph.write(graph, work)
     onnx_graph.quantize(graph, _in_8_bits(model))
-    _transpose_weights(graph.graph)
+    transpose_weights(graph.graph)
     with new_file(files["int8"]) as work:
         onnx_graph.write(graph, work)
     return files
@@ -133,7 +133,7 @@ def _write_fixed(model: PreTrainedModel, path: Path, tokens: int) -> None:
         onnx.save(graph, work)
 
 
-def _transpose_weights(graph: onnx.GraphProto) -> None:
+def transpose_weights(graph: onnx.GraphProto) -> None:
     """Replace each Transpose of a weight by the transposed weight."""
     weights = {item.name: item for item in graph.initializer}
     kept = []

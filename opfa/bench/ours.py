@@ -44,6 +44,14 @@ class Torch(Engine):
             return model(input_ids=ids, attention_mask=mask)
 
 
+class Swapped(Torch):
+    """transformers with the kernels under its linear layers; fp32."""
+
+    def load(self, path: str) -> Any:
+        """A model of transformers, whose products run in the kernels."""
+        return runtime.swap(super().load(path), threads=self.threads)
+
+
 class Ours(Torch):
     """The runtime; `dtype` is fp32, bf16 or int8."""
 
@@ -94,10 +102,8 @@ class Ours(Torch):
         steps: dict[str, list[Any]] = {LINEAR: [], ATTENTION: [], REST: [], STEPS: program.steps}
         for step in program.steps:
             steps[PARTS.get(KINDS[step.kind], REST)].append(step)
-        return {
-            name: Runner(replace(program, steps=chosen), self.threads)
-            for name, chosen in steps.items()
-        }
+        pool = self.models[""].base_model.runner.pool
+        return {name: Runner(replace(program, steps=each), pool) for name, each in steps.items()}
 
     def streams(self, tokens: int, seconds: float) -> float:
         """Sequences a second, each model called by a thread of its own."""
