@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opfa.bench import forms
-from opfa.bench.contest import CALLS, TORCH, Plan, Stage, Task, Turns, task
+from opfa.bench.contest import CALLS, Stage, Task, Turns, task
+from opfa.bench.contestants import TORCH, Plan
 from opfa.bench.speed import Sweep
 
 Point = tuple[str, str]  # a contestant and a value

@@ -3,7 +3,8 @@
 import statistics
 from pathlib import Path
 
-from opfa.bench.contest import OURS, TORCH, Plan, Stage, Turns, Worker, task
+from opfa.bench.contest import Stage, Turns, Worker, task
+from opfa.bench.contestants import OURS, TORCH, Plan
 from opfa.bench.speed import Figures
 
 STREAM_SECONDS = 0.5

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from opfa.bench import forms
-from opfa.bench.contest import CONTESTANTS, Plan, python_with, version
+from opfa.bench.contest import python_with, version
+from opfa.bench.contestants import CONTESTANTS, Plan
 from opfa.bench.curves import by_sparsity, by_tokens
 from opfa.bench.figures import figures
 from opfa.bench.race import anatomy, race

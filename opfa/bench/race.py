@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from opfa.bench import forms
-from opfa.bench.contest import CONTESTANTS, OURS, Plan, Stage, Turns, Worker, python_with, task
+from opfa.bench.contest import Stage, Turns, Worker, python_with, task
+from opfa.bench.contestants import CONTESTANTS, OURS, Plan
 from opfa.bench.ours import ATTENTION, LINEAR, REST, STEPS
 from opfa.bench.speed import Anatomy, Part, Race, Shape, Speed
 from opfa.errors import RunError

@@ -140,11 +140,12 @@ def bench_inference(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the CPU runtime against torch and, where installed, ONNX Runtime, OpenVINO and
-    DeepSparse.
+    """Measure the CPU runtime against torch, ONNX Runtime, OpenVINO and DeepSparse.
+
+    An engine that isn't installed is left out; launch/bench_inference.sh installs them apart.
     """
     check_files({"--picture": picture})
-    from opfa.bench.contest import Plan
+    from opfa.bench.contestants import Plan
     from opfa.bench.inference import bench_inference as execute
 
     plan = Plan(sparsity=sparsity, threads=threads, rounds=rounds, peers=tuple(peers or ()))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from opfa.bench import contest, forms
-from opfa.bench.contest import OURS, TORCH, Contestant, Plan, Stage, Turns
+from opfa.bench.contest import Stage, Turns
+from opfa.bench.contestants import OURS, TORCH, Contestant, Plan
 from opfa.bench.inference import bench_inference
 from opfa.bench.speed import Inference
 from opfa.errors import RunError
