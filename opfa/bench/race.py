@@ -43,8 +43,10 @@ def _write_forms(plan: Plan, directory: Path) -> None:
     forms.write_ranges(directory)
     asked = [CONTESTANTS[name] for name in plan.contestants if CONTESTANTS[name].form]
     if any(python_with(contestant.package, plan.peers) for contestant in asked):
+        from opfa.bench.graphs import write_onnx  # needs opfa[export]
+
         log.info("%s: writing it as ONNX", directory)
-        forms.write_onnx(directory, plan.tokens)
+        write_onnx(directory, plan.tokens)
 
 
 def _shape(directory: Path, worker: Worker) -> Shape:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opfa.report.pictures import latency_picture
 from opfa.report.tables import Result, Row, Table, column
 
 
@@ -152,6 +151,8 @@ class Inference(Result):
 
     def draw(self, path: Path) -> None:
         """Draw latency against sparsity and tokens."""
+        from opfa.report.pictures import latency_picture  # needs opfa[plots]
+
         curves = {"sparsity": self.by_sparsity, "tokens": self.by_tokens}
         shown = {name: sweep.milliseconds for name, sweep in curves.items() if sweep is not None}
         latency_picture(

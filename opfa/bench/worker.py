@@ -4,7 +4,7 @@
 
 Reads one JSON request a line, {"do": METHOD, ...}, and answers with one line. It runs under the
 peers' Python too, so it imports nothing of opfa unless CLASS, such as opfa.bench.ours:Ours, says
-so. Prints of libraries go to the standard error.
+so. An engine is imported by name when it is asked for. Libraries' prints go to standard error.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class OnnxRuntime(Engine):
 
     def load(self, path: str) -> Any:
         """A session."""
-        import onnxruntime
+        onnxruntime = importlib.import_module("onnxruntime")
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -98,7 +98,7 @@ class OpenVino(Engine):
 
     def load(self, path: str) -> Any:
         """A request of a compiled model."""
-        import openvino  # pyright: ignore[reportMissingImports] - of the peers
+        openvino = importlib.import_module("openvino")
 
         wanted = {"INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY"}
         if "precision" in self.options:
@@ -116,7 +116,7 @@ class DeepSparse(Engine):
 
     def load(self, path: str) -> Any:
         """An engine."""
-        import deepsparse  # pyright: ignore[reportMissingImports] - of the peers
+        deepsparse = importlib.import_module("deepsparse")
 
         return deepsparse.Engine(path, batch_size=1, num_cores=self.threads)
 

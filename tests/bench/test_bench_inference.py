@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opfa.bench import contest, forms
+from opfa.bench import contest
 from opfa.bench.contest import Stage, Turns
 from opfa.bench.contestants import OURS, TORCH, Contestant, Plan
+from opfa.bench.graphs import transpose_weights
 from opfa.bench.inference import bench_inference
 from opfa.bench.speed import Inference
 from opfa.errors import RunError
@@ -159,7 +160,7 @@ def test_weights_lie_transposed_instead_of_being_transposed_by_a_node() -> None:
     ]
     stored = onnx.numpy_helper.from_array(weight, "weight")
     graph = onnx.helper.make_graph(nodes, "graph", [], [], [stored])
-    forms.transpose_weights(graph)
+    transpose_weights(graph)
     assert [node.output[0] for node in graph.node] == ["output"]
     assert graph.initializer[0].name == "turned"
     found = onnx.numpy_helper.to_array(graph.initializer[0])
