@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from opfa.bench import contest
 from opfa.bench.contest import Stage, Turns
@@ -15,6 +16,7 @@ from opfa.bench.contestants import OURS, TORCH, Contestant, Plan
 from opfa.bench.graphs import transpose_weights
 from opfa.bench.inference import bench_inference
 from opfa.bench.speed import Inference
+from opfa.commands.app import app
 from opfa.errors import RunError
 
 TINY = {
@@ -99,6 +101,27 @@ def test_a_bench_that_was_stopped_goes_on(
     work, found = measured
     monkeypatch.setattr(contest, "Worker", None)  # nothing is measured again
     assert bench_inference(None, PLAN, work) == found
+
+
+def test_the_command_prints_json_and_keeps_what_it_was_asked_to_keep(
+    measured: tuple[Path, Inference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, found = measured
+    plans = []
+
+    def again(model: str | None, plan: Plan, directory: Path) -> Inference:
+        plans.append((model, plan.threads, plan.peers, directory))
+        return bench_inference(None, PLAN, work)  # was measured
+
+    monkeypatch.setattr("opfa.bench.inference.bench_inference", again)
+    options = ["--threads", "3", "--peers", "a", "--peers", "b", "--work", str(tmp_path)]
+    picture = tmp_path / "latency.png"
+    done = CliRunner().invoke(
+        app, ["bench", "inference", "mine", *options, "--picture", str(picture), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert plans == [("mine", 3, ("a", "b"), tmp_path)] and picture.exists()
+    assert Inference.model_validate_json(done.stdout) == found
 
 
 def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
