@@ -1,5 +1,7 @@
 """Commands that say what something costs: on paper, and measured on this machine."""
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -106,3 +108,50 @@ def bench_files(as_json: AsJson = False) -> None:
     from opfa.bench.files import bench_files as execute
 
     execute().show(as_json=as_json)
+
+
+@bench.command(
+    "inference", epilog="Example: opfa bench inference --work bench --picture latency.png"
+)
+def bench_inference(
+    model: Annotated[
+        str | None,
+        Argument(metavar="[MODEL]", help="Default: BERT-base's shape with random weights."),
+    ] = None,
+    sparsity: Annotated[
+        float, Option(min=0.0, max=0.99, help="Zeros in the random model's layers.")
+    ] = 0.9,
+    threads: Annotated[int, Option(min=1, help="Threads of each engine.")] = 2,
+    rounds: Annotated[int, Option(min=1, help="How often each engine has its turn.")] = 25,
+    peers: Annotated[
+        list[str] | None,
+        Option(
+            "--peers",
+            metavar="PYTHON",
+            help="A Python that has onnxruntime, openvino or deepsparse; may be repeated.",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        Option(help="A directory that keeps models and results, to go on after a stop."),
+    ] = None,
+    picture: Annotated[
+        Path | None, Option(help="Draw latency against zeros and tokens into this PNG file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the CPU runtime against torch, ONNX Runtime, OpenVINO and DeepSparse.
+
+    An engine that isn't installed is left out; launch/bench_inference.sh installs them apart.
+    """
+    check_files({"--picture": picture})
+    from opfa.bench.contestants import Plan
+    from opfa.bench.inference import bench_inference as execute
+
+    plan = Plan(sparsity=sparsity, threads=threads, rounds=rounds, peers=tuple(peers or ()))
+    with contextlib.ExitStack() as kept:
+        directory = work or Path(kept.enter_context(tempfile.TemporaryDirectory()))
+        result = execute(model, plan, directory)
+    if picture is not None:
+        result.draw(picture)
+    result.show(as_json=as_json)

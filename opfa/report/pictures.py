@@ -24,6 +24,7 @@ with importing("drawing a picture", "opfa[plots]"):
     from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+COLOURS = (BLUE, GREEN, "#E69F00", GREY, ORANGE)
 ALL = "whole layer"
 LOSSES = {
     "mlm_loss": "Masked-token loss, nats a token",
@@ -168,6 +169,36 @@ def comparison_picture(result: Mapping[str, Any], path: Path) -> None:
     title = f"from {result['a']} to {result['b']}\nweights whose mask changed, %"
     below = result["summary"].replace("; ", ";\n")
     _save(_heat_map(rows, result["layers"], title, below, limit=most or 1.0), path)
+
+
+def latency_picture(
+    curves: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, path: Path
+) -> None:
+    """Draw milliseconds for each engine, by sparsity (0..1) and by tokens, whichever is there.
+
+    `curves` are {"sparsity": {engine: {sparsity: ms}}, "tokens": {engine: {tokens: ms}}}.
+    """
+    figure, all_axes = plt.subplots(
+        ncols=len(curves), figsize=(1 + 4.5 * len(curves), 4), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=11)
+    for axes, (what, engines) in zip(all_axes.flat, curves.items(), strict=True):
+        is_sparsity = what == "sparsity"
+        for (engine, points), colour in zip(engines.items(), COLOURS, strict=False):
+            values = [(100 if is_sparsity else 1) * float(value) for value in points]
+            axes.plot(values, points.values(), "o-", color=colour, markersize=4, label=engine)
+        if not is_sparsity:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("Zeros in the encoder's layers, %" if is_sparsity else "Tokens (log)")
+        axes.set_ylabel("Milliseconds (log)")
+        _tidy(axes)
+        axes.grid(axis="y", color=GREY, alpha=0.2)
+    handles, labels = all_axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
 
 
 def _heat_map(

@@ -11,12 +11,19 @@ import pytest
 from opfa.bench import steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
+from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
 from opfa.report.between import write_between
 from opfa.report.tables import Result
 
 ROOM = Path(__file__).parents[2] / "opfa/bench"
-MEASURED = {"train": Costs, "masks": MaskUpdates, "distillation": TeacherSteps, "files": Files}
+MEASURED = {
+    "train": Costs,
+    "masks": MaskUpdates,
+    "distillation": TeacherSteps,
+    "files": Files,
+    "inference": Inference,
+}
 
 
 def found(name: str) -> Result:

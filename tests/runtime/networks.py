@@ -17,7 +17,6 @@ from opfa.compression import quant
 from opfa.sparsity.layers import mask_layers
 
 ENTRIES = 200
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, Any] = {  # Any: their configurations share no fields
     "bert": BertConfig(
         vocab_size=ENTRIES,
@@ -47,7 +46,9 @@ CONFIGS: dict[str, Any] = {  # Any: their configurations share no fields
         local_attention=20,
         layer_types=["full_attention", *["sliding_attention"] * 2, "full_attention"],
         max_position_embeddings=600,
-        **SPECIAL,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
         cls_token_id=1,
         sep_token_id=2,
     ),
