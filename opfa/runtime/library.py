@@ -9,9 +9,9 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 
 from opfa.errors import RunError
-from opfa.runtime.build import compiled
+from opfa.runtime.build import loaded
 
-ABI = 2
+ABI = 3
 TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
 MOST_HEAD = 256  # channels of a head, as in kernels/ops.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
@@ -25,7 +25,10 @@ class Matrix(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("rows", "columns", "block", "tile", "dtype")),
-        *((name, c_void_p) for name in ("starts", "entries", "visits", "indices", "values")),
+        *(
+            (name, c_void_p)
+            for name in ("starts", "entries", "masks", "visits", "indices", "values")
+        ),
         *((name, c_void_p) for name in ("scales", "bias")),
     ]
 
@@ -79,8 +82,8 @@ def library() -> ctypes.CDLL:
     Raises `RunError` where there is neither a library nor a compiler, or for a level that this CPU
     doesn't have.
     """
-    found = ctypes.CDLL(str(compiled()))
-    found.opfa_levels.restype = c_char_p
+    found = loaded()
+    found.opfa_levels.restype = found.opfa_level.restype = c_char_p
     found.opfa_choose.argtypes = [c_char_p]
     found.opfa_peak.restype = c_double
     found.opfa_pool_new.restype = c_void_p
@@ -89,16 +92,17 @@ def library() -> ctypes.CDLL:
     found.opfa_run.argtypes = [POINTER(Program), POINTER(Call), c_void_p]
     found.opfa_check.argtypes = [POINTER(Matrix), ctypes.c_uint64, ctypes.c_uint64]
     if found.opfa_abi() != ABI:
-        raise RunError(f"{compiled()}: has interface {found.opfa_abi()}, not {ABI}")
+        raise RunError(f"{found._name}: has interface {found.opfa_abi()}, not {ABI}")
     level = os.environ.get(LEVEL)
     if level and found.opfa_choose(level.encode()):
-        raise RunError(f"{LEVEL}={level}: this CPU has {found.opfa_levels().decode()}")
+        known = ", ".join(found.opfa_levels().decode().split())
+        raise RunError(f"{LEVEL} = {level!r}: must be one of {known}, which this CPU has")
     return found
 
 
 def level() -> str:
-    """The instructions that the kernels use: avx512, avx2, neon or plain."""
-    return os.environ.get(LEVEL) or levels()[0]
+    """The instructions that the kernels use: amx, avx512bf16, ..., avx2, neon or plain."""
+    return library().opfa_level().decode()
 
 
 def levels() -> list[str]:

@@ -4,6 +4,7 @@ No dense matrix of the encoder is made, and embeddings and heads are used where 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from opfa.models.skeleton import try_out
 from opfa.models.trained import class_of
 from opfa.runtime.layers import Layers, Linear
 from opfa.runtime.packed import PackedFile
+from opfa.runtime.packing import for_this_cpu
 from opfa.runtime.program import Form
 from opfa.storage.foreign import PACKED
 
@@ -81,7 +83,7 @@ class MappedLayers:
         if (found.matrix.rows, found.matrix.columns) != (rows, columns):
             what = f"is {found.matrix.rows} x {found.matrix.columns}"
             raise ModelError(f"{where}: {what}, and by its config.json {rows} x {columns}")
-        return found
+        return replace(found, matrix=for_this_cpu(found.matrix))
 
 
 def _assign(model: PreTrainedModel, file: PackedFile) -> None:

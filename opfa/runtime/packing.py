@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import DTYPES, PANEL, Matrix, library
+from opfa.runtime.library import DTYPES, PANEL, Matrix, level, library
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
+SIDE, ROW = 16, 64  # rows and bytes of a tile of AMX
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
 VALUES = {"float32": "fp32", "uint16": "bf16", "int8": "int8"}  # by the type of the array
 Floats = NDArray[np.float32]
@@ -47,7 +48,8 @@ class Packed:
 def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     """A weight [out, in] with its zeros left out, as fp32, bf16 (bits as uint16) or int8.
 
-    In fp32 it is packed dense if more than `most_density` of it live.
+    In fp32 it is packed dense if more than `most_density` of it live. On a CPU with AMX, bf16 and
+    int8 are packed by masks.
     """
     dtype = VALUES[weight.dtype.name]
     num_live = int(np.count_nonzero(weight != 0))
@@ -55,7 +57,54 @@ def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     sizes["dtype"] = DTYPES.index(dtype)
     if dtype == "fp32" and num_live > most_density * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
+    if dtype != "fp32" and level() == "amx":
+        return Packed(**sizes, block=BLOCK, tile=ROW // weight.itemsize, arrays=_masks(weight))
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
+
+
+def for_this_cpu(matrix: Packed) -> Packed:
+    """A matrix as this CPU's kernels read it; the same one, unless another CPU's pack wrote it."""
+    is_by_masks, wants_masks = "masks" in matrix.arrays, level() == "amx"
+    if not (matrix.block and matrix.dtype) or is_by_masks == wants_masks:
+        return matrix
+    return pack(_by_masks(matrix) if is_by_masks else _by_visits(matrix))
+
+
+def _by_masks(matrix: Packed) -> NDArray:
+    masks, values = matrix.arrays["masks"], matrix.arrays["values"]
+    is_live = np.unpackbits(masks, axis=-1, bitorder="little").astype(bool)
+    ordered = np.zeros(is_live.shape, values.dtype)
+    ordered[is_live] = values[: matrix.num_live]
+    whole = ordered.transpose(0, 2, 1, 3).reshape(len(masks) * SIDE, -1)
+    return np.ascontiguousarray(whole[: matrix.rows, : matrix.columns])
+
+
+def _by_visits(matrix: Packed) -> NDArray:
+    arrays, tiles = matrix.arrays, -(-matrix.columns // matrix.tile)
+    visits = np.diff(arrays["starts"].astype(np.int64))
+    block, tile = np.divmod(np.repeat(np.arange(len(visits)), visits), tiles)
+    row, count = block * matrix.block + arrays["visits"][:, 0], arrays["visits"][:, 1]
+    column = np.repeat(tile * matrix.tile, count) + arrays["indices"]
+    weight = np.zeros((matrix.rows, matrix.columns), arrays["values"].dtype)
+    weight[np.repeat(row, count), column] = arrays["values"]
+    return weight
+
+
+def _masks(weight: NDArray) -> dict[str, NDArray]:
+    """By groups of 16 rows and tiles of 64 bytes: a mask of each row, and the live weights."""
+    columns = ROW // weight.itemsize
+    groups, tiles = -(-weight.shape[0] // SIDE), -(-weight.shape[1] // columns)
+    padded = np.zeros((groups * SIDE, tiles * columns), weight.dtype)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    ordered = padded.reshape(groups, SIDE, tiles, columns).transpose(0, 2, 1, 3)
+    is_live = ordered != 0
+    masks = np.packbits(is_live, axis=-1, bitorder="little")
+    entries = _sums(is_live.sum((1, 2, 3)))
+    return {
+        "masks": np.ascontiguousarray(masks),
+        "entries": entries,
+        "values": np.append(ordered[is_live], np.zeros(ROW, weight.dtype)),  # rows are read whole
+    }
 
 
 def _panels(weight: Floats) -> Floats:
@@ -115,7 +164,7 @@ def check(matrix: Packed) -> None:
         names = ("rows", "columns", "block", "tile", "dtype")
         sizes = {name: getattr(matrix, name) for name in names}
         struct = Matrix(**sizes, **{name: a.ctypes.data for name, a in matrix.arrays.items()})
-        visits = len(matrix.arrays["visits"])
+        visits = len(matrix.arrays.get("visits", ()))
         if wrong := library().opfa_check(ctypes.byref(struct), visits, matrix.num_live):
             raise ValueError(f"{WRONG[wrong]}: can't be right")
 
@@ -126,10 +175,18 @@ def _kinds(matrix: Packed) -> dict[str, list]:
     if not matrix.block:
         return {"values": [np.float32, -(-rows // PANEL), columns, PANEL]}
     blocks, tiles = -(-rows // matrix.block), -(-columns // matrix.tile)
+    value = [np.float32, np.uint16, np.int8][matrix.dtype]
+    if "masks" in matrix.arrays:
+        groups, size = -(-rows // SIDE), ROW // np.dtype(value).itemsize
+        return {
+            "masks": [np.uint8, groups, -(-columns // size), SIDE, size // 8],
+            "entries": [np.uint32, groups + 1],
+            "values": [value, matrix.num_live + ROW],
+        }
     return {
         "starts": [np.uint32, blocks * tiles + 1],
         "entries": [np.uint32, blocks + 1],
         "visits": [np.uint8, len(matrix.arrays.get("visits", ())), 2],
         "indices": [np.uint8, matrix.num_live],
-        "values": [[np.float32, np.uint16, np.int8][matrix.dtype], matrix.num_live],
+        "values": [value, matrix.num_live],
     }

@@ -14,6 +14,7 @@ from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.threads import Pool
 
 ALIGNMENT = 16  # floats
+LEAST_CHANNELS = 64  # so that narrow inputs have room for whole tiles
 NARROW_GROUP = 32  # tokens that bf16 and int8 inputs hold together
 Ints = NDArray[np.int32]
 
@@ -44,6 +45,7 @@ class Program:
 
     def buffer(self, channels: int) -> int:
         """A new buffer; gives its number."""
+        channels = max(channels, LEAST_CHANNELS)
         self.buffers.append(native.Buffer(self.channels, channels))
         self.channels += channels
         return len(self.buffers) - 1
@@ -161,6 +163,7 @@ class Runner:
     def __init__(self, program: Program, pool: Pool) -> None:
         """Bring the steps into one piece."""
         self._kept, self.pool = program, pool
+        self._workspaces: list[Floats] = []  # new memory at each call would be brought page by page
         steps = (native.Step * len(program.steps))(*program.steps)
         buffers = (native.Buffer * len(program.buffers))(*program.buffers)
         sizes = len(steps), len(buffers), program.group
@@ -181,7 +184,9 @@ class Runner:
         """
         num_tokens = int(starts[-1])
         size = library().opfa_workspace(ctypes.byref(self._program), num_tokens)
-        workspace = np.empty(size + ALIGNMENT, np.float32)
+        workspace = self._workspaces.pop() if self._workspaces else np.empty(0, np.float32)
+        if len(workspace) < size + ALIGNMENT:
+            workspace = np.empty(size + ALIGNMENT, np.float32)
         start = -workspace.ctypes.data // 4 % ALIGNMENT
         pointers = [None if a is None else a.ctypes.data for a in (rows, source, target)]
         call = native.Call(
@@ -194,3 +199,4 @@ class Runner:
         )
         if library().opfa_run(ctypes.byref(self._program), ctypes.byref(call), self.pool.pointer):
             raise RunError(f"no memory for {num_tokens:,} tokens")
+        self._workspaces.append(workspace)

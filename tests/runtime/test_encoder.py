@@ -136,7 +136,7 @@ def test_hidden_states_of_padding_are_zero_and_rows_of_padding_alone_too() -> No
     assert hidden[1].any()
 
 
-@pytest.fixture(params=["avx512bf16", "avx512vnni", "avx512", "avx2", "plain", "neon"])
+@pytest.fixture(params=["amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain", "neon"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each level of instructions that this CPU has."""
     if request.param not in levels():

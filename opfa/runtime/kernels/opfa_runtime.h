@@ -10,7 +10,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define OPFA_ABI 2
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "packed weights are little-endian"
+#endif
+
+#define OPFA_ABI 3
 #define OPFA_TILE 64
 #define OPFA_GROUP 16
 #define OPFA_PANEL 6 /* rows of a dense matrix that stand together */
@@ -26,13 +30,16 @@ enum opfa_kind {
 enum opfa_dtype { OPFA_FP32, OPFA_BF16, OPFA_INT8 };
 
 /* A matrix [rows, columns] times tokens. Sparse: rows in blocks, columns in tiles; in a block and
- * tile each row that lives has one visit (row in the block, live weights), by falling count. */
+ * tile each row that lives has one visit (row in the block, live weights), by falling count.
+ * With `masks`, as AMX wants it: for 16 rows and 64 bytes of columns (32 of bf16, 64 of int8) a mask
+ * for each row, and the live weights in the same order. */
 typedef struct {
   int32_t rows, columns;
   int32_t block, tile;      /* rows of a block, columns of a tile; block 0: dense, in panels */
   int32_t dtype;            /* of values; dense: fp32 */
   const uint32_t *starts;   /* [blocks * tiles + 1] first visit */
-  const uint32_t *entries;  /* [blocks + 1] first live weight */
+  const uint32_t *entries;  /* [blocks + 1] first live weight; with masks [groups of 16 rows + 1] */
+  const void *masks;        /* [groups][tiles][16] bits, lowest column first; NULL: visits */
   const uint8_t *visits;    /* [visits][2] */
   const uint8_t *indices;   /* [live] column in its tile */
   const void *values;       /* [live], or dense [rows / PANEL][columns][PANEL] */
@@ -80,6 +87,7 @@ typedef struct opfa_pool opfa_pool;
 
 int32_t opfa_abi(void);
 const char *opfa_levels(void);         /* what this CPU can run, best first, by blanks */
+const char *opfa_level(void);          /* the one that is used */
 int opfa_choose(const char *level);    /* 0, or -1: not known, or not on this CPU */
 opfa_pool *opfa_pool_new(int32_t threads);
 void opfa_pool_free(opfa_pool *);

@@ -21,31 +21,29 @@ INLINE tile_of at(const opfa_work *w, int buffer, int tile) {
   return (tile_of){data, b->channels, left < TILE ? left : TILE};
 }
 
-/* The input of bf16 or int8 matrices from rows [channels][width]. */
-INLINE void narrow(const opfa_step *s, int channels, int width, const float *from, tile_of out, int first) {
-  char *to = (char *)out.data;
-  if (s->form == OPFA_BF16)
-    for (int c = 0; c < channels; c++)
-      narrow_bf16(width, from + (size_t)c * width, to + (size_t)(first + c) * width * BF16_BYTES);
-  else
-    for (int c = 0; c < channels; c++)
-      narrow_int8(width, from + (size_t)c * width, to + (size_t)(first + c) * width * INT8_BYTES,
-                  s->inverse, s->zero);
-}
-
-static void narrow_step(const opfa_work *w, const opfa_step *s, int64_t item) {
+static void narrow(const opfa_work *w, const opfa_step *s, int64_t item) {
   const int tile = (int)(item / OPFA_PARTS), part = (int)(item % OPFA_PARTS);
-  const int first = s->channels * part / OPFA_PARTS, end = s->channels * (part + 1) / OPFA_PARTS;
+  const int first = s->channels * part / OPFA_PARTS & ~3; /* AMX holds four together */
+  const int end = part + 1 == OPFA_PARTS ? s->channels : s->channels * (part + 1) / OPFA_PARTS & ~3;
   const tile_of in = at(w, s->in, tile);
-  narrow(s, end - first, in.width, in.data + (size_t)first * in.width, at(w, s->out, tile), first);
+  narrow_rows(s, s->channels, first, end, in.width, in.data + (size_t)first * in.width,
+              (char *)at(w, s->out, tile).data);
 }
 
 static void multiply(const opfa_matrix *m, int block, int rows, int width, const float *x, float *y) {
+#ifdef __AMX_TILE__
+  if (m->masks) {
+    masked(m, block, rows, width, (const char *)x, y);
+    return;
+  }
+#endif
 #define SPARSE(D, W) \
   case (D) * 256 + (W): sparse(D, W, m, block, (const char *)x, y); return;
   switch (m->block ? m->dtype * 256 + width : 0) {
     SPARSE(OPFA_FP32, 16) SPARSE(OPFA_FP32, 32) SPARSE(OPFA_FP32, 48) SPARSE(OPFA_FP32, 64)
+#ifndef __AMX_TILE__
     SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
+#endif
   }
   const int row = block * OPFA_DENSE_BLOCK;
   for (int r = 0; r < rows; r += PANEL)
@@ -76,23 +74,28 @@ static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
   const int width = out.width;
   const float *z = s->residual < 0 ? NULL : at(w, s->residual, tile).data + (size_t)row * width;
   float scratch[256 * TILE] __attribute__((aligned(64)));
+  const int is_int8 = m->dtype == OPFA_INT8;
   float *y = s->form == OPFA_FP32 ? out.data + (size_t)(s->first[0] + row) * width : scratch;
-  if (m->dtype == OPFA_INT8) { /* int32 sums; out may be the residual */
-    memset(scratch, 0, sizeof(float) * rows * width);
-    multiply(m, block, rows, width, in.data, scratch);
+  float *sums = is_int8 || m->masks ? scratch : y; /* int32; or whole groups of rows */
+  if (is_int8) {
+    memset(sums, 0, sizeof(float) * rows * width);
+    multiply(m, block, rows, width, in.data, sums);
   }
   for (int r = 0; r < rows; r++) {
     const float bias = m->bias ? m->bias[row + r] : 0, scale = m->scales ? m->scales[row + r] : 0;
     for (int i = r * width; i < (r + 1) * width; i += LANES) {
-      vec sum = bias + (z ? load(z + i) : all(0));
-      if (m->dtype == OPFA_INT8)
-        sum += scale * __builtin_convertvector(*(const loose_ints *)(scratch + i), vec);
-      store(y + i, sum);
+      const vec sum = bias + (z ? load(z + i) : all(0));
+      if (is_int8) store(y + i, sum + scale * __builtin_convertvector(*(const loose_ints *)(sums + i), vec));
+      else store(sums + i, sum);
     }
   }
-  if (m->dtype != OPFA_INT8) multiply(m, block, rows, width, in.data, y);
+  if (!is_int8) {
+    multiply(m, block, rows, width, in.data, sums);
+    if (sums != y) memcpy(y, sums, sizeof(float) * rows * width);
+  }
   activate(s->activation, (int64_t)rows * width, y);
-  if (s->form != OPFA_FP32) narrow(s, rows, width, y, out, row);
+  if (s->form != OPFA_FP32)
+    narrow_rows(s, m->rows, row, row + rows, width, y, (char *)out.data);
 }
 
 /* out = (in - mean) / sqrt(variance + epsilon) * weight + bias over channels; 16 tokens an item. */
@@ -287,6 +290,6 @@ static double peak(void) {
 const opfa_ops NAME(OPFA_LEVEL) = {
     .work = {[OPFA_EMBED] = enter, [OPFA_LOAD] = enter, [OPFA_STORE] = leave, [OPFA_NORM] = norm,
              [OPFA_LINEAR] = linear, [OPFA_ATTENTION] = attention, [OPFA_ROTARY] = rotary, [OPFA_GATE] = gate,
-             [OPFA_NARROW] = narrow_step},
+             [OPFA_NARROW] = narrow},
     .peak = peak,
 };

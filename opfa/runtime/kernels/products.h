@@ -14,7 +14,9 @@ enum { MOST = 32, WIDE = 16, ROWS = 3 };
 
 /* Bytes of a token's channel as input of a bf16 and of an int8 matrix. Where the CPU has no
  * products of such numbers they are fp32 numbers with the same values. */
-#ifdef __AVX512BF16__
+#ifdef __AMX_TILE__ /* two or four channels of a token stand together */
+enum { BF16_BYTES = 2, BF16_TOGETHER = 2, INT8_TOGETHER = 4 };
+#elif defined(__AVX512BF16__)
 enum { BF16_BYTES = 2 };
 #else
 enum { BF16_BYTES = 4 };
@@ -204,8 +206,121 @@ INLINE void sparse(int dtype, int width, const opfa_matrix *m, int block, const 
   }
 }
 
-/* ---- Input of bf16 and int8 matrices: a channel's tokens, of which there are 32 or 64 ---- */
+#ifdef __AMX_TILE__
+enum { SIDE = 16, ROW = 64, CHUNK = 64 }; /* rows and bytes of a tile; tiles whose tokens fit into L1 */
 
+/* y += a group of 16 rows times a chunk of a tile's tokens, by AMX: the weights of 16 rows and 64
+ * bytes of columns are spread by their masks (vpexpandw, vpexpandb) some tiles ahead of the product
+ * that reads them. Gives the first weight that is not read. After SparAMX (AbouElhamayed, 2025). */
+INLINE const char *amx(int dtype, int width, int tiles, const void *masks, const char *values,
+                       const char *x, char *y) {
+  enum { AHEAD = 2, SLOTS = 4 };
+  char weights[SLOTS][SIDE][ROW] __attribute__((aligned(64)));
+  const uint32_t *masks32 = masks;
+  const uint64_t *masks64 = masks;
+  const size_t stride = (size_t)width * 4; /* bytes of a row, of x as of y */
+#define EACH(DO) DO(0, 5) if (width > 16) { DO(1, 6) } if (width > 32) { DO(2, 5) } if (width > 48) { DO(3, 6) }
+#define LOAD(T, B) _tile_loadd(T, y + (T) * ROW, stride);
+#define STORE(T, B) _tile_stored(T, y + (T) * ROW, stride);
+#define TIMES(T, B)                                \
+  _tile_loadd(B, x + (T) * ROW, stride); \
+  if (dtype == OPFA_BF16) _tile_dpbf16ps(T, 4, B); \
+  else _tile_dpbsud(T, 4, B);
+  EACH(LOAD)
+  for (int t = -AHEAD; t < tiles; t++) {
+    if (t + AHEAD < tiles) {
+      char(*to)[ROW] = weights[(t + AHEAD) % SLOTS];
+      for (int l = 0; l < 3; l++) _mm_prefetch(values + 2048 + 64 * l, _MM_HINT_T0);
+      _mm_prefetch((dtype == OPFA_BF16 ? (const char *)masks32 : (const char *)masks64) + 2048, _MM_HINT_T0);
+      UNROLL for (int r = 0; r < SIDE; r++) {
+        const __m512i some = _mm512_loadu_si512(values);
+        if (dtype == OPFA_BF16) {
+          _mm512_store_si512(to[r], _mm512_maskz_expand_epi16(*masks32, some));
+          values += 2 * __builtin_popcount(*masks32++);
+        } else {
+          _mm512_store_si512(to[r], _mm512_maskz_expand_epi8(*masks64, some));
+          values += __builtin_popcountll(*masks64++);
+        }
+      }
+    }
+    if (t < 0) continue;
+    _tile_loadd(4, weights[t % SLOTS], ROW);
+    EACH(TIMES)
+    x += SIDE * stride;
+  }
+  EACH(STORE)
+#undef EACH
+#undef LOAD
+#undef STORE
+#undef TIMES
+  return values;
+}
+
+/* A block of rows; y has room for a whole number of groups. */
+static void masked(const opfa_matrix *m, int block, int rows, int width, const char *x, float *y) {
+  static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16}};
+  const int is_bf16 = m->dtype == OPFA_BF16, columns = is_bf16 ? 32 : 64;
+  const int tiles = (m->columns + columns - 1) / columns, groups = (rows + SIDE - 1) / SIDE;
+  const char *values[256 / SIDE], *masks[256 / SIDE];
+  for (int g = 0; g < groups; g++) {
+    const int group = block * m->block / SIDE + g;
+    values[g] = (const char *)m->values + (size_t)m->entries[group] * (is_bf16 ? 2 : 1);
+    masks[g] = (const char *)m->masks + (size_t)group * tiles * SIDE * columns / 8;
+  }
+  _tile_loadconfig(&shape);
+  for (int t = 0; t < tiles; t += CHUNK) {
+    const int some = tiles - t < CHUNK ? tiles - t : CHUNK;
+    const char *tokens = x + (size_t)t * SIDE * width * 4;
+    for (int g = 0; g < groups; g++) {
+      const char *from = masks[g] + (size_t)t * SIDE * columns / 8;
+      char *to = (char *)(y + g * SIDE * width);
+#define CASE_OF(D, W) \
+  case (D) * 256 + (W): values[g] = amx(D, W, some, from, values[g], tokens, to); break;
+      switch (m->dtype * 256 + width) {
+        CASE_OF(OPFA_BF16, 32) CASE_OF(OPFA_BF16, 64) CASE_OF(OPFA_INT8, 32) CASE_OF(OPFA_INT8, 64)
+      }
+#undef CASE_OF
+    }
+  }
+  _tile_release();
+}
+#endif
+
+/* ---- Input of bf16 and int8 matrices, of tiles of 32 or 64 tokens ---- */
+
+/* q = clamp(round(x / scale) + zero, 0, 255), as torch.fake_quantize_per_tensor_affine. */
+INLINE vec quantized(vec x, float inverse, float zero) {
+  const vec q = nearest(smaller(larger(x * inverse, all(-1e6f)), all(1e6f))) + zero;
+  return smaller(larger(q, all(0)), all(255.0f));
+}
+
+#ifdef __AMX_TILE__
+/* Rows `first` to `end` of [channels][width], whose places are `to`; channels stand together by two
+ * or four, and those beyond the last, up to whole tiles, are 0. */
+INLINE void narrow_rows(const opfa_step *s, int channels, int first, int end, int width,
+                        const float *from, char *to) {
+  const int together = s->form == OPFA_BF16 ? BF16_TOGETHER : INT8_TOGETHER;
+  if (end == channels) end = (channels + 63) / 64 * 64;
+  for (int c = first; c < end; c += together)
+    for (int i = 0; i < width; i += LANES) {
+      ints word = {0};
+      UNROLL for (int k = 0; k < together; k++) {
+        if (c + k >= channels) break;
+        const vec x = load(from + (size_t)(c + k - first) * width + i);
+        if (s->form == OPFA_BF16) {
+          word |= ((ints)to_bf16(x) >> 16 & 0xffff) << (16 * k);
+        } else {
+          word |= __builtin_convertvector(quantized(x, s->inverse, s->zero), ints) << (8 * k);
+        }
+      }
+      *(loose_ints *)(to + ((size_t)c / together * width + i) * 4) = word;
+    }
+}
+#else
 INLINE void narrow_bf16(int width, const float *from, char *to) {
 #ifdef __AVX512BF16__
   for (int i = 0; i < width; i += 32) {
@@ -218,26 +333,32 @@ INLINE void narrow_bf16(int width, const float *from, char *to) {
 #endif
 }
 
-/* q = clamp(round(x / scale) + zero, 0, 255), as torch.fake_quantize_per_tensor_affine. */
 INLINE void narrow_int8(int width, const float *from, char *to, float inverse, float zero) {
-#define STEPS(x) smaller(larger(nearest(smaller(larger((x) * inverse, all(-1e6f)), all(1e6f))) + zero, all(0)), all(255.0f))
 #ifdef __AVX512VNNI__
   if (width == 64) {
     __m512i q[4];
-    UNROLL for (int i = 0; i < 4; i++) q[i] = (__m512i)__builtin_convertvector(STEPS(load(from + i * 16)), ints);
+    UNROLL for (int i = 0; i < 4; i++) q[i] = (__m512i)__builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
     const __m512i low = _mm512_packus_epi32(q[0], q[1]), high = _mm512_packus_epi32(q[2], q[3]);
     _mm512_storeu_si512(to, _mm512_packus_epi16(low, high));
   } else {
     __m512i q[2];
-    UNROLL for (int i = 0; i < 2; i++) q[i] = (__m512i)__builtin_convertvector(STEPS(load(from + i * 16)), ints);
+    UNROLL for (int i = 0; i < 2; i++) q[i] = (__m512i)__builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
     const __m256i low = _mm256_packus_epi32(_mm512_castsi512_si256(q[0]), _mm512_extracti64x4_epi64(q[0], 1));
     const __m256i high = _mm256_packus_epi32(_mm512_castsi512_si256(q[1]), _mm512_extracti64x4_epi64(q[1], 1));
     _mm256_storeu_si256((void *)to, _mm256_packus_epi16(low, high));
   }
 #else
-  for (int i = 0; i < width; i += LANES) store((float *)to + i, STEPS(load(from + i)));
+  for (int i = 0; i < width; i += LANES) store((float *)to + i, quantized(load(from + i), inverse, zero));
 #endif
-#undef STEPS
 }
+
+INLINE void narrow_rows(const opfa_step *s, int channels, int first, int end, int width,
+                        const float *from, char *to) {
+  (void)channels;
+  for (int c = first; c < end; c++, from += width)
+    if (s->form == OPFA_BF16) narrow_bf16(width, from, to + (size_t)c * width * BF16_BYTES);
+    else narrow_int8(width, from, to + (size_t)c * width * INT8_BYTES, s->inverse, s->zero);
+}
+#endif
 
 #endif
