@@ -1,14 +1,11 @@
 """Matrices for the kernels: a file of another CPU's pack becomes what this one reads."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from opfa.runtime import packing
 from opfa.runtime.library import library
 from opfa.runtime.packing import check, for_this_cpu, pack
-
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int8])
