@@ -34,7 +34,7 @@ def damage(header: dict, data: bytearray, generator: np.random.Generator) -> Non
     name = str(generator.choice(matrices if generator.random() < 0.8 else names))
     other = str(generator.choice(matrices))
     start, end = header[name]["data_offsets"]
-    kind = generator.integers(7)
+    kind = generator.choice(7, p=[0.22, 0.22, 0.2, 0.2, 0.1, 0.04, 0.02])
     if kind <= 1 and 0 <= start < end <= len(data):
         data[generator.integers(start, end)] = generator.integers(256)
     elif kind == 2 and 0 <= start < end <= len(data):

@@ -322,6 +322,7 @@ def test_any_byte_that_changed_is_found(packed: Path, tmp_path: Path) -> None:
     ("key", "value"),
     [
         ("hidden_size", 192),
+        ("intermediate_size", 300),
         ("num_hidden_layers", 3),
         ("num_hidden_layers", 1),
         ("num_hidden_layers", 90_000),
