@@ -9,7 +9,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 
 from opfa.errors import RunError
-from opfa.runtime.build import compiled
+from opfa.runtime.build import loaded
 
 ABI = 3
 TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
@@ -81,7 +81,7 @@ def library() -> ctypes.CDLL:
     Raises `RunError` where there is neither a library nor a compiler, or for a level that this CPU
     doesn't have.
     """
-    found = ctypes.CDLL(str(compiled()))
+    found = loaded()
     found.opfa_levels.restype = found.opfa_level.restype = c_char_p
     found.opfa_choose.argtypes = [c_char_p]
     found.opfa_peak.restype = c_double
@@ -91,10 +91,11 @@ def library() -> ctypes.CDLL:
     found.opfa_run.argtypes = [POINTER(Program), POINTER(Call), c_void_p]
     found.opfa_check.argtypes = [POINTER(Matrix), ctypes.c_uint64, ctypes.c_uint64]
     if found.opfa_abi() != ABI:
-        raise RunError(f"{compiled()}: has interface {found.opfa_abi()}, not {ABI}")
+        raise RunError(f"{found._name}: has interface {found.opfa_abi()}, not {ABI}")
     level = os.environ.get(LEVEL)
     if level and found.opfa_choose(level.encode()):
-        raise RunError(f"{LEVEL}={level}: this CPU has {found.opfa_levels().decode()}")
+        known = ", ".join(found.opfa_levels().decode().split())
+        raise RunError(f"{LEVEL} = {level!r}: must be one of {known}, which this CPU has")
     return found
 
 

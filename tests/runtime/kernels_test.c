@@ -1,0 +1,496 @@
+/* The kernels against plain loops in double precision, on random networks, at every level of this
+ * CPU: any shapes, densities from 0 to 1, empty rows, one token or 4,096 of many sequences. 1, 2
+ * and 4 threads must give the same bits, also when several callers share a pool.
+ *
+ * Usage: kernels_test [NETWORKS [SEED]]   prints a line for each level; exit code 1 on a failure
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "opfa_runtime.h"
+
+#define TOLERANCE 3e-5 /* of the largest value: hundreds of roundings in fp32 */
+#define MOST_STEPS 16
+#define CALLERS 4
+
+/* ---- Chance and memory: each array is exactly as long as it has to be ----------------------- */
+
+static uint64_t state = 1;
+static void *arrays[256];
+static int num_arrays;
+
+static uint32_t chance(uint32_t below) { /* xorshift64*, Vigna (2016) */
+  state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+  return (uint32_t)((state * 2685821657736338717u) >> 32) % below;
+}
+static int from_to(int first, int last) { return first + (int)chance((uint32_t)(last - first + 1)); }
+static float value(void) { return ((float)chance(1 << 20) / (1 << 19) - 1) * 1.7f; } /* variance 1 */
+
+static void *take(size_t count, size_t size) {
+  void *found = malloc(count * size ? count * size : 1);
+  if (!found || num_arrays == 256) abort();
+  return arrays[num_arrays++] = found;
+}
+static float *values(size_t count, float scale) {
+  float *found = take(count, sizeof *found);
+  for (size_t i = 0; i < count; i++) found[i] = value() * scale;
+  return found;
+}
+static void drop_all(void) {
+  while (num_arrays) free(arrays[--num_arrays]);
+}
+
+/* ---- Matrices ------------------------------------------------------------------------------- */
+
+typedef struct {
+  opfa_matrix packed;
+  float *plain; /* [rows][columns] */
+} matrix;
+
+static void pack_dense(matrix *m) {
+  const int columns = m->packed.columns, panels = (m->packed.rows + OPFA_PANEL - 1) / OPFA_PANEL;
+  float *to = take((size_t)panels * OPFA_PANEL * columns, sizeof *to);
+  m->packed.values = to;
+  for (int row = 0; row < panels * OPFA_PANEL; row++)
+    for (int c = 0; c < columns; c++)
+      to[(row / OPFA_PANEL * columns + c) * OPFA_PANEL + row % OPFA_PANEL] =
+          row < m->packed.rows ? m->plain[(size_t)row * columns + c] : 0;
+}
+
+static void pack_sparse(matrix *m) {
+  opfa_matrix *p = &m->packed;
+  const int blocks = (p->rows + p->block - 1) / p->block, tiles = (p->columns + p->tile - 1) / p->tile;
+  size_t live = 0, visits = 0, entry = 0, visit = 0;
+  for (size_t i = 0; i < (size_t)p->rows * p->columns; i++) live += m->plain[i] != 0;
+  uint32_t *starts = take((size_t)blocks * tiles + 1, 4), *entries = take((size_t)blocks + 1, 4);
+  uint8_t *seen = take((size_t)p->rows * tiles * 2, 1), *indices = take(live, 1);
+  float *weights = take(live, sizeof *weights);
+  for (int place = 0; place < blocks * tiles; place++) {
+    const int first = place / tiles * p->block, from = place % tiles * p->tile;
+    if (place % tiles == 0) entries[place / tiles] = (uint32_t)entry;
+    starts[place] = (uint32_t)visit;
+    for (int wanted = p->tile; wanted > 0; wanted--) /* by falling count */
+      for (int row = first; row < first + p->block && row < p->rows; row++) {
+        int count = 0;
+        for (int c = from; c < from + p->tile && c < p->columns; c++)
+          count += m->plain[(size_t)row * p->columns + c] != 0;
+        if (count != wanted) continue;
+        seen[2 * visit] = (uint8_t)(row - first), seen[2 * visit + 1] = (uint8_t)count, visit++;
+        for (int c = from; c < from + p->tile && c < p->columns; c++)
+          if (m->plain[(size_t)row * p->columns + c] != 0)
+            weights[entry] = m->plain[(size_t)row * p->columns + c], indices[entry++] = (uint8_t)(c - from);
+      }
+  }
+  starts[blocks * tiles] = (uint32_t)(visits = visit), entries[blocks] = (uint32_t)entry;
+  uint8_t *exact = take(2 * visits, 1);
+  memcpy(exact, seen, 2 * visits);
+  p->starts = starts, p->entries = entries, p->visits = exact, p->indices = indices, p->values = weights;
+  if (opfa_check(p, visits, live)) printf("opfa_check refuses a good matrix\n"), exit(1);
+}
+
+static opfa_matrix *random_matrix(int rows, int columns) {
+  static const float densities[] = {0, 0.01f, 0.1f, 0.1f, 0.15f, 0.3f, 0.6f, 1};
+  const float density = densities[chance(8)];
+  matrix *m = take(1, sizeof *m);
+  *m = (matrix){.packed = {.rows = rows, .columns = columns}, .plain = take((size_t)rows * columns, 4)};
+  const float scale = 1 / sqrtf(density * columns + 1);
+  for (int row = 0; row < rows; row++) {
+    const int is_empty = chance(10) == 0;
+    for (int c = 0; c < columns; c++)
+      m->plain[(size_t)row * columns + c] = !is_empty && chance(1000) < density * 1000 ? value() * scale : 0;
+  }
+  if (chance(4)) m->packed.bias = values((size_t)rows, 1);
+  if (chance(3) == 0) pack_dense(m);
+  else {
+    const int usual = (int)chance(2);
+    m->packed.block = usual ? 128 : from_to(1, 256), m->packed.tile = usual ? 192 : from_to(1, 255);
+    pack_sparse(m);
+  }
+  return &m->packed;
+}
+
+/* ---- Networks ------------------------------------------------------------------------------- */
+
+typedef struct {
+  opfa_program program;
+  opfa_step steps[MOST_STEPS];
+  opfa_buffer buffers[MOST_STEPS];
+  opfa_call call;
+  int width, num_rows;    /* of the output */
+  int entries;            /* of the tables */
+} network;
+
+static int buffer(network *n, int channels) {
+  n->buffers[n->program.num_buffers] = (opfa_buffer){n->program.channels, channels};
+  n->program.channels += channels;
+  return n->program.num_buffers++;
+}
+static opfa_step *add(network *n, int kind, int in, int out) {
+  opfa_step *s = n->steps + n->program.num_steps++;
+  *s = (opfa_step){.kind = kind, .in = in, .out = out, .residual = -1};
+  if (kind != OPFA_LINEAR) s->channels = n->buffers[kind == OPFA_STORE ? in : out].channels;
+  return s;
+}
+static int load(network *n, int channels) {
+  const int out = buffer(n, channels);
+  add(n, OPFA_LOAD, 0, out);
+  return out;
+}
+static int embed(network *n, int channels) {
+  const int out = buffer(n, channels), num_tables = from_to(1, OPFA_TABLES);
+  opfa_step *s = add(n, OPFA_EMBED, 0, out);
+  for (int i = 0; i < num_tables; i++) s->tables[i] = values((size_t)n->entries * channels, 1);
+  return out;
+}
+static int norm(network *n, int in) {
+  const int channels = n->buffers[in].channels, out = buffer(n, channels);
+  opfa_step *s = add(n, OPFA_NORM, in, out);
+  s->epsilon = 1e-5f, s->weight = values((size_t)channels, 1);
+  if (chance(2)) s->bias = values((size_t)channels, 1);
+  return out;
+}
+static int linear(network *n, int in, int rows, int residual) {
+  const int out = buffer(n, rows);
+  opfa_step *s = add(n, OPFA_LINEAR, in, out);
+  s->matrix = random_matrix(rows, n->buffers[in].channels);
+  s->activation = (int)chance(OPFA_TANH + 1), s->residual = residual;
+  return out;
+}
+static int attention(network *n, int in, int heads, int is_rotated) {
+  const int channels = n->buffers[in].channels / 3, out = buffer(n, channels);
+  if (is_rotated) {
+    opfa_step *r = add(n, OPFA_ROTARY, in, in);
+    r->channels = channels, r->heads = heads, r->first[1] = channels;
+    const size_t size = (size_t)(n->call.tokens * (channels / heads / 2));
+    r->tables[0] = values(size, 0.5f), r->tables[1] = values(size, 0.5f);
+  }
+  opfa_step *s = add(n, OPFA_ATTENTION, in, out);
+  s->heads = heads, s->scale = 1 / sqrtf((float)(channels / heads));
+  s->first[1] = channels, s->first[2] = 2 * channels;
+  if (chance(2)) s->window = from_to(1, 100);
+  return out;
+}
+static int gate(network *n, int in) {
+  const int channels = n->buffers[in].channels / 2, out = buffer(n, channels);
+  opfa_step *s = add(n, OPFA_GATE, in, out);
+  s->first[1] = channels, s->activation = (int)chance(OPFA_TANH + 1);
+  return out;
+}
+
+/* Sequences of 1 or more tokens each, whose rows in the input and the output are anywhere. */
+static void random_call(network *n, int tokens) {
+  int32_t *starts = take((size_t)tokens + 1, 4), *rows, sequences = 0;
+  static const int most[] = {1, 20, 130, 700, 5000};
+  const int longest = most[chance(5)];
+  for (starts[0] = 0; starts[sequences] < tokens; sequences++) {
+    const int left = tokens - starts[sequences], length = from_to(1, longest);
+    starts[sequences + 1] = starts[sequences] + (length < left ? length : left);
+  }
+  n->num_rows = tokens + (int)chance(20), n->entries = from_to(1, 50);
+  n->call = (opfa_call){.tokens = tokens, .sequences = sequences, .starts = starts};
+  for (int i = 0; i < OPFA_TABLES; i++) {
+    int32_t *ids = take((size_t)tokens, 4);
+    for (int t = 0; t < tokens; t++) ids[t] = (int32_t)chance((uint32_t)n->entries);
+    n->call.ids[i] = ids;
+  }
+  if (chance(4) == 0) return;
+  n->call.rows = rows = take((size_t)n->num_rows, 4);
+  for (int i = 0; i < n->num_rows; i++) rows[i] = i;
+  for (int i = n->num_rows - 1; i > 0; i--) {
+    const int other = (int)chance((uint32_t)i + 1), row = rows[i];
+    rows[i] = rows[other], rows[other] = row;
+  }
+}
+
+static int whole_layer(network *n) {
+  const int heads = from_to(1, 3), channels = heads * 2 * from_to(1, 16);
+  const int x = norm(n, embed(n, channels));
+  const int y = linear(n, attention(n, linear(n, x, 3 * channels, -1), heads, (int)chance(2)), channels, x);
+  const int z = norm(n, y);
+  return norm(n, linear(n, gate(n, linear(n, z, 4 * channels, -1)), channels, z));
+}
+
+static void random_network(network *n, int tokens) {
+  *n = (network){0};
+  random_call(n, tokens);
+  int out = 0, size, heads;
+  switch (chance(6)) {
+    case 0: out = linear(n, load(n, from_to(1, 500)), from_to(1, 400), -1); break;
+    case 1:
+      size = from_to(1, 300);
+      out = linear(n, load(n, from_to(1, 300)), size, embed(n, size));
+      break;
+    case 2:
+      heads = from_to(1, 3), size = 2 * from_to(1, chance(4) ? 40 : 128);
+      out = attention(n, load(n, 3 * heads * size), heads, (int)chance(2));
+      break;
+    case 3: out = gate(n, load(n, 2 * from_to(1, 200))); break;
+    case 4: out = norm(n, embed(n, from_to(2, 300))); break;
+    case 5: out = whole_layer(n); break;
+  }
+  add(n, OPFA_STORE, out, out);
+  n->width = n->buffers[out].channels;
+  n->program.steps = n->steps, n->program.buffers = n->buffers;
+  int widest = 0;
+  for (int i = 0; i < n->program.num_buffers; i++)
+    if (n->buffers[i].channels > widest) widest = n->buffers[i].channels;
+  n->call.input = values((size_t)n->num_rows * widest, 1);
+}
+
+/* ---- The same in double precision ------------------------------------------------------------ */
+
+static double activated(int activation, double x) {
+  switch (activation) {
+    case OPFA_GELU: return x / 2 * erfc(-x / sqrt(2));
+    case OPFA_GELU_TANH: return x / 2 * (1 + tanh(sqrt(2 / 3.14159265358979) * (x + 0.044715 * x * x * x)));
+    case OPFA_RELU: return x > 0 ? x : 0;
+    case OPFA_SILU: return x / (1 + exp(-x));
+    case OPFA_TANH: return tanh(x);
+    default: return x;
+  }
+}
+
+/* One token's attention; buffers are [tokens][channels]. */
+static void attend(const opfa_step *s, int from, int to, int token, const double *in, int width, double *out) {
+  const int size = s->channels / s->heads;
+  double *p = malloc(sizeof *p * (size_t)(to - from));
+  for (int head = 0; head < s->heads; head++) {
+    double best = -INFINITY, sum = 0;
+    for (int k = from; k < to; k++) {
+      p[k - from] = s->window && abs(k - token) > s->window ? -INFINITY : 0;
+      for (int c = head * size; c < (head + 1) * size; c++)
+        p[k - from] += in[(size_t)token * width + c] * in[(size_t)k * width + s->first[1] + c] * s->scale;
+      best = fmax(best, p[k - from]);
+    }
+    for (int k = from; k < to; k++) sum += p[k - from] = exp(p[k - from] - best);
+    for (int c = head * size; c < (head + 1) * size; c++) {
+      double y = 0;
+      for (int k = from; k < to; k++) y += p[k - from] * in[(size_t)k * width + s->first[2] + c];
+      out[c] = y / sum;
+    }
+  }
+  free(p);
+}
+
+static void step_of_token(const network *n, const opfa_step *s, double **b, int token, int from, int to) {
+  const opfa_call *call = &n->call;
+  const int wide = n->buffers[s->in].channels, row = call->rows ? call->rows[token] : token;
+  const double *x = b[s->in] + (size_t)token * wide;
+  double *y = b[s->out] + (size_t)token * n->buffers[s->out].channels, mean = 0, squares = 0;
+  switch (s->kind) {
+    case OPFA_EMBED:
+      for (int c = 0; c < s->channels; c++) {
+        y[c] = 0;
+        for (int i = 0; i < OPFA_TABLES; i++)
+          if (s->tables[i]) y[c] += s->tables[i][(size_t)call->ids[i][token] * s->channels + c];
+      }
+      break;
+    case OPFA_LOAD:
+      for (int c = 0; c < s->channels; c++) y[c] = call->input[(size_t)row * s->channels + c];
+      break;
+    case OPFA_NORM:
+      for (int c = 0; c < s->channels; c++) mean += x[c] / s->channels;
+      for (int c = 0; c < s->channels; c++) squares += (x[c] - mean) * (x[c] - mean) / s->channels;
+      for (int c = 0; c < s->channels; c++)
+        y[c] = (x[c] - mean) / sqrt(squares + s->epsilon) * s->weight[c] + (s->bias ? s->bias[c] : 0);
+      break;
+    case OPFA_LINEAR: {
+      const matrix *m = (const matrix *)s->matrix;
+      for (int r = 0; r < m->packed.rows; r++) {
+        double sum = m->packed.bias ? m->packed.bias[r] : 0;
+        if (s->residual >= 0) sum += b[s->residual][(size_t)token * n->buffers[s->residual].channels + r];
+        for (int c = 0; c < wide; c++) sum += m->plain[(size_t)r * wide + c] * x[c];
+        y[r] = activated(s->activation, sum);
+      }
+      break;
+    }
+    case OPFA_ATTENTION: attend(s, from, to, token, b[s->in], wide, y); break;
+    case OPFA_ROTARY: {
+      const int half = s->channels / s->heads / 2;
+      for (int i = 0; i < 2 * s->heads * half; i++) {
+        double *left = y + s->first[i / (s->heads * half)] + i % (s->heads * half) / half * 2 * half + i % half;
+        const int p = (token - from) * half + i % half;
+        const double l = left[0], r = left[half];
+        left[0] = l * s->tables[0][p] - r * s->tables[1][p];
+        left[half] = r * s->tables[0][p] + l * s->tables[1][p];
+      }
+      break;
+    }
+    case OPFA_GATE:
+      for (int c = 0; c < s->channels; c++) y[c] = activated(s->activation, x[c]) * x[s->first[1] + c];
+  }
+}
+
+/* The output [tokens][width] of a network. */
+static const double *reference(const network *n) {
+  double *b[MOST_STEPS];
+  for (int i = 0; i < n->program.num_buffers; i++)
+    b[i] = take((size_t)n->call.tokens * n->buffers[i].channels, sizeof **b);
+  for (int i = 0; i < n->program.num_steps - 1; i++)
+    for (int s = 0; s < n->call.sequences; s++)
+      for (int token = n->call.starts[s]; token < n->call.starts[s + 1]; token++)
+        step_of_token(n, n->steps + i, b, token, n->call.starts[s], n->call.starts[s + 1]);
+  return b[n->steps[n->program.num_steps - 1].in];
+}
+
+/* ---- Checks --------------------------------------------------------------------------------- */
+
+#define UNTOUCHED 12345.0f
+
+/* Runs a network in a workspace of NaN, as long as it has to be, and gives its output
+ * [num_rows][width]. */
+static float *run(const network *n, opfa_pool *pool) {
+  const size_t size = (size_t)opfa_workspace(&n->program, n->call.tokens);
+  const size_t num_outputs = (size_t)n->num_rows * n->width;
+  void *memory = NULL;
+  if (posix_memalign(&memory, 64, size * 4)) abort();
+  memset(memory, 0xff, size * 4); /* NaN */
+  float *output = malloc(num_outputs * sizeof *output);
+  for (size_t i = 0; i < num_outputs; i++) output[i] = UNTOUCHED;
+  opfa_call call = n->call;
+  call.workspace = memory, call.output = output;
+  if (opfa_run(&n->program, &call, pool)) printf("opfa_run: no memory\n"), exit(1);
+  free(memory);
+  return output;
+}
+
+static double worst_error(const network *n, const double *wanted, const float *got) {
+  char *is_token = calloc((size_t)n->num_rows, 1);
+  double largest = 1, worst = 0;
+  for (int t = 0; t < n->call.tokens; t++) {
+    const int row = n->call.rows ? n->call.rows[t] : t;
+    is_token[row] = 1;
+    for (int c = 0; c < n->width; c++) {
+      const double right = wanted[(size_t)t * n->width + c], error = fabs(got[(size_t)row * n->width + c] - right);
+      largest = fmax(largest, fabs(right));
+      if (!(error <= worst)) worst = error; /* NaN too */
+    }
+  }
+  for (int row = 0; row < n->num_rows; row++)
+    for (int c = 0; c < n->width && !is_token[row]; c++)
+      if (got[(size_t)row * n->width + c] != UNTOUCHED) worst = NAN;
+  free(is_token);
+  return worst / largest;
+}
+
+static void fail(const network *n, const char *level, const char *what, double error) {
+  printf("%s: %s, error %g; tokens %d, sequences %d, steps", level, what, error, n->call.tokens, n->call.sequences);
+  for (int i = 0; i < n->program.num_steps; i++) {
+    const opfa_step *s = n->steps + i;
+    printf(" %d[%d", s->kind, n->buffers[s->out].channels);
+    if (s->matrix) printf(" of %d, block %d, tile %d", s->matrix->columns, s->matrix->block, s->matrix->tile);
+    printf(", activation %d, heads %d, window %d]", s->activation, s->heads, s->window);
+  }
+  printf("\n");
+  exit(1);
+}
+
+typedef struct {
+  const network *n;
+  opfa_pool *pool;
+  const float *wanted;
+  int is_same;
+} caller;
+
+static void *call_often(void *argument) {
+  caller *mine = argument;
+  mine->is_same = 1;
+  for (int i = 0; i < 3; i++) {
+    float *got = run(mine->n, mine->pool);
+    mine->is_same &= !memcmp(got, mine->wanted, sizeof *got * (size_t)mine->n->num_rows * mine->n->width);
+    free(got);
+  }
+  return NULL;
+}
+
+/* Several callers at once, on shared pools of 1, 2 and 4 threads. */
+static int callers_agree(const network *n, opfa_pool **pools, const float *wanted) {
+  caller callers[CALLERS];
+  pthread_t threads[CALLERS];
+  int agree = 1;
+  for (int i = 0; i < CALLERS; i++) {
+    callers[i] = (caller){n, pools[i % 3], wanted, 0};
+    if (pthread_create(threads + i, NULL, call_often, callers + i)) abort();
+  }
+  for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL), agree &= callers[i].is_same;
+  return agree;
+}
+
+static void check(const network *n, char *level_names, opfa_pool **pools, double *worst) {
+  static int number;
+  const double *wanted = reference(n);
+  char names[64], *rest = NULL;
+  strcpy(names, level_names);
+  int i = 0;
+  for (char *level = strtok_r(names, " ", &rest); level; level = strtok_r(NULL, " ", &rest), i++) {
+    if (opfa_choose(level)) printf("%s: refused\n", level), exit(1);
+    float *first = run(n, pools[0]);
+    const double error = worst_error(n, wanted, first);
+    if (!(error <= TOLERANCE)) fail(n, level, "differs from double precision", error);
+    if (error > worst[i]) worst[i] = error;
+    for (int p = 1; p < 3; p++) {
+      float *got = run(n, pools[p]);
+      if (memcmp(got, first, sizeof *got * (size_t)n->num_rows * n->width))
+        fail(n, level, p == 1 ? "2 threads give other bits" : "4 threads give other bits", 0);
+      free(got);
+    }
+    if (number % 4 == 0 && !callers_agree(n, pools, first)) fail(n, level, "callers get other bits", 0);
+    free(first);
+  }
+  number++;
+}
+
+static long resident_pages(void) {
+  long all = 0, resident = 0;
+  FILE *file = fopen("/proc/self/statm", "r");
+  if (file && fscanf(file, "%ld %ld", &all, &resident) != 2) resident = 0;
+  if (file) fclose(file);
+  return resident;
+}
+
+/* Kilobytes that 10,000 calls and 1,000 pools leave behind. */
+static long leaked(int calls) {
+  network n;
+  do drop_all(), random_network(&n, 40);
+  while (n.width > 100);
+  long before = 0;
+  for (int i = 0; i < calls + calls / 5; i++) {
+    if (i == calls / 5) before = resident_pages(); /* what an allocator keeps is there by now */
+    opfa_pool *pool = i % 10 ? NULL : opfa_pool_new(from_to(1, 4));
+    static opfa_pool *kept;
+    if (!kept) kept = opfa_pool_new(2);
+    free(run(&n, pool ? pool : kept));
+    opfa_pool_free(pool);
+  }
+  return (resident_pages() - before) * (sysconf(_SC_PAGESIZE) / 1024);
+}
+
+int main(int argc, char **argv) {
+  const int networks = argc > 1 ? atoi(argv[1]) : 100, calls = networks < 100 ? 2000 : 10000;
+  state = argc > 2 ? strtoull(argv[2], NULL, 10) * 2 + 1 : 1;
+  if (opfa_abi() != OPFA_ABI) printf("the library has another interface\n"), exit(1);
+  opfa_pool *pools[] = {opfa_pool_new(1), opfa_pool_new(2), opfa_pool_new(4)};
+  static const int sizes[] = {1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 200};
+  char levels[64], *rest = NULL;
+  strcpy(levels, opfa_levels());
+  double worst[8] = {0};
+  for (int i = 0; i < networks; i++) {
+    network n;
+    random_network(&n, i % 40 == 39 ? 4096 : sizes[chance(16)]);
+    check(&n, levels, pools, worst);
+    drop_all();
+  }
+  if (!opfa_choose("no such level")) printf("an unknown level is accepted\n"), exit(1);
+  int i = 0;
+  for (char *level = strtok_r(levels, " ", &rest); level; level = strtok_r(NULL, " ", &rest))
+    printf("%s: %d networks, largest error %.1e\n", level, networks, worst[i++]);
+  for (i = 0; i < 3; i++) opfa_pool_free(pools[i]);
+  const long kilobytes = leaked(calls);
+  printf("%d calls and %d pools: %ld KB left behind\n", calls, calls / 10, kilobytes);
+  drop_all();
+  return kilobytes > 512;
+}
