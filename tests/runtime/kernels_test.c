@@ -14,6 +14,7 @@
 #include "opfa_runtime.h"
 
 #define TOLERANCE 3e-5 /* of the largest value: hundreds of roundings in fp32 */
+#define NARROW_TOLERANCE 0.1 /* where what is rounded to 8 or 16 bits has such roundings already */
 #define MOST_STEPS 16
 #define CALLERS 4
 
@@ -31,7 +32,7 @@ static int from_to(int first, int last) { return first + (int)chance((uint32_t)(
 static float value(void) { return ((float)chance(1 << 20) / (1 << 19) - 1) * 1.7f; } /* variance 1 */
 
 static void *take(size_t count, size_t size) {
-  void *found = malloc(count * size ? count * size : 1);
+  void *found = malloc(count && size ? count * size : 1);
   if (!found || num_arrays == 256) abort();
   return arrays[num_arrays++] = found;
 }
@@ -39,6 +40,13 @@ static float *values(size_t count, float scale) {
   float *found = take(count, sizeof *found);
   for (size_t i = 0; i < count; i++) found[i] = value() * scale;
   return found;
+}
+static float to_bf16(float x) { /* ties to even */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  memcpy(&x, &bits, 4);
+  return x;
 }
 static void drop_all(void) {
   while (num_arrays) free(arrays[--num_arrays]);
@@ -48,8 +56,16 @@ static void drop_all(void) {
 
 typedef struct {
   opfa_matrix packed;
-  float *plain; /* [rows][columns] */
+  float *plain; /* [rows][columns], in bf16 and int8 with values that these hold */
 } matrix;
+
+static void put(const opfa_matrix *m, void *to, size_t i, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (m->dtype == OPFA_FP32) ((float *)to)[i] = x;
+  else if (m->dtype == OPFA_BF16) ((uint16_t *)to)[i] = (uint16_t)(bits >> 16);
+  else ((int8_t *)to)[i] = (int8_t)x;
+}
 
 static void pack_dense(matrix *m) {
   const int columns = m->packed.columns, panels = (m->packed.rows + OPFA_PANEL - 1) / OPFA_PANEL;
@@ -68,7 +84,7 @@ static void pack_sparse(matrix *m) {
   for (size_t i = 0; i < (size_t)p->rows * p->columns; i++) live += m->plain[i] != 0;
   uint32_t *starts = take((size_t)blocks * tiles + 1, 4), *entries = take((size_t)blocks + 1, 4);
   uint8_t *seen = take((size_t)p->rows * tiles * 2, 1), *indices = take(live, 1);
-  float *weights = take(live, sizeof *weights);
+  void *weights = take(live, p->dtype == OPFA_FP32 ? 4 : p->dtype == OPFA_BF16 ? 2 : 1);
   for (int place = 0; place < blocks * tiles; place++) {
     const int first = place / tiles * p->block, from = place % tiles * p->tile;
     if (place % tiles == 0) entries[place / tiles] = (uint32_t)entry;
@@ -82,7 +98,7 @@ static void pack_sparse(matrix *m) {
         seen[2 * visit] = (uint8_t)(row - first), seen[2 * visit + 1] = (uint8_t)count, visit++;
         for (int c = from; c < from + p->tile && c < p->columns; c++)
           if (m->plain[(size_t)row * p->columns + c] != 0)
-            weights[entry] = m->plain[(size_t)row * p->columns + c], indices[entry++] = (uint8_t)(c - from);
+            put(p, weights, entry, m->plain[(size_t)row * p->columns + c]), indices[entry++] = (uint8_t)(c - from);
       }
   }
   starts[blocks * tiles] = (uint32_t)(visits = visit), entries[blocks] = (uint32_t)entry;
@@ -92,19 +108,23 @@ static void pack_sparse(matrix *m) {
   if (opfa_check(p, visits, live)) printf("opfa_check refuses a good matrix\n"), exit(1);
 }
 
-static opfa_matrix *random_matrix(int rows, int columns) {
+static opfa_matrix *random_matrix(int dtype, int rows, int columns) {
   static const float densities[] = {0, 0.01f, 0.1f, 0.1f, 0.15f, 0.3f, 0.6f, 1};
   const float density = densities[chance(8)];
   matrix *m = take(1, sizeof *m);
-  *m = (matrix){.packed = {.rows = rows, .columns = columns}, .plain = take((size_t)rows * columns, 4)};
+  *m = (matrix){{.rows = rows, .columns = columns, .dtype = dtype}, take((size_t)rows * columns, 4)};
   const float scale = 1 / sqrtf(density * columns + 1);
   for (int row = 0; row < rows; row++) {
     const int is_empty = chance(10) == 0;
-    for (int c = 0; c < columns; c++)
-      m->plain[(size_t)row * columns + c] = !is_empty && chance(1000) < density * 1000 ? value() * scale : 0;
+    for (int c = 0; c < columns; c++) {
+      const float x = !is_empty && chance(1000) < density * 1000 ? value() * scale : 0;
+      m->plain[(size_t)row * columns + c] =
+          dtype == OPFA_FP32 ? x : dtype == OPFA_BF16 ? to_bf16(x) : roundf(x / scale * 74);
+    }
   }
   if (chance(4)) m->packed.bias = values((size_t)rows, 1);
-  if (chance(3) == 0) pack_dense(m);
+  if (dtype == OPFA_INT8) m->packed.scales = values((size_t)rows, scale / 74);
+  if (dtype == OPFA_FP32 && chance(3) == 0) pack_dense(m);
   else {
     const int usual = (int)chance(2);
     m->packed.block = usual ? 128 : from_to(1, 256), m->packed.tile = usual ? 192 : from_to(1, 255);
@@ -120,8 +140,10 @@ typedef struct {
   opfa_step steps[MOST_STEPS];
   opfa_buffer buffers[MOST_STEPS];
   opfa_call call;
-  int width, num_rows;    /* of the output */
-  int entries;            /* of the tables */
+  int width, num_rows; /* of the output */
+  int entries;         /* of the tables */
+  int dtype;           /* of the matrices */
+  double tolerance;
 } network;
 
 static int buffer(network *n, int channels) {
@@ -153,11 +175,49 @@ static int norm(network *n, int in) {
   if (chance(2)) s->bias = values((size_t)channels, 1);
   return out;
 }
-static int linear(network *n, int in, int rows, int residual) {
-  const int out = buffer(n, rows);
+static void give_form(opfa_step *s, int form) {
+  s->form = form;
+  if (form == OPFA_INT8) s->inverse = 10 + value(), s->zero = (float)from_to(0, 255);
+}
+static opfa_step *linear_into(network *n, int in, int out, int first, int rows) {
   opfa_step *s = add(n, OPFA_LINEAR, in, out);
-  s->matrix = random_matrix(rows, n->buffers[in].channels);
+  s->matrix = random_matrix(n->dtype, rows, n->buffers[in].channels);
+  s->first[0] = first;
+  return s;
+}
+static int narrow(network *n, int in) {
+  if (n->dtype == OPFA_FP32) return in;
+  const int out = buffer(n, n->buffers[in].channels);
+  give_form(add(n, OPFA_NARROW, in, out), n->dtype);
+  return out;
+}
+static int linear(network *n, int in, int rows, int residual) {
+  const int out = buffer(n, rows), input = narrow(n, in);
+  opfa_step *s = linear_into(n, input, out, 0, rows);
   s->activation = (int)chance(OPFA_TANH + 1), s->residual = residual;
+  return out;
+}
+/* Two layers, of which the first writes the input of the second. */
+static int two_linear(network *n, int in, int middle, int rows, int residual) {
+  if (n->dtype == OPFA_FP32) return linear(n, linear(n, in, middle, -1), rows, residual);
+  const int between = buffer(n, middle), out = buffer(n, rows);
+  opfa_step *s = linear_into(n, narrow(n, in), between, 0, middle);
+  s->activation = (int)chance(OPFA_TANH + 1);
+  give_form(s, n->dtype);
+  linear_into(n, between, out, 0, rows)->residual = residual;
+  n->tolerance = NARROW_TOLERANCE;
+  return out;
+}
+/* Two layers side by side; int8 without anything else gives the integers of the sums. */
+static int beside(network *n, int in, int rows, int is_integer) {
+  const int out = buffer(n, 2 * rows), input = narrow(n, in);
+  for (int i = 0; i < 2; i++) {
+    opfa_matrix *m = (opfa_matrix *)linear_into(n, input, out, i * rows, rows)->matrix;
+    if (n->dtype != OPFA_INT8 || !is_integer) continue;
+    float *ones = take((size_t)rows, sizeof *ones);
+    for (int r = 0; r < rows; r++) ones[r] = 1;
+    m->scales = ones, m->bias = NULL, n->tolerance = 0;
+  }
   return out;
 }
 static int attention(network *n, int in, int heads, int is_rotated) {
@@ -211,14 +271,17 @@ static int whole_layer(network *n) {
   const int x = norm(n, embed(n, channels));
   const int y = linear(n, attention(n, linear(n, x, 3 * channels, -1), heads, (int)chance(2)), channels, x);
   const int z = norm(n, y);
+  n->tolerance = n->dtype == OPFA_FP32 ? TOLERANCE : NARROW_TOLERANCE;
+  if (chance(2)) return norm(n, two_linear(n, z, 4 * channels, channels, z));
   return norm(n, linear(n, gate(n, linear(n, z, 4 * channels, -1)), channels, z));
 }
 
 static void random_network(network *n, int tokens) {
-  *n = (network){0};
+  *n = (network){.tolerance = TOLERANCE, .dtype = (int)chance(3)};
+  n->program.group = n->dtype == OPFA_FP32 && chance(2) ? 16 : 32;
   random_call(n, tokens);
   int out = 0, size, heads;
-  switch (chance(6)) {
+  switch (chance(8)) {
     case 0: out = linear(n, load(n, from_to(1, 500)), from_to(1, 400), -1); break;
     case 1:
       size = from_to(1, 300);
@@ -231,6 +294,11 @@ static void random_network(network *n, int tokens) {
     case 3: out = gate(n, load(n, 2 * from_to(1, 200))); break;
     case 4: out = norm(n, embed(n, from_to(2, 300))); break;
     case 5: out = whole_layer(n); break;
+    case 6: out = beside(n, load(n, from_to(1, 500)), from_to(1, 300), (int)chance(2)); break;
+    case 7:
+      size = from_to(1, 300);
+      out = two_linear(n, load(n, from_to(1, 300)), from_to(1, 400), size, embed(n, size));
+      break;
   }
   add(n, OPFA_STORE, out, out);
   n->width = n->buffers[out].channels;
@@ -276,6 +344,13 @@ static void attend(const opfa_step *s, int from, int to, int token, const double
   free(p);
 }
 
+/* The values of a form, as fp32 arithmetic gives them. */
+static double formed(const opfa_step *s, double x) {
+  if (s->form == OPFA_FP32) return x;
+  if (s->form == OPFA_BF16) return to_bf16((float)x);
+  return fminf(fmaxf(nearbyintf((float)x * s->inverse) + s->zero, 0), 255);
+}
+
 static void step_of_token(const network *n, const opfa_step *s, double **b, int token, int from, int to) {
   const opfa_call *call = &n->call;
   const int wide = n->buffers[s->in].channels, row = call->rows ? call->rows[token] : token;
@@ -301,13 +376,18 @@ static void step_of_token(const network *n, const opfa_step *s, double **b, int 
     case OPFA_LINEAR: {
       const matrix *m = (const matrix *)s->matrix;
       for (int r = 0; r < m->packed.rows; r++) {
-        double sum = m->packed.bias ? m->packed.bias[r] : 0;
-        if (s->residual >= 0) sum += b[s->residual][(size_t)token * n->buffers[s->residual].channels + r];
+        double sum = 0;
         for (int c = 0; c < wide; c++) sum += m->plain[(size_t)r * wide + c] * x[c];
-        y[r] = activated(s->activation, sum);
+        if (m->packed.scales) sum *= m->packed.scales[r];
+        if (m->packed.bias) sum += m->packed.bias[r];
+        if (s->residual >= 0) sum += b[s->residual][(size_t)token * n->buffers[s->residual].channels + r];
+        y[s->first[0] + r] = formed(s, activated(s->activation, sum));
       }
       break;
     }
+    case OPFA_NARROW:
+      for (int c = 0; c < s->channels; c++) y[c] = formed(s, x[c]);
+      break;
     case OPFA_ATTENTION: attend(s, from, to, token, b[s->in], wide, y); break;
     case OPFA_ROTARY: {
       const int half = s->channels / s->heads / 2;
@@ -378,7 +458,8 @@ static double worst_error(const network *n, const double *wanted, const float *g
 }
 
 static void fail(const network *n, const char *level, const char *what, double error) {
-  printf("%s: %s, error %g; tokens %d, sequences %d, steps", level, what, error, n->call.tokens, n->call.sequences);
+  printf("%s, dtype %d: %s, error %g; tokens %d, sequences %d, steps", level, n->dtype, what, error,
+         n->call.tokens, n->call.sequences);
   for (int i = 0; i < n->program.num_steps; i++) {
     const opfa_step *s = n->steps + i;
     printf(" %d[%d", s->kind, n->buffers[s->out].channels);
@@ -423,15 +504,15 @@ static int callers_agree(const network *n, opfa_pool **pools, const float *wante
 static void check(const network *n, char *level_names, opfa_pool **pools, double *worst) {
   static int number;
   const double *wanted = reference(n);
-  char names[64], *rest = NULL;
+  char names[128], *rest = NULL;
   strcpy(names, level_names);
   int i = 0;
   for (char *level = strtok_r(names, " ", &rest); level; level = strtok_r(NULL, " ", &rest), i++) {
     if (opfa_choose(level)) printf("%s: refused\n", level), exit(1);
     float *first = run(n, pools[0]);
     const double error = worst_error(n, wanted, first);
-    if (!(error <= TOLERANCE)) fail(n, level, "differs from double precision", error);
-    if (error > worst[i]) worst[i] = error;
+    if (!(error <= n->tolerance)) fail(n, level, "differs from double precision", error);
+    if (n->tolerance == TOLERANCE && error > worst[i]) worst[i] = error;
     for (int p = 1; p < 3; p++) {
       float *got = run(n, pools[p]);
       if (memcmp(got, first, sizeof *got * (size_t)n->num_rows * n->width))
@@ -475,7 +556,7 @@ int main(int argc, char **argv) {
   if (opfa_abi() != OPFA_ABI) printf("the library has another interface\n"), exit(1);
   opfa_pool *pools[] = {opfa_pool_new(1), opfa_pool_new(2), opfa_pool_new(4)};
   static const int sizes[] = {1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 200};
-  char levels[64], *rest = NULL;
+  char levels[128], *rest = NULL;
   strcpy(levels, opfa_levels());
   double worst[8] = {0};
   for (int i = 0; i < networks; i++) {

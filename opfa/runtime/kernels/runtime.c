@@ -40,53 +40,49 @@ extern const opfa_ops opfa_ops_plain;
 extern const opfa_ops opfa_ops_amx, opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512, opfa_ops_avx2;
 #endif
 
-static int has_avx512(void) {
+/* What the CPU has and the system keeps for each thread. By hand: where zig's clang compiles,
+ * __builtin_cpu_supports denies everything. */
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  return 0;
-#endif
+static unsigned kept(void) {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
+  __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return a;
+}
+
+static int has_avx2(void) {
+  unsigned a, b, c, d;
+  return (kept() & 0x06) == 0x06 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & bit_AVX2;
+}
+
+static int has_avx512(void) {
+  unsigned a, b, c, d;
+  const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
+  return has_avx2() && (kept() & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
 }
 
 static int has_vnni(void) {
-#if defined(__x86_64__)
-  return has_avx512() && __builtin_cpu_supports("avx512vnni");
-#else
-  return 0;
-#endif
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && c & bit_AVX512VNNI;
 }
 
 static int has_bf16(void) {
-#if defined(__x86_64__)
-  return has_vnni() && __builtin_cpu_supports("avx512bf16");
-#else
-  return 0;
-#endif
+  unsigned a, b, c, d;
+  return has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5;
 }
 
 /* The system must allow a process to use the tiles, which make its threads' state large. */
 static int has_amx(void) {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   unsigned a, b, c, d;
-  if (!has_bf16() || !__builtin_cpu_supports("avx512vbmi2")) return 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   const unsigned all = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
-  return (d & all) == all && !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
+  return has_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && c & bit_AVX512VBMI2 && (d & all) == all &&
+         !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
 #else
   return 0;
 #endif
 }
-
-static int has_avx2(void) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return 0;
 #endif
-}
 
 static int always(void) { return 1; }
 

@@ -22,6 +22,8 @@
 #define REGISTER "x"
 #elif defined(__aarch64__)
 #define REGISTER "w"
+#else
+#define REGISTER "m"
 #endif
 
 typedef float vec __attribute__((vector_size(VB), may_alias));
