@@ -85,19 +85,18 @@ def compile_into(work: Path, compiler: Sequence[str], kind: str | None = None) -
         defined = [f"-DOPFA_LEVEL={level}", f"-DVB={width}"]
         commands.append([*options, *defined, "-c", KERNELS / "ops.c", "-o", objects[-1]])
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda each: _run([*compiler, *OPTIONS, *each], work), commands))
+        list(pool.map(lambda each: _run(compiler, [*OPTIONS, *each], work), commands))
     library = work / f"libopfa{SUFFIX}"
-    _run([*compiler, *objects, "-o", library, *LINKING], work)
+    _run(compiler, [*objects, "-o", library, *LINKING], work)
     return library
 
 
-def _run(command: Sequence[str | Path], work: Path) -> None:
-    """Run a compiler, with its own temporary files in `work` too."""
+def _run(compiler: Sequence[str], arguments: Sequence[str | Path], work: Path) -> None:
+    """Run a compiler, with its own temporary files in `work` too unless the user says where."""
     own = dict.fromkeys(("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(work))
-    words = list(map(str, command))
-    environment = {**os.environ, **own, "LC_ALL": "C"}
+    words, name = [*compiler, *map(str, arguments)], shlex.join(compiler)
+    environment = {**own, **os.environ, "LC_ALL": "C"}
     options = {"capture_output": True, "text": True, "errors": "replace"}
-    name = shlex.join(words[: words.index("-c") if "-c" in words else 1][:3])
     try:
         done = subprocess.run(words, env=environment, timeout=MOST_SECONDS, check=False, **options)
     except (OSError, subprocess.TimeoutExpired) as error:
