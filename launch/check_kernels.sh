@@ -29,12 +29,13 @@ compile_into(Path(work), compiler, kind)' "$@"
 
 # NAME DIRECTORY EMULATOR COMPILER...: the test, compiled against the libopfa.so of a directory
 check() {
-  local name="$1" at="$2" emulator
+  local name="$1" at="$2" kilobytes=512 emulator
   read -ra emulator <<< "$3"
+  if [[ "$3" == *qemu* ]]; then kilobytes=1000000; fi  # which keeps memory for each thread that there was
   shift 3
   "$@" -std=gnu11 -O1 -Wall -Wextra -Werror -Iopfa/runtime/kernels tests/runtime/kernels_test.c "$at/libopfa.so" \
     "-Wl,-rpath,$at" -lm -lpthread -o "$at/kernels_test"
-  "${emulator[@]}" "$at/kernels_test" "$networks" "$seed" | sed "s/^/$(printf '%-12s' "$name") /"
+  "${emulator[@]}" "$at/kernels_test" "$networks" "$seed" "$kilobytes" | sed "s/^/$(printf '%-12s' "$name") /"
 }
 
 # NAME EMULATOR COMPILER...: both

@@ -86,6 +86,8 @@ SLOW = [
     "api/test_api.py",
     "test_user_script.py",
     "weights/test_compact.py",
+    "runtime/test_kernels.py",
+    "runtime/test_build.py::test_of_processes_that_start_together_one_compiles",
 ]
 
 

@@ -74,8 +74,9 @@ def test_what_is_not_of_the_base_is_imported_in_a_block_that_says_how_to_get_it(
     assert imported(tree) <= names(PROJECT["dependencies"]) | ALSO
 
 
-def test_all_has_every_extra_but_those_of_development() -> None:
-    everything = set().union(*(names(EXTRAS[e]) for e in EXTRAS if e not in ("dev", "all")))
+def test_all_has_every_extra_but_a_compiler_and_those_of_development() -> None:
+    apart = ("dev", "all", "runtime")
+    everything = set().union(*(names(EXTRAS[e]) for e in EXTRAS if e not in apart))
     assert names(["opfa[all]"]) == everything
     assert everything <= names(["opfa[dev]"])
     assert not everything & names(PROJECT["dependencies"])

@@ -1,6 +1,7 @@
 """Threads that compute for one or several programs, and how many there may be."""
 
 import os
+import sys
 from pathlib import Path
 
 from opfa.errors import RunError
@@ -25,12 +26,17 @@ class Pool:
 
 def num_threads(wanted: int | None) -> int:
     """How many threads to use: by default the cores that this process may use."""
-    cores = max(1, min(len(os.sched_getaffinity(0)), _quota()))
+    cores = max(1, min(_allowed(), _quota()))
     if wanted is None:
         return cores
     if not 1 <= wanted <= cores:
         raise RunError(f"threads = {wanted}: must be from 1 to the {cores} cores of this process")
     return wanted
+
+
+def _allowed() -> int:
+    """The cores that the system lets this process use; macOS has no such limits."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _quota() -> int:

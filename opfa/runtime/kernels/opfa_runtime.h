@@ -10,6 +10,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "packed weights are little-endian"
+#endif
+
 #define OPFA_ABI 3
 #define OPFA_TILE 64
 #define OPFA_GROUP 16
