@@ -92,8 +92,12 @@ static const struct level {
   const opfa_ops *ops;
 } levels[] = {
 #if defined(__x86_64__)
+#ifndef OPFA_WITHOUT_AMX /* what an old compiler doesn't know */
     {"amx", has_amx, &opfa_ops_amx},
+#endif
+#ifndef OPFA_WITHOUT_AVX512BF16
     {"avx512bf16", has_bf16, &opfa_ops_avx512bf16},
+#endif
     {"avx512vnni", has_vnni, &opfa_ops_avx512vnni},
     {"avx512", has_avx512, &opfa_ops_avx512},
     {"avx2", has_avx2, &opfa_ops_avx2},
