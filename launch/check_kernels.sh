@@ -17,14 +17,17 @@ has() { command -v "$1" > /dev/null; }
 has_zig() { "${zig[@]}" version > /dev/null 2>&1; }
 skipped() { printf '%-12s skipped: %s\n' "$1" "$2"; }
 
-# KIND DIRECTORY COMPILER...: the library of these sources
+# KIND DIRECTORY COMPILER...: the library of these sources; with sanitizers at -O1, since -O3 takes minutes
 library() {
   "$python" -c '
 import sys
 from pathlib import Path
-from opfa.runtime.compiler import compile_into
-kind, work, *compiler = sys.argv[1:]
-compile_into(Path(work), compiler, kind)' "$@"
+from opfa.runtime import compiler
+kind, work, *command = sys.argv[1:]
+compiler.MOST_SECONDS = 3600
+if any("-fsanitize" in word for word in command):
+    compiler.OPTIONS[compiler.OPTIONS.index("-O3")] = "-O1"
+compiler.compile_into(Path(work), command, kind)' "$@"
 }
 
 # NAME DIRECTORY EMULATOR COMPILER...: the test, compiled against the libopfa.so of a directory

@@ -37,7 +37,7 @@ LINKING = ["-shared"] if sys.platform == "darwin" else ["-shared", "-s", "-lpthr
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 NAMES = {"amd64": "x86_64", "arm64": "aarch64"}  # what other systems call these machines
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # its default is this very CPU
-MOST_SECONDS = 300
+MOST_SECONDS = 900  # where many share a core
 MISSING = 'the runtime needs a C compiler: install gcc or clang, or pip install "opfa[runtime]"'
 
 
@@ -74,21 +74,36 @@ def compile_library(work: Path) -> Path:
 
 
 def compile_into(work: Path, compiler: Sequence[str], kind: str | None = None) -> Path:
-    """Compile the kernels in a directory for a kind of machine, this one's by default.
+    """Compile the kernels in a directory for a kind of machine, this one's by default. Levels whose
+    options an old compiler doesn't know are left out.
 
     Raises `RunError` with the first error that the compiler tells.
     """
+    levels = LEVELS.get(kind or machine(), PLAIN)
+    without = [name for name in levels if not _knows(compiler, levels[name][1], work)]
     objects = [work / "runtime.o"]
-    commands = [["-c", KERNELS / "runtime.c", "-o", objects[0]]]
-    for level, (width, options) in LEVELS.get(kind or machine(), PLAIN).items():
-        objects.append(work / f"{level}.o")
-        defined = [f"-DOPFA_LEVEL={level}", f"-DVB={width}"]
-        commands.append([*options, *defined, "-c", KERNELS / "ops.c", "-o", objects[-1]])
+    defined = [f"-DOPFA_WITHOUT_{name.upper()}" for name in without]
+    commands = [[*defined, "-c", KERNELS / "runtime.c", "-o", objects[0]]]
+    for level, (width, options) in levels.items():
+        if level not in without:
+            objects.append(work / f"{level}.o")
+            defined = [f"-DOPFA_LEVEL={level}", f"-DVB={width}"]
+            commands.append([*options, *defined, "-c", KERNELS / "ops.c", "-o", objects[-1]])
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda each: _run(compiler, [*OPTIONS, *each], work), commands))
     library = work / f"libopfa{SUFFIX}"
     _run(compiler, [*objects, "-o", library, *LINKING], work)
     return library
+
+
+def _knows(compiler: Sequence[str], options: Sequence[str], work: Path) -> bool:
+    """Whether a compiler accepts the options of a level."""
+    try:
+        if options:
+            _run(compiler, [*options, "-c", "-x", "c", os.devnull, "-o", work / "none.o"], work)
+    except RunError:
+        return False
+    return True
 
 
 def _run(compiler: Sequence[str], arguments: Sequence[str | Path], work: Path) -> None:
@@ -99,7 +114,9 @@ def _run(compiler: Sequence[str], arguments: Sequence[str | Path], work: Path) -
     options = {"capture_output": True, "text": True, "errors": "replace"}
     try:
         done = subprocess.run(words, env=environment, timeout=MOST_SECONDS, check=False, **options)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{name}: not done after {MOST_SECONDS} s") from error
+    except OSError as error:
         raise RunError(f"{name}: {error}") from error
     if done.returncode:
         lines = (done.stderr + done.stdout).splitlines() or [f"exit code {done.returncode}"]

@@ -9,19 +9,34 @@ from opfa.runtime.library import library
 
 
 class Pool:
-    """Threads of the kernels. They sleep between calls, and end with the object."""
+    """Threads of the kernels. They sleep between calls, and end with the object. A process that
+    was forked has none of them, and starts its own when it first needs them.
+    """
 
     def __init__(self, threads: int) -> None:
         """Start them; raises `RunError` if the machine has none left."""
         self.threads = threads
-        self.pointer = library().opfa_pool_new(threads)
-        if not self.pointer:
-            raise RunError(f"threads = {threads}: the machine has no memory or no threads left")
+        self._start()
+
+    def _start(self) -> None:
+        self._pointer = library().opfa_pool_new(self.threads)
+        if not self._pointer:
+            raise RunError(
+                f"threads = {self.threads}: the machine has no memory or no threads left"
+            )
+        self._process = os.getpid()
+
+    @property
+    def pointer(self) -> int:
+        """The `opfa_pool` of this process."""
+        if self._process != os.getpid():
+            self._start()
+        return self._pointer
 
     def __del__(self) -> None:
         """End them."""
-        if pointer := getattr(self, "pointer", None):
-            library().opfa_pool_free(pointer)
+        if getattr(self, "_process", None) == os.getpid():
+            library().opfa_pool_free(self._pointer)
 
 
 def num_threads(wanted: int | None) -> int:

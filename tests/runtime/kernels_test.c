@@ -56,7 +56,8 @@ static void drop_all(void) {
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
 typedef struct {
-  opfa_matrix packed;
+  opfa_matrix packed; /* in the form that the level wants */
+  opfa_matrix visits, masks;
   float *plain; /* [rows][columns], in bf16 and int8 with values that these hold */
 } matrix;
 
@@ -109,11 +110,42 @@ static void pack_sparse(matrix *m) {
   if (opfa_check(p, visits, live)) printf("opfa_check refuses a good matrix\n"), exit(1);
 }
 
+/* As AMX wants it: 64 bytes may be read behind the last weight. */
+static void pack_masks(matrix *m) {
+  opfa_matrix *p = &m->masks;
+  *p = m->packed;
+  const int wide = p->dtype == OPFA_BF16 ? 2 : 1, groups = (p->rows + 15) / 16;
+  p->block = 128, p->tile = 64 / wide;
+  const int tiles = (p->columns + p->tile - 1) / p->tile;
+  size_t live = 0, bit = 0;
+  for (size_t i = 0; i < (size_t)p->rows * p->columns; i++) live += m->plain[i] != 0;
+  uint32_t *entries = take((size_t)groups + 1, 4);
+  uint8_t *masks = take((size_t)groups * tiles * 16, (size_t)p->tile / 8);
+  char *weights = take(live * wide + 64, 1);
+  memset(masks, 0, (size_t)groups * tiles * 16 * p->tile / 8), memset(weights, 0, live * wide + 64);
+  live = 0;
+  for (int group = 0; group < groups; group++) {
+    entries[group] = (uint32_t)live;
+    for (int i = 0; i < tiles * 16; i++) {
+      const int row = group * 16 + i % 16, from = i / 16 * p->tile;
+      for (int c = from; c < from + p->tile; c++, bit++) {
+        if (row >= p->rows || c >= p->columns || m->plain[(size_t)row * p->columns + c] == 0) continue;
+        masks[bit / 8] |= (uint8_t)(1 << bit % 8);
+        put(p, weights, live++, m->plain[(size_t)row * p->columns + c]);
+      }
+    }
+  }
+  entries[groups] = (uint32_t)live;
+  p->starts = NULL, p->visits = p->indices = NULL;
+  p->entries = entries, p->masks = masks, p->values = weights;
+}
+
 static opfa_matrix *random_matrix(int dtype, int rows, int columns) {
   static const float densities[] = {0, 0.01f, 0.1f, 0.1f, 0.15f, 0.3f, 0.6f, 1};
   const float density = densities[chance(8)];
   matrix *m = take(1, sizeof *m);
-  *m = (matrix){{.rows = rows, .columns = columns, .dtype = dtype}, take((size_t)rows * columns, 4)};
+  *m = (matrix){.packed = {.rows = rows, .columns = columns, .dtype = dtype}};
+  m->plain = take((size_t)rows * columns, 4);
   const float scale = 1 / sqrtf(density * columns + 1);
   for (int row = 0; row < rows; row++) {
     const int is_empty = chance(10) == 0;
@@ -131,6 +163,8 @@ static opfa_matrix *random_matrix(int dtype, int rows, int columns) {
     m->packed.block = usual ? 128 : from_to(1, 256), m->packed.tile = usual ? 192 : from_to(1, 255);
     pack_sparse(m);
   }
+  m->visits = m->packed;
+  if (dtype != OPFA_FP32) pack_masks(m);
   return &m->packed;
 }
 
@@ -140,6 +174,7 @@ typedef struct {
   opfa_program program;
   opfa_step steps[MOST_STEPS];
   opfa_buffer buffers[MOST_STEPS];
+  int channels[MOST_STEPS]; /* of the buffers that are used; there are at least 64 */
   opfa_call call;
   int width, num_rows; /* of the output */
   int entries;         /* of the tables */
@@ -148,14 +183,16 @@ typedef struct {
 } network;
 
 static int buffer(network *n, int channels) {
-  n->buffers[n->program.num_buffers] = (opfa_buffer){n->program.channels, channels};
-  n->program.channels += channels;
+  const int room = channels < 64 ? 64 : channels;
+  n->channels[n->program.num_buffers] = channels;
+  n->buffers[n->program.num_buffers] = (opfa_buffer){n->program.channels, room};
+  n->program.channels += room;
   return n->program.num_buffers++;
 }
 static opfa_step *add(network *n, int kind, int in, int out) {
   opfa_step *s = n->steps + n->program.num_steps++;
   *s = (opfa_step){.kind = kind, .in = in, .out = out, .residual = -1};
-  if (kind != OPFA_LINEAR) s->channels = n->buffers[kind == OPFA_STORE ? in : out].channels;
+  if (kind != OPFA_LINEAR) s->channels = n->channels[kind == OPFA_STORE ? in : out];
   return s;
 }
 static int load(network *n, int channels) {
@@ -170,7 +207,7 @@ static int embed(network *n, int channels) {
   return out;
 }
 static int norm(network *n, int in) {
-  const int channels = n->buffers[in].channels, out = buffer(n, channels);
+  const int channels = n->channels[in], out = buffer(n, channels);
   opfa_step *s = add(n, OPFA_NORM, in, out);
   s->epsilon = 1e-5f, s->weight = values((size_t)channels, 1);
   if (chance(2)) s->bias = values((size_t)channels, 1);
@@ -182,13 +219,13 @@ static void give_form(opfa_step *s, int form) {
 }
 static opfa_step *linear_into(network *n, int in, int out, int first, int rows) {
   opfa_step *s = add(n, OPFA_LINEAR, in, out);
-  s->matrix = random_matrix(n->dtype, rows, n->buffers[in].channels);
+  s->matrix = random_matrix(n->dtype, rows, n->channels[in]);
   s->first[0] = first;
   return s;
 }
 static int narrow(network *n, int in) {
   if (n->dtype == OPFA_FP32) return in;
-  const int out = buffer(n, n->buffers[in].channels);
+  const int out = buffer(n, n->channels[in]);
   give_form(add(n, OPFA_NARROW, in, out), n->dtype);
   return out;
 }
@@ -218,11 +255,12 @@ static int beside(network *n, int in, int rows, int is_integer) {
     float *ones = take((size_t)rows, sizeof *ones);
     for (int r = 0; r < rows; r++) ones[r] = 1;
     m->scales = ones, m->bias = NULL, n->tolerance = 0;
+    ((matrix *)m)->visits = *m, ((matrix *)m)->masks.scales = ones, ((matrix *)m)->masks.bias = NULL;
   }
   return out;
 }
 static int attention(network *n, int in, int heads, int is_rotated) {
-  const int channels = n->buffers[in].channels / 3, out = buffer(n, channels);
+  const int channels = n->channels[in] / 3, out = buffer(n, channels);
   if (is_rotated) {
     opfa_step *r = add(n, OPFA_ROTARY, in, in);
     r->channels = channels, r->heads = heads, r->first[1] = channels;
@@ -236,7 +274,7 @@ static int attention(network *n, int in, int heads, int is_rotated) {
   return out;
 }
 static int gate(network *n, int in) {
-  const int channels = n->buffers[in].channels / 2, out = buffer(n, channels);
+  const int channels = n->channels[in] / 2, out = buffer(n, channels);
   opfa_step *s = add(n, OPFA_GATE, in, out);
   s->first[1] = channels, s->activation = (int)chance(OPFA_TANH + 1);
   return out;
@@ -302,11 +340,11 @@ static void random_network(network *n, int tokens) {
       break;
   }
   add(n, OPFA_STORE, out, out);
-  n->width = n->buffers[out].channels;
+  n->width = n->channels[out];
   n->program.steps = n->steps, n->program.buffers = n->buffers;
   int widest = 0;
   for (int i = 0; i < n->program.num_buffers; i++)
-    if (n->buffers[i].channels > widest) widest = n->buffers[i].channels;
+    if (n->channels[i] > widest) widest = n->channels[i];
   n->call.input = values((size_t)n->num_rows * widest, 1);
 }
 
@@ -354,9 +392,9 @@ static double formed(const opfa_step *s, double x) {
 
 static void step_of_token(const network *n, const opfa_step *s, double **b, int token, int from, int to) {
   const opfa_call *call = &n->call;
-  const int wide = n->buffers[s->in].channels, row = call->rows ? call->rows[token] : token;
+  const int wide = n->channels[s->in], row = call->rows ? call->rows[token] : token;
   const double *x = b[s->in] + (size_t)token * wide;
-  double *y = b[s->out] + (size_t)token * n->buffers[s->out].channels, mean = 0, squares = 0;
+  double *y = b[s->out] + (size_t)token * n->channels[s->out], mean = 0, squares = 0;
   switch (s->kind) {
     case OPFA_EMBED:
       for (int c = 0; c < s->channels; c++) {
@@ -381,7 +419,7 @@ static void step_of_token(const network *n, const opfa_step *s, double **b, int 
         for (int c = 0; c < wide; c++) sum += m->plain[(size_t)r * wide + c] * x[c];
         if (m->packed.scales) sum *= m->packed.scales[r];
         if (m->packed.bias) sum += m->packed.bias[r];
-        if (s->residual >= 0) sum += b[s->residual][(size_t)token * n->buffers[s->residual].channels + r];
+        if (s->residual >= 0) sum += b[s->residual][(size_t)token * n->channels[s->residual] + r];
         y[s->first[0] + r] = formed(s, activated(s->activation, sum));
       }
       break;
@@ -410,7 +448,7 @@ static void step_of_token(const network *n, const opfa_step *s, double **b, int 
 static const double *reference(const network *n) {
   double *b[MOST_STEPS];
   for (int i = 0; i < n->program.num_buffers; i++)
-    b[i] = take((size_t)n->call.tokens * n->buffers[i].channels, sizeof **b);
+    b[i] = take((size_t)n->call.tokens * n->channels[i], sizeof **b);
   for (int i = 0; i < n->program.num_steps - 1; i++)
     for (int s = 0; s < n->call.sequences; s++)
       for (int token = n->call.starts[s]; token < n->call.starts[s + 1]; token++)
@@ -463,7 +501,7 @@ static void fail(const network *n, const char *level, const char *what, double e
          n->call.tokens, n->call.sequences);
   for (int i = 0; i < n->program.num_steps; i++) {
     const opfa_step *s = n->steps + i;
-    printf(" %d[%d", s->kind, n->buffers[s->out].channels);
+    printf(" %d[%d", s->kind, n->channels[s->out]);
     if (s->matrix) printf(" of %d, block %d, tile %d", s->matrix->columns, s->matrix->block, s->matrix->tile);
     printf(", activation %d, heads %d, window %d]", s->activation, s->heads, s->window);
   }
@@ -510,6 +548,11 @@ static void check(const network *n, char *level_names, opfa_pool **pools, double
   int i = 0;
   for (char *level = strtok_r(names, " ", &rest); level; level = strtok_r(NULL, " ", &rest), i++) {
     if (opfa_choose(level)) printf("%s: refused\n", level), exit(1);
+    if (strcmp(opfa_level(), level)) printf("%s: %s is used\n", level, opfa_level()), exit(1);
+    for (int s = 0; s < n->program.num_steps; s++) {
+      matrix *m = (matrix *)n->steps[s].matrix;
+      if (m) m->packed = m->packed.dtype == OPFA_FP32 || strcmp(level, "amx") ? m->visits : m->masks;
+    }
     float *first = run(n, pools[0]);
     const double error = worst_error(n, wanted, first);
     if (!(error <= n->tolerance)) fail(n, level, "differs from double precision", error);

@@ -223,8 +223,22 @@ def test_of_processes_that_start_together_one_compiles(
     told = {each.communicate(timeout=300)[0].strip() for each in started}
     assert len(told) == 1 and Path(told.pop()).parent == cache
     calls = (tmp_path / "bin/calls").read_text().splitlines()
-    levels = compiler.LEVELS.get(compiler.machine(), compiler.PLAIN)
-    assert len(calls) == len(levels) + 2 and all("-mine" in call for call in calls)
+    assert sum("-shared" in call for call in calls) == 1
+    assert all(call.startswith("-mine ") for call in calls)
+
+
+def test_a_level_that_a_compiler_does_not_know_is_left_out(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = "case \"$*\" in *-mnew*) echo 'error: unknown -mnew'; exit 1;; esac\n"
+    head, rest = COMPILER.format(library=compiled).split("\n", 1)
+    mine = script(tmp_path / "bin/mycc", f"{head}\n{old}{rest}")
+    levels = {"avx512bf16": (64, ["-mnew"]), "plain": (16, [])}
+    monkeypatch.setattr(compiler, "LEVELS", {compiler.machine(): levels})
+    (tmp_path / "work").mkdir()
+    compiler.compile_into(tmp_path / "work", [str(mine)])
+    calls = (tmp_path / "bin/calls").read_text()
+    assert "-DOPFA_WITHOUT_AVX512BF16 -c" in calls and "avx512bf16.o" not in calls
 
 
 def test_a_level_that_the_cpu_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
