@@ -83,6 +83,7 @@ TRANSFORMERS = {  # by room what it names beyond those, and why
     "models": None,  # it is the door
     "integrations": None,  # opfa inside of transformers: its trainer, its loading
     "tasks": {"BatchEncoding"},  # what a tokenizer returns: tokens, and where they are in the text
+    "runtime": {"BaseModelOutput", "BaseModelOutputWithPooling"},  # what an encoder returns
 }
 
 

@@ -11,7 +11,6 @@ import pytest
 from opfa.bench import steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
-from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
 from opfa.report.between import write_between
 from opfa.report.tables import Result
@@ -22,7 +21,6 @@ MEASURED = {
     "masks": MaskUpdates,
     "distillation": TeacherSteps,
     "files": Files,
-    "inference": Inference,
 }
 
 
