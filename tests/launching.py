@@ -1,6 +1,6 @@
-"""Ranks of a test's launch, forked from a process that has imported torch and DeepSpeed already.
+"""Ranks of a test's launch, forked from a process that has imported what they need already.
 
-To import both takes seconds, which is most of a small test. Signals, exit codes and process groups
+To import it takes seconds, which is most of a small test. Signals, exit codes and process groups
 are those of ordinary ranks. test_launch.py and test_two_nodes.py use the real launchers.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from opfa.training.distributed import end_process
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["accelerate", "opfa.upstream.pretrain", "opfa.training.engine"])
+CONTEXT.set_forkserver_preload(["imported_once"])
 
 
 class Launch:

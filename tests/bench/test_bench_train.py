@@ -5,13 +5,16 @@ is what was measured. No test asserts a time.
 import contextlib
 import io
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import pretrain_recipe
+from launching import CONTEXT
 
+from opfa.bench import train
 from opfa.bench.costs import Costs
 from opfa.bench.measure import in_a_process
 from opfa.bench.plain import Plain
@@ -24,6 +27,8 @@ from opfa.models.pretraining import load_pretraining_model
 from opfa.sparsity.layers import masked_layers
 from opfa.sparsity.masks import fingerprint, nonzero_masks
 from opfa.upstream.recipe import PretrainRecipe
+
+MEASURED, LOSS_BYTES = train._measured, train._loss_bytes
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +91,25 @@ def result(recipe: PretrainRecipe, tmp_path_factory: pytest.TempPathFactory) -> 
         "# A\n<!-- opfa bench train -->\nold\n<!-- /opfa bench train -->\nZ\n"
     )
     command = ["bench", "train", str(directory / "recipe.toml"), "--rounds", "1", "--json"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        patch.setattr(train, "_measured", _measured_with_small_matrices)
+        patch.setattr(multiprocessing, "get_context", lambda _: CONTEXT)  # has imported torch
         assert cli.run([*command, "--write", str(directory / "README.md")]) == 0
     found = json.loads(printed.getvalue())
     return {**found, "readme": (directory / "README.md").read_text()}
+
+
+def _measured_with_small_matrices(name: str, recipe: PretrainRecipe) -> dict[str, Any]:
+    train.SIDE["cpu"] = 256
+    return MEASURED(name, recipe)
+
+
+def _loss_bytes_of_2048_tokens(precision: str) -> dict[str, Any]:
+    train.LOSS_SHAPE = (2048, *train.LOSS_SHAPE[1:])  # whole logits would take 250 MB
+    return LOSS_BYTES(precision)
 
 
 def test_every_variant_and_part_is_measured(result: dict[str, Any]) -> None:
@@ -136,9 +156,5 @@ def test_a_model_from_scratch_is_refused_before_anything_is_measured(prepared: P
 
 def test_a_measuring_process_that_fails_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match="a measuring process ended; its output says why"):
-        in_a_process(_fails)
-    assert "RecipeError: told" in capfd.readouterr().err
-
-
-def _fails() -> dict[str, Any]:
-    raise RecipeError("told")
+        in_a_process(int, "told")
+    assert "ValueError: invalid literal for int() with base 10: 'told'" in capfd.readouterr().err
