@@ -46,9 +46,19 @@ def inspect(
     ] = False,
     plot: Annotated[Path | None, Option(help="FILE.png: draw it too.")] = None,
     page: Annotated[Path | None, Option(help="FILE.html: every matrix, for a browser.")] = None,
+    with_runtime: Annotated[
+        bool, Option("--runtime", help="Run it in the CPU runtime: kernel and speed by layer.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how sparse a checkpoint is, where and in which pattern; or compare it with another."""
+    if with_runtime:
+        if against or has_tensors or plot or page:
+            raise RunError("--runtime: goes with no option but --json")
+        from opfa import runtime
+
+        runtime.explain(runtime.load(model)).show(as_json=as_json)
+        return
     check_files({"--plot": plot, "--page": page})
     if page is not None and (page.suffix != ".html" or not page.parent.is_dir()):
         raise RunError(f"--page {page}: must be a .html file in a directory that exists")

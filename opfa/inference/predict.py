@@ -37,12 +37,14 @@ class Predicted(Result):
     examples: int
     cut: int  # examples that were longer than the limit
     sequence_tokens: int  # the limit
+    runs_in: str  # what computed: kernels, torch and why, a GPU, ONNX Runtime
     output: str | None  # None: a stream
 
     def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
         """One line for each fact."""
         rows = [("model", f"{self.model} ({self.kind})"), ("examples", f"{self.examples:,}")]
         rows.append((f"cut at {self.sequence_tokens} tokens", f"{self.cut:,}"))
+        rows.append(("computed in", self.runs_in))
         rows.append(("written to", self.output or "a stream"))
         yield Table(("predictions", ""), rows)
 
@@ -134,6 +136,7 @@ def predict_file(
         examples=num_rows,
         cut=num_cut,
         sequence_tokens=task.sequence_tokens,
+        runs_in=predictor.runs_in,
         output=None if path is None else str(path),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from opfa import runtime
 from opfa.downstream.evaluate import load_ready, predict
 from opfa.downstream.recipe import FinetuneRecipe, recipe_of
 from opfa.errors import ModelError, RunError, opening
@@ -89,10 +90,15 @@ class Predictor:
         self._classes = _classes(self.task, config, beside)
         self._batch, self._device = options.batch, torch.device("cpu")
         self._model: nn.Module
+        self.runs_in = "ONNX Runtime"
         if is_onnx:
             self._model = _onnx(Path(name), self.task, self._tokenizer, self._classes)
         else:
-            self._model, self._device = load_ready(self.task, name, self._classes)
+            model, self._device = load_ready(self.task, name, self._classes)
+            self.runs_in = str(self._device)
+            if self._device.type == "cpu":
+                self.runs_in = runtime.speed_up(model)
+            self._model = model
 
     def answers(
         self, source: str, rows: Numbered, advance: Callable[[float], object]

@@ -9,17 +9,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
+from opfa.compression import quant
 from opfa.errors import ModelError, RunError
 from opfa.models import trained
 from opfa.models.configs import checked_directory
 from opfa.runtime import mapped
-from opfa.runtime.families import Build, build
+from opfa.runtime.build import why_not
+from opfa.runtime.families import FAMILIES, Build, build
 from opfa.runtime.layers import Layers, ModelLayers
-from opfa.runtime.library import DTYPES
+from opfa.runtime.library import DTYPES, level
+from opfa.runtime.packing import MOST_DENSITY
 from opfa.runtime.program import Ints, Runner
 from opfa.runtime.threads import Pool, num_threads
 from opfa.storage.foreign import PACKED
@@ -126,6 +129,28 @@ def with_kernels(
     encoder.__class__ = type(f"Kernel{cls.__name__}", (KernelEncoder, cls), {})
     vars(encoder).update(built=built, runner=Runner(built.program, Pool(threads)))
     return model.eval().requires_grad_(False)
+
+
+def speed_up(model: PreTrainedModel) -> str:
+    """Put a model's encoder into the kernels if that is faster, in place; says where it runs.
+
+    A model whose layers are in 8 bits computes so there too. Nothing is changed where the kernels
+    can't run, for another family, and if more than half of the weights live.
+    """
+    if why := why_not():
+        return f"torch ({why})"
+    encoder = encoder_of(model)
+    if encoder.config.model_type not in FAMILIES:
+        return f"torch (the runtime has no {encoder.config.model_type})"
+    layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    num_live = sum(int(layer.weight.count_nonzero()) for layer in layers)
+    density = num_live / max(1, sum(layer.weight.numel() for layer in layers))
+    if density > MOST_DENSITY:
+        return f"torch ({density:.0%} of the weights live; at most {MOST_DENSITY:.0%} gain)"
+    threads = num_threads(None)
+    dtype = "int8" if quant.quant_layers(encoder) else "fp32"
+    with_kernels(model, threads, dtype)
+    return f"opfa's kernels ({dtype}, {level()}, {threads} threads)"
 
 
 def load(
