@@ -5,11 +5,11 @@
 
 /* How many tokens a product holds in registers: sparse, and dense with ROWS rows. */
 #if VB == 64
-enum { MOST = 64, WIDE = 64, ROWS = 6 };
+enum { MOST = 64, WIDE = 64, ROWS = 6, CHAINED = 4 };
 #elif VB == 32 || defined(__aarch64__)
-enum { MOST = 64, WIDE = 16, ROWS = 6 };
+enum { MOST = 64, WIDE = 16, ROWS = 6, CHAINED = 4 };
 #else
-enum { MOST = 32, WIDE = 16, ROWS = 3 };
+enum { MOST = 32, WIDE = 16, ROWS = 3, CHAINED = 4 };
 #endif
 
 /* Bytes of a token's channel as input of a bf16 and of an int8 matrix. Where the CPU has no
@@ -79,17 +79,20 @@ static void product(int64_t rows, int lanes, int64_t k_end, const float *a, int6
 
 /* ---- Sparse: one visit, that is the live weights of one row in one tile of columns ---- */
 
-/* y[lane] += sum of values times tokens, all fp32. */
+/* y[lane] += sum of values times tokens, all fp32. Few tokens have several sums each, since a sum
+ * must wait for the one before. */
 INLINE void visit_fp32(int lanes, int width, const uint8_t *indices, const float *values, int count,
                        const float *x, float *y) {
-  vec sums[MOST / LANES];
-  UNROLL for (int i = 0; i < lanes / LANES; i++) sums[i] = load(y + i * LANES);
+  const int vectors = lanes / LANES, chains = vectors < 2 ? 4 : vectors < CHAINED ? 2 : 1;
+  vec sums[2 * MOST / LANES];
+  UNROLL for (int i = 0; i < chains * vectors; i++) sums[i] = i < vectors ? load(y + i * LANES) : all(0);
   int j = 0;
-#define LIVE(S)                                                                                \
-  {                                                                                            \
-    const float *tokens = x + ((four >> (8 * (S))) & 255) * (size_t)width;                     \
-    const float value = values[j + (S)];                                                       \
-    UNROLL for (int i = 0; i < lanes / LANES; i++) sums[i] += value * load(tokens + i * LANES); \
+#define LIVE(S)                                                                   \
+  {                                                                               \
+    const float *tokens = x + ((four >> (8 * (S))) & 255) * (size_t)width;        \
+    const float value = values[j + (S)];                                          \
+    vec *chain = sums + (S) % chains * vectors;                                   \
+    UNROLL for (int i = 0; i < vectors; i++) chain[i] += value * load(tokens + i * LANES); \
   }
   for (; j + 4 <= count; j += 4) {
     uint32_t four;
@@ -101,7 +104,8 @@ INLINE void visit_fp32(int lanes, int width, const uint8_t *indices, const float
     LIVE(0)
   }
 #undef LIVE
-  UNROLL for (int i = 0; i < lanes / LANES; i++) store(y + i * LANES, sums[i]);
+  UNROLL for (int i = vectors; i < chains * vectors; i++) sums[i % vectors] += sums[i];
+  UNROLL for (int i = 0; i < vectors; i++) store(y + i * LANES, sums[i]);
 }
 
 #ifdef __AVX512BF16__
