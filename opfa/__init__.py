@@ -25,7 +25,7 @@ from opfa.errors import DataError, DivergedError, ModelError, OpfaError, RecipeE
 from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from opfa.api.models import compare, download, export, list_models, push, release, unpack
+    from opfa.api.models import compare, download, export, list_models, pack, push, release, unpack
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
@@ -56,6 +56,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "lock": "opfa.sparsity.layers",
     "masked_lora": "opfa.integrations.lora",
     "new_recipe": "opfa.api.own",
+    "pack": "opfa.api.models",
     "plan": "opfa.api.train",
     "predict": "opfa.inference.predict",
     "prepare": "opfa.api.train",
@@ -90,6 +91,7 @@ __all__ = [
     "lock",
     "masked_lora",
     "new_recipe",
+    "pack",
     "plan",
     "predict",
     "prepare",

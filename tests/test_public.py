@@ -34,6 +34,7 @@ PUBLIC = [
     "lock",
     "masked_lora",
     "new_recipe",
+    "pack",
     "plan",
     "predict",
     "prepare",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
     from opfa.inference.results import ExportResult
     from opfa.releases.results import ReleaseResult, UnpackResult
+    from opfa.runtime.packer import PackResult
     from opfa.weights.comparison import Comparison
 
 Form = Literal["dense", "compact", "compact-int8"]
@@ -119,6 +120,23 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
     from opfa.releases.release import unpack as execute
 
     return execute(Path(directory), Path(output))
+
+
+@progress()
+def pack(
+    model: str | Path, output: str | Path, *, dtype: Literal["fp32", "bf16", "int8"] | None = None
+) -> "PackResult":
+    """Pack an encoder, with its head if it has one, for `opfa.runtime.load` on CPUs.
+
+    `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
+    name. The new directory `output` has its configuration, its tokenizer and one file, which is
+    mapped and not read, so that processes share it. Matrices of which half is zero, or more, are
+    there without their zeros. `dtype` is how it computes, as in `opfa.runtime.load`.
+    """
+    check_new(Path(output))
+    from opfa.runtime.packer import pack as execute
+
+    return execute(str(model), Path(output), dtype)
 
 
 @progress()

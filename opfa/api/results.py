@@ -7,6 +7,7 @@ from opfa.hub.results import DownloadResult, PushResult
 from opfa.inference.results import ExportResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
+from opfa.runtime.packer import PackResult
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluateResult",
     "ExportResult",
     "FinetuneResult",
+    "PackResult",
     "PrepareResult",
     "PretrainResult",
     "PruneResult",

@@ -204,6 +204,20 @@ def unpack(
     api.unpack(directory, output).show(as_json=as_json)
 
 
+@app.command(epilog="Example: opfa pack runs/sst2 --output sst2-packed")
+def pack(
+    model: ModelName,
+    output: Output,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "int8"] | None,
+        Option(help="Of the products; default: int8 for a model in 8 bits, else fp32."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack an encoder for the CPU runtime, which skips zeros: one file, mapped and shared."""
+    api.pack(model, output, dtype=dtype).show(as_json=as_json)
+
+
 @app.command(
     epilog="Example: opfa prune sentence-transformers/all-MiniLM-L6-v2 --sparsity 0.9 "
     "--output minilm-90"

@@ -8,6 +8,7 @@ compute with rounded values, gradients pass straight through, and zero maps to z
 activations are moving averages over batches.
 """
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Literal
 
@@ -189,11 +190,14 @@ def set_ranges(model: nn.Module, values: dict[str, Tensor]) -> None:
         layer.high.copy_(values[f"{name}.input_high"])
 
 
-def save(model: nn.Module, path: Path) -> None:
-    """Write ranges and weight scales. Call it before the layers are fused."""
+def save(model: nn.Module, path: Path, only: Container[str] | None = None) -> None:
+    """Write ranges and weight scales, of some layers or of all. Call it before they are fused."""
     layers = {**quant_layers(model), **quant_embeddings(model)}
     scales = {f"{name}.weight_scale": int8_weight(m)[1] for name, m in layers.items()}
-    save_file({**ranges(model), **scales}, path, metadata={"format": "opfa-quantization/1"})
+    found = {**ranges(model), **scales}
+    if only is not None:
+        found = {name: value for name, value in found.items() if name.rpartition(".")[0] in only}
+    save_file(found, path, metadata={"format": "opfa-quantization/1"})
 
 
 def load(model: nn.Module, path: Path) -> None:

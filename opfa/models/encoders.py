@@ -11,7 +11,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTraine
 
 from opfa.errors import ModelError
 from opfa.models.configs import checked_directory, load_config, loading, quiet_transformers
-from opfa.models.skeleton import try_out, without_memory
+from opfa.models.skeleton import MOST_TENSORS, try_out, without_memory
 from opfa.sparsity.anatomy import problem_of_storage
 from opfa.weights.sources import open_source
 
@@ -75,9 +75,12 @@ def load_finetuned_model(name: str, *, is_encoder: bool = False) -> PreTrainedMo
     return model.eval()
 
 
-def skeleton(config: PretrainedConfig, cls: Any = AutoModel) -> PreTrainedModel:
+def skeleton(
+    config: PretrainedConfig, cls: Any = AutoModel, *, most_tensors: int = MOST_TENSORS
+) -> PreTrainedModel:
     """A model, by default a bare encoder, that has shapes and no memory."""
-    with loading("model", config.name_or_path or config.model_type), without_memory():
+    name = config.name_or_path or config.model_type
+    with loading("model", name), without_memory(most_tensors):
         return cls.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 

@@ -15,10 +15,14 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from opfa.errors import ModelError, RunError
 from opfa.models import trained
+from opfa.models.configs import checked_directory
+from opfa.runtime import mapped
 from opfa.runtime.families import Build, build
+from opfa.runtime.layers import Layers, ModelLayers
 from opfa.runtime.library import DTYPES
 from opfa.runtime.program import Ints, Runner
 from opfa.runtime.threads import Pool, num_threads
+from opfa.storage.foreign import PACKED
 
 Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
@@ -107,11 +111,15 @@ def _real_tokens(ids: Tensor, mask: Tensor | None) -> tuple[Ints, Ints]:
     return lengths[lengths > 0].astype(np.int32), np.flatnonzero(is_real).astype(np.int32)
 
 
-def with_kernels(model: PreTrainedModel, threads: int, dtype: str = "fp32") -> PreTrainedModel:
-    """Make the encoder of a model run in the kernels, in place, and drop its dense weights."""
-    encoder = model.base_model
-    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
-    built = build(encoder, dtype)
+def with_kernels(
+    model: PreTrainedModel, threads: int, dtype: str = "fp32", layers: Layers | None = None
+) -> PreTrainedModel:
+    """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
+
+    Its layers are packed in `dtype`, unless packed `layers` come from elsewhere.
+    """
+    encoder = encoder_of(model)
+    built = build(encoder, layers or ModelLayers(encoder, dtype))
     for name in [name for name, _ in encoder.named_children() if name not in KEPT]:
         delattr(encoder, name)
     cls = type(encoder)
@@ -128,14 +136,36 @@ def load(
     `model` is a run, a directory in any form, or a Hub name. `dtype` is how it computes: "fp32";
     "bf16", whose products have 8 bits of precision and fp32 sums; or "int8", for models that were
     trained or calibrated in 8 bits, with exact integer sums. By default int8 for these, else fp32.
-    `threads` are by default the cores that this process may use.
+    `threads` are by default the cores that this process may use. What `opfa pack` wrote is mapped,
+    in the type that it was packed in.
     Raises `ModelError` for a family that the runtime lacks, `RunError` for a bad option.
     """
-    is_8_bits = trained.ranges_of(str(model)) is not None
-    chosen = dtype or ("int8" if is_8_bits else "fp32")
-    if chosen not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise RunError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    number = num_threads(threads)
+    directory = checked_directory("model", str(model), with_weights=True)
+    if (directory / PACKED).is_file():
+        return mapped.load(
+            directory, dtype, lambda it, layers: with_kernels(it, number, layers=layers)
+        )
+    found, chosen = load_for(str(model), dtype)
+    return with_kernels(found, number, chosen)
+
+
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder below a model's head, or the model itself."""
+    encoder = model.base_model
+    assert isinstance(encoder, PreTrainedModel), "heads stand on one"
+    return encoder
+
+
+def load_for(name: str, dtype: str | None) -> tuple[PreTrainedModel, str]:
+    """A model with its weights, and the type in which the runtime computes with it.
+
+    Raises `ModelError` for int8 and a model that isn't in 8 bits.
+    """
+    is_8_bits = trained.ranges_of(name) is not None
+    chosen = dtype or ("int8" if is_8_bits else "fp32")
     if chosen == "int8" and not is_8_bits:
-        raise ModelError(f"model {str(model)!r}: has no 8-bit ranges; `opfa calibrate` makes them")
-    found = trained.load(model, exact=chosen == "int8")
-    return with_kernels(found, num_threads(threads), chosen)
+        raise ModelError(f"model {name!r}: has no 8-bit ranges; `opfa calibrate` makes them")
+    return trained.load(name, exact=chosen == "int8"), chosen

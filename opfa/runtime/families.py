@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from opfa.compression import quant
 from opfa.errors import ModelError
-from opfa.runtime.packing import Floats, Packed, pack
+from opfa.runtime.layers import Layers, array_of, table_of
+from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.program import Form, Program
 
 ACTIVATIONS = {
@@ -34,9 +31,9 @@ ACTIVATIONS = {
 class Build:
     """A program while it is put together from the modules of an encoder."""
 
-    def __init__(self, encoder: PreTrainedModel, dtype: str) -> None:
+    def __init__(self, encoder: PreTrainedModel, layers: Layers) -> None:
         """Begin with no steps."""
-        self.encoder, self.dtype, self.program = encoder, dtype, Program()
+        self.encoder, self.layers, self.program = encoder, layers, Program()
         self._narrowed: dict[int, int] = {}  # buffers, and those of their values in another form
         self.channels, self.table_sizes = 0, list[int]()
         self.most_tokens: int | None = None  # where no table has positions
@@ -49,7 +46,7 @@ class Build:
 
     def embed(self, paths: Sequence[str], target: int) -> None:
         """Sums of embeddings."""
-        tables = [_array(self.module(path).weight) for path in paths]
+        tables = [table_of(self.module(path)) for path in paths]
         self.table_sizes = [len(table) for table in tables]
         self.program.embed(tables, target)
 
@@ -62,7 +59,7 @@ class Build:
         """Layer normalization."""
         module = self.module(path)
         self.program.norm(
-            source, target, _array(module.weight), _array(module.bias), float(module.eps)
+            source, target, array_of(module.weight), array_of(module.bias), float(module.eps)
         )
 
     def linear(
@@ -71,39 +68,26 @@ class Build:
         """Layers with the same input, one below the other in target; `feeds` is the layer whose
         input target is, and `options` are those of `Program.linear`.
         """
-        layers = [self.module(path) for path in paths]
-        forms = [self._form(layer) for layer in layers]
+        forms = [self.layers.form(path) for path in paths]
         if len(set(forms)) > 1:  # in 8 bits, each with its own range
-            for path, layer in zip(paths, layers, strict=True):
-                first = sum(each.out_features for each in layers[: layers.index(layer)])
-                self._linear([path], [layer], source, target, first=first, **options)
+            first = 0
+            for path in paths:
+                first += self._linear([path], source, target, first=first, **options)
             return
-        if feeds and (form := self._form(self.module(feeds))) is not None:
+        if feeds and (form := self.layers.form(feeds)) is not None:
             options["form"] = form
             self._narrowed[target] = target
-        self._linear(paths, layers, source, target, **options)
+        self._linear(paths, source, target, **options)
 
-    def _linear(
-        self, paths: Sequence[str], layers: Sequence[Any], source: int, target: int, **options: Any
-    ) -> None:
-        form = self._form(layers[0])
-        weights, scales, biases = zip(*(_weights(layer, form) for layer in layers), strict=True)
-        matrix = pack(np.concatenate(weights))
-        self.matrices[" ".join(paths)] = matrix
-        if form is not None:
-            source = self._narrow(source, layers[0].in_features, form)
-            if form.dtype == "int8":
-                options["scales"] = np.concatenate(scales)
-        self.program.linear(matrix, np.concatenate(biases), source, target, **options)
-
-    def _form(self, layer: Any) -> Form | None:
-        """The form of a layer's input; None for fp32."""
-        if self.dtype != "int8":
-            return None if self.dtype == "fp32" else Form(self.dtype)
-        if not isinstance(layer, quant.QuantLinear):
-            return None
-        scale, zero = quant.activation_scale(layer.low, layer.high)
-        return Form("int8", float(scale), int(zero))
+    def _linear(self, paths: Sequence[str], source: int, target: int, **options: Any) -> int:
+        """Layers as one step; gives how many rows they have."""
+        found = self.layers.linear(paths)
+        self.matrices[" ".join(paths)] = found.matrix
+        if found.form is not None:
+            source = self._narrow(source, found.matrix.columns, found.form)
+        options["scales"] = found.scales
+        self.program.linear(found.matrix, found.bias, source, target, **options)
+        return found.matrix.rows
 
     def _narrow(self, source: int, channels: int, form: Form) -> int:
         """The buffer of a source in a form; what `feeds` wrote has it already."""
@@ -112,26 +96,6 @@ class Build:
                 self._narrowed[source] = self.program.buffer(channels)
             self.program.narrow(source, self._narrowed[source], channels, form)
         return self._narrowed[source]
-
-
-def _weights(layer: Any, form: Form | None) -> tuple[NDArray, NDArray, Floats]:
-    """A layer's weights as they are stored, scales of its rows, and bias."""
-    bias = np.zeros(layer.out_features, np.float32) if layer.bias is None else _array(layer.bias)
-    if form is None:
-        return _array(layer.weight), np.ones(0, np.float32), bias
-    if form.dtype == "bf16":
-        bits = layer.weight.detach().bfloat16().contiguous().view(torch.uint16).numpy()
-        return bits, np.ones(0, np.float32), bias
-    steps, scale = quant.int8_weight(layer)
-    steps, scale = steps.numpy(), scale.double().numpy() * form.scale
-    scales = np.broadcast_to(scale, len(steps))
-    offset = scales * form.zero * steps.sum(1, dtype=np.int64)
-    return steps, scales.astype(np.float32), (bias - offset).astype(np.float32)
-
-
-def _array(parameter: nn.Parameter | None) -> Any:  # Any: None for None
-    """A parameter as fp32 numbers, which share its memory if it is fp32."""
-    return None if parameter is None else parameter.detach().float().contiguous().numpy()
 
 
 def _activation(name: object) -> str:
@@ -260,15 +224,17 @@ FAMILIES: dict[str, Callable[[Build, Any], None]] = {
 }
 
 
-def build(encoder: PreTrainedModel, dtype: str = "fp32") -> Build:
-    """The program of an encoder that has its weights; raises `ModelError` for another family.
-
-    In int8 the layers that are `QuantLinear` compute in 8 bits, the others in fp32.
-    """
+def build(encoder: PreTrainedModel, layers: Layers) -> Build:
+    """The program of an encoder with its layers; raises `ModelError` for another family."""
     config: PretrainedConfig = encoder.config
+    check_family(config)
+    found = Build(encoder, layers)
+    FAMILIES[config.model_type](found, config)
+    return found
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Raise `ModelError` for a model that the runtime doesn't run."""
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")
-    found = Build(encoder, dtype)
-    FAMILIES[config.model_type](found, config)
-    return found

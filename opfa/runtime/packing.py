@@ -5,17 +5,26 @@ live there, by falling count, so that a loop's length seldom changes. A matrix w
 gain stays dense, in panels of six rows.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.runtime.library import DTYPES, PANEL, level
+from opfa.runtime.library import DTYPES, PANEL, Matrix, level, library
 
 BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile; both fit in a byte
 SIDE, ROW = 16, 64  # rows and bytes of a tile of AMX
 MOST_DENSITY = 0.5  # with more live weights the dense product is faster
+VALUES = {"float32": "fp32", "uint16": "bf16", "int8": "int8"}  # by the type of the array
 Floats = NDArray[np.float32]
+WRONG = {  # what `opfa_check` says
+    1: "sizes of blocks and tiles",
+    2: "first visits",
+    3: "first live weights of blocks",
+    4: "visits",
+    5: "columns",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +51,8 @@ def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     In fp32 it is packed dense if more than `most_density` of it live. On a CPU with AMX, bf16 and
     int8 are packed by masks.
     """
-    dtype = DTYPES[{"float32": 0, "uint16": 1, "int8": 2}[weight.dtype.name]]
-    num_live = int(np.count_nonzero(weight))
+    dtype = VALUES[weight.dtype.name]
+    num_live = int(np.count_nonzero(weight != 0))
     sizes = {"rows": weight.shape[0], "columns": weight.shape[1], "num_live": num_live}
     sizes["dtype"] = DTYPES.index(dtype)
     if dtype == "fp32" and num_live > most_density * weight.size:
@@ -51,6 +60,34 @@ def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
     if dtype != "fp32" and level() == "amx":
         return Packed(**sizes, block=BLOCK, tile=ROW // weight.itemsize, arrays=_masks(weight))
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
+
+
+def for_this_cpu(matrix: Packed) -> Packed:
+    """A matrix as this CPU's kernels read it; the same one, unless another CPU's pack wrote it."""
+    is_by_masks, wants_masks = "masks" in matrix.arrays, level() == "amx"
+    if not (matrix.block and matrix.dtype) or is_by_masks == wants_masks:
+        return matrix
+    return pack(_by_masks(matrix) if is_by_masks else _by_visits(matrix))
+
+
+def _by_masks(matrix: Packed) -> NDArray:
+    masks, values = matrix.arrays["masks"], matrix.arrays["values"]
+    is_live = np.unpackbits(masks, axis=-1, bitorder="little").astype(bool)
+    ordered = np.zeros(is_live.shape, values.dtype)
+    ordered[is_live] = values[: matrix.num_live]
+    whole = ordered.transpose(0, 2, 1, 3).reshape(len(masks) * SIDE, -1)
+    return np.ascontiguousarray(whole[: matrix.rows, : matrix.columns])
+
+
+def _by_visits(matrix: Packed) -> NDArray:
+    arrays, tiles = matrix.arrays, -(-matrix.columns // matrix.tile)
+    visits = np.diff(arrays["starts"].astype(np.int64))
+    block, tile = np.divmod(np.repeat(np.arange(len(visits)), visits), tiles)
+    row, count = block * matrix.block + arrays["visits"][:, 0], arrays["visits"][:, 1]
+    column = np.repeat(tile * matrix.tile, count) + arrays["indices"]
+    weight = np.zeros((matrix.rows, matrix.columns), arrays["values"].dtype)
+    weight[np.repeat(row, count), column] = arrays["values"]
+    return weight
 
 
 def _masks(weight: NDArray) -> dict[str, NDArray]:
@@ -66,7 +103,7 @@ def _masks(weight: NDArray) -> dict[str, NDArray]:
     return {
         "masks": np.ascontiguousarray(masks),
         "entries": entries,
-        "values": np.concatenate([ordered[is_live], np.zeros(ROW, weight.dtype)]),
+        "values": np.append(ordered[is_live], np.zeros(ROW, weight.dtype)),  # rows are read whole
     }
 
 
@@ -80,22 +117,76 @@ def _panels(weight: Floats) -> Floats:
 def _visits(weight: NDArray) -> dict[str, NDArray]:
     num_rows, num_columns = weight.shape
     blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // COLUMNS)
-    row, column = np.nonzero(weight)
-    block, tile = row // BLOCK, column // COLUMNS
-    visit = row * tiles + tile
-    count = np.bincount(visit, minlength=num_rows * tiles)[visit]
-    order = np.lexsort((column, row, -count, tile, block))
-    row, column, visit, count = row[order], column[order], visit[order], count[order]
-    is_first = np.diff(visit, prepend=-1) != 0
-    places = (row // BLOCK * tiles + column // COLUMNS)[is_first]
+    is_live = weight != 0
+    places = np.flatnonzero(is_live)  # a visit's weights stand together here, by rising column
+    first = np.arange(0, num_columns, COLUMNS)
+    counts = np.add.reduceat(is_live, first, axis=1, dtype=np.int64).reshape(-1)
+    begins = np.cumsum(counts) - counts
+    row, tile = np.divmod(np.arange(num_rows * tiles), tiles)
+    order = np.lexsort((row, -counts, tile, row // BLOCK))
+    order = order[counts[order] > 0]
+    row, tile, counts, begins = row[order], tile[order], counts[order], begins[order]
+    moved = np.repeat(begins - (np.cumsum(counts) - counts), counts)
+    places = places[moved + np.arange(len(places))]
+    per_block = np.bincount(row // BLOCK, counts, minlength=blocks).astype(np.int64)
     return {
-        "starts": _sums(np.bincount(places, minlength=blocks * tiles)),
-        "entries": _sums(np.bincount(row // BLOCK, minlength=blocks)),
-        "visits": np.stack([row % BLOCK, count], 1)[is_first].astype(np.uint8),
-        "indices": (column % COLUMNS).astype(np.uint8),
-        "values": np.ascontiguousarray(weight[row, column]),
+        "starts": _sums(np.bincount(row // BLOCK * tiles + tile, minlength=blocks * tiles)),
+        "entries": _sums(per_block),
+        "visits": np.stack([row % BLOCK, counts], 1).astype(np.uint8),
+        "indices": (places % num_columns % COLUMNS).astype(np.uint8),
+        "values": weight.reshape(-1)[places],
     }
 
 
 def _sums(counts: NDArray) -> NDArray[np.uint32]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
+
+
+def check(matrix: Packed) -> None:
+    """Raise `ValueError` unless the kernels stay inside of a matrix' arrays, whoever made them."""
+    if not 0 <= matrix.num_live <= matrix.rows * matrix.columns:
+        raise ValueError(
+            f"has {matrix.num_live:,} live weights of {matrix.rows * matrix.columns:,}"
+        )
+    if (matrix.block == 0) != (matrix.tile == 0):
+        raise ValueError(f"block = {matrix.block}, tile = {matrix.tile}: both are 0, or none")
+    if not matrix.block and matrix.dtype:
+        raise ValueError(f"is dense in {DTYPES[matrix.dtype]}")
+    kinds = _kinds(matrix)
+    if set(matrix.arrays) != set(kinds):
+        raise ValueError(f"has {', '.join(sorted(matrix.arrays))}, not {', '.join(sorted(kinds))}")
+    for name, (dtype, *shape) in kinds.items():
+        found = matrix.arrays[name]
+        if found.dtype != dtype or found.shape != tuple(shape) or not found.flags.c_contiguous:
+            what = f"{np.dtype(dtype)} {shape}"
+            raise ValueError(f"{name}: is {found.dtype} {list(found.shape)}, not {what}")
+    if matrix.block:
+        names = ("rows", "columns", "block", "tile", "dtype")
+        sizes = {name: getattr(matrix, name) for name in names}
+        struct = Matrix(**sizes, **{name: a.ctypes.data for name, a in matrix.arrays.items()})
+        visits = len(matrix.arrays.get("visits", ()))
+        if wrong := library().opfa_check(ctypes.byref(struct), visits, matrix.num_live):
+            raise ValueError(f"{WRONG[wrong]}: can't be right")
+
+
+def _kinds(matrix: Packed) -> dict[str, list]:
+    """The type and the shape that each array must have."""
+    rows, columns = matrix.rows, matrix.columns
+    if not matrix.block:
+        return {"values": [np.float32, -(-rows // PANEL), columns, PANEL]}
+    blocks, tiles = -(-rows // matrix.block), -(-columns // matrix.tile)
+    value = [np.float32, np.uint16, np.int8][matrix.dtype]
+    if "masks" in matrix.arrays:
+        groups, size = -(-rows // SIDE), ROW // np.dtype(value).itemsize
+        return {
+            "masks": [np.uint8, groups, -(-columns // size), SIDE, size // 8],
+            "entries": [np.uint32, groups + 1],
+            "values": [value, matrix.num_live + ROW],
+        }
+    return {
+        "starts": [np.uint32, blocks * tiles + 1],
+        "entries": [np.uint32, blocks + 1],
+        "visits": [np.uint8, len(matrix.arrays.get("visits", ())), 2],
+        "indices": [np.uint8, matrix.num_live],
+        "values": [value, matrix.num_live],
+    }

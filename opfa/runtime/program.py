@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from opfa.errors import RunError
+from opfa.errors import ModelError, RunError
 from opfa.runtime import library as native
-from opfa.runtime.library import ACTIVATIONS, DTYPES, GROUP, KINDS, TABLES, library
+from opfa.runtime.library import ACTIVATIONS, DTYPES, GROUP, KINDS, MOST_HEAD, TABLES, library
 from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.threads import Pool
 
@@ -94,6 +94,8 @@ class Program:
         `scales` are those of an int8 matrix's rows, times its input's. With `form` the target is
         the input of the next matrix.
         """
+        if matrix.dtype:
+            self.group = NARROW_GROUP
         arrays = {name: self._pointer(array) for name, array in matrix.arrays.items()}
         names = ("rows", "columns", "block", "tile", "dtype")
         sizes = {name: getattr(matrix, name) for name in names}
@@ -116,8 +118,12 @@ class Program:
     ) -> None:
         """Attention of the queries, keys and values that follow each other in source.
 
-        A token sees those at most `window` away, or with 0 all of its sequence.
+        A token sees those at most `window` away, or with 0 all of its sequence. Raises `ModelError`
+        for heads that are too large, or don't fill the channels.
         """
+        if channels % heads or not 0 < channels // heads <= MOST_HEAD:
+            what = f"{channels} channels in {heads} heads: the runtime has at most {MOST_HEAD} each"
+            raise ModelError(f"{what}, and none over")
         first = (ctypes.c_int32 * 3)(0, channels, 2 * channels)
         sizes = {"channels": channels, "heads": heads, "window": window}
         scale = (channels // heads) ** -0.5

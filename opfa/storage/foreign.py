@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opfa.errors import ModelError, not_plain, opening, shown
+from opfa.errors import ModelError, brief, not_plain, opening, shown
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 QUANTIZED = "quantization_config"  # of a configuration
+PACKED = "packed.safetensors"  # what `opfa pack` writes: no weights, but what the runtime maps
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of a configuration: where its own code is
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 COUNTS = re.compile(r"layer|label|block|head|group|expert|depth|stage", re.IGNORECASE)
@@ -205,6 +206,15 @@ def tokenizer_files(directory: Path, names: Mapping[str, str]) -> list[str]:
     return [file for file in needed if not (directory / file).is_file()]
 
 
+def packed_problem(config: bytes) -> str:
+    """What is wrong with packed weights where others are wanted; `config` may name their model."""
+    with opening(CONFIG, ModelError, "not valid JSON"):
+        values = json.loads(config)
+    made_from = values.get("packed_from") if isinstance(values, dict) else None
+    whole = f"the model that it was made from ({brief(made_from)})" if made_from else "its model"
+    return f"is packed for the runtime, and only opfa.runtime.load reads it; give {whole}"
+
+
 def weight_files(
     names: Iterable[str], where: object, read: Callable[[str], bytes]
 ) -> tuple[list[str], dict[str, str]]:
@@ -212,6 +222,8 @@ def weight_files(
     tensors are in which of them, where an index, which `read` reads, says so.
     """
     names = sorted(set(names) - {"quantization.safetensors"})
+    if PACKED in names:
+        raise ModelError(f"{where}: {packed_problem(read(CONFIG))}")
     for whole, index in INDEXED.items():
         if whole in names:
             return [whole], {}

@@ -5,15 +5,12 @@ A matrix NAME is stored as the tensors NAME.form, NAME.positions, NAME.values an
 change, and nothing is unpacked before it was checked. Byte for byte: model_cards/FORMAT.md.
 """
 
-import hashlib
 import io
-import json
 import math
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from opfa.errors import ModelError
+from opfa.weights import sealed
 from opfa.weights.packing import PARTS, TYPES, Form, Int8, form_of, pack, unpack
 
 FILE = "model.opfa.safetensors"
@@ -30,7 +28,6 @@ ENTRY = "quantization_config"  # in config.json: what makes transformers look fo
 CONFIG = {ENTRY: {"quant_method": METHOD, "version": VERSION}}
 MOST_WEIGHTS_PER_BYTE = 1_000  # of a file, beyond the first 2^24; bounds what a small file can ask
 FREE_WEIGHTS = 1 << 24
-MOST_HEADER = 1 << 24  # bytes
 FORM = ".form"
 Wanted = Callable[[str, Sequence[int]], bool]  # name and shape of a tensor
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
@@ -48,13 +45,13 @@ def write(tensors: Mapping[str, Tensor | Int8], path: Path, *, sparse: Iterable[
             parts |= {f"{name}.{part}": stored for part, stored in packed.items()}
         else:
             parts[name] = tensor.contiguous()
-    metadata = {"format": "pt", "opfa-compact": VERSION, "sha256": "?" * 64}
+    metadata = {"format": "pt", "opfa-compact": VERSION, sealed.SHA256: sealed.EMPTY}
     file = io.BytesIO(save(parts, metadata))
-    header, offset = _header(file)
+    header, offset = sealed.read_header(file)
     _check_limit(path, [form_of(parts[n]) for n in parts if n.endswith(FORM)], file)
-    header["__metadata__"]["sha256"] = _digest(file, header, offset)
+    header[sealed.METADATA][sealed.SHA256] = sealed.digest(file, header, offset)
     file.seek(8)  # sorted: safetensors' order of metadata is another every time
-    file.write(_json(header, ensure_ascii=False).ljust(offset - 8))
+    file.write(sealed.to_json(header, ensure_ascii=False).ljust(offset - 8))
     path.write_bytes(file.getbuffer())
 
 
@@ -66,11 +63,11 @@ class CompactFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                header, offset = _header(file)
-                if (version := header["__metadata__"]["opfa-compact"]) != VERSION:
+                header, offset = sealed.read_header(file)
+                if (version := header[sealed.METADATA]["opfa-compact"]) != VERSION:
                     what = f"compact format {version!r}; this opfa reads {VERSION!r}"
                     raise ModelError(f"{path}: {what}")
-                if header["__metadata__"]["sha256"] != _digest(file, header, offset):
+                if header[sealed.METADATA][sealed.SHA256] != sealed.digest(file, header, offset):
                     raise ModelError(f"{path}: is damaged, its SHA-256 is not what it says")
                 self._file = safe_open(path, "pt")
                 self._stored = set(self._file.keys())
@@ -126,32 +123,3 @@ def _check_limit(path: Path, forms: Iterable[Form], file: IO[bytes]) -> None:
     num_weights = sum(math.prod(form.shape) for form in forms)
     if num_weights > most:
         raise ModelError(f"{path}: holds {num_weights:,} weights; by its size {most:,} at most")
-
-
-def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where its data begin."""
-    num_bytes = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    prefix = file.read(8)
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_HEADER + 1
-    if length > min(MOST_HEADER, num_bytes - 8):
-        raise ValueError("it has no header of a safetensors file")
-    header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is not an object")
-    return header, 8 + length
-
-
-def _digest(file: IO[bytes], header: Mapping[str, Any], offset: int) -> str:
-    """SHA-256 of the header, without the digest itself and in one canonical form, and the data."""
-    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != "sha256"}
-    digest = hashlib.sha256(_json({**header, "__metadata__": metadata}))
-    file.seek(offset)
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _json(header: Mapping[str, Any], *, ensure_ascii: bool = True) -> bytes:
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=ensure_ascii)
-    return text.encode()

@@ -45,7 +45,7 @@ CONFIGS: dict[str, Any] = {  # Any: their configurations share no fields
         num_attention_heads=4,
         intermediate_size=160,
         local_attention=20,
-        global_attn_every_n_layers=3,
+        layer_types=["full_attention", *["sliding_attention"] * 2, "full_attention"],
         max_position_embeddings=600,
         **SPECIAL,
         cls_token_id=1,

@@ -30,15 +30,17 @@ def test_a_model_of_another_family_gives_the_same() -> None:
 
 def test_only_layers_that_gain_are_swapped() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(8, 8))
-    model[1].weight.data *= torch.rand(256, 256) > 0.6
-    model[2].weight.data.zero_()
+    layers = [nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(8, 8)]
+    layers[1].weight.data *= torch.rand(256, 256) > 0.6
+    layers[2].weight.data.zero_()
+    model = nn.Sequential(*layers)
     expected = copy.deepcopy(model)
     found = runtime.swap(model, threads=1)
     assert [type(m) for m in found] == [nn.Linear, KernelLinear, nn.Linear]
     assert "density=0.4" in repr(found[1])
     input = torch.randn(3, 5, 256)
     layer = found[1]
+    assert isinstance(layer, KernelLinear)
     assert layer(input[:0]).shape == (0, 5, 256)
     with torch.no_grad():
         torch.testing.assert_close(layer(input), expected[1](input), atol=1e-4, rtol=0)
@@ -58,7 +60,8 @@ def test_gradients_and_other_shapes_are_refused() -> None:
 
 def test_explain_names_the_kernel_of_each_layer() -> None:
     model = sparse(AutoModel, CONFIGS["distilbert"])
-    dense = model.transformer.layer[1].ffn.lin1
+    dense = model.get_submodule("transformer.layer.1.ffn.lin1")
+    assert isinstance(dense, nn.Linear)
     dense.weight.data = torch.randn_like(dense.weight)
     found = runtime.explain(with_kernels(model, 1), tokens=20)
     kernels = {row.layer: row.kernel for row in found.layers}
