@@ -138,6 +138,7 @@ static void pack_masks(matrix *m) {
   entries[groups] = (uint32_t)live;
   p->starts = NULL, p->visits = p->indices = NULL;
   p->entries = entries, p->masks = masks, p->values = weights;
+  if (opfa_check(p, 0, live)) printf("opfa_check refuses good masks\n"), exit(1);
 }
 
 static opfa_matrix *random_matrix(int dtype, int rows, int columns) {

@@ -43,7 +43,7 @@ extern const opfa_ops opfa_ops_amx, opfa_ops_avx512bf16, opfa_ops_avx512vnni, op
 /* What the CPU has and the system keeps for each thread. By hand: where zig's clang compiles,
  * __builtin_cpu_supports denies everything. */
 #if defined(__x86_64__)
-static unsigned kept(void) {
+static unsigned xcr0(void) {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
   __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
@@ -52,13 +52,13 @@ static unsigned kept(void) {
 
 static int has_avx2(void) {
   unsigned a, b, c, d;
-  return (kept() & 0x06) == 0x06 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & bit_AVX2;
+  return (xcr0() & 0x06) == 0x06 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & bit_AVX2;
 }
 
 static int has_avx512(void) {
   unsigned a, b, c, d;
   const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
-  return has_avx2() && (kept() & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
+  return has_avx2() && (xcr0() & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
 }
 
 static int has_vnni(void) {
@@ -68,16 +68,17 @@ static int has_vnni(void) {
 
 static int has_bf16(void) {
   unsigned a, b, c, d;
-  return has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5;
+  return has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5; /* old headers have no name for it */
 }
 
-/* The system must allow a process to use the tiles, which make its threads' state large. */
+/* The system must also allow a process to use the tiles, which make its threads' state large. */
 static int has_amx(void) {
 #if defined(__linux__)
   unsigned a, b, c, d;
   const unsigned all = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
-  return has_bf16() && (kept() >> 17 & 3) == 3 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && c & bit_AVX512VBMI2 && (d & all) == all &&
-         !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
+  if (!has_bf16() || (xcr0() >> 17 & 3) != 3) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & bit_AVX512VBMI2) || (d & all) != all) return 0;
+  return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
 #else
   return 0;
 #endif
