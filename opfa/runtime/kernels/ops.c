@@ -30,7 +30,8 @@ static void narrow(const opfa_work *w, const opfa_step *s, int64_t item) {
               (char *)at(w, s->out, tile).data);
 }
 
-static void multiply(const opfa_matrix *m, int block, int rows, int width, const float *x, float *y) {
+static void multiply(const opfa_matrix *m, int block, int rows, int width, const float *x,
+                     float *y) {
 #ifdef __AMX_TILE__
   if (m->masks) {
     masked(m, block, rows, width, (const char *)x, y);
@@ -40,9 +41,10 @@ static void multiply(const opfa_matrix *m, int block, int rows, int width, const
 #define SPARSE(D, W) \
   case (D) * 256 + (W): sparse(D, W, m, block, (const char *)x, y); return;
   switch (m->block ? m->dtype * 256 + width : 0) {
-    SPARSE(OPFA_FP32, 16) SPARSE(OPFA_FP32, 32) SPARSE(OPFA_FP32, 48) SPARSE(OPFA_FP32, 64)
+    SPARSE(OPFA_FP32, 16)
+    SPARSE(OPFA_FP32, 32) SPARSE(OPFA_FP32, 48) SPARSE(OPFA_FP32, 64)
 #ifndef __AMX_TILE__
-    SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
+        SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
 #endif
   }
   const int row = block * OPFA_DENSE_BLOCK;
@@ -53,23 +55,26 @@ static void multiply(const opfa_matrix *m, int block, int rows, int width, const
 }
 
 static void activate(int activation, int64_t size, float *y) {
-#define ACTIVATION(A)                                                                          \
-  case A:                                                                                      \
-    for (int64_t i = 0; i < size; i += GROUP)                                                  \
-      UNROLL for (int j = 0; j < GROUP; j += LANES) store(y + i + j, activated(A, load(y + i + j))); \
+#define ACTIVATION(A)                                      \
+  case A:                                                  \
+    for (int64_t i = 0; i < size; i += GROUP)              \
+      UNROLL for (int j = 0; j < GROUP; j += LANES)        \
+          store(y + i + j, activated(A, load(y + i + j))); \
     break;
   switch (activation) {
-    ACTIVATION(OPFA_GELU) ACTIVATION(OPFA_GELU_TANH) ACTIVATION(OPFA_RELU)
-    ACTIVATION(OPFA_SILU) ACTIVATION(OPFA_TANH)
+    ACTIVATION(OPFA_GELU)
+    ACTIVATION(OPFA_GELU_TANH) ACTIVATION(OPFA_RELU) ACTIVATION(OPFA_SILU) ACTIVATION(OPFA_TANH)
   }
 }
 
 /* out = activation(matrix * in + bias + residual), or the narrow form of that. */
 static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
   const opfa_matrix *m = s->matrix;
-  const int height = m->block ? m->block : OPFA_DENSE_BLOCK, blocks = (m->rows + height - 1) / height;
-  const int tile = (int)(item / blocks), block = (int)(item % blocks); /* a thread keeps its tokens */
-  const int row = block * height, rows = m->rows - row < height ? m->rows - row : height;
+  const int height = m->block ? m->block : OPFA_DENSE_BLOCK;
+  const int blocks = (m->rows + height - 1) / height;
+  /* Tile by tile, so that a thread keeps its tokens. */
+  const int tile = (int)(item / blocks), block = (int)(item % blocks), row = block * height;
+  const int rows = m->rows - row < height ? m->rows - row : height;
   const tile_of in = at(w, s->in, tile), out = at(w, s->out, tile);
   const int width = out.width;
   const float *z = s->residual < 0 ? NULL : at(w, s->residual, tile).data + (size_t)row * width;
@@ -85,8 +90,10 @@ static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
     const float bias = m->bias ? m->bias[row + r] : 0, scale = m->scales ? m->scales[row + r] : 0;
     for (int i = r * width; i < (r + 1) * width; i += LANES) {
       const vec sum = bias + (z ? load(z + i) : all(0));
-      if (is_int8) store(y + i, sum + scale * __builtin_convertvector(*(const loose_ints *)(sums + i), vec));
-      else store(sums + i, sum);
+      if (is_int8)
+        store(y + i, sum + scale * __builtin_convertvector(*(const loose_ints *)(sums + i), vec));
+      else
+        store(sums + i, sum);
     }
   }
   if (!is_int8) {
@@ -94,13 +101,13 @@ static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
     if (sums != y) memcpy(y, sums, sizeof(float) * rows * width);
   }
   activate(s->activation, (int64_t)rows * width, y);
-  if (s->form != OPFA_FP32)
-    narrow_rows(s, m->rows, row, row + rows, width, y, (char *)out.data);
+  if (s->form != OPFA_FP32) narrow_rows(s, m->rows, row, row + rows, width, y, (char *)out.data);
 }
 
 /* out = (in - mean) / sqrt(variance + epsilon) * weight + bias over channels; 16 tokens an item. */
 static void norm(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const tile_of in = at(w, s->in, (int)(item * GROUP / TILE)), out = at(w, s->out, (int)(item * GROUP / TILE));
+  const tile_of in = at(w, s->in, (int)(item * GROUP / TILE)),
+                out = at(w, s->out, (int)(item * GROUP / TILE));
   const int lane = (int)(item * GROUP % TILE), width = in.width;
   for (int i = lane; i < lane + GROUP; i += LANES) {
     vec sum = {0}, squares = {0};
@@ -119,7 +126,8 @@ static void norm(const opfa_work *w, const opfa_step *s, int64_t item) {
 }
 
 /* Sums of up to three rows of channels for GROUP tokens, brought to [channel][token]. */
-static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int channels, tile_of out, int lane) {
+static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int channels, tile_of out,
+                   int lane) {
   float *y = out.data + lane;
   for (int t = 0; t < GROUP; t += LANES, y += LANES) {
     int c = 0;
@@ -141,21 +149,25 @@ static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int chan
   }
 }
 
-/* Embeddings, or the rows of the caller's input. Tokens that only fill the group repeat the last. */
+/* Embeddings, or the rows of the caller's input. Tokens that only fill the group repeat the last.
+ */
 static void enter(const opfa_work *w, const opfa_step *s, int64_t item) {
   const opfa_call *call = w->call;
   const float *rows[GROUP][OPFA_TABLES];
   int tables = 0;
   for (int t = 0; t < GROUP; t++) {
-    const int64_t wanted = item * GROUP + t, token = wanted < call->tokens ? wanted : call->tokens - 1;
+    const int64_t wanted = item * GROUP + t,
+                  token = wanted < call->tokens ? wanted : call->tokens - 1;
     tables = 0;
     if (s->kind == OPFA_LOAD)
-      rows[t][tables++] = call->input + (call->rows ? call->rows[token] : token) * (int64_t)s->channels;
+      rows[t][tables++] =
+          call->input + (call->rows ? call->rows[token] : token) * (int64_t)s->channels;
     else
       for (int i = 0; i < OPFA_TABLES && s->tables[i]; i++)
         rows[t][tables++] = s->tables[i] + (int64_t)call->ids[i][token] * s->channels;
   }
-  gather(rows, tables, s->channels, at(w, s->out, (int)(item * GROUP / TILE)), (int)(item * GROUP % TILE));
+  gather(rows, tables, s->channels, at(w, s->out, (int)(item * GROUP / TILE)),
+         (int)(item * GROUP % TILE));
 }
 
 /* [channel][token] to the rows of the caller's output. */
@@ -165,15 +177,15 @@ static void leave(const opfa_work *w, const opfa_step *s, int64_t item) {
     const float *x = in.data + item * GROUP % TILE + t;
     float *rows[LANES];
     int tokens = 0;
-    for (int64_t token = item * GROUP + t; tokens < LANES && token < w->call->tokens; tokens++, token++)
+    for (int64_t token = item * GROUP + t; tokens < LANES && token < w->call->tokens;
+         tokens++, token++)
       rows[tokens] = w->call->output + (w->call->rows ? w->call->rows[token] : token) * s->channels;
     int c = 0;
     for (; c + LANES <= s->channels; c += LANES) {
       vec block[LANES];
       UNROLL for (int i = 0; i < LANES; i++) block[i] = load(x + (size_t)(c + i) * in.width);
       transpose(block);
-      UNROLL for (int i = 0; i < LANES; i++)
-        if (i < tokens) store(rows[i] + c, block[i]);
+      UNROLL for (int i = 0; i < LANES; i++) if (i < tokens) store(rows[i] + c, block[i]);
     }
     for (; c < s->channels; c++)
       for (int i = 0; i < tokens; i++) rows[i][c] = x[(size_t)c * in.width + i];
@@ -246,11 +258,13 @@ static void attention(const opfa_work *w, const opfa_step *s, int64_t item) {
 
 /* Rotates pairs of channels of queries and keys by position (Su et al., 2021). */
 static void rotary(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const int tile = (int)(item / s->heads), head = (int)(item % s->heads), half = s->channels / s->heads / 2;
+  const int tile = (int)(item / s->heads), head = (int)(item % s->heads),
+            half = s->channels / s->heads / 2;
   const tile_of b = at(w, s->in, tile);
   for (int part = 0; part < 2; part++)
     for (int c = 0; c < half; c++) {
-      float *x = b.data + (size_t)(s->first[part] + head * 2 * half + c) * b.width, *y = x + (size_t)half * b.width;
+      float *x = b.data + (size_t)(s->first[part] + head * 2 * half + c) * b.width,
+            *y = x + (size_t)half * b.width;
       for (int i = 0; i < b.width; i++) {
         const int token = tile * TILE + i;
         const int64_t p = (token < w->call->tokens ? w->positions[token] : 0) * (int64_t)half + c;
@@ -269,7 +283,8 @@ static void gate(const opfa_work *w, const opfa_step *s, int64_t item) {
     const float *x = in.data + (size_t)(s->first[0] + c) * in.width + lane;
     const float *z = in.data + (size_t)(s->first[1] + c) * in.width + lane;
     for (int i = 0; i < GROUP; i += LANES)
-      store(out.data + (size_t)c * out.width + lane + i, activated(s->activation, load(x + i)) * load(z + i));
+      store(out.data + (size_t)c * out.width + lane + i,
+            activated(s->activation, load(x + i)) * load(z + i));
   }
 }
 
@@ -288,8 +303,14 @@ static double peak(void) {
 #define NAME_(level) opfa_ops_##level
 #define NAME(level) NAME_(level)
 const opfa_ops NAME(OPFA_LEVEL) = {
-    .work = {[OPFA_EMBED] = enter, [OPFA_LOAD] = enter, [OPFA_STORE] = leave, [OPFA_NORM] = norm,
-             [OPFA_LINEAR] = linear, [OPFA_ATTENTION] = attention, [OPFA_ROTARY] = rotary, [OPFA_GATE] = gate,
+    .work = {[OPFA_EMBED] = enter,
+             [OPFA_LOAD] = enter,
+             [OPFA_STORE] = leave,
+             [OPFA_NORM] = norm,
+             [OPFA_LINEAR] = linear,
+             [OPFA_ATTENTION] = attention,
+             [OPFA_ROTARY] = rotary,
+             [OPFA_GATE] = gate,
              [OPFA_NARROW] = narrow},
     .peak = peak,
 };

@@ -3,9 +3,9 @@
 #define OPFA_OPS_H
 #include "opfa_runtime.h"
 
-#define OPFA_DENSE_BLOCK 48  /* rows of a dense matrix that are one item of work */
-#define OPFA_PARTS 4          /* items of a tile that is made narrow */
-#define OPFA_MOST_HEAD 256   /* channels of a head */
+#define OPFA_DENSE_BLOCK 48 /* rows of a dense matrix that are one item of work */
+#define OPFA_PARTS 4        /* items of a tile that is made narrow */
+#define OPFA_MOST_HEAD 256  /* channels of a head */
 typedef struct {
   int32_t sequence, tile, lane, count;
 } opfa_queries; /* queries of one sequence in one tile */
@@ -13,10 +13,10 @@ typedef struct {
 typedef struct {
   const opfa_program *program;
   const opfa_call *call;
-  int32_t padded, tiles;       /* tokens with those that fill the last group */
+  int32_t padded, tiles; /* tokens with those that fill the last group */
   int32_t num_queries;
   const opfa_queries *queries;
-  const int32_t *positions;    /* of tokens in their sequences */
+  const int32_t *positions; /* of tokens in their sequences */
 } opfa_work;
 
 typedef struct {

@@ -30,11 +30,11 @@ enum { INT8_BYTES = 4 };
 /* ---- Dense ---- */
 
 /* out[m][lane] += sum over k of a[k * along + m * across] * b[k * stride + lane]. */
-INLINE void outer(int rows, int vectors, int64_t k_end, const float *a, int64_t along, int64_t across,
-                  const float *b, int64_t stride, float *out, int64_t out_stride) {
+INLINE void outer(int rows, int vectors, int64_t k_end, const float *a, int64_t along,
+                  int64_t across, const float *b, int64_t stride, float *out, int64_t out_stride) {
   vec sums[ROWS][WIDE / LANES];
-  UNROLL for (int m = 0; m < rows; m++)
-    UNROLL for (int i = 0; i < vectors; i++) sums[m][i] = load(out + m * out_stride + i * LANES);
+  UNROLL for (int m = 0; m < rows; m++) UNROLL for (int i = 0; i < vectors; i++) sums[m][i] =
+      load(out + m * out_stride + i * LANES);
   for (int64_t k = 0; k < k_end; k++) {
     vec tokens[WIDE / LANES];
     UNROLL for (int i = 0; i < vectors; i++) tokens[i] = load(b + k * stride + i * LANES);
@@ -43,21 +43,22 @@ INLINE void outer(int rows, int vectors, int64_t k_end, const float *a, int64_t 
       UNROLL for (int i = 0; i < vectors; i++) sums[m][i] += scalar * tokens[i];
     }
   }
-  UNROLL for (int m = 0; m < rows; m++)
-    UNROLL for (int i = 0; i < vectors; i++) store(out + m * out_stride + i * LANES, sums[m][i]);
+  UNROLL for (int m = 0; m < rows; m++) UNROLL for (int i = 0; i < vectors; i++)
+      store(out + m * out_stride + i * LANES, sums[m][i]);
 }
 
 /* The same for any number of rows and lanes; lanes are a multiple of 16. */
 static void product(int64_t rows, int lanes, int64_t k_end, const float *a, int64_t along,
-                    int64_t across, const float *b, int64_t stride, float *out, int64_t out_stride) {
+                    int64_t across, const float *b, int64_t stride, float *out,
+                    int64_t out_stride) {
   for (int lane = 0; lane < lanes; lane += WIDE) {
     const int vectors = (lanes - lane < WIDE ? lanes - lane : WIDE) / LANES;
     for (int64_t m = 0; m < rows; m += ROWS) {
       const int some = rows - m < ROWS ? (int)(rows - m) : ROWS;
-#define CASE(R, V)                                                                             \
-  case (V) * 8 + (R):                                                                          \
-    outer(R, V, k_end, a + m * across, along, across, b + lane, stride, out + m * out_stride + lane, \
-          out_stride);                                                                         \
+#define CASE(R, V)                                                      \
+  case (V) * 8 + (R):                                                   \
+    outer(R, V, k_end, a + m * across, along, across, b + lane, stride, \
+          out + m * out_stride + lane, out_stride);                     \
     break;
 #if VB > 16 || defined(__aarch64__)
 #define CASES(V) CASE(1, V) CASE(2, V) CASE(3, V) CASE(4, V) CASE(5, V) CASE(6, V)
@@ -85,13 +86,14 @@ INLINE void visit_fp32(int lanes, int width, const uint8_t *indices, const float
                        const float *x, float *y) {
   const int vectors = lanes / LANES, chains = vectors < 2 ? 4 : vectors < CHAINED ? 2 : 1;
   vec sums[2 * MOST / LANES];
-  UNROLL for (int i = 0; i < chains * vectors; i++) sums[i] = i < vectors ? load(y + i * LANES) : all(0);
+  UNROLL for (int i = 0; i < chains * vectors; i++) sums[i] =
+      i < vectors ? load(y + i * LANES) : all(0);
   int j = 0;
-#define LIVE(S)                                                                   \
-  {                                                                               \
-    const float *tokens = x + ((four >> (8 * (S))) & 255) * (size_t)width;        \
-    const float value = values[j + (S)];                                          \
-    vec *chain = sums + (S) % chains * vectors;                                   \
+#define LIVE(S)                                                                            \
+  {                                                                                        \
+    const float *tokens = x + ((four >> (8 * (S))) & 255) * (size_t)width;                 \
+    const float value = values[j + (S)];                                                   \
+    vec *chain = sums + (S) % chains * vectors;                                            \
     UNROLL for (int i = 0; i < vectors; i++) chain[i] += value * load(tokens + i * LANES); \
   }
   for (; j + 4 <= count; j += 4) {
@@ -117,13 +119,15 @@ INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint1
   UNROLL for (int i = 0; i < lanes / 16; i++) sums[i] = _mm512_loadu_ps(y + i * 16);
   for (int j = 0; j < count; j += 2) {
     const int is_pair = j + 1 < count;
-    const uint16_t *left = x + indices[j] * (size_t)width, *right = x + indices[j + is_pair] * (size_t)width;
+    const uint16_t *left = x + indices[j] * (size_t)width,
+                   *right = x + indices[j + is_pair] * (size_t)width;
     const uint32_t two = values[j] | (is_pair ? (uint32_t)values[j + 1] << 16 : 0);
     const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)two);
     UNROLL for (int i = 0; i < lanes / 32; i++) {
       const __m512i a = _mm512_loadu_si512(left + i * 32), b = _mm512_loadu_si512(right + i * 32);
       sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], (__m512bh)_mm512_unpacklo_epi16(a, b), pair);
-      sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], (__m512bh)_mm512_unpackhi_epi16(a, b), pair);
+      sums[2 * i + 1] =
+          _mm512_dpbf16_ps(sums[2 * i + 1], (__m512bh)_mm512_unpackhi_epi16(a, b), pair);
     }
   }
   UNROLL for (int i = 0; i < lanes / 16; i++) _mm512_storeu_ps(y + i * 16, sums[i]);
@@ -143,27 +147,27 @@ INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint1
 #ifdef __AVX512VNNI__
 /* Four weights at a time: the bytes of their tokens are transposed, and vpdpbusd adds the four
  * products in int32. `narrow_int8` stores the tokens so that they come out in their order. */
-INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values, int count,
-                       const uint8_t *x, int32_t *y) {
-#define QUAD(V, P, LOAD, STORE, SET, BITS)                                                       \
-  V sums[4];                                                                                     \
-  UNROLL for (int i = 0; i < 4; i++) sums[i] = LOAD((void *)(y + i * (BITS / 32)));              \
-  for (int j = 0; j < count; j += 4) {                                                           \
-    const int left = count - j;                                                                  \
-    uint32_t four = 0;                                                                           \
-    memcpy(&four, values + j, left < 4 ? (size_t)left : 4);                                      \
-    const V weights = SET((int)four);                                                            \
-    const V a = LOAD((void *)(x + indices[j] * (size_t)width));                                  \
-    const V b = LOAD((void *)(x + indices[left > 1 ? j + 1 : j] * (size_t)width));               \
-    const V c = LOAD((void *)(x + indices[left > 2 ? j + 2 : j] * (size_t)width));               \
-    const V d = LOAD((void *)(x + indices[left > 3 ? j + 3 : j] * (size_t)width));               \
-    const V ab = P##_unpacklo_epi8(a, b), cd = P##_unpacklo_epi8(c, d);                          \
-    const V ba = P##_unpackhi_epi8(a, b), dc = P##_unpackhi_epi8(c, d);                          \
-    sums[0] = P##_dpbusd_epi32(sums[0], P##_unpacklo_epi16(ab, cd), weights);                    \
-    sums[1] = P##_dpbusd_epi32(sums[1], P##_unpackhi_epi16(ab, cd), weights);                    \
-    sums[2] = P##_dpbusd_epi32(sums[2], P##_unpacklo_epi16(ba, dc), weights);                    \
-    sums[3] = P##_dpbusd_epi32(sums[3], P##_unpackhi_epi16(ba, dc), weights);                    \
-  }                                                                                              \
+INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values,
+                       int count, const uint8_t *x, int32_t *y) {
+#define QUAD(V, P, LOAD, STORE, SET, BITS)                                          \
+  V sums[4];                                                                        \
+  UNROLL for (int i = 0; i < 4; i++) sums[i] = LOAD((void *)(y + i * (BITS / 32))); \
+  for (int j = 0; j < count; j += 4) {                                              \
+    const int left = count - j;                                                     \
+    uint32_t four = 0;                                                              \
+    memcpy(&four, values + j, left < 4 ? (size_t)left : 4);                         \
+    const V weights = SET((int)four);                                               \
+    const V a = LOAD((void *)(x + indices[j] * (size_t)width));                     \
+    const V b = LOAD((void *)(x + indices[left > 1 ? j + 1 : j] * (size_t)width));  \
+    const V c = LOAD((void *)(x + indices[left > 2 ? j + 2 : j] * (size_t)width));  \
+    const V d = LOAD((void *)(x + indices[left > 3 ? j + 3 : j] * (size_t)width));  \
+    const V ab = P##_unpacklo_epi8(a, b), cd = P##_unpacklo_epi8(c, d);             \
+    const V ba = P##_unpackhi_epi8(a, b), dc = P##_unpackhi_epi8(c, d);             \
+    sums[0] = P##_dpbusd_epi32(sums[0], P##_unpacklo_epi16(ab, cd), weights);       \
+    sums[1] = P##_dpbusd_epi32(sums[1], P##_unpackhi_epi16(ab, cd), weights);       \
+    sums[2] = P##_dpbusd_epi32(sums[2], P##_unpacklo_epi16(ba, dc), weights);       \
+    sums[3] = P##_dpbusd_epi32(sums[3], P##_unpackhi_epi16(ba, dc), weights);       \
+  }                                                                                 \
   UNROLL for (int i = 0; i < 4; i++) STORE((void *)(y + i * (BITS / 32)), sums[i]);
   if (lanes == 64) {
     QUAD(__m512i, _mm512, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_set1_epi32, 512)
@@ -174,8 +178,8 @@ INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_
 }
 #else
 /* Integers in fp32: a visit's sum is below 2^24 and so exact, and is added as an integer. */
-INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values, int count,
-                       const float *x, int32_t *y) {
+INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values,
+                       int count, const float *x, int32_t *y) {
   float wide[256], sums[MOST] __attribute__((aligned(64))) = {0};
   for (int j = 0; j < count; j++) wide[j] = values[j];
   visit_fp32(lanes, width, indices, wide, count, x, sums);
@@ -184,8 +188,8 @@ INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_
 }
 #endif
 
-/* y[row][token] += a block of rows times a tile's tokens x, of which there are `width`; x and y have
- * the numbers of `dtype`, and y is int32 for int8. */
+/* y[row][token] += a block of rows times a tile's tokens x, of which there are `width`; x and y
+ * have the numbers of `dtype`, and y is int32 for int8. */
 INLINE void sparse(int dtype, int width, const opfa_matrix *m, int block, const char *x, float *y) {
   const int tiles = (m->columns + m->tile - 1) / m->tile;
   const uint32_t *starts = m->starts + (size_t)block * tiles;
@@ -202,16 +206,22 @@ INLINE void sparse(int dtype, int width, const opfa_matrix *m, int block, const 
         if (dtype == OPFA_FP32)
           visit_fp32(lanes, width, indices, (const float *)m->values + entry, count, tokens, out);
         else if (dtype == OPFA_BF16)
-          visit_bf16(lanes, width, indices, (const uint16_t *)m->values + entry, count, tokens, out);
+          visit_bf16(lanes, width, indices, (const uint16_t *)m->values + entry, count, tokens,
+                     out);
         else
-          visit_int8(lanes, width, indices, (const int8_t *)m->values + entry, count, tokens, (int32_t *)out);
+          visit_int8(lanes, width, indices, (const int8_t *)m->values + entry, count, tokens,
+                     (int32_t *)out);
         entry += count;
       }
   }
 }
 
 #ifdef __AMX_TILE__
-enum { SIDE = 16, ROW = 64, CHUNK = 64 }; /* rows and bytes of a tile; tiles whose tokens fit into L1 */
+enum {
+  SIDE = 16,
+  ROW = 64,
+  CHUNK = 64
+}; /* rows and bytes of a tile; tiles whose tokens fit into L1 */
 
 /* y += a group of 16 rows times a chunk of a tile's tokens, by AMX: the weights of 16 rows and 64
  * bytes of columns are spread by their masks (vpexpandw, vpexpandb) some tiles ahead of the product
@@ -223,19 +233,29 @@ INLINE const char *amx(int dtype, int width, int tiles, const void *masks, const
   const uint32_t *masks32 = masks;
   const uint64_t *masks64 = masks;
   const size_t stride = (size_t)width * 4; /* bytes of a row, of x as of y */
-#define EACH(DO) DO(0, 5) if (width > 16) { DO(1, 6) } if (width > 32) { DO(2, 5) } if (width > 48) { DO(3, 6) }
+#define EACH(DO)                        \
+  DO(0, 5) if (width > 16) { DO(1, 6) } \
+  if (width > 32) {                     \
+    DO(2, 5)                            \
+  }                                     \
+  if (width > 48) {                     \
+    DO(3, 6)                            \
+  }
 #define LOAD(T, B) _tile_loadd(T, y + (T) * ROW, stride);
 #define STORE(T, B) _tile_stored(T, y + (T) * ROW, stride);
-#define TIMES(T, B)                                \
+#define TIMES(T, B)                      \
   _tile_loadd(B, x + (T) * ROW, stride); \
-  if (dtype == OPFA_BF16) _tile_dpbf16ps(T, 4, B); \
-  else _tile_dpbsud(T, 4, B);
+  if (dtype == OPFA_BF16)                \
+    _tile_dpbf16ps(T, 4, B);             \
+  else                                   \
+    _tile_dpbsud(T, 4, B);
   EACH(LOAD)
   for (int t = -AHEAD; t < tiles; t++) {
     if (t + AHEAD < tiles) {
-      char(*to)[ROW] = weights[(t + AHEAD) % SLOTS];
+      char (*to)[ROW] = weights[(t + AHEAD) % SLOTS];
       for (int l = 0; l < 3; l++) _mm_prefetch(values + 2048 + 64 * l, _MM_HINT_T0);
-      _mm_prefetch((dtype == OPFA_BF16 ? (const char *)masks32 : (const char *)masks64) + 2048, _MM_HINT_T0);
+      _mm_prefetch((dtype == OPFA_BF16 ? (const char *)masks32 : (const char *)masks64) + 2048,
+                   _MM_HINT_T0);
       UNROLL for (int r = 0; r < SIDE; r++) {
         const __m512i some = _mm512_loadu_si512(values);
         if (dtype == OPFA_BF16) {
@@ -328,8 +348,10 @@ INLINE void narrow_rows(const opfa_step *s, int channels, int first, int end, in
 INLINE void narrow_bf16(int width, const float *from, char *to) {
 #ifdef __AVX512BF16__
   for (int i = 0; i < width; i += 32) {
-    const __m512i low = (__m512i)to_bf16(load(from + i)), high = (__m512i)to_bf16(load(from + i + 16));
-    const __m512i both = _mm512_packus_epi32(_mm512_srli_epi32(low, 16), _mm512_srli_epi32(high, 16));
+    const __m512i low = (__m512i)to_bf16(load(from + i)),
+                  high = (__m512i)to_bf16(load(from + i + 16));
+    const __m512i both =
+        _mm512_packus_epi32(_mm512_srli_epi32(low, 16), _mm512_srli_epi32(high, 16));
     _mm512_storeu_si512(to + i * 2, both);
   }
 #else
@@ -341,18 +363,23 @@ INLINE void narrow_int8(int width, const float *from, char *to, float inverse, f
 #ifdef __AVX512VNNI__
   if (width == 64) {
     __m512i q[4];
-    UNROLL for (int i = 0; i < 4; i++) q[i] = (__m512i)__builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
+    UNROLL for (int i = 0; i < 4; i++) q[i] =
+        (__m512i) __builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
     const __m512i low = _mm512_packus_epi32(q[0], q[1]), high = _mm512_packus_epi32(q[2], q[3]);
     _mm512_storeu_si512(to, _mm512_packus_epi16(low, high));
   } else {
     __m512i q[2];
-    UNROLL for (int i = 0; i < 2; i++) q[i] = (__m512i)__builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
-    const __m256i low = _mm256_packus_epi32(_mm512_castsi512_si256(q[0]), _mm512_extracti64x4_epi64(q[0], 1));
-    const __m256i high = _mm256_packus_epi32(_mm512_castsi512_si256(q[1]), _mm512_extracti64x4_epi64(q[1], 1));
+    UNROLL for (int i = 0; i < 2; i++) q[i] =
+        (__m512i) __builtin_convertvector(quantized(load(from + i * 16), inverse, zero), ints);
+    const __m256i low =
+        _mm256_packus_epi32(_mm512_castsi512_si256(q[0]), _mm512_extracti64x4_epi64(q[0], 1));
+    const __m256i high =
+        _mm256_packus_epi32(_mm512_castsi512_si256(q[1]), _mm512_extracti64x4_epi64(q[1], 1));
     _mm256_storeu_si256((void *)to, _mm256_packus_epi16(low, high));
   }
 #else
-  for (int i = 0; i < width; i += LANES) store((float *)to + i, quantized(load(from + i), inverse, zero));
+  for (int i = 0; i < width; i += LANES)
+    store((float *)to + i, quantized(load(from + i), inverse, zero));
 #endif
 }
 
@@ -360,8 +387,10 @@ INLINE void narrow_rows(const opfa_step *s, int channels, int first, int end, in
                         const float *from, char *to) {
   (void)channels;
   for (int c = first; c < end; c++, from += width)
-    if (s->form == OPFA_BF16) narrow_bf16(width, from, to + (size_t)c * width * BF16_BYTES);
-    else narrow_int8(width, from, to + (size_t)c * width * INT8_BYTES, s->inverse, s->zero);
+    if (s->form == OPFA_BF16)
+      narrow_bf16(width, from, to + (size_t)c * width * BF16_BYTES);
+    else
+      narrow_int8(width, from, to + (size_t)c * width * INT8_BYTES, s->inverse, s->zero);
 }
 #endif
 

@@ -37,7 +37,8 @@ static inline void relax(void) {
 
 extern const opfa_ops opfa_ops_plain;
 #if defined(__x86_64__)
-extern const opfa_ops opfa_ops_amx, opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512, opfa_ops_avx2;
+extern const opfa_ops opfa_ops_amx, opfa_ops_avx512bf16, opfa_ops_avx512vnni, opfa_ops_avx512,
+    opfa_ops_avx2;
 #endif
 
 /* What the CPU has and the system keeps for each thread. By hand: where zig's clang compiles,
@@ -58,7 +59,8 @@ static int has_avx2(void) {
 static int has_avx512(void) {
   unsigned a, b, c, d;
   const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
-  return has_avx2() && (xcr0() & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
+  return has_avx2() && (xcr0() & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (b & all) == all;
 }
 
 static int has_vnni(void) {
@@ -68,7 +70,8 @@ static int has_vnni(void) {
 
 static int has_bf16(void) {
   unsigned a, b, c, d;
-  return has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5; /* old headers have no name for it */
+  return has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+         a & 1u << 5; /* old headers have no name for it */
 }
 
 /* The system must also allow a process to use the tiles, which make its threads' state large. */
@@ -77,7 +80,8 @@ static int has_amx(void) {
   unsigned a, b, c, d;
   const unsigned all = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
   if (!has_bf16() || (xcr0() >> 17 & 3) != 3) return 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & bit_AVX512VBMI2) || (d & all) != all) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & bit_AVX512VBMI2) || (d & all) != all)
+    return 0;
   return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
 #else
   return 0;
@@ -154,7 +158,7 @@ typedef struct {
   opfa_work work;
   int threads;
   const opfa_ops *ops;
-  range *ranges; /* [steps][threads] */
+  range *ranges;       /* [steps][threads] */
   atomic_int *arrived; /* [steps] */
 } job;
 
@@ -270,7 +274,8 @@ static int32_t padded_to_groups(const opfa_program *program, int32_t tokens) {
 }
 
 int64_t opfa_workspace(const opfa_program *program, int32_t tokens) {
-  return program->channels * padded_to_groups(program, tokens) + 2 * OPFA_TILE; /* vectors may begin late */
+  return program->channels * padded_to_groups(program, tokens) +
+         2 * OPFA_TILE; /* vectors may begin late */
 }
 
 static int64_t num_items(const opfa_work *w, const opfa_step *s) {
@@ -304,7 +309,8 @@ static void split(opfa_work *w, opfa_queries *queries, int32_t *positions) {
 
 int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool) {
   const int threads = pool->threads, steps = program->num_steps;
-  opfa_work w = {.program = program, .call = call, .padded = padded_to_groups(program, call->tokens)};
+  opfa_work w = {
+      .program = program, .call = call, .padded = padded_to_groups(program, call->tokens)};
   w.tiles = (w.padded + OPFA_TILE - 1) / OPFA_TILE;
   opfa_queries *queries = malloc(sizeof *queries * (size_t)(call->sequences + w.tiles));
   int32_t *positions = malloc(sizeof *positions * (size_t)w.padded);
@@ -326,8 +332,10 @@ int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool
     take_part(&j, 0);
     if (threads > 1) {
       for (int n = 0; atomic_load(&pool->running); n++)
-        if (n % 1024 == 1023) sched_yield();
-        else relax();
+        if (n % 1024 == 1023)
+          sched_yield();
+        else
+          relax();
     }
     pthread_mutex_unlock(&pool->calls);
   }
@@ -353,16 +361,20 @@ static int check_masks(const opfa_matrix *m, uint64_t live) {
 }
 
 int opfa_check(const opfa_matrix *m, uint64_t visits, uint64_t live) {
-  if (m->rows < 1 || m->columns < 1 || m->block < 1 || m->block > 256 || m->tile < 1 || m->tile > 256) return 1;
+  if (m->rows < 1 || m->columns < 1 || m->block < 1 || m->block > 256 || m->tile < 1 ||
+      m->tile > 256)
+    return 1;
   if (m->masks) return check_masks(m, live);
-  const int64_t blocks = (m->rows + m->block - 1) / m->block, tiles = (m->columns + m->tile - 1) / m->tile;
+  const int64_t blocks = (m->rows + m->block - 1) / m->block,
+                tiles = (m->columns + m->tile - 1) / m->tile;
   uint64_t entry = 0;
   if (m->starts[0] != 0 || m->starts[blocks * tiles] != visits) return 2;
   for (int64_t b = 0; b < blocks; b++) {
     const int rows = m->rows - b * m->block < m->block ? (int)(m->rows - b * m->block) : m->block;
     if (m->entries[b] != entry) return 3;
     for (int64_t t = 0; t < tiles; t++) {
-      const int columns = m->columns - t * m->tile < m->tile ? (int)(m->columns - t * m->tile) : m->tile;
+      const int columns =
+          m->columns - t * m->tile < m->tile ? (int)(m->columns - t * m->tile) : m->tile;
       const uint32_t from = m->starts[b * tiles + t], to = m->starts[b * tiles + t + 1];
       if (to < from || to > visits) return 2;
       for (uint32_t v = from; v < to; v++) {

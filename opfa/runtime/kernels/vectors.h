@@ -34,7 +34,9 @@ typedef int32_t loose_ints __attribute__((vector_size(VB), aligned(4), may_alias
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
 INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+INLINE vec choose(ints mask, vec yes, vec no) {
+  return (vec)((mask & (ints)yes) | (~mask & (ints)no));
+}
 
 #if VB == 64
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -60,7 +62,8 @@ INLINE vec root(vec a) {
 /* LANES vectors as a matrix, transposed: log2(LANES) times the first half between the second. */
 INLINE void transpose(vec *rows) {
 #if LANES == 16
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define LOW(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) \
   __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif LANES == 8
@@ -101,9 +104,9 @@ INLINE vec exponential(vec x) {
  * in 2a/5 - 1 between Chebyshev nodes, to 1.6e-6. Beyond 5 it is 0 to 1e-6. */
 INLINE vec gelu(vec x) {
   static const float h[] = {
-      -1.552543655e-02f, 9.402215472e-02f, -2.326666556e-01f, 2.569682349e-01f, 1.737571025e-02f,
-      -4.189895038e-01f, 4.908141079e-01f, -7.726290745e-02f, -3.452840057e-01f, 2.514059251e-01f,
-      9.252006717e-02f, -1.315878590e-01f, -7.233589428e-03f, 2.544361179e-02f};
+      -1.552543655e-02f, 9.402215472e-02f,  -2.326666556e-01f, 2.569682349e-01f,  1.737571025e-02f,
+      -4.189895038e-01f, 4.908141079e-01f,  -7.726290745e-02f, -3.452840057e-01f, 2.514059251e-01f,
+      9.252006717e-02f,  -1.315878590e-01f, -7.233589428e-03f, 2.544361179e-02f};
   const vec t = smaller(larger(x, -x), all(5.0f)) * 0.4f - 1.0f;
   vec y = all(h[13]);
   UNROLL for (int i = 12; i >= 0; i--) y = y * t + h[i];
