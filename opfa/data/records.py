@@ -7,15 +7,18 @@ empty lines); .gz and .zst where the format is text. No record may be larger tha
 
 import csv
 import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
+from opfa.data import json_records
 from opfa.data.json_records import Columns, Found, Record, read_json, read_json_lines
 from opfa.data.lines import COMPRESSED, LARGEST, TOO_LONG, Line, check_plain, read_lines
 from opfa.data.parquet_records import read_parquet
-from opfa.errors import DataError, first_line, opening, shown
+from opfa.errors import DataError, brief, first_line, opening, shown
 
 Bad = Callable[[DataError], None]  # what to do about a bad record; returning skips it
 Reader = Callable[[Path, Columns], Iterator[Found]]
@@ -176,11 +179,49 @@ def _text(file: Path, _: Columns) -> Iterator[Found]:
 
 
 def read_texts(file: Path, name: str) -> Iterator[Found]:
-    """Each line that isn't empty, as a record with its text under this name."""
-    for number, text, mistake in read_lines(file):
+    """Each line as a record with its text under this name. Blank lines may stand at the end alone,
+    so that the n-th record is the n-th line.
+    """
+    return _texts(file, read_lines(file), name)
+
+
+def read_lines_or_json(file: Path, name: str) -> Iterator[Found]:
+    """`read_texts`, or JSON Lines if the first line is an object. Raises `DataError` where it is
+    the header of a CSV file: a column of it has this name.
+    """
+    lines = read_lines(file)
+    for first in lines:
+        start, known = first.text.strip(), chain([first], lines)
+        if start.startswith("{") and _is_object(start):
+            yield from json_records.in_lines(file, known, None)
+            return
+        if name in [cell.strip("\"' ") for cell in re.split("[,;\t]", start)]:
+            what = f"looks like the header of a table, with the column {name!r}"
+            way = "say --input-format csv (or tsv), or lines if each line is one text"
+            raise DataError(f"{file}, line 1: {brief(start)!r} {what}; {way}")
+        yield from _texts(file, known, name)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _texts(file: Path, lines: Iterable[Line], name: str) -> Iterator[Found]:
+    blank = 0
+    for number, text, mistake in lines:
+        is_blank = not (mistake or text.strip())
+        if not is_blank and blank:
+            what = "is blank, and each line is one text; remove it, or give CSV or JSON Lines"
+            yield blank, DataError(f"{file}, line {blank}: {what}")
+            blank = 0
         if mistake:
             yield number, DataError(f"{file}, line {number}: {mistake}")
-        elif text.strip():
+        elif is_blank:
+            blank = blank or number
+        else:
             yield number, {name: text.rstrip("\r\n")}
 
 

@@ -14,7 +14,15 @@ from typing import Any, Literal, TextIO
 
 from opfa.data.json_records import Record
 from opfa.data.lines import check_plain
-from opfa.data.records import READERS, Reader, kind_of, read_by, read_records, read_texts
+from opfa.data.records import (
+    READERS,
+    Reader,
+    kind_of,
+    read_by,
+    read_lines_or_json,
+    read_records,
+    read_texts,
+)
 from opfa.errors import DataError, RunError, shown
 from opfa.tasks.predictions import ALL
 from opfa.tasks.recipe import Task
@@ -36,12 +44,16 @@ class Source:
 
 
 def of_file(file: Path | None, form: InputFormat | None, task: Task) -> Source:
-    """A file, by its ending if no form is given; None is standard input, by default plain lines."""
+    """A file, by its ending if no form is given; None is standard input, where the first line says
+    whether it is JSON Lines or plain lines.
+    """
     if file is None:
-        reader, is_lines = _reader(form or "lines", task), form in (None, "lines")
-        name = "standard input"
+        reader = _reader(form, task)
         return Source(
-            name=name, rows=lambda: read_by(reader, STDIN), is_lasting=False, is_lines=is_lines
+            name="standard input",
+            rows=lambda: read_by(reader, STDIN),
+            is_lasting=False,
+            is_lines=form in (None, "lines"),
         )
     if form is None and kind_of(file) == ".txt":
         form = "lines"
@@ -55,7 +67,9 @@ def of_file(file: Path | None, form: InputFormat | None, task: Task) -> Source:
     return Source(name=str(file), rows=lambda: read_records(file))
 
 
-def _reader(form: InputFormat, task: Task) -> Reader:
+def _reader(form: InputFormat | None, task: Task) -> Reader:
+    if form is None:
+        return lambda file, _: read_lines_or_json(file, task.text)
     if form == "lines":
         return lambda file, _: read_texts(file, task.text)
     return READERS[f".{form}"]
@@ -104,7 +118,7 @@ def check_columns(task: Task, source: Source, row: Record) -> None:
         if column is None or column in row:
             continue
         what = f"no column {column!r}; there are {shown(list(row))[1:-1]} ({option} names another)"
-        if source.is_lines:
+        if source.is_lines and list(row) == [task.text]:
             formats = "JSON Lines or CSV (--input-format)"
             what = f"a line is one text, and {task.kind} needs {column!r} too; give {formats}"
         raise DataError(f"{source.name}: {what}")

@@ -226,11 +226,14 @@ def test_csv_has_a_column_for_each_class_and_lists_as_json(models: Path, tmp_pat
     assert list(one) == ["text", "more", *new]
     assert (one["text"], one["more"], other["more"]) == ("good, film", "1", "2")
     assert float(one["score"]) == float(one[f"probabilities.{one['prediction']}"])
-    (tmp_path / "a.txt").write_text("good film\n\nbad\n")
+    (tmp_path / "a.txt").write_text("good film\nbad\n\n \n")
     predict_file(models / "tags", tmp_path / "a.txt", tmp_path / "tags.csv")
     with (tmp_path / "tags.csv").open() as file:
         tagged = list(csv.DictReader(file))
-    assert [row["tokens"] for row in tagged] == ["good film", "bad"]  # an empty line is none
+    assert [row["tokens"] for row in tagged] == [
+        "good film",
+        "bad",
+    ]  # blank lines at the end are none
     assert [len(json.loads(row["prediction"])) for row in tagged] == [2, 1]
 
 
@@ -245,7 +248,9 @@ def test_a_column_that_is_there_already_is_kept_by_a_prefix(models: Path, tmp_pa
     assert row["score"] == 3
 
 
-def test_standard_input_is_lines_or_what_is_said(models: Path, monkeypatch: Any) -> None:
+def test_standard_input_is_what_its_first_line_or_an_option_says(
+    models: Path, monkeypatch: Any
+) -> None:
     def given(content: str, **values: Any) -> list[dict[str, Any]]:
         read, write = os.pipe()
         os.write(write, content.encode())
@@ -257,8 +262,18 @@ def test_standard_input_is_lines_or_what_is_said(models: Path, monkeypatch: Any)
         return list(map(json.loads, stream.getvalue().splitlines()))
 
     assert [row["text"] for row in given("good film\nbad\n")] == ["good film", "bad"]
-    (row,) = given('{"text": "good", "n": 1}\n', input_form="jsonl")
-    assert list(row) == ["text", "n", "prediction", "score"]
+    for form in ("jsonl", None):
+        (row,) = given('{"text": "good", "n": 1}\n', input_form=form)
+        assert list(row) == ["text", "n", "prediction", "score"]
+    (row,) = given("n,text\n1,good\n", input_form="csv")
+    assert list(row) == ["n", "text", "prediction", "score"]
+    for table in ("n,text\n1,good\n", '"text";n\ngood;1\n', "text\ngood\n"):
+        with pytest.raises(DataError, match="looks like the header of a table.*--input-format csv"):
+            given(table)
+    assert [row["text"] for row in given("n,text\n", input_form="lines")] == ["n,text"]
+    assert [row["text"] for row in given("{good\n")] == ["{good"]
+    with pytest.raises(DataError, match="no column 'text'; there are 'review'"):
+        given('{"review": "good"}\n')
     with pytest.raises(DataError, match="line 2: malformed JSON"):
         given('{"text": "good"}\n{"tex\n', input_form="jsonl")
 
@@ -290,8 +305,8 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
     task = {"text": "review", "sequence_tokens": 9}
     (run / "recipe.toml").write_text(finetune_recipe(run, tmp_path, task=task).to_toml())
     (tmp_path / "a.csv").write_text("review\ngood film\n")
-    for model in (run, run / "model"):
-        result = predict_file(model, tmp_path / "a.csv", tmp_path / "out.csv")
+    for name, model in (("run", run), ("model", run / "model")):
+        result = predict_file(model, tmp_path / "a.csv", tmp_path / f"{name}.csv")
         assert (result.sequence_tokens, result.examples) == (9, 1)
     assert opfa.predict(run, ["good film"]) == opfa.predict(models / "classes", ["good film"])
 
@@ -316,6 +331,7 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
         ("classes", '{"text": "good"}\n{"tex', "a.jsonl", "a.jsonl, line 2: malformed JSON"),
         ("classes", '{"text": "good"}\n{"text": 3}\n', "a.jsonl", "line 2: 'text' is not a text"),
         ("classes", "text,b\ngood\n", "a.csv", "line 2: not as many values as there are columns"),
+        ("classes", "good\n\n \nbad\n", "a.txt", "a.txt, line 2: is blank, and each line is"),
         ("classes", "good", "a.xml", "a.xml: unknown kind of file; known are .jsonl"),
         ("bare", "text\ngood\n", "a.csv", "a model for BertModel has no head of a task; fine-tune"),
     ],
@@ -352,10 +368,11 @@ def test_what_fails_late_leaves_no_file(models: Path, tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_the_output_is_not_the_input_and_has_a_known_ending(models: Path, tmp_path: Path) -> None:
+def test_the_output_is_a_new_file_and_has_a_known_ending(models: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\ngood\n")
-    with pytest.raises(RunError, match="--output .*a.csv: is the input"):
+    with pytest.raises(RunError, match="a.csv: exists already; give a new file"):
         predict_file(models / "classes", tmp_path / "a.csv", tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "text\ngood\n"
     with pytest.raises(RunError, match=r"ends neither with \.jsonl nor with \.csv; say --format"):
         predict_file(models / "classes", tmp_path / "a.csv", tmp_path / "a.xml")
     with pytest.raises(RunError, match="--kind cats: known are classification"):
@@ -404,7 +421,9 @@ def test_the_command_writes_a_file_and_a_short_table(
     words = ["predict", str(models / "classes"), str(tmp_path / "a.csv"), "--text", "review"]
     assert cli.run([*words, "--output", str(tmp_path / "out.csv")]) == 0
     assert "out.csv" in capsys.readouterr().out
-    assert cli.run([*words, "--output", str(tmp_path / "out.csv"), "--json"]) == 0
+    assert cli.run([*words, "--output", str(tmp_path / "out.csv"), "--json"]) == 2
+    assert "out.csv: exists already" in capsys.readouterr().err
+    assert cli.run([*words, "--output", str(tmp_path / "again.csv"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 2
     assert cli.run([*words, "--json"]) == 2
     assert "--json is about --output FILE" in capsys.readouterr().err
