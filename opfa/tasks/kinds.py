@@ -14,11 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
-from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder
+from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder, skeleton
 from opfa.models.fit import fit_padding
 from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.sentences import VECTOR, write_pooling
-from opfa.models.skeleton import try_out
+from opfa.models.skeleton import check_positions, try_out
 from opfa.tasks import checks, embeddings, features, predictions, scores, squad
 from opfa.tasks import classes as classing
 from opfa.tasks import examples as reading
@@ -129,6 +129,7 @@ def load(
     """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
     embeddings.check_library(task, is_training=True)
+    check_positions(skeleton(config), config, task.sequence_tokens)  # before the data are read
     read = partial(reading.read, task, check=kind.check)
     train = reading.read(task, task.train, kind.check_training or kind.check)
     classes = classing.of_training(task, train) if kind.has_classes else ()  # of held-out ones too
@@ -166,6 +167,7 @@ def load_validation(
     """
     kind, validation = KINDS[task.kind], task.validation
     embeddings.check_library(task, is_training=False)
+    check_positions(skeleton(config), config, task.sequence_tokens)
     if is_training or not isinstance(validation, str):
         examples = reading.read(task, task.train, kind.check_training or kind.check)
     else:

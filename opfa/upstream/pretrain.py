@@ -16,7 +16,9 @@ from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
+from opfa.models.configs import load_config
 from opfa.models.pretraining import compile_models, decay_groups
+from opfa.models.sentences import files_of, write_files
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -88,6 +90,8 @@ class Trainer:
         self.seed, self.rank, self.schedule = recipe.seed, dist.get_rank(), recipe.learning_rate()
         self.order = order_of(recipe, prepared.lengths(), self.rank, dist.get_world_size())
         self.student = load_student(recipe, prepared)
+        init = recipe.model.init  # a sentence encoder stays one
+        self.sentence_files = {} if init is None else files_of(init, load_config(init))
         self.teacher = load_teacher(recipe, self.student, device)
         pruning, training = recipe.pruning, recipe.training
         ramp = recipe.ramp()
@@ -212,7 +216,12 @@ class Trainer:
         if at.run.is_writer:
             nn.Module.to(self.student, "cpu")
             directory = at.run.directory
-            result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
+            result = write_finished(
+                self.student,
+                self.prepared.tokenizer,
+                directory / "model",
+                lambda work: write_files(self.sentence_files, work),
+            )
             pruning, metric = self.recipe.pruning, self.recipe.metric
             write_report(at.run, self.schedule, pruning, result, metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]

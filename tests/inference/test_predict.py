@@ -333,7 +333,12 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
         ("classes", "text,b\ngood\n", "a.csv", "line 2: not as many values as there are columns"),
         ("classes", "good\n\n \nbad\n", "a.txt", "a.txt, line 2: is blank, and each line is"),
         ("classes", "good", "a.xml", "a.xml: unknown kind of file; known are .jsonl"),
-        ("bare", "text\ngood\n", "a.csv", "a model for BertModel has no head of a task; fine-tune"),
+        (
+            "bare",
+            "text\ngood\n",
+            "a.csv",
+            "bare: a model for BertModel has no head of a task; fine-tune.*or --kind embedding",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_no_file(
@@ -379,6 +384,8 @@ def test_the_output_is_a_new_file_and_has_a_known_ending(models: Path, tmp_path:
         opfa.predict(models / "classes", ["good"], kind="cats")
     with pytest.raises(ModelError, match="needs one, and this model has 2 output"):
         opfa.predict(models / "classes", ["good"], kind="regression")
+    with pytest.raises(ModelError, match="--sequence-tokens = 33: this model has only 32 pos"):
+        opfa.predict(models / "classes", ["good"], sequence_tokens=33)
 
 
 def changed(models: Path, tmp_path: Path, name: str, **values: Any) -> Path:

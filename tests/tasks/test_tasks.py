@@ -408,7 +408,7 @@ def test_sequences_longer_than_the_positions_are_refused(
     tmp_path: Path, tokenizer: BertTokenizer
 ) -> None:
     task = classification(tmp_path, 0, 1).model_copy(update={"sequence_tokens": 33})
-    with pytest.raises(ModelError, match="sequence_tokens = 33: this model has only 32 positions"):
+    with pytest.raises(ModelError, match="^task.sequence_tokens = 33: this model has only 32 pos"):
         tasks.load(task, tokenizer, tiny())
 
 
