@@ -61,6 +61,7 @@ def test_new_writes_a_recipe_with_settings_and_says_what_is_next(
     assert values["name"] == "mine" and values["task"]["train"] == "reviews.csv"
     assert (values["training"]["epochs"], values["quantization"]["bits"]) == (5, 8)
     assert len(text.splitlines()) < 40
+    assert 'a dense one needs zeros = "free"' in text
     assert said(capsys, "check", "sub/mine.toml").startswith("# accepted, for opfa finetune")
 
 
