@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import finetune_recipe, sentences
 from same_predictions import compare, run_of, tags_by_pipeline
+from snippets import run_snippets
 from transformers import BertModel, BertTokenizer
 from words import WORDS, tiny
 
@@ -311,6 +312,17 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
     assert opfa.predict(run, ["good film"]) == opfa.predict(models / "classes", ["good film"])
 
 
+def test_the_python_of_the_page_runs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/sst2").symlink_to(models / "classes")
+    Path("runs/squad").symlink_to(models / "answers")
+    Path("reviews.csv").write_text("review\ngood film\n")
+    run_snippets("opfa/inference/README.md", "opfa.predict(")
+
+
 # what is refused
 
 
@@ -467,11 +479,19 @@ SAME: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("classification", 32), ("question-answering", 8)])
-def test_every_form_and_program_says_the_same(work: Path, kind: str, bits: int) -> None:
+def test_every_form_and_program_says_the_same(
+    work: Path, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, asked = SAME[kind]
     task = {**task, "sequence_tokens": 24}
     run = run_of(work, kind, task, asked, asked, bits=bits)
     found = {row["who"]: row for row in compare(work, kind, task, run, asked)}
+    if kind == "classification":
+        (work / "mine").symlink_to(f"{run.name}-onnx")
+        monkeypatch.chdir(work)
+        named = run_snippets("opfa/inference/README.md", '"logits"')
+        ours = opfa.predict(run, named["asked"])
+        assert named["classes"] == [each.prediction for each in ours]
     others = ["onnxruntime by hand", "pipeline"] if kind == "classification" else []
     assert list(found) == ["RUN/model", "compact", "ONNX", *others]
     for row in found.values():

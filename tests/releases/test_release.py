@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from conftest import as_older, finetune_recipe, pretrain_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from snippets import run_snippets, snippets
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -478,10 +480,6 @@ def test_a_compact_release_is_a_start_for_fine_tuning(
 # The card
 
 
-def snippets(card: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-
-
 @pytest.mark.parametrize("form", ["dense", "compact-int8"])
 def test_the_snippets_of_the_card_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
@@ -492,6 +490,18 @@ def test_the_snippets_of_the_card_run(
     assert len(found) == 3
     for code in found:
         exec(code, {})
+    assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
+
+
+def test_the_python_of_the_readme_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    named = run_snippets("README.md", "opfa.lock", trainer=SimpleNamespace(train=list))
+    (found,) = named["classify"]("the cat sees the sea.")
+    assert found["label"] in ("cat", "other")
     assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
 
 
