@@ -9,7 +9,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,8 @@ BLANKS = " \t\r\n\f\v"  # those between CoNLL's columns; a no-break space is a p
 TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
 ANY_BLANKS = re.compile(f"[{BLANKS}]+")
 CSV = {"strict": True}  # an unfinished quotation is a mistake
+TABLES = (".csv", ".tsv", ".parquet")  # all records have the columns of a header
+SEPARATORS = (";", "\t", ",", "|")
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # GLUE's: a quotation mark is a character
 
 
@@ -64,6 +66,23 @@ def kind_of(file: Path) -> str:
     """The ending that says what a file holds, such as ".csv" of a.csv.gz."""
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
+
+
+def no_column(source: str, where: str, record: Record, column: str, key: str) -> DataError:
+    """The error of a record without a column that `key` names; a table's columns are its header's,
+    whose separator may be another than what is read.
+    """
+    place = "header" if kind_of(Path(source)) in TABLES else where
+    there = shown(list(record))[1:-1]
+    hint = other_separator(list(record))
+    return DataError(f"{source}, {place}: no column {column!r} ({key}); there are {there}{hint}")
+
+
+def other_separator(header: Sequence[str]) -> str:
+    """What may be wrong with a header that is one column; empty where nothing is."""
+    marks = [mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]]
+    what = "".join(f"; are the columns separated by {mark!r}?" for mark in marks[:1])
+    return f"{what} .csv has ',' and .tsv tabs" if what else ""
 
 
 def read_by(
@@ -120,6 +139,7 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
     csv.field_size_limit(LARGEST)  # of the whole process, where nobody wants it smaller
     reader = csv.reader(lines, **layout)
     header: list[str] = []
+    has_rows = False
     while True:
         lines.begin()
         try:
@@ -127,11 +147,14 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
         except csv.Error as error:
             raise lines.error(f"can't be read: {first_line(error)}") from error
         if values is None:
+            if header and not has_rows:
+                raise DataError(f"{file}: has a header but no rows")
             return
         if lines.mistake and not header:
             raise lines.mistake
         if not values:
             continue
+        has_rows = bool(header)
         if not header:
             header = values
             wanted = header if columns is None else columns
@@ -140,7 +163,8 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
         elif lines.mistake:
             yield lines.last, lines.mistake
         elif len(values) != len(header):
-            problem = "not as many values as there are columns"
+            num = f"{len(values)} value{'s' * (len(values) > 1)}"
+            problem = f"{num}, and the header has {len(header)}{other_separator(header)}"
             yield lines.last, DataError(f"{file}, line {lines.last}: {problem}")
         else:
             yield lines.last, dict(zip(header, values, strict=True))

@@ -18,6 +18,7 @@ from opfa.data.records import (
     READERS,
     Reader,
     kind_of,
+    no_column,
     read_by,
     read_lines_or_json,
     read_records,
@@ -80,15 +81,17 @@ def _plain_file(file: Path, reader: Reader) -> Iterator[tuple[str, Record]]:
     yield from read_by(reader, file)
 
 
-def of_items(items: Sequence[Item], task: Task) -> Source:
-    """Values in memory: a text, a tuple of a text and its pair (or its choices), a list of words,
-    or a mapping by column.
+def of_items(items: Any, task: Task) -> Source:
+    """Values in memory, in a list, a column of pandas or an array of numpy: each is a text, a tuple
+    of a text and its pair (or its choices), a list of words, or a mapping by column.
     """
-    if isinstance(items, str | bytes) or not isinstance(items, Sequence):
-        what = "give a list of texts, or a pathlib.Path for a file"
+    what = "give a list of texts, or a pathlib.Path for a file"
+    if isinstance(items, str | bytes):
         raise DataError(f"inputs = {shown(items)}: {what}")
-    if not items:
-        raise DataError("inputs: there are none")
+    if getattr(items, "ndim", 0) == 1 and hasattr(items, "tolist"):  # of numpy or pandas
+        items = items.tolist()
+    if not isinstance(items, Sequence):
+        raise DataError(f"inputs: is a {type(items).__name__}; {what}")
     second = task.choices[0] if len(task.choices) == 1 else task.text_pair
 
     def rows() -> Iterator[tuple[str, Record]]:
@@ -117,11 +120,11 @@ def check_columns(task: Task, source: Source, row: Record) -> None:
     for option, column in wanted:
         if column is None or column in row:
             continue
-        what = f"no column {column!r}; there are {shown(list(row))[1:-1]} ({option} names another)"
         if source.is_lines and list(row) == [task.text]:
             formats = "JSON Lines or CSV (--input-format)"
             what = f"a line is one text, and {task.kind} needs {column!r} too; give {formats}"
-        raise DataError(f"{source.name}: {what}")
+            raise DataError(f"{source.name}: {what}")
+        raise no_column(source.name, "line 1", row, column, f"{option} names another")
 
 
 def joined(row: Record, new: Mapping[str, Any], prefix: str, where: str) -> Record:

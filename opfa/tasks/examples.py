@@ -14,11 +14,11 @@ from pyarrow.parquet import read_schema
 
 from opfa.data.lines import check_plain
 from opfa.data.order import HELD_OUT, generator
-from opfa.data.records import read_records
-from opfa.errors import DataError, opening, shown
+from opfa.data.records import no_column, read_records
+from opfa.errors import DataError, not_plain, opening, shown
 from opfa.extras import importing
 from opfa.hub.reach import offline, problem_of_hub, tell_of_cache
-from opfa.tasks.checks import Check, MisplacedError, Names, Row
+from opfa.tasks.checks import Check, ColumnError, MisplacedError, Names, Row
 from opfa.tasks.recipe import Task
 
 MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
@@ -82,6 +82,10 @@ def read(task: Task, split: str, check: Check) -> Examples:
         except MisplacedError as error:
             misplaced.append(f"{places[-1]}: {error}" if not misplaced else "")
             continue
+        except ColumnError as error:
+            column = str(error)
+            key = f"task.{_key_of(task, column)}"
+            raise no_column(source, places[-1], dict(row), column, key) from None
         except ValueError as error:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
         num_bytes += size_of((places[-1], checked[-1]))
@@ -99,6 +103,18 @@ def read(task: Task, split: str, check: Check) -> Examples:
     return Examples(
         source=source, places=places, texts=texts, pairs=pairs, labels=labels, names=names
     )
+
+
+def check_file(task: Task, key: str, split: str) -> None:
+    """Raise `DataError` where `task.KEY` names no plain file of this machine, nor a Hub's split."""
+    if not task.hub and (problem := not_plain(Path(split))):
+        raise DataError(f"task.{key}: {split[:200]}: {problem}")
+
+
+def _key_of(task: Task, column: str) -> str:
+    """The key of [task] that names a column."""
+    keys = ("text", "text_pair", "train_text", "label")
+    return next((key for key in keys if getattr(task, key) == column), "choices")
 
 
 def _id(row: Row) -> str:

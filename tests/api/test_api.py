@@ -244,6 +244,8 @@ def test_pruning_a_directory_writes_a_plain_model_with_its_head(
     for name, weight in model.state_dict().items():
         assert torch.equal(after.state_dict()[name], weight), name
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
+    assert cli.run([str(word) for word in [*words[:3], 90, "--output", tmp_path / "x"]]) == 2
+    assert "--sparsity 90: must be a share below 1, such as 0.9" in capsys.readouterr().err
     words[-1] = tmp_path / "again"
     shown = run(capsys, *words)
     assert f"finetune RECIPE --output RUN model.init={tmp_path}/again" in shown

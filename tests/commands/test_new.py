@@ -38,6 +38,8 @@ def test_all_recipes_are_listed_ones_own_first(capsys: pytest.CaptureFixture[str
     assert (commands["sst2"], commands["bert-base-90"]) == ("finetune", "pretrain")
     shown = said(capsys, "recipes")
     assert "SST-2: is a sentence of a film" in shown
+    heads = ["your own data", "tasks", "8 bits", "pre-training"]
+    assert sorted(heads, key=shown.index) == ["your own data", "8 bits", "tasks", "pre-training"]
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -140,6 +142,13 @@ def test_new_finds_the_columns_that_go_without_saying(
     assert (shown["columns"], shown["problems"]) == (found, [])
     task = tomllib.loads(Path("a.toml").read_text())["task"]
     assert {task["text"], task["label"]} == set(columns.split(","))
+
+
+def test_two_columns_of_embeddings_are_the_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.csv").write_text("question,answer\nwho,me\n")
+    said(capsys, "new", "my-embeddings", "a.toml", "task.train=train.csv")
+    task = tomllib.loads(Path("a.toml").read_text())["task"]
+    assert (task["text"], task["text_pair"]) == ("question", "answer")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import finetune_recipe, sentences
@@ -273,7 +275,7 @@ def test_standard_input_is_what_its_first_line_or_an_option_says(
             given(table)
     assert [row["text"] for row in given("n,text\n", input_form="lines")] == ["n,text"]
     assert [row["text"] for row in given("{good\n")] == ["{good"]
-    with pytest.raises(DataError, match="no column 'text'; there are 'review'"):
+    with pytest.raises(DataError, match="no column 'text' .--text names"):
         given('{"review": "good"}\n')
     with pytest.raises(DataError, match="line 2: malformed JSON"):
         given('{"text": "good"}\n{"tex\n', input_form="jsonl")
@@ -329,20 +331,20 @@ def test_the_python_of_the_page_runs(
 @pytest.mark.parametrize(
     ("model", "content", "name", "message"),
     [
-        ("classes", "review\ngood\n", "a.csv", "no column 'text'; there are 'review' \\(--text"),
+        ("classes", "review\ngood\n", "a.csv", "a.csv, header: no column 'text' \\(--text"),
         (
             "answers",
             "good\n",
             "a.txt",
             "a line is one text, and question-answering needs 'context'",
         ),
-        ("choices", "text\nx\n", "a.csv", "no column 'choices'; there are 'text' \\(--choices"),
+        ("choices", "text\nx\n", "a.csv", "no column 'choices' \\(--choices names another\\)"),
         ("classes", "", "a.csv", "a.csv: is empty"),
         ("classes", "", "a.txt", "a.txt: is empty"),
-        ("classes", "text\n", "a.csv", "a.csv: is empty"),
+        ("classes", "text\n", "a.csv", "a.csv: has a header but no rows"),
         ("classes", '{"text": "good"}\n{"tex', "a.jsonl", "a.jsonl, line 2: malformed JSON"),
         ("classes", '{"text": "good"}\n{"text": 3}\n', "a.jsonl", "line 2: 'text' is not a text"),
-        ("classes", "text,b\ngood\n", "a.csv", "line 2: not as many values as there are columns"),
+        ("classes", "text,b\ngood\n", "a.csv", "line 2: 1 value, and the header has 2"),
         ("classes", "good\n\n \nbad\n", "a.txt", "a.txt, line 2: is blank, and each line is"),
         ("classes", "good", "a.xml", "a.xml: unknown kind of file; known are .jsonl"),
         (
@@ -366,7 +368,8 @@ def test_bad_input_is_one_message_and_no_file(
     ("inputs", "message"),
     [
         ("good", "give a list of texts, or a pathlib.Path"),
-        ([], "there are none"),
+        (pandas.DataFrame({"text": ["good"]}), "inputs: is a DataFrame; give a list of texts"),
+        (pandas.Series(["good", None]), r"inputs, \[1\]: 'text' is"),
         (["good", 3], r"inputs, \[1\]: 'text' is not a text \(got 3\)"),
         ([("a", "b")], "a tuple is a text and its pair, and this task has single texts"),
         ([""], "'text' is empty"),
@@ -375,6 +378,14 @@ def test_bad_input_is_one_message_and_no_file(
 def test_bad_values_are_named_by_their_place(models: Path, inputs: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         opfa.predict(models / "classes", inputs)
+
+
+def test_no_texts_have_no_predictions_and_a_column_of_texts_is_a_list(models: Path) -> None:
+    assert opfa.predict(models / "classes", []) == []
+    texts = ["good film", "bad"]
+    found = opfa.predict(models / "classes", texts)
+    assert opfa.predict(models / "classes", np.array(texts)) == found
+    assert opfa.predict(models / "classes", pandas.Series(texts)) == found
 
 
 def test_what_fails_late_leaves_no_file(models: Path, tmp_path: Path, monkeypatch: Any) -> None:

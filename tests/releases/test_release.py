@@ -344,6 +344,13 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
         release(run / "model", tmp_path / "out")
     with pytest.raises(RunError, match="exists already"):
         release(run, tmp_path)
+    (tmp_path / "8bit").mkdir()
+    for name in ("recipe.toml", quant.FILE):
+        (tmp_path / "8bit" / name).touch()
+    with pytest.raises(
+        RunError, match="opfa calibrate writes, and can't be.*--format compact-int8"
+    ):
+        release(tmp_path / "8bit", tmp_path / "out")
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "done.json").unlink()
     with pytest.raises(RunError, match="not a finished run"):
