@@ -70,6 +70,7 @@ class Examples:
 
 def read(task: Task, split: str, check: Check) -> Examples:
     """Read and check one split: a file, or a split of the task's Hub data set."""
+    check_files(task, split)
     source = f"{task.hub} [{split}]" if task.hub else split
     names, rows = _hub_rows(task, split) if task.hub else _file_rows(task, Path(split))
     if twice := [name for name in names if names.count(name) > 1]:
@@ -105,10 +106,17 @@ def read(task: Task, split: str, check: Check) -> Examples:
     )
 
 
-def check_file(task: Task, key: str, split: str) -> None:
-    """Raise `DataError` where `task.KEY` names no plain file of this machine, nor a Hub's split."""
-    if not task.hub and (problem := not_plain(Path(split))):
-        raise DataError(f"task.{key}: {split[:200]}: {problem}")
+def check_files(task: Task, only: str | None = None) -> None:
+    """Raise `DataError` where a key of [task], or only one of this value, names no plain file; of a
+    task without a Hub data set.
+    """
+    files = {"train": task.train, "validation": task.validation}
+    files |= {f"more_validation.{name}": split for name, split in task.more_validation.items()}
+    for key, split in files.items():
+        if task.hub or not isinstance(split, str) or only not in (None, split):
+            continue
+        if problem := not_plain(Path(split)):
+            raise DataError(f"task.{key}: {split[:200]}: {problem}")
 
 
 def _key_of(task: Task, column: str) -> str:

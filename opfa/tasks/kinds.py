@@ -130,21 +130,16 @@ def load(
     kind = KINDS[task.kind]
     embeddings.check_library(task, is_training=True)
     check_positions(skeleton(config), config, task.sequence_tokens)  # before the data are read
-    files = {"train": task.train, "validation": task.validation}
-    files |= {f"more_validation.{name}": split for name, split in task.more_validation.items()}
-    for key, split in files.items():
-        if isinstance(split, str):
-            reading.check_file(task, key, split)
+    reading.check_files(task)
     read = partial(reading.read, task, check=kind.check)
     train = reading.read(task, task.train, kind.check_training or kind.check)
     classes = classing.of_training(task, train) if kind.has_classes else ()  # of held-out ones too
     whole = train
     if isinstance(task.validation, str):
-        validation, num_held = read(task.validation), 0
+        validation = read(task.validation)
     else:
         train, validation = _held_out(task, train, task.validation, "task.validation")
-        num_held = len(validation.labels)
-    classing.tell(task, whole, classes, num_held)
+    classing.tell(task, whole, classes, len(whole.labels) - len(train.labels))
     examples = {name: read(split) for name, split in task.more_validation.items()}
     split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
     selection = measured = split(validation)
@@ -175,12 +170,9 @@ def load_validation(
     """
     kind, validation = KINDS[task.kind], task.validation
     embeddings.check_library(task, is_training=False)
-    check_positions(skeleton(config), config, task.sequence_tokens)
     if is_training or not isinstance(validation, str):
-        reading.check_file(task, "train", task.train)
         examples = reading.read(task, task.train, kind.check_training or kind.check)
     else:
-        reading.check_file(task, "validation", validation)
         examples = reading.read(task, validation, kind.check)
     if not isinstance(validation, str):
         parts = _held_out(task, examples, validation, "task.validation")
@@ -260,8 +252,7 @@ def load_model(
             raise ModelError(f"model {init!r}: {what}")
     options = {"ignore_mismatched_sizes": True, **classing.head_options(task, classes), **changed}
     model, new = load_weights(kind.head, init, config, **options)
-    has_head = task.kind != "embedding"
-    if lost := new if is_trained and has_head else of_encoder(model, new):
+    if lost := new if is_trained and task.kind != "embedding" else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
     choices = (2,) if task.kind == "multiple-choice" else ()
