@@ -255,6 +255,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"{key}: missing; this key is required"
     message = brief(error["msg"].removeprefix("Value error, "), 500)
     message = "must be a string, a number or a boolean" if is_scalar else message
+    message = message.replace("Input should be a valid array", 'must be a list, such as ["a", "b"]')
     value = error["input"]
     shown = "" if isinstance(value, dict) else f" (got {_shown(value)})"
     return f"{key}: {message}{shown}" if key else message

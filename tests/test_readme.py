@@ -153,4 +153,4 @@ def test_sentences_about_the_accuracy_table_say_what_the_results_say() -> None:
     recipe = PretrainRecipe.read(ROOT / "recipes/minilm/minilm-sparse-90.toml")
     steps, batch = recipe.training.steps, recipe.training.batch
     tokens = steps * batch * recipe.corpus.sequence_tokens
-    assert f"It trains on {tokens / 1e6:.1f} million tokens" in text
+    assert f"takes {steps:,} steps, which are {tokens / 1e6:.1f} million tokens" in text

@@ -101,7 +101,7 @@ def test_a_near_match_is_looked_for_in_a_section_within_a_section(tmp_path: Path
         ("training.learning_rate=nan", r"training.learning_rate: .* finite number \(got nan\)"),
         ("training.precision=half", r"Input should be 'bf16', 'fp16' or 'fp32' \(got 'half'\)"),
         ("training=3", r"training: Input should be an object \(got 3\)"),
-        ("corpus.documents=a.txt", r"corpus.documents: .* valid array \(got 'a.txt'\)"),
+        ("corpus.documents=a.txt", r"corpus.documents: must be a list, such as .* \(got 'a.txt'\)"),
     ],
 )
 def test_a_wrong_type_is_refused_with_its_value(

@@ -19,6 +19,7 @@ from opfa.storage.recipe_text import changed, commands_in, for_file, what_it_is
 from opfa.storage.shipped import find_recipe, recipe_files, shipped
 from opfa.upstream.recipe import PretrainRecipe
 
+GROUPS = {"own": "your own data", "downstream": "tasks", "upstream": "pre-training"}
 OWN = "own"  # the folder of the recipes for data and models of one's own
 CLASSES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
@@ -38,9 +39,15 @@ class Listing(Result):
     recipes: list[Listed]
 
     def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
-        """One table."""
-        rows = [(each.name, each.command, each.what) for each in self.recipes]
-        yield Table(("recipe", "command", "what it is"), rows)
+        """A table for each group."""
+        groups: dict[str, list[tuple[str, str, str]]] = {}
+        for each in self.recipes:
+            folder = Path(each.file).parent.name
+            is_8bit = each.name.endswith("-qat")
+            group = "8 bits" if is_8bit else GROUPS.get(folder, folder)
+            groups.setdefault(group, []).append((each.name, each.command, each.what))
+        for group, rows in groups.items():
+            yield Table((group, "command", "what it is"), rows)
 
 
 class Written(Result):

@@ -97,8 +97,8 @@ def prune(
     """Prune an encoder in one shot: exactly round(sparsity * size) of its weights become +0.0.
 
     A model in memory is changed in place and stays plain: `opfa.lock` it before training. A
-    directory, a run or a Hub name is written to the new directory `output`, with its head and its
-    tokenizer, for transformers and for `model.init` of a recipe.
+    directory, a run or a Hub name is written to the new directory `output`, with its head, its
+    tokenizer and its files of sentence-transformers, for them and for `model.init` of a recipe.
 
     `scope` says whether each matrix reaches the sparsity, or all together. `score` is what a weight
     is worth, `grain` what is pruned together: a name, or an object of your own class. `include` and
@@ -142,7 +142,8 @@ def _pruned(
 
 def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any]) -> PruneResult:
     check_new(output)
-    from opfa.models.configs import load_tokenizer
+    from opfa.models.configs import load_config, load_tokenizer
+    from opfa.models.sentences import files_of, write_files
     from opfa.models.trained import load, ranges_of
     from opfa.training.checkpoint import fill_finished
     from opfa.training.engine import choose_accelerator
@@ -151,7 +152,8 @@ def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any
     if ranges_of(name) is not None:
         raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")
     tokenizer, model = load_tokenizer(name), load(name, exact=False)
+    files = files_of(name, load_config(name))  # a sentence encoder stays one
     result = _pruned(model, settings, output, own)
     with new_directory(output) as work:
-        fill_finished(model, tokenizer, work)
+        fill_finished(model, tokenizer, work, lambda directory: write_files(files, directory))
     return result

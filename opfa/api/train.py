@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opfa.api.progress import progress
-from opfa.api.recipes import AnyRecipe, Overrides, any_recipe_of, recipe_of, task_recipe_of
+from opfa.api.recipes import (
+    AnyRecipe,
+    Overrides,
+    any_recipe_of,
+    recipe_of,
+    task_recipe_of,
+    words_of,
+)
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
 from opfa.extras import require
 from opfa.storage.files import check_file, check_new, write_json
+from opfa.storage.shipped import name_of
 from opfa.training import launch
 from opfa.training.run import check_output
 from opfa.upstream.recipe import PretrainRecipe
@@ -40,7 +48,11 @@ def prepare(recipe: AnyRecipe, output: str | Path, overrides: Overrides = ()) ->
     require("opfa prepare", "opfa[pretrain]", "datasets", "nupunkt")
     from opfa.upstream.corpus import prepare as execute
 
-    return execute(checked.corpus, Path(output))
+    found = execute(checked.corpus, Path(output))
+    if not isinstance(recipe, (str, Path)):
+        return found
+    words = (name_of(recipe), "--output", f"runs/{checked.name}", *words_of(overrides))
+    return found.model_copy(update={"training": words})
 
 
 @progress()

@@ -248,6 +248,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune any encoder in one shot, without training: exactly so many zeros."""
+    if not 0 <= sparsity < 1:
+        raise RunError(f"--sparsity {sparsity:g}: must be a share below 1, such as 0.9")
     execute_prune(
         model,
         sparsity,

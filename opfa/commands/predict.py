@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from opfa.commands.options import AsJson, TaskRecipe
 from opfa.errors import Redacting, RunError
+from opfa.storage.files import check_new
 
 app = typer.Typer()
 
@@ -38,7 +39,7 @@ def predict(
         Option(help="Column of one choice, or of a list of all; repeatable."),
     ] = None,
     output: Annotated[
-        Path | None, Option(help="FILE.jsonl or FILE.csv; default: standard output.")
+        Path | None, Option(help="FILE.jsonl or FILE.csv, a new file; default: standard output.")
     ] = None,
     form: Annotated[
         Literal["jsonl", "csv"] | None,
@@ -50,7 +51,10 @@ def predict(
     prefix: Annotated[str, Option(help="Put this before the names of the new columns.")] = "",
     input_form: Annotated[
         Literal["lines", "jsonl", "csv", "tsv"] | None,
-        Option("--input-format", help="Of FILE; default: by its ending, lines on standard input."),
+        Option(
+            "--input-format",
+            help="Of FILE; default: by its ending, on standard input lines or JSON Lines.",
+        ),
     ] = None,
     recipe: TaskRecipe = None,
     kind: Annotated[
@@ -71,6 +75,8 @@ def predict(
     """
     if output is None and as_json:
         raise RunError("--json is about --output FILE; standard output has the predictions already")
+    if output is not None:
+        check_new(output, "file")  # here too, before torch is imported
     from opfa.inference.predict import predict_file
     from opfa.inference.predictor import Options
 

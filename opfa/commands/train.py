@@ -68,10 +68,20 @@ def pretrain(
     checked = PretrainRecipe.read(recipe, overrides or ())
     if check:
         check_output(output, checked, resume)
+        if launch.place().rank == 0:
+            _tell_accepted(recipe, checked, output, as_json=as_json)
         return
     found = api.pretrain(checked, output, resume=resume, trust_data=trust_data, watchdog=True)
     if launch.place().rank == 0:
         found.show(as_json=as_json)
+
+
+def _tell_accepted(file: Path, recipe: PretrainRecipe, output: Path, *, as_json: bool) -> None:
+    found = {"recipe": str(file), "output": str(output), "sha256": recipe.sha256()}
+    if as_json:
+        print_json({"command": "pretrain", **found})
+    else:
+        print("accepted: {recipe} can run in {output}; SHA-256 {sha256}".format(**found))
 
 
 @app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")

@@ -5,11 +5,11 @@ piece. A key that stands twice in what is wanted is a mistake: which value count
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from opfa.data.lines import BLANK, LARGEST, TOO_LONG, misplaced, open_text, read_lines
+from opfa.data.lines import BLANK, LARGEST, TOO_LONG, Line, misplaced, open_text, read_lines
 from opfa.errors import DataError, first_line, shown
 
 Record = dict[str, Any]  # Any: whatever the file holds
@@ -49,8 +49,13 @@ def read_json(file: Path, columns: Columns) -> Iterator[Found]:
 
 def read_json_lines(file: Path, columns: Columns) -> Iterator[Found]:
     """The records of a file with one object a line; empty lines are none."""
+    return in_lines(file, read_lines(file), columns)
+
+
+def in_lines(file: Path, lines: Iterable[Line], columns: Columns) -> Iterator[Found]:
+    """The same of lines that are read already; messages are about `file`."""
     hint = f"; {ONE_A_LINE}"  # what is wrong with the first line may be wrong with all
-    for number, text, mistake in read_lines(file):
+    for number, text, mistake in lines:
         if not (mistake or text.strip()):
             continue
         where = f"{file}, line {number}"

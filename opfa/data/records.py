@@ -7,15 +7,18 @@ empty lines); .gz and .zst where the format is text. No record may be larger tha
 
 import csv
 import glob
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
+from opfa.data import json_records
 from opfa.data.json_records import Columns, Found, Record, read_json, read_json_lines
 from opfa.data.lines import COMPRESSED, LARGEST, TOO_LONG, Line, check_plain, read_lines
 from opfa.data.parquet_records import read_parquet
-from opfa.errors import DataError, first_line, opening, shown
+from opfa.errors import DataError, brief, first_line, opening, shown
 
 Bad = Callable[[DataError], None]  # what to do about a bad record; returning skips it
 Reader = Callable[[Path, Columns], Iterator[Found]]
@@ -24,6 +27,8 @@ BLANKS = " \t\r\n\f\v"  # those between CoNLL's columns; a no-break space is a p
 TABS = re.compile(r"[ \f\v]*\t[ \f\v]*")
 ANY_BLANKS = re.compile(f"[{BLANKS}]+")
 CSV = {"strict": True}  # an unfinished quotation is a mistake
+TABLES = (".csv", ".tsv", ".parquet")  # all records have the columns of a header
+SEPARATORS = (";", "\t", ",", "|")
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # GLUE's: a quotation mark is a character
 
 
@@ -61,6 +66,23 @@ def kind_of(file: Path) -> str:
     """The ending that says what a file holds, such as ".csv" of a.csv.gz."""
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
+
+
+def no_column(source: str, where: str, record: Record, column: str, key: str) -> DataError:
+    """The error of a record without a column that `key` names; a table's columns are its header's,
+    whose separator may be another than what is read.
+    """
+    place = "header" if kind_of(Path(source)) in TABLES else where
+    there = shown(list(record))[1:-1]
+    hint = other_separator(list(record))
+    return DataError(f"{source}, {place}: no column {column!r} ({key}); there are {there}{hint}")
+
+
+def other_separator(header: Sequence[str]) -> str:
+    """What may be wrong with a header that is one column; empty where nothing is."""
+    marks = [mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]]
+    what = "".join(f"; are the columns separated by {mark!r}?" for mark in marks[:1])
+    return f"{what} .csv has ',' and .tsv tabs" if what else ""
 
 
 def read_by(
@@ -117,6 +139,7 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
     csv.field_size_limit(LARGEST)  # of the whole process, where nobody wants it smaller
     reader = csv.reader(lines, **layout)
     header: list[str] = []
+    has_rows = False
     while True:
         lines.begin()
         try:
@@ -124,11 +147,14 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
         except csv.Error as error:
             raise lines.error(f"can't be read: {first_line(error)}") from error
         if values is None:
+            if header and not has_rows:
+                raise DataError(f"{file}: has a header but no rows")
             return
         if lines.mistake and not header:
             raise lines.mistake
         if not values:
             continue
+        has_rows = bool(header)
         if not header:
             header = values
             wanted = header if columns is None else columns
@@ -137,7 +163,8 @@ def _separated(file: Path, columns: Columns, layout: dict[str, Any]) -> Iterator
         elif lines.mistake:
             yield lines.last, lines.mistake
         elif len(values) != len(header):
-            problem = "not as many values as there are columns"
+            num = f"{len(values)} value{'s' * (len(values) > 1)}"
+            problem = f"{num}, and the header has {len(header)}{other_separator(header)}"
             yield lines.last, DataError(f"{file}, line {lines.last}: {problem}")
         else:
             yield lines.last, dict(zip(header, values, strict=True))
@@ -176,11 +203,49 @@ def _text(file: Path, _: Columns) -> Iterator[Found]:
 
 
 def read_texts(file: Path, name: str) -> Iterator[Found]:
-    """Each line that isn't empty, as a record with its text under this name."""
-    for number, text, mistake in read_lines(file):
+    """Each line as a record with its text under this name. Blank lines may stand at the end alone,
+    so that the n-th record is the n-th line.
+    """
+    return _texts(file, read_lines(file), name)
+
+
+def read_lines_or_json(file: Path, name: str) -> Iterator[Found]:
+    """`read_texts`, or JSON Lines if the first line is an object. Raises `DataError` where it is
+    the header of a CSV file: a column of it has this name.
+    """
+    lines = read_lines(file)
+    for first in lines:
+        start, known = first.text.strip(), chain([first], lines)
+        if start.startswith("{") and _is_object(start):
+            yield from json_records.in_lines(file, known, None)
+            return
+        if name in [cell.strip("\"' ") for cell in re.split("[,;\t]", start)]:
+            what = f"looks like the header of a table, with the column {name!r}"
+            way = "say --input-format csv (or tsv), or lines if each line is one text"
+            raise DataError(f"{file}, line 1: {brief(start)!r} {what}; {way}")
+        yield from _texts(file, known, name)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _texts(file: Path, lines: Iterable[Line], name: str) -> Iterator[Found]:
+    blank = 0
+    for number, text, mistake in lines:
+        is_blank = not (mistake or text.strip())
+        if not is_blank and blank:
+            what = "is blank, and each line is one text; remove it, or give CSV or JSON Lines"
+            yield blank, DataError(f"{file}, line {blank}: {what}")
+            blank = 0
         if mistake:
             yield number, DataError(f"{file}, line {number}: {mistake}")
-        elif text.strip():
+        elif is_blank:
+            blank = blank or number
+        else:
             yield number, {name: text.rstrip("\r\n")}
 
 

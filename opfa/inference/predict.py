@@ -14,13 +14,12 @@ from typing import TextIO
 
 from opfa.data.json_records import Record
 from opfa.data.lines import check_plain
-from opfa.errors import RunError
 from opfa.inference import rows as rowing
 from opfa.inference.predictor import Options, Predictor
 from opfa.inference.rows import Csv, InputFormat, Item, JsonLines, OutputFormat, Source
 from opfa.report.bars import Bar
 from opfa.report.tables import Result, Table
-from opfa.storage.files import check_file, new_file
+from opfa.storage.files import check_new, new_file
 from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import Task
@@ -105,14 +104,14 @@ def predict_file(
 ) -> Predicted:
     """Write the rows of a file (None: standard input) with their predictions beside them.
 
-    The output is written whole or not at all, unless it is a stream. New columns have the names of
-    the fields of the kind's `Prediction`, with `prefix` before them. `has_all` adds the
+    The output is a new file, written whole or not at all, or a stream. New columns have the names
+    of the fields of the kind's `Prediction`, with `prefix` before them. `has_all` adds the
     probabilities of everything that wasn't chosen. Raises `OpfaError`.
     """
     path = output if isinstance(output, Path) else None
     form = rowing.output_format(path, form)
     if path is not None:
-        _check_paths(path, file)
+        check_new(path, "file")
     if file is not None:
         check_plain(file)
     predictor = Predictor(str(model), options or Options())
@@ -139,16 +138,6 @@ def predict_file(
         runs_in=predictor.runs_in,
         output=None if path is None else str(path),
     )
-
-
-def _check_paths(output: Path, file: Path | None) -> None:
-    """Refuse an output that can't be written, or that is the input."""
-    try:
-        check_file(output)
-    except RunError as error:
-        raise RunError(f"--output {error}") from None
-    if file is not None and output.exists() and output.samefile(file):
-        raise RunError(f"--output {output}: is the input; give another file")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from opfa.downstream.recipe import FinetuneRecipe, recipe_of
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub.cache import downloaded
 from opfa.models.configs import load_config, load_tokenizer
-from opfa.models.encoders import skeleton
+from opfa.models.encoders import has_head, skeleton
 from opfa.models.fit import fit_padding
 from opfa.models.sentences import is_sentence_encoder, read_tokens
 from opfa.models.skeleton import num_positions
@@ -86,7 +86,8 @@ class Predictor:
         self._tokenizer = load_tokenizer(options.tokenizer or beside)
         self.task = _task(beside, config, self._tokenizer, options)
         tasks.check_head(self.task, config)
-        fit_padding(config, self._tokenizer, self.task.sequence_tokens)
+        key = "task.sequence_tokens" if options.sequence_tokens is None else "--sequence-tokens"
+        fit_padding(config, self._tokenizer, self.task.sequence_tokens, key)
         self._classes = _classes(self.task, config, beside)
         self._batch, self._device = options.batch, torch.device("cpu")
         self._model: nn.Module
@@ -157,7 +158,13 @@ def _task(
 
 def _kind(name: str, config: PretrainedConfig) -> str:
     """The kind of task that a model without a recipe is for."""
-    return EMBEDDING if is_sentence_encoder(name, config) else kind_of(config)
+    if is_sentence_encoder(name, config):
+        return EMBEDDING
+    try:
+        return kind_of(config)
+    except ModelError as error:
+        way = "" if has_head(config) else "; or --kind embedding: a vector for each text"
+        raise ModelError(f"{name}: {error}{way}") from None
 
 
 def _task_of_recipe(name: str, given: Path | None) -> Task | None:

@@ -14,7 +14,16 @@ from typing import Any, Literal, TextIO
 
 from opfa.data.json_records import Record
 from opfa.data.lines import check_plain
-from opfa.data.records import READERS, Reader, kind_of, read_by, read_records, read_texts
+from opfa.data.records import (
+    READERS,
+    Reader,
+    kind_of,
+    no_column,
+    read_by,
+    read_lines_or_json,
+    read_records,
+    read_texts,
+)
 from opfa.errors import DataError, RunError, shown
 from opfa.tasks.predictions import ALL
 from opfa.tasks.recipe import Task
@@ -36,12 +45,16 @@ class Source:
 
 
 def of_file(file: Path | None, form: InputFormat | None, task: Task) -> Source:
-    """A file, by its ending if no form is given; None is standard input, by default plain lines."""
+    """A file, by its ending if no form is given; None is standard input, where the first line says
+    whether it is JSON Lines or plain lines.
+    """
     if file is None:
-        reader, is_lines = _reader(form or "lines", task), form in (None, "lines")
-        name = "standard input"
+        reader = _reader(form, task)
         return Source(
-            name=name, rows=lambda: read_by(reader, STDIN), is_lasting=False, is_lines=is_lines
+            name="standard input",
+            rows=lambda: read_by(reader, STDIN),
+            is_lasting=False,
+            is_lines=form in (None, "lines"),
         )
     if form is None and kind_of(file) == ".txt":
         form = "lines"
@@ -55,7 +68,9 @@ def of_file(file: Path | None, form: InputFormat | None, task: Task) -> Source:
     return Source(name=str(file), rows=lambda: read_records(file))
 
 
-def _reader(form: InputFormat, task: Task) -> Reader:
+def _reader(form: InputFormat | None, task: Task) -> Reader:
+    if form is None:
+        return lambda file, _: read_lines_or_json(file, task.text)
     if form == "lines":
         return lambda file, _: read_texts(file, task.text)
     return READERS[f".{form}"]
@@ -66,15 +81,17 @@ def _plain_file(file: Path, reader: Reader) -> Iterator[tuple[str, Record]]:
     yield from read_by(reader, file)
 
 
-def of_items(items: Sequence[Item], task: Task) -> Source:
-    """Values in memory: a text, a tuple of a text and its pair (or its choices), a list of words,
-    or a mapping by column.
+def of_items(items: Any, task: Task) -> Source:
+    """Values in memory, in a list, a column of pandas or an array of numpy: each is a text, a tuple
+    of a text and its pair (or its choices), a list of words, or a mapping by column.
     """
-    if isinstance(items, str | bytes) or not isinstance(items, Sequence):
-        what = "give a list of texts, or a pathlib.Path for a file"
+    what = "give a list of texts, or a pathlib.Path for a file"
+    if isinstance(items, str | bytes):
         raise DataError(f"inputs = {shown(items)}: {what}")
-    if not items:
-        raise DataError("inputs: there are none")
+    if getattr(items, "ndim", 0) == 1 and hasattr(items, "tolist"):  # of numpy or pandas
+        items = items.tolist()
+    if not isinstance(items, Sequence):
+        raise DataError(f"inputs: is a {type(items).__name__}; {what}")
     second = task.choices[0] if len(task.choices) == 1 else task.text_pair
 
     def rows() -> Iterator[tuple[str, Record]]:
@@ -103,11 +120,11 @@ def check_columns(task: Task, source: Source, row: Record) -> None:
     for option, column in wanted:
         if column is None or column in row:
             continue
-        what = f"no column {column!r}; there are {shown(list(row))[1:-1]} ({option} names another)"
-        if source.is_lines:
+        if source.is_lines and list(row) == [task.text]:
             formats = "JSON Lines or CSV (--input-format)"
             what = f"a line is one text, and {task.kind} needs {column!r} too; give {formats}"
-        raise DataError(f"{source.name}: {what}")
+            raise DataError(f"{source.name}: {what}")
+        raise no_column(source.name, "line 1", row, column, f"{option} names another")
 
 
 def joined(row: Record, new: Mapping[str, Any], prefix: str, where: str) -> Record:

@@ -33,14 +33,16 @@ def has_head(config: PretrainedConfig) -> bool:
     return any(name.endswith(f"For{h}") for name in config.architectures or () for h in HEADS)
 
 
-def head_of(config: PretrainedConfig) -> str:
-    """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none."""
+def head_of(config: PretrainedConfig, name: str = "") -> str:
+    """Which of `HEADS` a checkpoint was saved with; raises `ModelError` when it is none, which
+    begins with its `name`, if one is given.
+    """
     made_for = ", ".join(config.architectures or ("nothing",))
     for head in HEADS:
         if made_for.endswith(f"For{head}"):
             return head
     what = f"has no head of a task; fine-tune it first (heads: {', '.join(HEADS)})"
-    raise ModelError(f"a model for {made_for} {what}")
+    raise ModelError(f"{name and f'{name}: '}a model for {made_for} {what}")
 
 
 def load_weights(
@@ -66,7 +68,7 @@ def load_weights(
 def load_finetuned_model(name: str, *, is_encoder: bool = False) -> PreTrainedModel:
     """A model with the head that it was saved with, or the encoder alone; fp32, for evaluation."""
     config = load_config(name)
-    head = "" if is_encoder else head_of(config)
+    head = "" if is_encoder else head_of(config, name)
     cls = ENCODER if is_encoder else HEADS[head]
     model, missing = load_weights(cls, name, config, attn_implementation="eager")
     if missing := of_encoder(model, missing) if is_encoder else missing:

@@ -7,6 +7,7 @@ its directories can also ask for, such as a dense layer or a prompt, is refused 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ FILES = (MODULES, f"{FOLDER}/config.json", OWN, CONFIG)
 MODES = {"mean": "mean_tokens", "first": "cls_token"}  # as the older files call them
 OLD_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 NEW_MODES = {"mean": "mean", "cls": "first"}  # as the files of version 6 call them
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,29 @@ def read_tokens(name: str) -> int | None:
 def is_sentence_encoder(name: str, config: PretrainedConfig) -> bool:
     """Whether a model without a task's head has the files of sentence-transformers."""
     return not has_head(config) and (checked_directory("model", name) / MODULES).exists()
+
+
+def files_of(name: str, config: PretrainedConfig) -> dict[str, bytes]:
+    """A sentence encoder's files, by name: with them, what is made of it stays one. None of another
+    model, nor, with a warning, of one that asks for what is not done here.
+    """
+    if not is_sentence_encoder(name, config):
+        return {}
+    try:
+        read_pooling(name)
+    except ModelError as error:
+        log.warning("%s; so the new model has no files of sentence-transformers", error)
+        return {}
+    directory = checked_directory("model", name)
+    found = {each: directory / each for each in FILES}
+    return {each: path.read_bytes() for each, path in found.items() if path.is_file()}
+
+
+def write_files(files: Mapping[str, bytes], directory: Path) -> None:
+    """Write what `files_of` has read."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def _mode(path: Path) -> Literal["mean", "first"]:

@@ -18,6 +18,7 @@ MOST_TENSORS = 200_000
 POSITIONS = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
 SPECIAL = ("pad", "cls", "sep", "bos", "eos")
 TYPES = ("token_type_embeddings",)
+TOKENS = "task.sequence_tokens"  # the key that says how long a sequence is, where no other does
 
 
 @contextlib.contextmanager
@@ -64,11 +65,13 @@ def num_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
     return min(counts, default=None)
 
 
-def check_positions(model: nn.Module, config: PretrainedConfig, tokens: int) -> None:
-    """Refuse sequences that are longer than the model's positions."""
+def check_positions(
+    model: nn.Module, config: PretrainedConfig, tokens: int, key: str = TOKENS
+) -> None:
+    """Refuse sequences that are longer than the model's positions; `key` has said how long."""
     positions = num_positions(model, config)
     if positions is not None and tokens > positions:
-        raise ModelError(f"sequence_tokens = {tokens}: this model has only {positions} positions")
+        raise ModelError(f"{key} = {tokens}: this model has only {positions} positions")
 
 
 def num_token_types(model: nn.Module) -> int | None:

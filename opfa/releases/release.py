@@ -182,6 +182,10 @@ def _check_is_finished(run: Path) -> None:
     if (run / finished.FILE).is_file() and (run / "model").is_dir():
         return
     hint = ""
+    if (run / quant.FILE).is_file():
+        what = "is a model in 8 bits without a run, such as opfa calibrate writes"
+        way = "release its run with --format compact-int8, or a run with [quantization]"
+        raise RunError(f"{run}: {what}, and can't be released; {way}. opfa export takes it")
     if (run / "table.md").is_file():
         best = seal.read_json(run / "results.json").get("best_run", "")
         hint = f"; it holds several, the best is {run / best}"

@@ -36,7 +36,7 @@ def commands_in(text: str) -> list[str]:
 
 def for_file(text: str, name: str, file: Path, schema: str) -> str:
     """The text of a shipped recipe as a file of one's own: where the schema is, and what the
-    commands in its first comment say. All else stays.
+    comments say of commands, and of places that are called after it. All else stays.
     """
     shown, stem = shlex.quote(str(file)), shlex.quote(file.stem)
     lines = [line for line in text.splitlines() if not line.startswith("#:schema")]
@@ -44,9 +44,10 @@ def for_file(text: str, name: str, file: Path, schema: str) -> str:
     for index, line in enumerate(lines):
         if COMMAND.match(line):
             rule = rf"(opfa (?:{READING}) )(?:\S*/)?{re.escape(name)}(?:\.toml)?(?=\s|$)"
-            named = re.sub(rule, lambda match: f"{match[1]}{shown}", line)
+            lines[index] = re.sub(rule, lambda match: f"{match[1]}{shown}", line)
+        if line.startswith("#") and not line.startswith("#:"):
             rule = rf"\b(runs|prepared)/{re.escape(name)}(?![\w-])"
-            lines[index] = re.sub(rule, lambda match: f"{match[1]}/{stem}", named)
+            lines[index] = re.sub(rule, lambda match: f"{match[1]}/{stem}", lines[index])
     return "\n".join(lines) + "\n"
 
 

@@ -57,6 +57,11 @@ def find_recipe(name: Path | str) -> Path:
     raise RecipeError(f"{shown}: can't read this recipe: {what}")
 
 
+def name_of(file: Path | str) -> str:
+    """What a user calls a recipe: its name if this is the file of a shipped one, else its path."""
+    return next((n for n, path in recipe_files().items() if path == Path(file)), str(file))
+
+
 def _near(name: str, known: list[str]) -> list[str]:
     """At most three names like this one: its beginning or its letters."""
     begins = [each for each in known if name and each.startswith(name)]

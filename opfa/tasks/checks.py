@@ -24,6 +24,10 @@ Ask = Callable[[Task, Row], Asked]
 Check = Callable[[Task, Row, Names], Parts]
 
 
+class ColumnError(ValueError):
+    """A column that isn't there; the text is its name."""
+
+
 class MisplacedError(ValueError):
     """An answer that is not in its context; these are counted."""
 
@@ -177,7 +181,7 @@ def _answer(task: Task, context: str, text: object, start: object) -> tuple[str,
 
 def _value(row: Row, column: str) -> Any:  # Any: unchecked
     if column not in row:
-        raise ValueError(f"no column {column!r}; there are {shown(list(row))[1:-1]}")
+        raise ColumnError(column)
     if row[column] is None or row[column] == "":
         raise ValueError(f"{column!r} is {'missing' if row[column] is None else 'empty'}")
     return row[column]

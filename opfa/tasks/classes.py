@@ -1,6 +1,8 @@
 """Classes by name: which there are, in which order a model has them, and their numbers."""
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from opfa.tasks.recipe import Task
 
 IN_ENTITY = re.compile(r"[BIESMLUW]([-_].*)?")  # IOB's tags, and those of IOBES, BMES and BILOU
 OUTSIDE = "O"  # the tag of a word in no entity
+DECIMAL = re.compile(r"[-+]?\d*\.\d+")
+FEW = 20  # examples, whose classes may all be different
+log = logging.getLogger(__name__)
 
 
 def of_training(task: Task, train: Examples) -> tuple[str, ...]:
@@ -20,11 +25,39 @@ def of_training(task: Task, train: Examples) -> tuple[str, ...]:
         return task.classes or train.names
     tags = task.kind == "token-classification"
     names = {tag for row in train.labels for tag in row} if tags else set(train.labels)
+    _check_two(train.source, list(names))
     are_numbers = all(name.isdecimal() and len(name) < 20 for name in names)
     if "f1" in task.metrics and len(names) == 2 and not are_numbers:
         advice = f"say which one that is, task.classes = {sorted(names)} or the other way round"
         raise DataError(f"{train.source}: f1 of two classes is the second one's; {advice}")
     return tuple(sorted(names, key=lambda name: (int(name), name) if are_numbers else (0, name)))
+
+
+def tell(task: Task, train: Examples, classes: Sequence[str], num_held: int) -> None:
+    """Say how many examples and classes there are; warn of numbers that are taken for classes."""
+    num = len(train.labels)
+    held = f", {num_held:,} held out (task.validation = {task.validation})" if num_held else ""
+    found = f"{num - num_held:,} examples to train on{held}"
+    if classes:
+        found += f"; {len(classes):,} classes, {shown(list(classes))[1:-1]}"
+    if task.kind != "classification":
+        log.info("%s: %s", train.source, found)
+        return
+    counts = Counter(train.labels)
+    ((most, times),) = counts.most_common(1)
+    frequent = f"; the most frequent, {shown(most)}, has {100 * times / num:.0f} %"
+    log.info("%s: %s%s", train.source, found, frequent)
+    has_many = num >= FEW and 2 * len(counts) > num
+    if not task.classes and (has_many or all(map(DECIMAL.fullmatch, counts))):
+        what = "%s: %r has %d different values in %d examples, and each becomes a class; "
+        way = "for numbers take my-scores (task.kind = 'regression')"
+        log.warning(what + way, train.source, task.label, len(counts), num)
+
+
+def _check_two(source: str, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        there = f"there is only {shown(names[0])}" if names else "there are none"
+        raise DataError(f"{source}: two classes are needed, and {there}")
 
 
 def of_model(config: PretrainedConfig, stated: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,8 +91,7 @@ def _folded(names: tuple[str, ...], same: Collection[str]) -> dict[str, str]:
 
 def indices(task: Task, examples: Examples, classes: tuple[str, ...], whose: str) -> list[Any]:
     """Labels as the loss wants them: classes by index, tags by lists of them."""
-    if len(classes) < 2:
-        raise DataError(f"{examples.source}: two classes are needed, and there is only {classes}")
+    _check_two(examples.source, classes)
     _check_tags(task, examples, classes)
     names = task.classes or examples.names or classes
     index = {name: classes.index(name) for name in names if name in classes}

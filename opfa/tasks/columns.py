@@ -10,7 +10,7 @@ from typing import Any
 
 from opfa.data.records import Record, read_records
 
-KINDS = ("classification", "regression")
+KINDS = ("classification", "regression", "embedding")
 SEEN = 1_000  # records that are looked at
 
 
@@ -39,6 +39,8 @@ def told_columns(
     if len(missing) == 1:
         return {missing[0]: free[0]}
     file = _file_of(task)
+    if list(missing) == ["text", "text_pair"]:
+        return dict(zip(missing, free, strict=True))  # in the order of the file
     if list(missing) != ["text", "label"] or file is None:
         return {}
     records = _records(file, SEEN)

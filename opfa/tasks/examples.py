@@ -14,11 +14,11 @@ from pyarrow.parquet import read_schema
 
 from opfa.data.lines import check_plain
 from opfa.data.order import HELD_OUT, generator
-from opfa.data.records import read_records
-from opfa.errors import DataError, opening, shown
+from opfa.data.records import no_column, read_records
+from opfa.errors import DataError, not_plain, opening, shown
 from opfa.extras import importing
 from opfa.hub.reach import offline, problem_of_hub, tell_of_cache
-from opfa.tasks.checks import Check, MisplacedError, Names, Row
+from opfa.tasks.checks import Check, ColumnError, MisplacedError, Names, Row
 from opfa.tasks.recipe import Task
 
 MOST_BYTES = 4 << 30  # that one split takes in memory before it is tokenized
@@ -70,6 +70,7 @@ class Examples:
 
 def read(task: Task, split: str, check: Check) -> Examples:
     """Read and check one split: a file, or a split of the task's Hub data set."""
+    check_files(task, split)
     source = f"{task.hub} [{split}]" if task.hub else split
     names, rows = _hub_rows(task, split) if task.hub else _file_rows(task, Path(split))
     if twice := [name for name in names if names.count(name) > 1]:
@@ -82,6 +83,10 @@ def read(task: Task, split: str, check: Check) -> Examples:
         except MisplacedError as error:
             misplaced.append(f"{places[-1]}: {error}" if not misplaced else "")
             continue
+        except ColumnError as error:
+            column = str(error)
+            key = f"task.{_key_of(task, column)}"
+            raise no_column(source, places[-1], dict(row), column, key) from None
         except ValueError as error:
             raise DataError(f"{source}, {places[-1]}: {error}") from None
         num_bytes += size_of((places[-1], checked[-1]))
@@ -99,6 +104,25 @@ def read(task: Task, split: str, check: Check) -> Examples:
     return Examples(
         source=source, places=places, texts=texts, pairs=pairs, labels=labels, names=names
     )
+
+
+def check_files(task: Task, only: str | None = None) -> None:
+    """Raise `DataError` where a key of [task], or only one of this value, names no plain file; of a
+    task without a Hub data set.
+    """
+    files = {"train": task.train, "validation": task.validation}
+    files |= {f"more_validation.{name}": split for name, split in task.more_validation.items()}
+    for key, split in files.items():
+        if task.hub or not isinstance(split, str) or only not in (None, split):
+            continue
+        if problem := not_plain(Path(split)):
+            raise DataError(f"task.{key}: {split[:200]}: {problem}")
+
+
+def _key_of(task: Task, column: str) -> str:
+    """The key of [task] that names a column."""
+    keys = ("text", "text_pair", "train_text", "label")
+    return next((key for key in keys if getattr(task, key) == column), "choices")
 
 
 def _id(row: Row) -> str:

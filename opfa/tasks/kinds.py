@@ -14,11 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opfa.errors import ModelError
 from opfa.models.configs import load_config
-from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder
+from opfa.models.encoders import ENCODER, HEADS, load_weights, of_encoder, skeleton
 from opfa.models.fit import fit_padding
 from opfa.models.pretraining import dropouts, keep_values
 from opfa.models.sentences import VECTOR, write_pooling
-from opfa.models.skeleton import try_out
+from opfa.models.skeleton import check_positions, try_out
 from opfa.tasks import checks, embeddings, features, predictions, scores, squad
 from opfa.tasks import classes as classing
 from opfa.tasks import examples as reading
@@ -129,13 +129,17 @@ def load(
     """Read all splits. What is held out doesn't depend on the recipe's seed, so runs compare."""
     kind = KINDS[task.kind]
     embeddings.check_library(task, is_training=True)
+    check_positions(skeleton(config), config, task.sequence_tokens)  # before the data are read
+    reading.check_files(task)
     read = partial(reading.read, task, check=kind.check)
     train = reading.read(task, task.train, kind.check_training or kind.check)
     classes = classing.of_training(task, train) if kind.has_classes else ()  # of held-out ones too
+    whole = train
     if isinstance(task.validation, str):
         validation = read(task.validation)
     else:
         train, validation = _held_out(task, train, task.validation, "task.validation")
+    classing.tell(task, whole, classes, len(whole.labels) - len(train.labels))
     examples = {name: read(split) for name, split in task.more_validation.items()}
     split = partial(_split, task, tokenizer, config, classes=classes, whose="the training examples")
     selection = measured = split(validation)
@@ -248,8 +252,7 @@ def load_model(
             raise ModelError(f"model {init!r}: {what}")
     options = {"ignore_mismatched_sizes": True, **classing.head_options(task, classes), **changed}
     model, new = load_weights(kind.head, init, config, **options)
-    has_head = task.kind != "embedding"
-    if lost := new if is_trained and has_head else of_encoder(model, new):
+    if lost := new if is_trained and task.kind != "embedding" else of_encoder(model, new):
         what = f"{len(lost)} tensors are missing or of another shape, first {lost[0]}"
         raise ModelError(f"model {init!r}: {what}")
     choices = (2,) if task.kind == "multiple-choice" else ()

@@ -10,10 +10,11 @@ from functools import partial
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from opfa.data.json_records import Record
+from opfa.data.records import no_column
 from opfa.errors import DataError, ModelError
 from opfa.models.encoders import HEADS, head_of
 from opfa.tasks import features
-from opfa.tasks.checks import Asked
+from opfa.tasks.checks import Asked, ColumnError
 from opfa.tasks.examples import Examples, size_of
 from opfa.tasks.features import CHUNK, CHUNK_CHARACTERS, Split
 from opfa.tasks.kinds import KINDS
@@ -48,6 +49,8 @@ def asked(task: Task, source: str, where: str, row: Record) -> Asked:
     """What a row asks; raises `DataError` that names its place."""
     try:
         return KINDS[task.kind].ask(task, row)
+    except ColumnError as error:
+        raise no_column(source, where, row, str(error), "every row needs it") from None
     except ValueError as error:
         raise DataError(f"{source}, {where}: {error}") from None
 

@@ -7,8 +7,8 @@ from typing import TypeGuard
 
 import numpy as np
 
-from opfa.data.records import Bad, expand, read_records, stop
-from opfa.errors import DataError, opening, shown
+from opfa.data.records import Bad, expand, no_column, read_records, stop
+from opfa.errors import DataError, opening
 from opfa.extras import importing
 from opfa.upstream.recipe import Corpus
 
@@ -16,6 +16,7 @@ with importing("pre-training", "opfa[pretrain]"):
     from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+KEY = "corpus.text_column"
 NO_TEXT = "empty, invisible or not a text"
 
 
@@ -26,12 +27,14 @@ def documents_of(corpus: Corpus, cache: Path, skipped: Path | None) -> Dataset:
             dataset = load_dataset(corpus.hub, corpus.hub_config, split=corpus.hub_split)
         assert isinstance(dataset, Dataset)
         if corpus.text_column not in dataset.column_names:
-            raise DataError(
-                f"{corpus.hub}: no column {corpus.text_column!r}; there are {dataset.column_names}"
-            )
+            names = dict.fromkeys(dataset.column_names)
+            raise no_column(corpus.hub, "header", names, corpus.text_column, KEY)
         texts = dataset.select_columns([corpus.text_column])
         return _good(texts.rename_columns({corpus.text_column: "text"}), corpus, skipped)
-    files = expand(corpus.documents)
+    try:
+        files = expand(corpus.documents)
+    except DataError as error:
+        raise DataError(f"corpus.documents: {error}") from None
     for file in files:  # all of them are checked before any work is done
         bad = stop if skipped is None else lambda _: None
         if next(_texts(file, corpus.text_column, bad), None) is None:
@@ -81,8 +84,7 @@ def _texts(file: Path, column: str, bad: Bad) -> Iterator[str]:
     for where, record in read_records(file, bad, [column]):
         text = record.get(column)
         if column not in record:
-            names = shown(sorted(record))
-            bad(DataError(f"{file}, {where}: no column {column!r}; there are {names}"))
+            bad(no_column(str(file), where, record, column, KEY))
         elif not _is_text(text):
             bad(DataError(f"{file}, {where}: {column!r} is {NO_TEXT}"))
         else:

@@ -1,6 +1,7 @@
 """Upstream training: prepare a teacher, or prune a student under one, in `training.loop`."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,9 @@ from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.errors import RecipeError, RunError
+from opfa.models.configs import load_config
 from opfa.models.pretraining import compile_models, decay_groups
+from opfa.models.sentences import files_of, write_files
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -37,6 +40,8 @@ from opfa.upstream.progress import global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.results import PretrainResult
 from opfa.upstream.student import load_student, load_teacher
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -87,7 +92,10 @@ class Trainer:
         self.supervisor, self.clock = supervisor, clock or Clock()
         self.seed, self.rank, self.schedule = recipe.seed, dist.get_rank(), recipe.learning_rate()
         self.order = order_of(recipe, prepared.lengths(), self.rank, dist.get_world_size())
+        _tell_repeated(self.order, recipe.training.steps, prepared)
         self.student = load_student(recipe, prepared)
+        init = recipe.model.init  # a sentence encoder stays one
+        self.sentence_files = {} if init is None else files_of(init, load_config(init))
         self.teacher = load_teacher(recipe, self.student, device)
         pruning, training = recipe.pruning, recipe.training
         ramp = recipe.ramp()
@@ -212,13 +220,28 @@ class Trainer:
         if at.run.is_writer:
             nn.Module.to(self.student, "cpu")
             directory = at.run.directory
-            result = write_finished(self.student, self.prepared.tokenizer, directory / "model")
+            result = write_finished(
+                self.student,
+                self.prepared.tokenizer,
+                directory / "model",
+                lambda work: write_files(self.sentence_files, work),
+            )
             pruning, metric = self.recipe.pruning, self.recipe.metric
             write_report(at.run, self.schedule, pruning, result, metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)
         distributed.barrier()
+
+
+def _tell_repeated(order: Order, steps: int, prepared: Prepared) -> None:
+    """Say how often the examples come, where there are fewer than the run takes."""
+    split, num_taken = prepared.summary["splits"]["train"], steps * order.batch
+    times = num_taken / order.num_examples
+    if times > 1 and order.rank == 0:
+        tokens = split["tokens"] * times
+        what = "%s tokens are prepared and the run takes %s, so each example comes %.1f times"
+        log.info(what, f"{split['tokens']:,}", f"{tokens:,.0f}", times)
 
 
 def order_of(recipe: PretrainRecipe, lengths: np.ndarray, rank: int, world_size: int) -> Order:

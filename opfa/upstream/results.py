@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import Field
 
 from opfa.report.outcome import Outcome, Place, Unprinted, percent
 from opfa.report.tables import Row, Table
@@ -29,6 +31,7 @@ class PrepareResult(Outcome):
     skipped_records: int
     splits: dict[str, SplitSize]
     tokenizer_sha256: str
+    training: Annotated[tuple[str, ...], Field(exclude=True)] = ("RECIPE", "--output", "RUN")
 
     def table(self) -> Table:
         """One line for each split."""
@@ -49,7 +52,7 @@ class PrepareResult(Outcome):
 
     def commands(self) -> Sequence[Sequence[Path | str]]:
         """To train on them."""
-        return [("pretrain", "RECIPE", "--output", "RUN", f"data={self.directory}")]
+        return [("pretrain", *self.training, f"data={self.directory}")]
 
 
 class PretrainResult(Outcome):

@@ -27,7 +27,8 @@ def load_student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
     else:
         assert (config := recipe.model.config) is not None
         student = new_pretraining_model(config, objective, prepared.tokenizer, dropout)
-    check_fit(student.config, prepared.tokenizer, recipe.corpus.sequence_tokens)
+    tokens = recipe.corpus.sequence_tokens
+    check_fit(student.config, prepared.tokenizer, tokens, "corpus.sequence_tokens")
     if recipe.pruning is None:
         _refuse_sparse(student, recipe.model.init)
     else:

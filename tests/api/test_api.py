@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_BERT, finetune_recipe
+from conftest import TINY_BERT, finetune_recipe, pretrain_recipe
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -27,6 +28,7 @@ from opfa.commands import app as cli
 from opfa.compression.scores import Part, Score
 from opfa.downstream.results import SweepRun
 from opfa.errors import ModelError, OpfaError, RecipeError, RunError
+from opfa.models.sentences import Pooling, write_pooling
 from opfa.storage.files import write_text
 
 
@@ -242,9 +244,42 @@ def test_pruning_a_directory_writes_a_plain_model_with_its_head(
     for name, weight in model.state_dict().items():
         assert torch.equal(after.state_dict()[name], weight), name
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
+    assert cli.run([str(word) for word in [*words[:3], 90, "--output", tmp_path / "x"]]) == 2
+    assert "--sparsity 90: must be a share below 1, such as 0.9" in capsys.readouterr().err
     words[-1] = tmp_path / "again"
     shown = run(capsys, *words)
     assert f"finetune RECIPE --output RUN model.init={tmp_path}/again" in shown
+
+
+@pytest.mark.parametrize(
+    ("pooling", "made_by"),
+    [(Pooling("first", is_normalized=False), "prune"), (Pooling(), "pretrain")],
+)
+def test_a_pruned_sentence_encoder_stays_one(
+    pooling: Pooling, made_by: str, prepared: Path, sparse: Path, tmp_path: Path
+) -> None:
+    init, model = tmp_path / "encoder", tmp_path / "out"
+    opfa.load(sparse).bert.save_pretrained(init)
+    AutoTokenizer.from_pretrained(sparse).save_pretrained(init)
+    write_pooling(pooling, init, hidden=16, tokens=20)
+    if made_by == "prune":
+        opfa.prune(init, 0.95, model)
+    else:
+        sections = {"model": {"init": str(init)}, "training": {"steps": 2, "warmup_steps": 1}}
+        schedule = {"end": 0, "target": 0.95}
+        recipe = pretrain_recipe(prepared, pruning={"schedule": schedule}, **sections)
+        opfa.pretrain(recipe, tmp_path / "run")
+        model = tmp_path / "run/model"
+    texts = ["the cat sees the sea.", "a dog wants a house. " * 9]
+    found = torch.tensor([each.prediction for each in opfa.predict(model, texts)])
+    encoder = SentenceTransformer(str(model), device="cpu", local_files_only=True)
+    torch.testing.assert_close(found, torch.tensor(encoder.encode(texts)), atol=1e-5, rtol=0)
+    assert encoder.max_seq_length == 20
+    is_normalized = torch.allclose(found.norm(dim=-1), torch.ones(()))
+    assert is_normalized == pooling.is_normalized
+    states = opfa.load(model)(**encoder.tokenize(texts[:1])).last_hidden_state
+    expected = pooling(states, torch.ones(states.shape[:2]))[0]
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,11 @@ def test_a_pattern_that_matches_nothing_is_refused(
         ("none.jsonl", None, "none.jsonl: no such file"),
         ("a.jsonl", "", "a.jsonl: is empty"),
         ("a.jsonl", '{"text": "good"}\n{"text": oops}\n', "a.jsonl, line 2: malformed JSON"),
-        ("a.jsonl", '{"body": "good"}\n', "a.jsonl, line 1: no column 'text'; there are ['body']"),
+        (
+            "a.jsonl",
+            '{"body": "good"}\n',
+            "no column 'text' (corpus.text_column); there are 'body'",
+        ),
         ("a.jsonl", '{"text": "good"}\n{"text": " "}\n', "line 2: 'text' is empty, invisible or"),
         ("a.jsonl", '{"text": "good"}\n', "1 documents leave only"),
         ("a.pdf", "x", "a.pdf: unknown kind of file"),

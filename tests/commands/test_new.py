@@ -38,6 +38,8 @@ def test_all_recipes_are_listed_ones_own_first(capsys: pytest.CaptureFixture[str
     assert (commands["sst2"], commands["bert-base-90"]) == ("finetune", "pretrain")
     shown = said(capsys, "recipes")
     assert "SST-2: is a sentence of a film" in shown
+    heads = ["your own data", "tasks", "8 bits", "pre-training"]
+    assert sorted(heads, key=shown.index) == heads
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -61,6 +63,7 @@ def test_new_writes_a_recipe_with_settings_and_says_what_is_next(
     assert values["name"] == "mine" and values["task"]["train"] == "reviews.csv"
     assert (values["training"]["epochs"], values["quantization"]["bits"]) == (5, 8)
     assert len(text.splitlines()) < 40
+    assert 'a dense one needs zeros = "free"' in text
     assert said(capsys, "check", "sub/mine.toml").startswith("# accepted, for opfa finetune")
 
 
@@ -139,6 +142,13 @@ def test_new_finds_the_columns_that_go_without_saying(
     assert (shown["columns"], shown["problems"]) == (found, [])
     task = tomllib.loads(Path("a.toml").read_text())["task"]
     assert {task["text"], task["label"]} == set(columns.split(","))
+
+
+def test_two_columns_of_embeddings_are_the_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.csv").write_text("question,answer\nwho,me\n")
+    said(capsys, "new", "my-embeddings", "a.toml", "task.train=train.csv")
+    task = tomllib.loads(Path("a.toml").read_text())["task"]
+    assert (task["text"], task["text_pair"]) == ("question", "answer")
 
 
 @pytest.mark.parametrize(

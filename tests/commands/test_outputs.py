@@ -22,6 +22,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "predictions": ("evaluate ./nowhere --recipe down.toml --predictions {}", "file"),
     "calibrate": ("calibrate ./nowhere --recipe down.toml --output {}", "directory"),
     "export": ("export ./nowhere --output {}", "new file"),
+    "predict": ("predict ./nowhere --output {}", "new file"),
     "report": ("export ./nowhere --output new.onnx --report {}", "file"),
     "release": ("release ./nowhere --output {}", "directory"),
     "pack": ("pack ./nowhere --output {}", "directory"),

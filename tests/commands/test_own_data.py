@@ -113,7 +113,11 @@ def test_a_task_of_ones_own(
 
 
 def test_an_encoder_of_ones_own_on_a_text_of_ones_own(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
@@ -121,7 +125,7 @@ def test_an_encoder_of_ones_own_on_a_text_of_ones_own(
     model = BertForMaskedLM(BertConfig(**{**TINY_BERT, "vocab_size": len(tokenizer)}))
     model.save_pretrained("encoder")
     tokenizer.save_pretrained("encoder")
-    write_lines(Path("text.jsonl"), [{"text": " ".join(LINES[i:])} for i in range(40)])
+    write_lines(Path("text.jsonl"), [{"text": " ".join(LINES[i : i + 2])} for i in range(40)])
     settings = [
         'corpus.documents=["*.jsonl"]',
         "model.init=encoder",
@@ -130,8 +134,19 @@ def test_an_encoder_of_ones_own_on_a_text_of_ones_own(
     assert len(settings) <= 4
     small = ["corpus.sequence_tokens=24", "corpus.validation=0.1", "training.precision=fp32"]
     run(capsys, "new", "my-encoder", "mine.toml", *settings, *small, "training.steps=10")
-    run(capsys, "prepare", "mine.toml", "--output", "prepared/mine")
+    assert "# Then fine-tune runs/mine/model, by" in Path("mine.toml").read_text()
+    shown = run(capsys, "prepare", "mine.toml", "--output", "prepared/mine", "launch.workers=0")
+    words = "opfa pretrain mine.toml --output runs/mine launch.workers=0 data=prepared/mine"
+    assert f"  next      {words}\n" in shown
+    shown = run(capsys, "pretrain", "mine.toml", "--output", "runs/mine", "--check")
+    assert shown.startswith("accepted: mine.toml can run in runs/mine; SHA-256 ")
+    assert not Path("runs").exists()
+    caplog.set_level("INFO", "opfa")
     run(capsys, "pretrain", "mine.toml", "--output", "runs/mine")
+    sizes = json.loads(Path("prepared/mine/corpus.json").read_text())["splits"]["train"]
+    times = f"each example comes {40 / sizes['examples']:.1f} times"
+    (said,) = [record.getMessage() for record in caplog.records if times in record.getMessage()]
+    assert said.startswith(f"{sizes['tokens']:,} tokens are prepared and the run takes ")
     rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
     ramp = {row["step"]: row["sparsity"] for row in rows if "sparsity" in row}
     assert ramp[2] < ramp[4] < ramp[5] == ramp[10] == pytest.approx(0.9, abs=1e-3)  # end = 0.5

@@ -19,6 +19,7 @@ from conftest import break_off, finetune_recipe, sentences
 from onnxruntime import InferenceSession
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from snippets import run_snippets, snippets
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
@@ -242,7 +243,7 @@ def onnx_vectors(path: Path, model: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.usefixtures("_one_trace")
 def test_an_exported_file_gives_hidden_states_and_the_vectors(
-    ran: Finished, tmp_path: Path
+    ran: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, recipe = ran("graded")
     output = tmp_path / "onnx/model.onnx"
@@ -252,6 +253,14 @@ def test_an_exported_file_gives_hidden_states_and_the_vectors(
     result, expected = onnx_vectors(output, directory / "model")
     assert np.abs(result - expected).max() < 1e-5
     torch.testing.assert_close(predicted(output), predicted(directory), atol=1e-5, rtol=0)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/search").symlink_to(directory)
+    Path("search").symlink_to("onnx")
+    named = run_snippets("opfa/inference/README.md", "sentence_embedding")
+    assert np.abs(named["vectors"] - named["same"]).max() < 1e-5
+    named = run_snippets("recipes/downstream/README.md", "SentenceTransformer")
+    assert named["vectors"].shape == (2, 16)
     names = {"modules.json", "sentence_bert_config.json", "1_Pooling"}
     assert names <= {path.name for path in output.parent.iterdir()}
 
@@ -293,9 +302,14 @@ def test_it_is_calibrated_to_8_bits_and_exported(ran: Finished, tmp_path: Path) 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])
 def test_a_release_gives_the_same_vectors(
-    run: Path, pairs: Path, tmp_path: Path, form: Any
+    run: Path, pairs: Path, tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = release(run, tmp_path / "release", form=form, name="me/mine")
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me/mine").symlink_to(tmp_path / "release")
+    monkeypatch.chdir(tmp_path)
+    for code in snippets((tmp_path / "release/README.md").read_text())[:2]:
+        exec(code, {})
     assert opfa.__name__  # a compact file needs it
     expected = encoded(run / "model", pairs)
     torch.testing.assert_close(encoded(tmp_path / "release", pairs), expected, atol=1e-5, rtol=0)

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import finetune_recipe, sentences
 from same_predictions import compare, run_of, tags_by_pipeline
+from snippets import run_snippets
 from transformers import BertModel, BertTokenizer
 from words import WORDS, tiny
 
@@ -226,11 +229,14 @@ def test_csv_has_a_column_for_each_class_and_lists_as_json(models: Path, tmp_pat
     assert list(one) == ["text", "more", *new]
     assert (one["text"], one["more"], other["more"]) == ("good, film", "1", "2")
     assert float(one["score"]) == float(one[f"probabilities.{one['prediction']}"])
-    (tmp_path / "a.txt").write_text("good film\n\nbad\n")
+    (tmp_path / "a.txt").write_text("good film\nbad\n\n \n")
     predict_file(models / "tags", tmp_path / "a.txt", tmp_path / "tags.csv")
     with (tmp_path / "tags.csv").open() as file:
         tagged = list(csv.DictReader(file))
-    assert [row["tokens"] for row in tagged] == ["good film", "bad"]  # an empty line is none
+    assert [row["tokens"] for row in tagged] == [
+        "good film",
+        "bad",
+    ]  # blank lines at the end are none
     assert [len(json.loads(row["prediction"])) for row in tagged] == [2, 1]
 
 
@@ -245,7 +251,9 @@ def test_a_column_that_is_there_already_is_kept_by_a_prefix(models: Path, tmp_pa
     assert row["score"] == 3
 
 
-def test_standard_input_is_lines_or_what_is_said(models: Path, monkeypatch: Any) -> None:
+def test_standard_input_is_what_its_first_line_or_an_option_says(
+    models: Path, monkeypatch: Any
+) -> None:
     def given(content: str, **values: Any) -> list[dict[str, Any]]:
         read, write = os.pipe()
         os.write(write, content.encode())
@@ -257,8 +265,18 @@ def test_standard_input_is_lines_or_what_is_said(models: Path, monkeypatch: Any)
         return list(map(json.loads, stream.getvalue().splitlines()))
 
     assert [row["text"] for row in given("good film\nbad\n")] == ["good film", "bad"]
-    (row,) = given('{"text": "good", "n": 1}\n', input_form="jsonl")
-    assert list(row) == ["text", "n", "prediction", "score"]
+    for form in ("jsonl", None):
+        (row,) = given('{"text": "good", "n": 1}\n', input_form=form)
+        assert list(row) == ["text", "n", "prediction", "score"]
+    (row,) = given("n,text\n1,good\n", input_form="csv")
+    assert list(row) == ["n", "text", "prediction", "score"]
+    for table in ("n,text\n1,good\n", '"text";n\ngood;1\n', "text\ngood\n"):
+        with pytest.raises(DataError, match="looks like the header of a table.*--input-format csv"):
+            given(table)
+    assert [row["text"] for row in given("n,text\n", input_form="lines")] == ["n,text"]
+    assert [row["text"] for row in given("{good\n")] == ["{good"]
+    with pytest.raises(DataError, match="no column 'text' .--text names"):
+        given('{"review": "good"}\n')
     with pytest.raises(DataError, match="line 2: malformed JSON"):
         given('{"text": "good"}\n{"tex\n', input_form="jsonl")
 
@@ -290,10 +308,21 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
     task = {"text": "review", "sequence_tokens": 9}
     (run / "recipe.toml").write_text(finetune_recipe(run, tmp_path, task=task).to_toml())
     (tmp_path / "a.csv").write_text("review\ngood film\n")
-    for model in (run, run / "model"):
-        result = predict_file(model, tmp_path / "a.csv", tmp_path / "out.csv")
+    for name, model in (("run", run), ("model", run / "model")):
+        result = predict_file(model, tmp_path / "a.csv", tmp_path / f"{name}.csv")
         assert (result.sequence_tokens, result.examples) == (9, 1)
     assert opfa.predict(run, ["good film"]) == opfa.predict(models / "classes", ["good film"])
+
+
+def test_the_python_of_the_page_runs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/sst2").symlink_to(models / "classes")
+    Path("runs/squad").symlink_to(models / "answers")
+    Path("reviews.csv").write_text("review\ngood film\n")
+    run_snippets("opfa/inference/README.md", "opfa.predict(")
 
 
 # what is refused
@@ -302,22 +331,28 @@ def test_a_run_s_recipe_says_columns_and_length(models: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("model", "content", "name", "message"),
     [
-        ("classes", "review\ngood\n", "a.csv", "no column 'text'; there are 'review' \\(--text"),
+        ("classes", "review\ngood\n", "a.csv", "a.csv, header: no column 'text' \\(--text"),
         (
             "answers",
             "good\n",
             "a.txt",
             "a line is one text, and question-answering needs 'context'",
         ),
-        ("choices", "text\nx\n", "a.csv", "no column 'choices'; there are 'text' \\(--choices"),
+        ("choices", "text\nx\n", "a.csv", "no column 'choices' \\(--choices names another\\)"),
         ("classes", "", "a.csv", "a.csv: is empty"),
         ("classes", "", "a.txt", "a.txt: is empty"),
-        ("classes", "text\n", "a.csv", "a.csv: is empty"),
+        ("classes", "text\n", "a.csv", "a.csv: has a header but no rows"),
         ("classes", '{"text": "good"}\n{"tex', "a.jsonl", "a.jsonl, line 2: malformed JSON"),
         ("classes", '{"text": "good"}\n{"text": 3}\n', "a.jsonl", "line 2: 'text' is not a text"),
-        ("classes", "text,b\ngood\n", "a.csv", "line 2: not as many values as there are columns"),
+        ("classes", "text,b\ngood\n", "a.csv", "line 2: 1 value, and the header has 2"),
+        ("classes", "good\n\n \nbad\n", "a.txt", "a.txt, line 2: is blank, and each line is"),
         ("classes", "good", "a.xml", "a.xml: unknown kind of file; known are .jsonl"),
-        ("bare", "text\ngood\n", "a.csv", "a model for BertModel has no head of a task; fine-tune"),
+        (
+            "bare",
+            "text\ngood\n",
+            "a.csv",
+            "bare: a model for BertModel has no head of a task; fine-tune.*or --kind embedding",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_no_file(
@@ -333,7 +368,8 @@ def test_bad_input_is_one_message_and_no_file(
     ("inputs", "message"),
     [
         ("good", "give a list of texts, or a pathlib.Path"),
-        ([], "there are none"),
+        (pandas.DataFrame({"text": ["good"]}), "inputs: is a DataFrame; give a list of texts"),
+        (pandas.Series(["good", None]), r"inputs, \[1\]: 'text' is"),
         (["good", 3], r"inputs, \[1\]: 'text' is not a text \(got 3\)"),
         ([("a", "b")], "a tuple is a text and its pair, and this task has single texts"),
         ([""], "'text' is empty"),
@@ -344,6 +380,14 @@ def test_bad_values_are_named_by_their_place(models: Path, inputs: Any, message:
         opfa.predict(models / "classes", inputs)
 
 
+def test_no_texts_have_no_predictions_and_a_column_of_texts_is_a_list(models: Path) -> None:
+    assert opfa.predict(models / "classes", []) == []
+    texts = ["good film", "bad"]
+    found = opfa.predict(models / "classes", texts)
+    assert opfa.predict(models / "classes", np.array(texts)) == found
+    assert opfa.predict(models / "classes", pandas.Series(texts)) == found
+
+
 def test_what_fails_late_leaves_no_file(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(unlabelled, "CHUNK", 1)
     asked = write_lines(tmp_path / "a.jsonl", {"text": "good"}, {"text": "bad", "other": 1})
@@ -352,16 +396,19 @@ def test_what_fails_late_leaves_no_file(models: Path, tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_the_output_is_not_the_input_and_has_a_known_ending(models: Path, tmp_path: Path) -> None:
+def test_the_output_is_a_new_file_and_has_a_known_ending(models: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\ngood\n")
-    with pytest.raises(RunError, match="--output .*a.csv: is the input"):
+    with pytest.raises(RunError, match="a.csv: exists already; give a new file"):
         predict_file(models / "classes", tmp_path / "a.csv", tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "text\ngood\n"
     with pytest.raises(RunError, match=r"ends neither with \.jsonl nor with \.csv; say --format"):
         predict_file(models / "classes", tmp_path / "a.csv", tmp_path / "a.xml")
     with pytest.raises(RunError, match="--kind cats: known are classification"):
         opfa.predict(models / "classes", ["good"], kind="cats")
     with pytest.raises(ModelError, match="needs one, and this model has 2 output"):
         opfa.predict(models / "classes", ["good"], kind="regression")
+    with pytest.raises(ModelError, match="--sequence-tokens = 33: this model has only 32 pos"):
+        opfa.predict(models / "classes", ["good"], sequence_tokens=33)
 
 
 def changed(models: Path, tmp_path: Path, name: str, **values: Any) -> Path:
@@ -404,7 +451,9 @@ def test_the_command_writes_a_file_and_a_short_table(
     words = ["predict", str(models / "classes"), str(tmp_path / "a.csv"), "--text", "review"]
     assert cli.run([*words, "--output", str(tmp_path / "out.csv")]) == 0
     assert "out.csv" in capsys.readouterr().out
-    assert cli.run([*words, "--output", str(tmp_path / "out.csv"), "--json"]) == 0
+    assert cli.run([*words, "--output", str(tmp_path / "out.csv"), "--json"]) == 2
+    assert "out.csv: exists already" in capsys.readouterr().err
+    assert cli.run([*words, "--output", str(tmp_path / "again.csv"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 2
     assert cli.run([*words, "--json"]) == 2
     assert "--json is about --output FILE" in capsys.readouterr().err
@@ -441,11 +490,19 @@ SAME: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("classification", 32), ("question-answering", 8)])
-def test_every_form_and_program_says_the_same(work: Path, kind: str, bits: int) -> None:
+def test_every_form_and_program_says_the_same(
+    work: Path, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, asked = SAME[kind]
     task = {**task, "sequence_tokens": 24}
     run = run_of(work, kind, task, asked, asked, bits=bits)
     found = {row["who"]: row for row in compare(work, kind, task, run, asked)}
+    if kind == "classification":
+        (work / "mine").symlink_to(f"{run.name}-onnx")
+        monkeypatch.chdir(work)
+        named = run_snippets("opfa/inference/README.md", '"logits"')
+        ours = opfa.predict(run, named["asked"])
+        assert named["classes"] == [each.prediction for each in ours]
     others = ["onnxruntime by hand", "pipeline"] if kind == "classification" else []
     assert list(found) == ["RUN/model", "compact", "ONNX", *others]
     for row in found.values():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from conftest import as_older, finetune_recipe, pretrain_recipe
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from snippets import run_snippets, snippets
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -342,6 +344,13 @@ def test_what_can_not_be_released_is_named(run: Path, tmp_path: Path) -> None:
         release(run / "model", tmp_path / "out")
     with pytest.raises(RunError, match="exists already"):
         release(run, tmp_path)
+    (tmp_path / "8bit").mkdir()
+    for name in ("recipe.toml", quant.FILE):
+        (tmp_path / "8bit" / name).touch()
+    with pytest.raises(
+        RunError, match="opfa calibrate writes, and can't be.*--format compact-int8"
+    ):
+        release(tmp_path / "8bit", tmp_path / "out")
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "done.json").unlink()
     with pytest.raises(RunError, match="not a finished run"):
@@ -478,10 +487,6 @@ def test_a_compact_release_is_a_start_for_fine_tuning(
 # The card
 
 
-def snippets(card: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-
-
 @pytest.mark.parametrize("form", ["dense", "compact-int8"])
 def test_the_snippets_of_the_card_run(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
@@ -492,6 +497,18 @@ def test_the_snippets_of_the_card_run(
     assert len(found) == 3
     for code in found:
         exec(code, {})
+    assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
+
+
+def test_the_python_of_the_readme_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    named = run_snippets("README.md", "opfa.lock", trainer=SimpleNamespace(train=list))
+    (found,) = named["classify"]("the cat sees the sea.")
+    assert found["label"] in ("cat", "other")
     assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
 
 

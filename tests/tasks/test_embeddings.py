@@ -203,7 +203,7 @@ def test_a_mistake_in_a_recipe_is_named(values: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("row", "values", "message"),
     [
-        ({"a": "x", "b": "y"}, {}, "line 1: no column 'grade'; there are 'a', 'b'"),
+        ({"a": "x", "b": "y"}, {}, "line 1: no column 'grade' .task.label.; there are 'a', 'b'"),
         ({"a": "x", "b": "y", "grade": "high"}, {}, "'grade' is not a finite number"),
         ({"a": "x", "grade": 1}, {}, "no column 'b'"),
         ({"a": "x", "b": "", "grade": 1}, {}, "'b' is empty"),
@@ -213,7 +213,8 @@ def test_a_mistake_in_a_recipe_is_named(values: dict[str, Any], message: str) ->
 def test_a_mistake_in_the_data_is_named(
     tmp_path: Path, tokenizer: BertTokenizer, row: dict[str, Any], values: Any, message: str
 ) -> None:
-    task = task_of(train=written(tmp_path / "a.jsonl", [row]), **values)
+    file = written(tmp_path / "a.jsonl", [row])
+    task = task_of(train=file, validation=file, **values)
     with pytest.raises(DataError, match=message):
         tasks.load(task, tokenizer, BertConfig(**CONFIG))
 

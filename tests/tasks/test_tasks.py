@@ -110,16 +110,27 @@ def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", "", "a.jsonl: is empty"),
-        ("a.csv", "sentence,label\n", "a.csv: is empty"),
+        ("a.csv", "sentence,label\n", "a.csv: has a header but no rows"),
         ("a.jsonl", JSONL + "{oops\n", "a.jsonl, line 2: malformed JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl, line 1: not a JSON object"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n', "no column 'sentence'; there are 'text', 'lab"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n',
+            "line 1: no column 'sentence' .task.text.; there are 'text'",
+        ),
         ("a.jsonl", JSONL + '{"sentence": " ", "label": 1}', "line 2: 'sentence' is empty"),
         ("a.jsonl", '{"sentence": 3, "label": 1}', r"'sentence' is not a text \(got 3\)"),
         ("a.jsonl", '{"sentence": "x", "label": null}', "line 1: 'label' is missing"),
         ("a.jsonl", '{"sentence": "x", "label": 0.5}', r"nor an integer \(got 0.5\)"),
         ("a.csv", "sentence,label\ngood,\n", "line 2: 'label' is empty"),
-        ("a.csv", "sentence,label\ngood\n", "line 2: not as many values as there are columns"),
+        (
+            "a.csv",
+            "text,label\ngood,1\n",
+            r"a.csv, header: no column 'sentence' \(task.text\); there",
+        ),
+        ("a.csv", "sentence;label\ngood;1\n", "are the columns separated by ';'[?]"),
+        ("a.csv", "sentence;label\nso, so;1\n", "line 2: 2 values.* has 1; are the.* by ';'[?]"),
+        ("a.csv", "sentence,label\ngood\n", "line 2: 1 value, and the header has 2"),
         (
             "a.csv",
             'sentence,label\n"good,1\n',
@@ -310,9 +321,46 @@ def test_a_share_of_nothing_is_refused(tmp_path: Path, tokenizer: BertTokenizer)
         tasks.load(task, tokenizer, tiny())
 
 
+def test_a_missing_file_names_its_key(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    task = classification(tmp_path, 0, 1).model_copy(update={"validation": "nowhere.jsonl"})
+    with pytest.raises(DataError, match=r"^task.validation: nowhere.jsonl: no such file"):
+        tasks.load(task, tokenizer, tiny())
+
+
 def test_one_class_is_too_few(tmp_path: Path, tokenizer: BertTokenizer) -> None:
-    with pytest.raises(DataError, match="two classes are needed"):
+    with pytest.raises(DataError, match="two classes are needed, and there is only '0'$"):
         tasks.load(classification(tmp_path, 0, 0), tokenizer, tiny())
+    rows = [{"sentence": "good film", "label": "a"}] * 8
+    task = task_of(train=write(tmp_path / "data.jsonl", *rows), validation=0.25)
+    with pytest.raises(DataError, match=r"data.jsonl: two classes.* only 'a'$"):
+        tasks.load(task, tokenizer, tiny())
+
+
+@pytest.mark.parametrize(
+    ("labels", "said", "has_hint"),
+    [
+        ([*"aaab"] * 5, "15 examples to train on, 5 held out (task.validation = 0.25); 2 classes, "
+            "'a', 'b'; the most frequent, 'a', has 75 %", False),
+        ([f"{i}.5" for i in range(4)] * 5, "4 classes", True),
+        ([f"x{i}" for i in range(20)], "20 classes", True),
+    ],
+)  # fmt: skip
+def test_what_is_learnt_is_said_first_and_numbers_are_noticed(
+    labels: list[str],
+    said: str,
+    has_hint: bool,
+    tmp_path: Path,
+    tokenizer: BertTokenizer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "opfa")
+    rows = [{"sentence": "good film", "label": label} for label in labels]
+    tasks.load(
+        task_of(train=write(tmp_path / "data.jsonl", *rows), validation=0.25), tokenizer, tiny()
+    )
+    told = [record.getMessage() for record in caplog.records]
+    assert said in told[0]
+    assert any("my-scores" in line for line in told) == has_hint
 
 
 def test_evaluation_takes_the_order_of_the_model(tmp_path: Path, tokenizer: BertTokenizer) -> None:
@@ -408,7 +456,7 @@ def test_sequences_longer_than_the_positions_are_refused(
     tmp_path: Path, tokenizer: BertTokenizer
 ) -> None:
     task = classification(tmp_path, 0, 1).model_copy(update={"sequence_tokens": 33})
-    with pytest.raises(ModelError, match="sequence_tokens = 33: this model has only 32 positions"):
+    with pytest.raises(ModelError, match="^task.sequence_tokens = 33: this model has only 32 pos"):
         tasks.load(task, tokenizer, tiny())
 
 

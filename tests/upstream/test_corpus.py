@@ -350,7 +350,7 @@ def test_examples_are_cut_to_the_disk_and_not_in_memory(
 MISTAKES: dict[str, tuple[list[Any], str]] = {
     "wrong column": (
         [*texts(9), {"body": "x"}],
-        r"a.jsonl, line 10: no column 'text'; there are \['body'\]",
+        r"a.jsonl, line 10: no column 'text' \(corpus.text_column\); there are 'body'",
     ),
     "empty text": (
         [*texts(9), " \n"],
@@ -428,7 +428,7 @@ def test_a_mistake_in_the_second_file_is_found(tmp_path: Path) -> None:
 
 
 def test_missing_documents_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"^corpus.documents: .*none\.jsonl: no such file"):
         prepare(corpus_of(documents=(f"{tmp_path}/none.jsonl",)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

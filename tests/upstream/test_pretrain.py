@@ -364,7 +364,9 @@ def test_a_sequence_longer_than_the_positions_is_refused(prepared: Path, tmp_pat
         **pretrain_recipe(prepared).model.model_dump()["config"],
         "max_position_embeddings": 16,
     }
-    with pytest.raises(ModelError, match="sequence_tokens = 24: this model has only 16 positions"):
+    with pytest.raises(
+        ModelError, match="^corpus.sequence_tokens = 24: this model has only 16 positions"
+    ):
         pretrain(pretrain_recipe(prepared, model={"config": config}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
