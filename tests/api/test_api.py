@@ -259,7 +259,9 @@ def test_a_pruned_sentence_encoder_stays_one(
     pooling: Pooling, made_by: str, prepared: Path, sparse: Path, tmp_path: Path
 ) -> None:
     init, model = tmp_path / "encoder", tmp_path / "out"
-    opfa.load(sparse).bert.save_pretrained(init)
+    encoder = opfa.load(sparse).base_model
+    assert isinstance(encoder, PreTrainedModel)
+    encoder.save_pretrained(init)
     AutoTokenizer.from_pretrained(sparse).save_pretrained(init)
     write_pooling(pooling, init, hidden=16, tokens=20)
     if made_by == "prune":

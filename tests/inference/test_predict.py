@@ -384,8 +384,8 @@ def test_no_texts_have_no_predictions_and_a_column_of_texts_is_a_list(models: Pa
     assert opfa.predict(models / "classes", []) == []
     texts = ["good film", "bad"]
     found = opfa.predict(models / "classes", texts)
-    assert opfa.predict(models / "classes", np.array(texts)) == found
-    assert opfa.predict(models / "classes", pandas.Series(texts)) == found
+    columns: list[Any] = [np.array(texts), pandas.Series(texts)]
+    assert all(opfa.predict(models / "classes", column) == found for column in columns)
 
 
 def test_what_fails_late_leaves_no_file(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
