@@ -159,7 +159,7 @@ def _parsed(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError as error:
-        raise ValueError("lists or sections are nested too deeply") from error
+        raise ValueError(f"more than {DEEPEST} sections or lists within each other") from error
     except tomllib.TOMLDecodeError:
         raise
     except ValueError as error:

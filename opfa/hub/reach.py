@@ -61,16 +61,20 @@ def _ask(where: str) -> str:
     except (ValueError, ImportError, httpx2.InvalidURL) as error:
         return f"this proxy can't be used: {first_line(error)}"
 
+    silence = f"no answer in {SECONDS:g} s"
+
     def ask() -> None:
         try:
             session.head(where, timeout=SECONDS, follow_redirects=False)
             found.append("")
         except OpfaError:  # of `transfer.guarded`, about an answer
             found.append("")
+        except httpx2.TimeoutException:
+            found.append(silence)
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError) as error:
             found.append(first_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)  # an address may be searched for minutes
     thread.start()
     thread.join(SECONDS)
-    return found[0] if found else f"no answer in {SECONDS:g} s"
+    return found[0] if found else silence
