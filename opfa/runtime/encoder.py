@@ -19,7 +19,7 @@ from opfa.models import trained
 from opfa.models.configs import checked_directory
 from opfa.runtime import mapped
 from opfa.runtime.build import why_not
-from opfa.runtime.families import FAMILIES, Build, build
+from opfa.runtime.families import Build, build
 from opfa.runtime.layers import Layers, ModelLayers
 from opfa.runtime.library import DTYPES, level
 from opfa.runtime.packing import MOST_DENSITY
@@ -61,9 +61,9 @@ class KernelEncoder:
             raise RunError("input_ids: must be a tensor [batch, tokens]")
         lengths, rows = _real_tokens(input_ids, attention_mask)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        if self.built.most_tokens is not None and max(lengths, default=0) > self.built.most_tokens:
-            most = self.built.most_tokens
-            raise RunError(f"input_ids: {max(lengths)} tokens; the model has {most} positions")
+        longest, most = int(lengths.max(initial=0)), self.built.most_tokens
+        if most is not None and longest > most:
+            raise RunError(f"input_ids: {longest} tokens; the model has {most} positions")
         ids = self._ids(input_ids.numpy(), token_type_ids, position_ids, rows)
         shape = (*input_ids.shape, self.built.channels)
         hidden = torch.empty(shape) if len(rows) == input_ids.numel() else torch.zeros(shape)
@@ -135,13 +135,11 @@ def speed_up(model: PreTrainedModel) -> str:
     """Put a model's encoder into the kernels if that is faster, in place; says where it runs.
 
     A model whose layers are in 8 bits computes so there too. Nothing is changed where the kernels
-    can't run, for another family, and if more than half of the weights live.
+    can't run, for a model that they don't know, and if more than half of the weights live.
     """
     if why := why_not():
         return f"torch ({why})"
     encoder = encoder_of(model)
-    if encoder.config.model_type not in FAMILIES:
-        return f"torch (the runtime has no {encoder.config.model_type})"
     layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
     num_live = sum(int(layer.weight.count_nonzero()) for layer in layers)
     density = num_live / max(1, sum(layer.weight.numel() for layer in layers))
@@ -149,7 +147,10 @@ def speed_up(model: PreTrainedModel) -> str:
         return f"torch ({density:.0%} of the weights live; at most {MOST_DENSITY:.0%} gain)"
     threads = num_threads(None)
     dtype = "int8" if quant.quant_layers(encoder) else "fp32"
-    with_kernels(model, threads, dtype)
+    try:
+        with_kernels(model, threads, dtype)
+    except ModelError as error:  # of its family, activation or heads; before anything is changed
+        return f"torch ({error})"
     return f"opfa's kernels ({dtype}, {level()}, {threads} threads)"
 
 

@@ -184,7 +184,10 @@ class Runner:
         """
         num_tokens = int(starts[-1])
         size = library().opfa_workspace(ctypes.byref(self._program), num_tokens)
-        workspace = self._workspaces.pop() if self._workspaces else np.empty(0, np.float32)
+        try:  # another thread may take the last one between a look and a pop
+            workspace = self._workspaces.pop()
+        except IndexError:
+            workspace = np.empty(0, np.float32)
         if len(workspace) < size + ALIGNMENT:
             workspace = np.empty(size + ALIGNMENT, np.float32)
         start = -workspace.ctypes.data // 4 % ALIGNMENT

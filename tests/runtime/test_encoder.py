@@ -127,6 +127,46 @@ def test_threads_and_callers_give_the_same_bits() -> None:
     assert found == [True] * 40
 
 
+class Raced(list[Any]):
+    """Says that it has items after another thread took the last one."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def test_a_workspace_that_another_caller_took_is_made_anew() -> None:
+    found = with_kernels(sparse(AutoModel, CONFIGS["bert"]), 1)
+    inputs = batch([40, 12], 0)
+    expected = found(**inputs)[0]
+    vars(found)["runner"]._workspaces = Raced()
+    assert torch.equal(found(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        (AlbertConfig(vocab_size=ENTRIES, hidden_size=32, num_attention_heads=2), "model_type"),
+        (BertConfig(vocab_size=ENTRIES, num_hidden_layers=1, hidden_act="mish"), "activation 'mi"),
+        (BertConfig(vocab_size=ENTRIES, num_hidden_layers=1, num_attention_heads=2), "768 chann"),
+    ],
+)
+def test_what_the_kernels_do_not_know_stays_in_torch(config: Any, where: str) -> None:
+    model = sparse(AutoModel, config)
+    inputs = batch([9, 4], 0)
+    expected = model(**inputs)[0]
+    assert runtime.speed_up(model).startswith(f"torch ({where}")
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+def test_sparse_encoders_are_sped_up_and_dense_ones_stay_in_torch() -> None:
+    model = sparse(AutoModel, CONFIGS["bert"])
+    assert runtime.speed_up(model).startswith("opfa's kernels (fp32, ")
+    dense = sparse(AutoModel, CONFIGS["bert"], 0.0)
+    assert runtime.speed_up(dense) == "torch (100% of the weights live; at most 50% gain)"
+    quantized = in_8_bits(sparse(AutoModel, CONFIGS["bert"]))
+    assert runtime.speed_up(quantized).startswith("opfa's kernels (int8, ")
+
+
 def test_hidden_states_of_padding_are_zero_and_rows_of_padding_alone_too() -> None:
     found = with_kernels(sparse(AutoModel, CONFIGS["bert"]), 1)
     inputs = batch([3, 9], 0)
