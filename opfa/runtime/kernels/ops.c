@@ -10,15 +10,21 @@
 #define PANEL OPFA_PANEL
 
 typedef struct {
-  float *data;
-  int channels, width;
+  float *data; /* [channels][width] */
+  int width;
 } tile_of;
 
 INLINE tile_of at(const opfa_work *w, int buffer, int tile) {
   const opfa_buffer *b = w->program->buffers + buffer;
   const int left = w->padded - tile * TILE;
   float *data = w->call->workspace + b->offset * w->padded + (size_t)tile * TILE * b->channels;
-  return (tile_of){data, b->channels, left < TILE ? left : TILE};
+  return (tile_of){data, left < TILE ? left : TILE};
+}
+
+/* The same, from the first token of an item that is a group of tokens. */
+INLINE tile_of group_at(const opfa_work *w, int buffer, int64_t item) {
+  const tile_of whole = at(w, buffer, (int)(item * GROUP / TILE));
+  return (tile_of){whole.data + item * GROUP % TILE, whole.width};
 }
 
 static void narrow(const opfa_work *w, const opfa_step *s, int64_t item) {
@@ -42,7 +48,9 @@ static void multiply(const opfa_matrix *m, int block, int rows, int width, const
   case (D) * 256 + (W): sparse(D, W, m, block, (const char *)x, y); return;
   switch (m->block ? m->dtype * 256 + width : 0) {
     SPARSE(OPFA_FP32, 16)
-    SPARSE(OPFA_FP32, 32) SPARSE(OPFA_FP32, 48) SPARSE(OPFA_FP32, 64)
+    SPARSE(OPFA_FP32, 32)
+    SPARSE(OPFA_FP32, 48)
+    SPARSE(OPFA_FP32, 64)
 #ifndef __AMX_TILE__
         SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
 #endif
@@ -70,8 +78,7 @@ static void activate(int activation, int64_t size, float *y) {
 /* out = activation(matrix * in + bias + residual), or the narrow form of that. */
 static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
   const opfa_matrix *m = s->matrix;
-  const int height = m->block ? m->block : OPFA_DENSE_BLOCK;
-  const int blocks = (m->rows + height - 1) / height;
+  const int height = opfa_height(m), blocks = opfa_blocks(m);
   /* Tile by tile, so that a thread keeps its tokens. */
   const int tile = (int)(item / blocks), block = (int)(item % blocks), row = block * height;
   const int rows = m->rows - row < height ? m->rows - row : height;
@@ -106,29 +113,26 @@ static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
 
 /* out = (in - mean) / sqrt(variance + epsilon) * weight + bias over channels; 16 tokens an item. */
 static void norm(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const tile_of in = at(w, s->in, (int)(item * GROUP / TILE)),
-                out = at(w, s->out, (int)(item * GROUP / TILE));
-  const int lane = (int)(item * GROUP % TILE), width = in.width;
-  for (int i = lane; i < lane + GROUP; i += LANES) {
+  const tile_of in = group_at(w, s->in, item), out = group_at(w, s->out, item);
+  for (int i = 0; i < GROUP; i += LANES) {
     vec sum = {0}, squares = {0};
-    for (int c = 0; c < s->channels; c++) sum += load(in.data + (size_t)c * width + i);
+    for (int c = 0; c < s->channels; c++) sum += load(in.data + (size_t)c * in.width + i);
     const vec mean = sum / (float)s->channels;
     for (int c = 0; c < s->channels; c++) {
-      const vec d = load(in.data + (size_t)c * width + i) - mean;
+      const vec d = load(in.data + (size_t)c * in.width + i) - mean;
       squares += d * d;
     }
     const vec scale = 1.0f / root(squares / (float)s->channels + s->epsilon);
     for (int c = 0; c < s->channels; c++) {
-      const vec d = (load(in.data + (size_t)c * width + i) - mean) * (scale * s->weight[c]);
-      store(out.data + (size_t)c * width + i, d + (s->bias ? s->bias[c] : 0.0f));
+      const vec d = (load(in.data + (size_t)c * in.width + i) - mean) * (scale * s->weight[c]);
+      store(out.data + (size_t)c * out.width + i, d + (s->bias ? s->bias[c] : 0.0f));
     }
   }
 }
 
 /* Sums of up to three rows of channels for GROUP tokens, brought to [channel][token]. */
-static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int channels, tile_of out,
-                   int lane) {
-  float *y = out.data + lane;
+static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int channels, tile_of out) {
+  float *y = out.data;
   for (int t = 0; t < GROUP; t += LANES, y += LANES) {
     int c = 0;
     for (; c + LANES <= channels; c += LANES) {
@@ -149,8 +153,7 @@ static void gather(const float *const (*rows)[OPFA_TABLES], int tables, int chan
   }
 }
 
-/* Embeddings, or the rows of the caller's input. Tokens that only fill the group repeat the last.
- */
+/* Embeddings, or rows of the caller's input. Tokens that only fill the group repeat the last. */
 static void enter(const opfa_work *w, const opfa_step *s, int64_t item) {
   const opfa_call *call = w->call;
   const float *rows[GROUP][OPFA_TABLES];
@@ -166,15 +169,14 @@ static void enter(const opfa_work *w, const opfa_step *s, int64_t item) {
       for (int i = 0; i < OPFA_TABLES && s->tables[i]; i++)
         rows[t][tables++] = s->tables[i] + (int64_t)call->ids[i][token] * s->channels;
   }
-  gather(rows, tables, s->channels, at(w, s->out, (int)(item * GROUP / TILE)),
-         (int)(item * GROUP % TILE));
+  gather(rows, tables, s->channels, group_at(w, s->out, item));
 }
 
 /* [channel][token] to the rows of the caller's output. */
 static void leave(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const tile_of in = at(w, s->in, (int)(item * GROUP / TILE));
+  const tile_of in = group_at(w, s->in, item);
   for (int t = 0; t < GROUP; t += LANES) {
-    const float *x = in.data + item * GROUP % TILE + t;
+    const float *x = in.data + t;
     float *rows[LANES];
     int tokens = 0;
     for (int64_t token = item * GROUP + t; tokens < LANES && token < w->call->tokens;
@@ -277,13 +279,12 @@ static void rotary(const opfa_work *w, const opfa_step *s, int64_t item) {
 
 /* out = activation(in from first[0]) * (in from first[1]). */
 static void gate(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const int tile = (int)(item * GROUP / TILE), lane = (int)(item * GROUP % TILE);
-  const tile_of in = at(w, s->in, tile), out = at(w, s->out, tile);
+  const tile_of in = group_at(w, s->in, item), out = group_at(w, s->out, item);
   for (int c = 0; c < s->channels; c++) {
-    const float *x = in.data + (size_t)(s->first[0] + c) * in.width + lane;
-    const float *z = in.data + (size_t)(s->first[1] + c) * in.width + lane;
+    const float *x = in.data + (size_t)(s->first[0] + c) * in.width;
+    const float *z = in.data + (size_t)(s->first[1] + c) * in.width;
     for (int i = 0; i < GROUP; i += LANES)
-      store(out.data + (size_t)c * out.width + lane + i,
+      store(out.data + (size_t)c * out.width + i,
             activated(s->activation, load(x + i)) * load(z + i));
   }
 }

@@ -6,9 +6,10 @@
 #define OPFA_DENSE_BLOCK 48 /* rows of a dense matrix that are one item of work */
 #define OPFA_PARTS 4        /* items of a tile that is made narrow */
 #define OPFA_MOST_HEAD 256  /* channels of a head */
+
 typedef struct {
   int32_t sequence, tile, lane, count;
-} opfa_queries; /* queries of one sequence in one tile */
+} opfa_queries; /* of one sequence in one tile */
 
 typedef struct {
   const opfa_program *program;
@@ -23,6 +24,14 @@ typedef struct {
   void (*work[OPFA_KINDS])(const opfa_work *, const opfa_step *, int64_t item);
   double (*peak)(void);
 } opfa_ops;
+
+/* Rows of a matrix that are one item of work, and how many such blocks it has. */
+static inline int32_t opfa_height(const opfa_matrix *m) {
+  return m->block ? m->block : OPFA_DENSE_BLOCK;
+}
+static inline int32_t opfa_blocks(const opfa_matrix *m) {
+  return (m->rows + opfa_height(m) - 1) / opfa_height(m);
+}
 
 double opfa_now(void);
 #endif

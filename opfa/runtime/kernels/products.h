@@ -5,11 +5,11 @@
 
 /* How many tokens a product holds in registers: sparse, and dense with ROWS rows. */
 #if VB == 64
-enum { MOST = 64, WIDE = 64, ROWS = 6, CHAINED = 4 };
+enum { MOST = 64, WIDE = 64, ROWS = 6 };
 #elif VB == 32 || defined(__aarch64__)
-enum { MOST = 64, WIDE = 16, ROWS = 6, CHAINED = 4 };
+enum { MOST = 64, WIDE = 16, ROWS = 6 };
 #else
-enum { MOST = 32, WIDE = 16, ROWS = 3, CHAINED = 4 };
+enum { MOST = 32, WIDE = 16, ROWS = 3 };
 #endif
 
 /* Bytes of a token's channel as input of a bf16 and of an int8 matrix. Where the CPU has no
@@ -84,7 +84,7 @@ static void product(int64_t rows, int lanes, int64_t k_end, const float *a, int6
  * must wait for the one before. */
 INLINE void visit_fp32(int lanes, int width, const uint8_t *indices, const float *values, int count,
                        const float *x, float *y) {
-  const int vectors = lanes / LANES, chains = vectors < 2 ? 4 : vectors < CHAINED ? 2 : 1;
+  const int vectors = lanes / LANES, chains = vectors < 2 ? 4 : vectors < 4 ? 2 : 1;
   vec sums[2 * MOST / LANES];
   UNROLL for (int i = 0; i < chains * vectors; i++) sums[i] =
       i < vectors ? load(y + i * LANES) : all(0);
@@ -217,45 +217,31 @@ INLINE void sparse(int dtype, int width, const opfa_matrix *m, int block, const 
 }
 
 #ifdef __AMX_TILE__
-enum {
-  SIDE = 16,
-  ROW = 64,
-  CHUNK = 64
-}; /* rows and bytes of a tile; tiles whose tokens fit into L1 */
+enum { SIDE = 16, ROW = 64 }; /* rows and bytes of a tile */
 
-/* y += a group of 16 rows times a chunk of a tile's tokens, by AMX: the weights of 16 rows and 64
- * bytes of columns are spread by their masks (vpexpandw, vpexpandb) some tiles ahead of the product
- * that reads them. Gives the first weight that is not read. After SparAMX (AbouElhamayed, 2025). */
-INLINE const char *amx(int dtype, int width, int tiles, const void *masks, const char *values,
-                       const char *x, char *y) {
+/* y += a group of 16 rows times a tile's tokens, by AMX: the weights of 16 rows and 64 bytes of
+ * columns are spread by their masks (vpexpandw, vpexpandb) some tiles ahead of the product that
+ * reads them. After SparAMX (AbouElhamayed et al., 2025). */
+INLINE void amx(int dtype, int width, int tiles, const void *masks, const char *values,
+                const char *x, char *y) {
   enum { AHEAD = 2, SLOTS = 4 };
   char weights[SLOTS][SIDE][ROW] __attribute__((aligned(64)));
   const uint32_t *masks32 = masks;
   const uint64_t *masks64 = masks;
   const size_t stride = (size_t)width * 4; /* bytes of a row, of x as of y */
-#define EACH(DO)                        \
-  DO(0, 5) if (width > 16) { DO(1, 6) } \
-  if (width > 32) {                     \
-    DO(2, 5)                            \
-  }                                     \
-  if (width > 48) {                     \
-    DO(3, 6)                            \
-  }
-#define LOAD(T, B) _tile_loadd(T, y + (T) * ROW, stride);
-#define STORE(T, B) _tile_stored(T, y + (T) * ROW, stride);
-#define TIMES(T, B)                      \
-  _tile_loadd(B, x + (T) * ROW, stride); \
+#define EACH(DO) DO(0) DO(1) if (width > 32){DO(2) DO(3)}
+#define LOAD(T) _tile_loadd(T, y + (T) * ROW, stride);
+#define STORE(T) _tile_stored(T, y + (T) * ROW, stride);
+#define TIMES(T)                         \
+  _tile_loadd(5, x + (T) * ROW, stride); \
   if (dtype == OPFA_BF16)                \
-    _tile_dpbf16ps(T, 4, B);             \
+    _tile_dpbf16ps(T, 4, 5);             \
   else                                   \
-    _tile_dpbsud(T, 4, B);
+    _tile_dpbsud(T, 4, 5);
   EACH(LOAD)
   for (int t = -AHEAD; t < tiles; t++) {
     if (t + AHEAD < tiles) {
       char (*to)[ROW] = weights[(t + AHEAD) % SLOTS];
-      for (int l = 0; l < 3; l++) _mm_prefetch(values + 2048 + 64 * l, _MM_HINT_T0);
-      _mm_prefetch((dtype == OPFA_BF16 ? (const char *)masks32 : (const char *)masks64) + 2048,
-                   _MM_HINT_T0);
       UNROLL for (int r = 0; r < SIDE; r++) {
         const __m512i some = _mm512_loadu_si512(values);
         if (dtype == OPFA_BF16) {
@@ -277,7 +263,6 @@ INLINE const char *amx(int dtype, int width, int tiles, const void *masks, const
 #undef LOAD
 #undef STORE
 #undef TIMES
-  return values;
 }
 
 /* A block of rows; y has room for a whole number of groups. */
@@ -286,29 +271,21 @@ static void masked(const opfa_matrix *m, int block, int rows, int width, const c
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
-  } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16}};
-  const int is_bf16 = m->dtype == OPFA_BF16, columns = is_bf16 ? 32 : 64;
-  const int tiles = (m->columns + columns - 1) / columns, groups = (rows + SIDE - 1) / SIDE;
-  const char *values[256 / SIDE], *masks[256 / SIDE];
-  for (int g = 0; g < groups; g++) {
-    const int group = block * m->block / SIDE + g;
-    values[g] = (const char *)m->values + (size_t)m->entries[group] * (is_bf16 ? 2 : 1);
-    masks[g] = (const char *)m->masks + (size_t)group * tiles * SIDE * columns / 8;
-  }
+  } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16}};
+  const int weight = m->dtype == OPFA_BF16 ? 2 : 1, columns = ROW / weight; /* bytes; of a tile */
+  const int tiles = (m->columns + columns - 1) / columns;
   _tile_loadconfig(&shape);
-  for (int t = 0; t < tiles; t += CHUNK) {
-    const int some = tiles - t < CHUNK ? tiles - t : CHUNK;
-    const char *tokens = x + (size_t)t * SIDE * width * 4;
-    for (int g = 0; g < groups; g++) {
-      const char *from = masks[g] + (size_t)t * SIDE * columns / 8;
-      char *to = (char *)(y + g * SIDE * width);
+  for (int r = 0; r < rows; r += SIDE) {
+    const int group = (block * m->block + r) / SIDE;
+    const char *masks = (const char *)m->masks + (size_t)group * tiles * SIDE * columns / 8;
+    const char *values = (const char *)m->values + (size_t)m->entries[group] * weight;
+    char *to = (char *)(y + r * width);
 #define CASE_OF(D, W) \
-  case (D) * 256 + (W): values[g] = amx(D, W, some, from, values[g], tokens, to); break;
-      switch (m->dtype * 256 + width) {
-        CASE_OF(OPFA_BF16, 32) CASE_OF(OPFA_BF16, 64) CASE_OF(OPFA_INT8, 32) CASE_OF(OPFA_INT8, 64)
-      }
-#undef CASE_OF
+  case (D) * 256 + (W): amx(D, W, tiles, masks, values, x, to); break;
+    switch (m->dtype * 256 + width) {
+      CASE_OF(OPFA_BF16, 32) CASE_OF(OPFA_BF16, 64) CASE_OF(OPFA_INT8, 32) CASE_OF(OPFA_INT8, 64)
     }
+#undef CASE_OF
   }
   _tile_release();
 }

@@ -280,10 +280,7 @@ int64_t opfa_workspace(const opfa_program *program, int32_t tokens) {
 
 static int64_t num_items(const opfa_work *w, const opfa_step *s) {
   switch (s->kind) {
-    case OPFA_LINEAR: {
-      const int height = s->matrix->block ? s->matrix->block : OPFA_DENSE_BLOCK;
-      return (int64_t)((s->matrix->rows + height - 1) / height) * w->tiles;
-    }
+    case OPFA_LINEAR: return (int64_t)opfa_blocks(s->matrix) * w->tiles;
     case OPFA_ATTENTION: return (int64_t)w->num_queries * s->heads;
     case OPFA_NARROW: return (int64_t)w->tiles * OPFA_PARTS;
     case OPFA_ROTARY: return (int64_t)w->tiles * s->heads;
