@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from opfa import runtime
-from opfa.bench.worker import Engine
+from opfa.bench.worker import Engine, timed
 from opfa.models import trained
 from opfa.releases.rounding import DTYPES
 from opfa.runtime.library import KINDS, library
@@ -63,8 +63,8 @@ class Ours(Torch):
     def bytes_a_weight(self) -> float:
         """Packed bytes of the layers in the kernels for each live weight."""
         matrices = self._built.matrices.values()
-        arrays = [array for matrix in matrices for array in matrix.arrays.values()]
-        return sum(array.nbytes for array in arrays) / sum(matrix.num_live for matrix in matrices)
+        num_bytes = sum(matrix.num_bytes for matrix in matrices)
+        return num_bytes / sum(matrix.num_live for matrix in matrices)
 
     def sparsity(self) -> float:
         """Of the layers in the kernels."""
@@ -89,12 +89,7 @@ class Ours(Torch):
         starts, rows = np.array([0, tokens], np.int32), np.arange(tokens, dtype=np.int32)
         ids = [np.zeros(tokens, np.int32) for _ in self._built.table_sizes]
         target = np.empty((tokens, self._built.channels), np.float32)
-        found = []
-        for _ in range(calls + 1):
-            start = time.perf_counter()
-            runner.run(starts, ids, rows=rows, target=target)
-            found.append(time.perf_counter() - start)
-        return found[1:]
+        return timed(lambda: runner.run(starts, ids, rows=rows, target=target), calls)
 
     @functools.cache  # noqa: B019 - a process has one
     def _runners(self) -> dict[str, Runner]:

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,7 @@ class Engine:
     def call(self, lengths: list[int], calls: int, model: str = "") -> list[float]:
         """Seconds of so many calls, after one that isn't counted."""
         ids, mask = self.batch(lengths)
-        found = []
-        for _ in range(calls + 1):
-            start = time.perf_counter()
-            self.run(self.models[model], ids, mask)
-            found.append(time.perf_counter() - start)
-        return found[1:]
+        return timed(lambda: self.run(self.models[model], ids, mask), calls)
 
     def loading(self) -> dict[str, float]:
         """Seconds that loading took; bytes resident now, and of it since the models were loaded."""
@@ -124,6 +120,16 @@ class DeepSparse(Engine):
         """All outputs."""
         inputs = by_name(model.input_names, ids, mask)
         return model.run(list(inputs.values()), val_inp=False)
+
+
+def timed(do: Callable[[], object], calls: int) -> list[float]:
+    """Seconds of so many calls, after one that isn't counted."""
+    found = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        do()
+        found.append(time.perf_counter() - start)
+    return found[1:]
 
 
 def by_name(names: list[str], ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -91,15 +91,13 @@ class Predictor:
         self._classes = _classes(self.task, config, beside)
         self._batch, self._device = options.batch, torch.device("cpu")
         self._model: nn.Module
-        self.runs_in = "ONNX Runtime"
         if is_onnx:
             self._model = _onnx(Path(name), self.task, self._tokenizer, self._classes)
+            self.runs_in = "ONNX Runtime"
         else:
-            model, self._device = load_ready(self.task, name, self._classes)
-            self.runs_in = str(self._device)
-            if self._device.type == "cpu":
-                self.runs_in = runtime.speed_up(model)
-            self._model = model
+            self._model, self._device = load_ready(self.task, name, self._classes)
+            is_cpu = self._device.type == "cpu"
+            self.runs_in = runtime.speed_up(self._model) if is_cpu else str(self._device)
 
     def answers(
         self, source: str, rows: Numbered, advance: Callable[[float], object]

@@ -8,7 +8,6 @@ its directories can also ask for, such as a dense layer or a prompt, is refused 
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +103,10 @@ def files_of(name: str, config: PretrainedConfig) -> dict[str, bytes]:
     except ModelError as error:
         log.warning("%s; so the new model has no files of sentence-transformers", error)
         return {}
-    directory = checked_directory("model", name)
+    return _read_files(checked_directory("model", name))
+
+
+def _read_files(directory: Path) -> dict[str, bytes]:
     found = {each: directory / each for each in FILES}
     return {each: path.read_bytes() for each, path in found.items() if path.is_file()}
 
@@ -172,10 +174,7 @@ def write_pooling(pooling: Pooling, directory: Path, *, hidden: int, tokens: int
 
 def copy_files(source: Path, directory: Path) -> None:
     """Copy those files of a directory that are there."""
-    for name in FILES:
-        if (source / name).is_file():
-            (directory / name).parent.mkdir(exist_ok=True)
-            shutil.copy(source / name, directory / name)
+    write_files(_read_files(source), directory)
 
 
 def _write(path: Path, values: Any) -> None:  # Any: what JSON can hold

@@ -106,11 +106,8 @@ def _activation(name: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PostNorm:
-    """Layers that normalize after each residual: their sizes, and the paths of their modules."""
+    """Layers that normalize after each residual: what families call by names of their own."""
 
-    hidden: int
-    heads: int
-    layers: int
     intermediate: int
     activation: object
     tables: Sequence[str]
@@ -118,20 +115,20 @@ class PostNorm:
     names: Mapping[str, str]
 
 
-def _post_norm(build: Build, sizes: PostNorm) -> None:
-    hidden, heads, program = sizes.hidden, sizes.heads, build.program
+def _post_norm(build: Build, config: Any, own: PostNorm) -> None:  # Any: of the family
+    hidden, heads, program = config.hidden_size, config.num_attention_heads, build.program
     x, sums = program.buffer(hidden), program.buffer(hidden)
     qkv, attended = program.buffer(3 * hidden), program.buffer(hidden)
-    middle = program.buffer(sizes.intermediate)
-    build.embed(sizes.tables, x)
+    middle = program.buffer(own.intermediate)
+    build.embed(own.tables, x)
     build.norm("embeddings.LayerNorm", x, x)
-    for number in range(sizes.layers):
-        path = {key: f"{sizes.stack}.{number}.{name}" for key, name in sizes.names.items()}
+    for number in range(config.num_hidden_layers):
+        path = {key: f"{own.stack}.{number}.{name}" for key, name in own.names.items()}
         build.linear([path["query"], path["key"], path["value"]], x, qkv)
         program.attention(qkv, attended, hidden, heads)
         build.linear([path["out"]], attended, sums, residual=x)
         build.norm(path["norm"], sums, x)
-        activation = _activation(sizes.activation)
+        activation = _activation(own.activation)
         build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
         build.linear([path["down"]], middle, sums, residual=x)
         build.norm(path["last"], sums, x)
@@ -143,17 +140,14 @@ def _bert(build: Build, config: Any) -> None:  # Any: the family's configuration
     names = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
     names |= {"out": "attention.output.dense", "norm": "attention.output.LayerNorm"}
     names |= {"up": "intermediate.dense", "down": "output.dense", "last": "output.LayerNorm"}
-    sizes = PostNorm(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        layers=config.num_hidden_layers,
+    own = PostNorm(
         intermediate=config.intermediate_size,
         activation=config.hidden_act,
         tables=[f"embeddings.{table}" for table in tables],
         stack="encoder.layer",
         names=names,
     )
-    _post_norm(build, sizes)
+    _post_norm(build, config, own)
 
 
 def _roberta(build: Build, config: Any) -> None:
@@ -165,17 +159,14 @@ def _distilbert(build: Build, config: Any) -> None:
     names = {name: f"attention.{name[0]}_lin" for name in ("query", "key", "value")}
     names |= {"out": "attention.out_lin", "norm": "sa_layer_norm"}
     names |= {"up": "ffn.lin1", "down": "ffn.lin2", "last": "output_layer_norm"}
-    sizes = PostNorm(
-        hidden=config.dim,
-        heads=config.n_heads,
-        layers=config.n_layers,
+    own = PostNorm(
         intermediate=config.hidden_dim,
         activation=config.activation,
         tables=["embeddings.word_embeddings", "embeddings.position_embeddings"],
         stack="transformer.layer",
         names=names,
     )
-    _post_norm(build, sizes)
+    _post_norm(build, config, own)
 
 
 def _modernbert(build: Build, config: Any) -> None:

@@ -12,7 +12,7 @@ from opfa.errors import RunError
 from opfa.runtime.build import loaded
 
 ABI = 3
-TILE, GROUP, PANEL, TABLES = 64, 16, 6, 3  # as in kernels/opfa_runtime.h
+GROUP, PANEL, TABLES = 16, 6, 3  # as in kernels/opfa_runtime.h
 MOST_HEAD = 256  # channels of a head, as in kernels/ops.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")

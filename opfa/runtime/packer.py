@@ -95,16 +95,16 @@ def _result(
 ) -> PackResult:
     matrices = [linear.matrix for linear in layers]
     live = sum(matrix.num_live for matrix in matrices)
-    arrays = [array for matrix in matrices for array in matrix.arrays.values()]
+    matrix_bytes = sum(matrix.num_bytes for matrix in matrices)
     num_sparse = sum(matrix.block > 0 for matrix in matrices)
     return PackResult(
         directory=output,
         family=family,
         dtype=dtype,
         bytes=num_bytes,
-        matrix_bytes=sum(array.nbytes for array in arrays),
+        matrix_bytes=matrix_bytes,
         live=live,
-        bytes_a_weight=sum(array.nbytes for array in arrays) / max(live, 1),
+        bytes_a_weight=matrix_bytes / max(live, 1),
         sparse=num_sparse,
         dense=len(matrices) - num_sparse,
     )

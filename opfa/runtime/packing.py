@@ -1,8 +1,9 @@
 """Matrices in the form that the kernels read: live weights by blocks of rows and tiles of columns.
 
 In a block and tile each row that lives has one visit: its number in the block and how many weights
-live there, by falling count, so that a loop's length seldom changes. A matrix with too few zeros to
-gain stays dense, in panels of six rows.
+live there, by falling count, so that a loop's length seldom changes. For AMX a matrix in bf16 or
+int8 is masks of rows and live weights instead. A matrix in fp32 with too few zeros to gain stays
+dense, in panels of six rows.
 """
 
 import ctypes
@@ -44,18 +45,30 @@ class Packed:
         """The share of weights that live."""
         return self.num_live / (self.rows * self.columns)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the arrays take."""
+        return sum(array.nbytes for array in self.arrays.values())
 
-def pack(weight: NDArray, *, most_density: float = MOST_DENSITY) -> Packed:
+    def as_struct(self, **vectors: int | None) -> Matrix:
+        """What the kernels read; it points to the arrays, and to vectors of rows beside them."""
+        assert all(array.flags.c_contiguous for array in self.arrays.values()), "kernels read rows"
+        names = ("rows", "columns", "block", "tile", "dtype")
+        arrays = {name: array.ctypes.data for name, array in self.arrays.items()}
+        return Matrix(**{name: getattr(self, name) for name in names}, **arrays, **vectors)
+
+
+def pack(weight: NDArray) -> Packed:
     """A weight [out, in] with its zeros left out, as fp32, bf16 (bits as uint16) or int8.
 
-    In fp32 it is packed dense if more than `most_density` of it live. On a CPU with AMX, bf16 and
+    In fp32 it is packed dense if more than `MOST_DENSITY` of it lives. On a CPU with AMX, bf16 and
     int8 are packed by masks.
     """
     dtype = VALUES[weight.dtype.name]
     num_live = int(np.count_nonzero(weight != 0))
     sizes = {"rows": weight.shape[0], "columns": weight.shape[1], "num_live": num_live}
     sizes["dtype"] = DTYPES.index(dtype)
-    if dtype == "fp32" and num_live > most_density * weight.size:
+    if dtype == "fp32" and num_live > MOST_DENSITY * weight.size:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
     if dtype != "fp32" and level() == "amx":
         return Packed(**sizes, block=BLOCK, tile=ROW // weight.itemsize, arrays=_masks(weight))
@@ -161,10 +174,7 @@ def check(matrix: Packed) -> None:
             what = f"{np.dtype(dtype)} {shape}"
             raise ValueError(f"{name}: is {found.dtype} {list(found.shape)}, not {what}")
     if matrix.block:
-        names = ("rows", "columns", "block", "tile", "dtype")
-        sizes = {name: getattr(matrix, name) for name in names}
-        struct = Matrix(**sizes, **{name: a.ctypes.data for name, a in matrix.arrays.items()})
-        visits = len(matrix.arrays.get("visits", ()))
+        struct, visits = matrix.as_struct(), len(matrix.arrays.get("visits", ()))
         if wrong := library().opfa_check(ctypes.byref(struct), visits, matrix.num_live):
             raise ValueError(f"{WRONG[wrong]}: can't be right")
 

@@ -71,9 +71,8 @@ class Program:
             "norm", source=source, target=target, channels=len(weight), epsilon=epsilon, **values
         )
 
-    def narrow(self, source: int, target: int, channels: int, form: "Form") -> None:
+    def narrow(self, source: int, target: int, channels: int, form: Form) -> None:
         """target = source as the input of bf16 or int8 matrices."""
-        self.group = NARROW_GROUP
         self._add("narrow", source=source, target=target, channels=channels, **form.fields())
 
     def linear(
@@ -87,7 +86,7 @@ class Program:
         first: int = 0,
         activation: str = "none",
         residual: int = -1,
-        form: "Form | None" = None,
+        form: Form | None = None,
     ) -> None:
         """target = activation(matrix @ source + bias + residual), from its channel `first`.
 
@@ -96,12 +95,8 @@ class Program:
         """
         if matrix.dtype:
             self.group = NARROW_GROUP
-        arrays = {name: self._pointer(array) for name, array in matrix.arrays.items()}
-        names = ("rows", "columns", "block", "tile", "dtype")
-        sizes = {name: getattr(matrix, name) for name in names}
-        vectors = {"bias": self._pointer(bias), "scales": self._pointer(scales)}
-        struct = native.Matrix(**sizes, **arrays, **vectors)
-        self._kept.append(struct)
+        struct = matrix.as_struct(bias=self._pointer(bias), scales=self._pointer(scales))
+        self._kept += [matrix, struct]
         self._add(
             "linear",
             source=source,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opfa.errors import RunError
+from opfa.runtime.layers import array_of
 from opfa.runtime.packing import MOST_DENSITY, Packed, pack
 from opfa.runtime.program import Program, Runner
 from opfa.runtime.threads import Pool, num_threads
@@ -26,12 +27,11 @@ class KernelLinear(nn.Module):
         """Pack a layer's weights."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.matrix: Packed = pack(layer.weight.detach().float().numpy())
-        bias = None if layer.bias is None else layer.bias.detach().float().numpy()
+        self.matrix: Packed = pack(array_of(layer.weight))
         program = Program()
         source, target = program.buffer(self.in_features), program.buffer(self.out_features)
         program.load(source, self.in_features)
-        program.linear(self.matrix, bias, source, target)
+        program.linear(self.matrix, array_of(layer.bias), source, target)
         program.store(target, self.out_features)
         self._runner = Runner(program, pool)
 

@@ -17,20 +17,12 @@ from opfa.compression import quant
 from opfa.sparsity.layers import mask_layers
 
 ENTRIES = 200
+SIZES: dict[str, Any] = {"vocab_size": ENTRIES, "hidden_size": 96, "num_attention_heads": 4}
 CONFIGS: dict[str, Any] = {  # Any: their configurations share no fields
-    "bert": BertConfig(
-        vocab_size=ENTRIES,
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=200,
-        hidden_act="gelu_new",
-    ),
+    "bert": BertConfig(**SIZES, num_hidden_layers=2, intermediate_size=200, hidden_act="gelu_new"),
     "roberta": RobertaConfig(
-        vocab_size=ENTRIES,
-        hidden_size=96,
+        **{**SIZES, "num_attention_heads": 6},
         num_hidden_layers=2,
-        num_attention_heads=6,
         intermediate_size=256,
         hidden_act="relu",
     ),
@@ -38,10 +30,8 @@ CONFIGS: dict[str, Any] = {  # Any: their configurations share no fields
         vocab_size=ENTRIES, dim=72, n_layers=2, n_heads=3, hidden_dim=130
     ),
     "modernbert": ModernBertConfig(
-        vocab_size=ENTRIES,
-        hidden_size=96,
+        **SIZES,
         num_hidden_layers=4,
-        num_attention_heads=4,
         intermediate_size=160,
         local_attention=20,
         layer_types=["full_attention", *["sliding_attention"] * 2, "full_attention"],

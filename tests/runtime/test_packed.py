@@ -31,7 +31,7 @@ from opfa.errors import ModelError, OpfaError, RunError
 from opfa.models.configs import wordpiece_tokenizer
 from opfa.models.encoders import write_model
 from opfa.models.sentences import FILES, Pooling, write_pooling
-from opfa.runtime import load
+from opfa.runtime import load, packing
 from opfa.runtime.packing import BLOCK, COLUMNS, check, pack
 from opfa.storage.foreign import PACKED
 from opfa.weights import sealed
@@ -175,12 +175,13 @@ def test_a_reader_by_the_page_of_the_format_finds_every_weight(
         assert np.array_equal(others[name], expected[name])
 
 
-def test_visits_are_those_of_a_plain_sort() -> None:
+def test_visits_are_those_of_a_plain_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST_DENSITY", 1.0)
     generator = np.random.default_rng(0)
     for rows, columns, density in ((300, 401, 0.1), (1, 1, 1.0), (129, 191, 0.5), (5, 7, 0.0)):
         is_live = generator.random((rows, columns)) < density
         weight = np.where(is_live, generator.normal(size=is_live.shape), 0).astype(np.float32)
-        found = pack(weight, most_density=1.0)
+        found = pack(weight)
         row, column = np.nonzero(weight)
         block, tile = row // BLOCK, column // COLUMNS
         visit = row * columns + tile
