@@ -76,7 +76,9 @@ def pack(weight: NDArray) -> Packed:
 
 
 def for_this_cpu(matrix: Packed) -> Packed:
-    """A matrix as this CPU's kernels read it; the same one, unless another CPU's pack wrote it."""
+    """A matrix in the form that this CPU's kernels read. It is the same one, unless it was packed
+    on a CPU that reads the other form.
+    """
     is_by_masks, wants_masks = "masks" in matrix.arrays, level() == "amx"
     if not (matrix.block and matrix.dtype) or is_by_masks == wants_masks:
         return matrix
@@ -84,6 +86,7 @@ def for_this_cpu(matrix: Packed) -> Packed:
 
 
 def _by_masks(matrix: Packed) -> NDArray:
+    """The dense weight [rows, columns] of a matrix that is packed by masks."""
     masks, values = matrix.arrays["masks"], matrix.arrays["values"]
     is_live = np.unpackbits(masks, axis=-1, bitorder="little").astype(bool)
     ordered = np.zeros(is_live.shape, values.dtype)
@@ -93,6 +96,7 @@ def _by_masks(matrix: Packed) -> NDArray:
 
 
 def _by_visits(matrix: Packed) -> NDArray:
+    """The dense weight [rows, columns] of a matrix that is packed by visits."""
     arrays, tiles = matrix.arrays, -(-matrix.columns // matrix.tile)
     visits = np.diff(arrays["starts"].astype(np.int64))
     block, tile = np.divmod(np.repeat(np.arange(len(visits)), visits), tiles)

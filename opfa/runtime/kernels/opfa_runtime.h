@@ -1,6 +1,6 @@
 /* The C interface of opfa's CPU runtime: sparse encoders on real tokens only.
  *
- * Activations are channel-major. The tokens of all sequences stand behind each other, in tiles of
+ * Activations are channel-major. The tokens of all sequences follow one another, in tiles of
  * OPFA_TILE; the last tile has a multiple of 16 tokens, with bf16 and int8 of 32. A buffer of C
  * channels is [tile][C][tokens of the tile], so a vector holds the same channel of 16 tokens, and a
  * live weight is multiplied with the tokens of a tile at once.
