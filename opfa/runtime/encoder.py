@@ -137,14 +137,14 @@ def speed_up(model: PreTrainedModel) -> str:
     A model whose layers are in 8 bits computes so there too. Nothing is changed where the kernels
     can't run, for a model that they don't know, and if more than half of the weights live.
     """
-    if why := why_not():
-        return f"torch ({why})"
     encoder = encoder_of(model)
     layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
     num_live = sum(int(layer.weight.count_nonzero()) for layer in layers)
     density = num_live / max(1, sum(layer.weight.numel() for layer in layers))
     if density > MOST_DENSITY:
         return f"torch ({density:.0%} of the weights live; at most {MOST_DENSITY:.0%} gain)"
+    if why := why_not():  # only now: it may have to compile them
+        return f"torch ({why})"
     threads = num_threads(None)
     dtype = "int8" if quant.quant_layers(encoder) else "fp32"
     try:

@@ -52,7 +52,7 @@ static void multiply(const opfa_matrix *m, int block, int rows, int width, const
     SPARSE(OPFA_FP32, 48)
     SPARSE(OPFA_FP32, 64)
 #ifndef __AMX_TILE__
-        SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
+    SPARSE(OPFA_BF16, 32) SPARSE(OPFA_BF16, 64) SPARSE(OPFA_INT8, 32) SPARSE(OPFA_INT8, 64)
 #endif
   }
   const int row = block * OPFA_DENSE_BLOCK;
