@@ -58,11 +58,15 @@ def sparse(cls: Any, config: Any, sparsity: float = 0.9) -> PreTrainedModel:
     return model
 
 
-def in_8_bits(model: PreTrainedModel) -> PreTrainedModel:
-    """A model whose linear layers compute in 8 bits, with ranges that it saw."""
-    names = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear)]
-    mask_layers(model.base_model, set(names))
-    quant.prepare(model, momentum=0.5)
+def in_8_bits(
+    model: PreTrainedModel, *, only: str = "", embeddings: bool = False
+) -> PreTrainedModel:
+    """A model whose linear layers, or those whose names have `only`, compute in 8 bits, with ranges
+    that it saw; embeddings too if asked.
+    """
+    layers = model.base_model.named_modules()
+    mask_layers(model.base_model, {n for n, m in layers if isinstance(m, nn.Linear) and only in n})
+    quant.prepare(model, momentum=0.5, embeddings=embeddings)
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

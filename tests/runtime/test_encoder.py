@@ -76,6 +76,16 @@ def test_int8_is_torchs_but_for_roundings_that_fall_to_the_other_side(family: st
         assert difference(model, found, inputs) < difference(model, plain, inputs) / 4
 
 
+@pytest.mark.parametrize("options", [{"only": "1.output.dense"}, {"embeddings": True}])
+def test_a_part_in_8_bits_computes_so(options: dict[str, Any]) -> None:
+    model = in_8_bits(sparse(AutoModel, CONFIGS["bert"]), **options)
+    found = with_kernels(copy.deepcopy(model), 2, "int8")
+    plain = with_kernels(copy.deepcopy(model), 2)
+    for lengths in LENGTHS:
+        inputs = batch(lengths, 0)
+        assert difference(model, found, inputs) < difference(model, plain, inputs) / 4
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bf16_has_the_precision_of_bf16(family: str) -> None:
     model = sparse(AutoModel, CONFIGS[family])
