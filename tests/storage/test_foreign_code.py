@@ -98,6 +98,11 @@ COMMANDS = {
     "plan": "plan {upstream} --gpus 1 --memory-gb 1 --bandwidth-gbps 1 model.init={evil}",
     "bench train": "bench train {upstream} model.init={evil}",
     "push": "push {evil} someone/name",
+    "pack": "pack {evil} --output {out}",
+    "inspect --runtime": "inspect {evil} --runtime",
+    "predict": "predict {evil} {task}",
+    "prune": "prune {evil} --sparsity 0.5 --output {out}",
+    "bench inference": "bench inference {evil}",
 }
 
 
