@@ -42,7 +42,7 @@ frozen = {"modules": 0}
 settings.register_profile("many")  # random models where there are a few by default
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")  # before any other, a module's among them
 def _one_thread() -> None:
     """A child that is forked would wait for ever for the threads of its parent."""
     torch.set_num_threads(1)

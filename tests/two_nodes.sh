@@ -11,7 +11,8 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n 2,9p "$0"; exit 2; }
 what="$1" dir="$2"
 shift 2
-net() { echo "opfa-$1"; }
+run="$(echo "$dir" | cksum | cut -d' ' -f1)"  # another run of the tests, or what one left, is not in the way
+net() { echo "opfa-$1-$run"; }
 address() { if [ "$1" = a ]; then echo 10.77.0.1; else echo 10.77.0.2; fi; }
 inside() { ip netns exec "$(net "$1")" "${@:2}"; }
 
