@@ -24,11 +24,12 @@ from opfa.runtime.layers import Layers, ModelLayers
 from opfa.runtime.library import DTYPES, level
 from opfa.runtime.packing import MOST_DENSITY
 from opfa.runtime.program import Ints, Runner
-from opfa.runtime.threads import Pool, num_threads
+from opfa.runtime.threads import Pool, keep_torch_to_one, num_threads
 from opfa.storage.foreign import PACKED
 
 Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
+SMALL_HEAD = 1 << 22  # weights; torch gets one thread for it
 REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
@@ -128,6 +129,9 @@ def with_kernels(
     cls = type(encoder)
     encoder.__class__ = type(f"Kernel{cls.__name__}", (KernelEncoder, cls), {})
     vars(encoder).update(built=built, runner=Runner(built.program, Pool(threads)))
+    left = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if sum(left) <= SMALL_HEAD:
+        keep_torch_to_one(model)
     return model.eval().requires_grad_(False)
 
 

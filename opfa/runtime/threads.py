@@ -2,7 +2,11 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from opfa.errors import RunError
 from opfa.runtime.library import library
@@ -37,6 +41,34 @@ class Pool:
         """End them."""
         if getattr(self, "_process", None) == os.getpid():
             library().opfa_pool_free(self._pointer)
+
+
+class _Given(threading.local):
+    """How many threads torch had before the calls that are under way in this thread."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+
+_given = _Given()
+
+
+def keep_torch_to_one(model: nn.Module) -> None:
+    """Let torch use one thread during each call of a model whose encoder runs in the kernels.
+
+    Torch's threads spin for some milliseconds after each operation, even after a `tanh` of a
+    pooler's 768 numbers, on the cores that the next call needs.
+    """
+
+    def before(*_: object) -> None:
+        _given.numbers.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    def after(*_: object) -> None:
+        torch.set_num_threads(_given.numbers.pop())
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
 
 
 def num_threads(wanted: int | None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AlbertConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -102,6 +103,26 @@ def test_any_density_is_right(sparsity: float) -> None:
     for dtype, most in [("fp32", 1e-4), ("bf16", 0.2)]:
         found = with_kernels(copy.deepcopy(model), 1, dtype)
         assert difference(model, found, batch([70, 3], 0)) < most
+
+
+def test_torch_has_one_thread_in_a_call_and_its_own_number_after_it() -> None:
+    found = with_kernels(sparse(AutoModelForSequenceClassification, CONFIGS["bert"]), 1)
+    many = BertConfig(**{**CONFIGS["bert"].to_dict(), "vocab_size": 1 << 16})
+    large = with_kernels(sparse(AutoModelForMaskedLM, many), 1)
+    inputs, seen = batch([5], 0), list[int]()
+    torch.set_num_threads(2)
+    try:
+        for model in (found, large):
+            last = next(m for m in reversed([*model.modules()]) if type(m) is torch.nn.Linear)
+            last.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+            with torch.no_grad():
+                model(**inputs)
+            with pytest.raises(RunError, match="output_attentions"):
+                model(**inputs, output_attentions=True)
+            seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1, 2, 2, 2]
 
 
 def test_types_of_tokens_and_positions_are_heard() -> None:
