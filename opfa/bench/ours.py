@@ -85,20 +85,26 @@ class Ours(Torch):
 
     def part(self, name: str, tokens: int, calls: int) -> list[float]:
         """Seconds of the steps of one kind alone, or of all, with one sequence."""
-        runner = self._runners()[name]
+        runners = self._runners()
+        runner = runners[name]
         starts, rows = np.array([0, tokens], np.int32), np.arange(tokens, dtype=np.int32)
         ids = [np.zeros(tokens, np.int32) for _ in self._built.table_sizes]
         target = np.empty((tokens, self._built.channels), np.float32)
+        runners[STEPS].run(starts, ids, rows=rows, target=target)
         return timed(lambda: runner.run(starts, ids, rows=rows, target=target), calls)
 
     @functools.cache  # noqa: B019 - a process has one
     def _runners(self) -> dict[str, Runner]:
+        """Runners that share the workspace, so that each part finds there what a call left."""
         program = self._built.program
         steps: dict[str, list[Any]] = {LINEAR: [], ATTENTION: [], REST: [], STEPS: program.steps}
         for step in program.steps:
             steps[PARTS.get(KINDS[step.kind], REST)].append(step)
         pool = self.models[""].base_model.runner.pool
-        return {name: Runner(replace(program, steps=each), pool) for name, each in steps.items()}
+        found = {name: Runner(replace(program, steps=each), pool) for name, each in steps.items()}
+        for runner in found.values():
+            runner.workspaces = found[STEPS].workspaces
+        return found
 
     def streams(self, tokens: int, seconds: float) -> float:
         """Sequences a second, each model called by a thread of its own."""

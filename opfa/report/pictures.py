@@ -190,8 +190,9 @@ def latency_picture(
         if not is_sparsity:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=(2, 5))  # what is labelled between powers of ten
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("Zeros in the encoder's layers, %" if is_sparsity else "Tokens (log)")
         axes.set_ylabel("Milliseconds (log)")
         _tidy(axes)

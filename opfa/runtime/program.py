@@ -158,7 +158,7 @@ class Runner:
     def __init__(self, program: Program, pool: Pool) -> None:
         """Bring the steps into one piece."""
         self._kept, self.pool = program, pool
-        self._workspaces: list[Floats] = []  # new memory at each call would be brought page by page
+        self.workspaces: list[Floats] = []  # new memory at each call would be brought page by page
         steps = (native.Step * len(program.steps))(*program.steps)
         buffers = (native.Buffer * len(program.buffers))(*program.buffers)
         sizes = len(steps), len(buffers), program.group
@@ -180,7 +180,7 @@ class Runner:
         num_tokens = int(starts[-1])
         size = library().opfa_workspace(ctypes.byref(self._program), num_tokens)
         try:  # another thread may take the last one between a look and a pop
-            workspace = self._workspaces.pop()
+            workspace = self.workspaces.pop()
         except IndexError:
             workspace = np.empty(0, np.float32)
         if len(workspace) < size + ALIGNMENT:
@@ -197,4 +197,4 @@ class Runner:
         )
         if library().opfa_run(ctypes.byref(self._program), ctypes.byref(call), self.pool.pointer):
             raise RunError(f"no memory for {num_tokens:,} tokens")
-        self._workspaces.append(workspace)
+        self.workspaces.append(workspace)

@@ -4,6 +4,7 @@ OPFA_REWRITE=1 pytest tests/bench/test_bench_page.py
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from opfa.bench import steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
+from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
 from opfa.report.between import write_between
 from opfa.report.tables import Result
@@ -21,6 +23,7 @@ MEASURED = {
     "masks": MaskUpdates,
     "distillation": TeacherSteps,
     "files": Files,
+    "inference": Inference,
 }
 
 
@@ -77,3 +80,16 @@ def test_a_mask_update_is_measured_with_its_count(monkeypatch: pytest.MonkeyPatc
     found = steps.bench_masks()
     assert found.weights == 64 * 64 and [row.scope for row in found.scopes] == ["layer", "global"]
     assert all(row.is_exact for row in found.scopes)
+
+
+def test_what_the_readme_says_of_speed_is_measured() -> None:
+    measured, text = found("inference"), (ROOM.parents[1] / "README.md").read_text()
+    assert isinstance(measured, Inference)
+    ratios = measured.by_tokens.ratios
+    torch = [f"{ratios[f'ours, {dtype}']['128']:.1f}" for dtype in ("fp32", "bf16", "int8")]
+    said = re.search(r"([\d.]+) times as fast as .*bf16 ([\d.]+) and in int8 ([\d.]+) times", text)
+    assert said and torch == [*said.groups()]
+    names = ("DeepSparse, fp32", "OpenVINO, int8", "ours, int8")
+    others = [f"{measured.race.speeds[name].ratio:.1f}" for name in names]
+    said = re.search(r"DeepSparse takes ([\d.]+) .*NO takes ([\d.]+) .*our int8 ([\d.]+) ", text)
+    assert said and others == [*said.groups()]
