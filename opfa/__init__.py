@@ -25,7 +25,17 @@ from opfa.errors import DataError, DivergedError, ModelError, OpfaError, RecipeE
 from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from opfa.api.models import compare, download, export, list_models, pack, push, release, unpack
+    from opfa.api.models import (
+        compare,
+        download,
+        export,
+        list_models,
+        pack,
+        push,
+        release,
+        shrink,
+        unpack,
+    )
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
@@ -64,6 +74,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "prune": "opfa.api.prune",
     "push": "opfa.api.models",
     "release": "opfa.api.models",
+    "shrink": "opfa.api.models",
     "unpack": "opfa.api.models",
 }
 __all__ = [
@@ -99,6 +110,7 @@ __all__ = [
     "prune",
     "push",
     "release",
+    "shrink",
     "unpack",
 ]
 register_when_needed()

@@ -36,6 +36,7 @@ SLOW = [
     "training/test_launch.py",
     "upstream/test_pretrain.py",
     "inference/test_export.py",
+    "inference/test_shrink.py",
     "training/test_ranks.py",
     "integrations/test_loops.py",
     "bench/test_bench_train.py",

@@ -42,6 +42,7 @@ PUBLIC = [
     "prune",
     "push",
     "release",
+    "shrink",
     "unpack",
 ]
 

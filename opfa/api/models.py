@@ -16,6 +16,7 @@ from opfa.storage.files import check_file, check_new
 if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
     from opfa.inference.results import ExportResult
+    from opfa.inference.shrink import ShrinkResult
     from opfa.releases.results import ReleaseResult, UnpackResult
     from opfa.runtime.packer import PackResult
     from opfa.weights.comparison import Comparison
@@ -137,6 +138,29 @@ def pack(
     from opfa.runtime.packer import pack as execute
 
     return execute(str(model), Path(output), dtype)
+
+
+@progress()
+def shrink(
+    model: str | Path,
+    output: str | Path,
+    *,
+    form: Literal["even", "uneven", "onnx", "same-shape"] = "uneven",
+) -> "ShrinkResult":
+    """Remove dead heads and neurons exactly: smaller matrices that compute the same.
+
+    `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
+    name. The new directory `output` gets the model and its tokenizer, in a `form`: "uneven", where
+    each layer has its own number of heads and neurons, and which needs `import opfa` to be loaded;
+    "even", one number of neurons for all layers, which any transformers loads; "onnx"; or
+    "same-shape", where what is dead is zero throughout. What a dead unit still adds goes into the
+    next bias. Raises `ModelError` if nothing is dead, and for a head whose queries or keys alone
+    are dead.
+    """
+    check_new(Path(output))
+    from opfa.inference.shrink import shrink as execute
+
+    return execute(str(model), Path(output), form)
 
 
 @progress()

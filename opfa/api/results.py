@@ -5,6 +5,7 @@ from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneRes
 from opfa.hub.index import Released
 from opfa.hub.results import DownloadResult, PushResult
 from opfa.inference.results import ExportResult
+from opfa.inference.shrink import ShrinkResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
@@ -24,6 +25,7 @@ __all__ = [
     "ReleaseResult",
     "Released",
     "Result",
+    "ShrinkResult",
     "SweepResult",
     "UnpackResult",
 ]

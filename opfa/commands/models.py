@@ -214,6 +214,20 @@ def unpack(
     api.unpack(directory, output).show(as_json=as_json)
 
 
+@app.command(epilog="Example: opfa shrink runs/sst2 --output sst2-small")
+def shrink(
+    model: ModelName,
+    output: Output,
+    form: Annotated[
+        Literal["even", "uneven", "onnx", "same-shape"],
+        Option(help="even: any transformers loads it; uneven: smallest, for `import opfa`."),
+    ] = "uneven",
+    as_json: AsJson = False,
+) -> None:
+    """Remove dead heads and neurons exactly: smaller matrices that compute the same."""
+    api.shrink(model, output, form=form).show(as_json=as_json)
+
+
 @app.command(epilog="Example: opfa pack runs/sst2 --output sst2-packed")
 def pack(
     model: ModelName,

@@ -53,10 +53,15 @@ def load_weights(
     """
     directory = checked_directory("model", name, with_weights=True)
     with loading("model", name):
-        stored = open_source(str(directory)).tensors(lambda *_: False)  # shapes are enough
-        sizes = [tensor.numel() for _, tensor in stored]
-        with without_memory(SPARE_TENSORS + 4 * len(sizes), SPARE_WEIGHTS + 2 * sum(sizes)):
-            AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+        stored = dict(open_source(str(directory)).tensors(lambda *_: False))  # shapes are enough
+        size = sum(tensor.numel() for tensor in stored.values())
+        with without_memory(SPARE_TENSORS + 4 * len(stored), SPARE_WEIGHTS + 2 * size):
+            encoder = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+        for key, parameter in encoder.named_parameters():
+            found = stored.get(key, stored.get(f"{encoder.base_model_prefix}.{key}"))
+            if found is not None and found.shape != parameter.shape:
+                said = f"its configuration says {list(parameter.shape)}"
+                raise ValueError(f"{key} is {list(found.shape)}, {said}")
         options |= {"dtype": torch.float32, "trust_remote_code": False}
         model, info = cls.from_pretrained(directory, output_loading_info=True, **options)
     for problem in filter(None, map(problem_of_storage, sorted(info["unexpected_keys"]))):

@@ -15,6 +15,7 @@ from opfa.errors import ModelError
 from opfa.runtime.layers import Layers, array_of, table_of
 from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.program import Form, Program
+from opfa.sparsity.units import head_size
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -43,6 +44,10 @@ class Build:
     def module(self, path: str) -> Any:  # Any: a module of the family
         """A module of the encoder."""
         return self.encoder.get_submodule(path)
+
+    def width(self, path: str) -> int:
+        """The channels that a layer reads."""
+        return self.module(path).in_features
 
     def embed(self, paths: Sequence[str], target: int) -> None:
         """Sums of embeddings."""
@@ -108,7 +113,6 @@ def _activation(name: object) -> str:
 class PostNorm:
     """Layers that normalize after each residual: what families call by names of their own."""
 
-    intermediate: int
     activation: object
     tables: Sequence[str]
     stack: str
@@ -116,20 +120,25 @@ class PostNorm:
 
 
 def _post_norm(build: Build, config: Any, own: PostNorm) -> None:  # Any: of the family
-    hidden, heads, program = config.hidden_size, config.num_attention_heads, build.program
+    hidden, program, size = config.hidden_size, build.program, head_size(config)
     x, sums = program.buffer(hidden), program.buffer(hidden)
     qkv, attended = program.buffer(3 * hidden), program.buffer(hidden)
-    middle = program.buffer(own.intermediate)
+    paths = [
+        {key: f"{own.stack}.{number}.{name}" for key, name in own.names.items()}
+        for number in range(config.num_hidden_layers)
+    ]
+    middle = program.buffer(max(build.width(path["down"]) for path in paths))
     build.embed(own.tables, x)
     build.norm("embeddings.LayerNorm", x, x)
-    for number in range(config.num_hidden_layers):
-        path = {key: f"{own.stack}.{number}.{name}" for key, name in own.names.items()}
-        build.linear([path["query"], path["key"], path["value"]], x, qkv)
-        program.attention(qkv, attended, hidden, heads)
+    activation = _activation(own.activation)
+    for path in paths:  # a layer without heads or neurons adds its bias alone
+        if width := build.width(path["out"]):
+            build.linear([path["query"], path["key"], path["value"]], x, qkv)
+            program.attention(qkv, attended, width, width // size)
         build.linear([path["out"]], attended, sums, residual=x)
         build.norm(path["norm"], sums, x)
-        activation = _activation(own.activation)
-        build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
+        if build.width(path["down"]):
+            build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
         build.linear([path["down"]], middle, sums, residual=x)
         build.norm(path["last"], sums, x)
     build.store(x, hidden)
@@ -141,7 +150,6 @@ def _bert(build: Build, config: Any) -> None:  # Any: the family's configuration
     names |= {"out": "attention.output.dense", "norm": "attention.output.LayerNorm"}
     names |= {"up": "intermediate.dense", "down": "output.dense", "last": "output.LayerNorm"}
     own = PostNorm(
-        intermediate=config.intermediate_size,
         activation=config.hidden_act,
         tables=[f"embeddings.{table}" for table in tables],
         stack="encoder.layer",
@@ -160,7 +168,6 @@ def _distilbert(build: Build, config: Any) -> None:
     names |= {"out": "attention.out_lin", "norm": "sa_layer_norm"}
     names |= {"up": "ffn.lin1", "down": "ffn.lin2", "last": "output_layer_norm"}
     own = PostNorm(
-        intermediate=config.hidden_dim,
         activation=config.activation,
         tables=["embeddings.word_embeddings", "embeddings.position_embeddings"],
         stack="transformer.layer",
@@ -171,10 +178,10 @@ def _distilbert(build: Build, config: Any) -> None:
 
 def _modernbert(build: Build, config: Any) -> None:
     """Layers that normalize before; gated, with rotated queries and keys, and some local."""
-    hidden, heads, program = config.hidden_size, config.num_attention_heads, build.program
+    hidden, program, size = config.hidden_size, build.program, head_size(config)
     x, normed, attended = (program.buffer(hidden) for _ in range(3))
-    qkv, both = program.buffer(3 * hidden), program.buffer(2 * config.intermediate_size)
-    middle = program.buffer(config.intermediate_size)
+    most = max(build.width(f"layers.{n}.mlp.Wo") for n in range(config.num_hidden_layers))
+    qkv, both, middle = (program.buffer(n) for n in (3 * hidden, 2 * most, most))
     tables = {
         kind: _rotations(build.module("rotary_emb"), config, kind)
         for kind in set(config.layer_types)
@@ -186,14 +193,16 @@ def _modernbert(build: Build, config: Any) -> None:
         path = f"layers.{number}"
         if number:
             build.norm(f"{path}.attn_norm", x, normed)
-        build.linear([f"{path}.attn.Wqkv"], normed if number else x, qkv)
-        program.rotate(qkv, hidden, heads, tables[kind])
-        window = config.sliding_window if kind == "sliding_attention" else 0
-        program.attention(qkv, attended, hidden, heads, window=window)
+        if width := build.width(f"{path}.attn.Wo"):
+            build.linear([f"{path}.attn.Wqkv"], normed if number else x, qkv)
+            program.rotate(qkv, width, width // size, tables[kind])
+            window = config.sliding_window if kind == "sliding_attention" else 0
+            program.attention(qkv, attended, width, width // size, window=window)
         build.linear([f"{path}.attn.Wo"], attended, x, residual=x)
         build.norm(f"{path}.mlp_norm", x, normed)
-        build.linear([f"{path}.mlp.Wi"], normed, both)
-        program.gate(both, middle, config.intermediate_size, _activation(config.hidden_activation))
+        if width := build.width(f"{path}.mlp.Wo"):
+            build.linear([f"{path}.mlp.Wi"], normed, both)
+            program.gate(both, middle, width, _activation(config.hidden_activation))
         build.linear([f"{path}.mlp.Wo"], middle, x, residual=x)
     build.norm("final_norm", x, normed)
     build.store(normed, hidden)

@@ -53,9 +53,11 @@ class ModelLayers:
 
     def form(self, path: str) -> Form | None:
         """The form of a layer's input."""
-        if self.dtype != "int8":
-            return None if self.dtype == "fp32" else Form(self.dtype)
-        layer = self.encoder.get_submodule(path)
+        layer: Any = self.encoder.get_submodule(path)
+        if self.dtype == "fp32" or not layer.in_features:
+            return None
+        if self.dtype == "bf16":
+            return Form(self.dtype)
         if not isinstance(layer, quant.QuantLinear):
             return None
         scale, zero = quant.activation_scale(layer.low, layer.high)
@@ -78,6 +80,8 @@ class ModelLayers:
 def _weights(layer: Any, form: Form | None) -> tuple[NDArray, NDArray, Floats]:
     """A layer's weights as they are stored, scales of its rows, and bias."""
     bias = np.zeros(layer.out_features, np.float32) if layer.bias is None else array_of(layer.bias)
+    if not layer.in_features:  # it lost its heads or neurons; the kernels want a column
+        return np.zeros((layer.out_features, 1), np.float32), np.ones(0, np.float32), bias
     if form is None:
         return array_of(layer.weight), np.ones(0, np.float32), bias
     if form.dtype == "bf16":

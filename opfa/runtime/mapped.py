@@ -79,7 +79,8 @@ class MappedLayers:
         if found is None:
             raise ModelError(f"{where}: is missing")
         modules: list[Any] = [self.model.get_submodule(name) for name in names]
-        rows, columns = sum(module.out_features for module in modules), modules[0].in_features
+        rows = sum(module.out_features for module in modules)
+        columns = max(1, modules[0].in_features)  # none where a layer lost its heads or neurons
         if (found.matrix.rows, found.matrix.columns) != (rows, columns):
             what = f"is {found.matrix.rows} x {found.matrix.columns}"
             raise ModelError(f"{where}: {what}, and by its config.json {rows} x {columns}")

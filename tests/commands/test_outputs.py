@@ -26,6 +26,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "report": ("export ./nowhere --output new.onnx --report {}", "file"),
     "release": ("release ./nowhere --output {}", "directory"),
     "pack": ("pack ./nowhere --output {}", "directory"),
+    "shrink": ("shrink ./nowhere --output {}", "directory"),
     "unpack": ("unpack ./nowhere --output {}", "directory"),
     "plot": ("inspect ./nowhere --plot {}", "file"),
     "page": ("inspect ./nowhere --page {}", "file"),

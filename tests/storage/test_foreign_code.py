@@ -99,6 +99,7 @@ COMMANDS = {
     "bench train": "bench train {upstream} model.init={evil}",
     "push": "push {evil} someone/name",
     "pack": "pack {evil} --output {out}",
+    "shrink": "shrink {evil} --output {out}",
     "inspect --runtime": "inspect {evil} --runtime",
     "predict": "predict {evil} {task}",
     "prune": "prune {evil} --sparsity 0.5 --output {out}",

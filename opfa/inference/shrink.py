@@ -1,0 +1,187 @@
+"""Shrink: a model whose heads or neurons are dead -> a smaller model that computes the same.
+
+even         one number of neurons for all layers; any transformers loads it
+uneven       each layer its own number of heads and neurons; needs `import opfa`
+onnx         the same, as an ONNX file
+same-shape   matrices keep their size; what is dead is zero throughout
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opfa.downstream.recipe import recipe_of
+from opfa.errors import ModelError, RunError
+from opfa.inference.export import export
+from opfa.models import trained
+from opfa.models.configs import checked_directory, load_tokenizer
+from opfa.models.encoders import write_model
+from opfa.models.removal import (
+    Dead,
+    family_of,
+    find_dead,
+    fold,
+    layers_of,
+    remove,
+)
+from opfa.models.sentences import copy_files
+from opfa.report.outcome import Outcome, Place
+from opfa.report.tables import Row, Table, column
+from opfa.sparsity.units import HEADS, NEURONS, head_size, without_layers_of_their_own
+from opfa.storage.files import check_new, new_directory, write_text
+from opfa.storage.runs import RECIPE
+
+Form = Literal["even", "uneven", "onnx", "same-shape"]
+ONNX = "model.onnx"
+TOLERANCE = 1e-4  # of a hidden state, by the largest
+TOKENS = (2, 16)  # that both are compared on
+
+
+class Kept(Row):
+    """What is left of a layer."""
+
+    heads: int = column("heads")
+    of_heads: int = column("of")
+    neurons: int = column("neurons", ",")
+    of_neurons: int = column("of", ",")
+
+
+class ShrinkResult(Outcome):
+    """A smaller model. Sizes are numbers of weights, `difference` is of a hidden state."""
+
+    directory: Place
+    form: Form
+    layers: list[Kept]  # what is alive of each
+    encoder: int  # weights of the layers' matrices
+    of_encoder: int
+    parameters: int  # of the whole model
+    of_parameters: int
+    difference: float
+
+    def table(self) -> Table:
+        """Heads and neurons of each layer."""
+        return Table.of("layer", {str(i): kept for i, kept in enumerate(self.layers)})
+
+    def notes(self) -> Sequence[str]:
+        """Sizes, and how it is loaded."""
+        encoder, whole = self.encoder / self.of_encoder, self.parameters / self.of_parameters
+        heads = sum(kept.heads for kept in self.layers)
+        of_heads = sum(kept.of_heads for kept in self.layers)
+        sizes = f"{encoder:.1%} of the encoder's weights, {whole:.1%} of all parameters"
+        lines = [
+            f"left: {heads} of {of_heads} heads, {sizes}",
+            f"hidden states differ by {self.difference:.1e}",
+        ]
+        if self.form == "uneven":
+            lines.append("In Python: import opfa, then from_pretrained as always")
+        return lines
+
+    def places(self) -> Mapping[str, Path | str]:
+        """The model."""
+        return {"model": self.directory}
+
+
+def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
+    """Write the new directory `output` in a form; raises `ModelError` where nothing is dead."""
+    check_new(output)
+    if form not in get_args(Form):
+        raise RunError(f"form = {form!r}: must be one of {', '.join(get_args(Form))}")
+    if trained.ranges_of(name) is not None:
+        raise ModelError(f"{name}: is in 8 bits; shrink the model that it was made from")
+    tokenizer, model = load_tokenizer(name), trained.load(name)
+    found, before = find_dead(model), _sizes(model)
+    if not any(bool(dead.any()) for each in found for dead in each.dead.values()):
+        raise ModelError(f"{name}: no head and no neuron is dead, so it can't be smaller")
+    inputs = _inputs(model)
+    expected = _states(model, inputs)
+    fold(model, found)
+    layers = [_kept(each) for each in found]
+    if form != "same-shape":
+        most = max(kept.neurons for kept in layers)
+        _remove(model, found, most if form == "even" else 0)
+    difference = float((_states(model, inputs) - expected).abs().max())
+    if difference > TOLERANCE * float(expected.abs().max()):
+        raise ModelError(f"{name}: not written, a hidden state differs by {difference:.1e}")
+    after = _sizes(model)
+    with new_directory(output) as work, tempfile.TemporaryDirectory() as aside:
+        plain = Path(aside, "model") if form == "onnx" else work
+        write_model(model, tokenizer, plain)
+        copy_files(checked_directory("model", name), plain)
+        if (recipe := recipe_of(name)) is not None:
+            write_text(plain / RECIPE, recipe.to_public_toml())
+        if form == "onnx":
+            export(str(plain), work / ONNX)
+    return ShrinkResult(
+        directory=output,
+        form=form,
+        layers=layers,
+        encoder=after[0],
+        of_encoder=before[0],
+        parameters=after[1],
+        of_parameters=before[1],
+        difference=difference,
+    )
+
+
+def _kept(each: Dead) -> Kept:
+    heads, neurons = (each.dead[kind] for kind in (HEADS, NEURONS))
+    return Kept(
+        heads=int((~heads).sum()),
+        of_heads=len(heads),
+        neurons=int((~neurons).sum()),
+        of_neurons=len(neurons),
+    )
+
+
+def _remove(model: PreTrainedModel, found: list[Dead], least_neurons: int) -> None:
+    """Make matrices smaller, and the configuration say so; for `even` neurons alone."""
+    family, size = family_of(model), head_size(model.config)
+    if least_neurons:
+        found = [Dead(d.number, d.layer, d.units, {NEURONS: d.dead[NEURONS]}) for d in found]
+    remove(model, found, least_neurons)
+    config: Any = model.config  # of a family
+    plain = without_layers_of_their_own(config)
+    counts = [{kind: units[kind].count for kind in units} for _, units in layers_of(model)]
+    heads_key, neurons_key = family.keys
+    if len({count[NEURONS] for count in counts}) == 1:
+        setattr(plain, neurons_key, counts[0][NEURONS])
+    own: dict[int, dict[str, int]] = {}
+    for number, count in enumerate(counts):
+        wanted = {heads_key: count[HEADS], neurons_key: count[NEURONS]}
+        own[number] = {key: n for key, n in wanted.items() if n != getattr(plain, key)}
+    config.per_layer_config = None
+    setattr(config, neurons_key, getattr(plain, neurons_key))
+    if any(heads_key in each for each in own.values()):
+        config.head_dim = size
+    if any(own.values()):
+        config.per_layer_config = own
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights of the matrices of heads and neurons, and parameters of the whole model."""
+    matrices = {
+        id(linear): linear.weight.numel()
+        for _, units in layers_of(model)
+        for each in units.values()
+        for linear in each.linears()
+    }
+    return sum(matrices.values()), sum(each.numel() for each in model.parameters())
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    ids = (
+        torch.arange(TOKENS[0] * TOKENS[1]).view(TOKENS) * 7919 % (model.config.vocab_size - 4) + 4
+    )
+    mask = torch.ones_like(ids)
+    mask[1, TOKENS[1] // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return model.base_model(**inputs)[0][inputs["attention_mask"].bool()]

@@ -1,0 +1,134 @@
+"""Dead heads and neurons of an encoder, removed exactly: what they still add goes into biases.
+
+    dead columns of the output matrix     nothing comes out of the unit
+    dead rows of values                   a head gives its values' bias: softmax weights sum to one
+    a dead row of the first matrix        a neuron gives activation(bias)
+
+A constant c that a unit gives becomes `bias += W[:, unit] c` of the next matrix. A head whose
+queries or keys alone are dead still averages its values, so it is alive.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opfa.errors import ModelError
+from opfa.sparsity.units import (
+    FAMILIES,
+    HEADS,
+    NEURONS,
+    Family,
+    Units,
+    head_size,
+    note_heads,
+    units_of,
+)
+
+
+@dataclass(frozen=True)
+class Dead:
+    """The dead units of one layer, by kind: True in [units] where one is dead."""
+
+    number: int
+    layer: nn.Module
+    units: dict[str, Units]
+    dead: dict[str, Tensor]
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The names of a model's parts; raises `ModelError` for a family that isn't known."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"model_type {kind!r}: heads and neurons are known of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[kind]
+
+
+def layers_of(model: PreTrainedModel) -> Iterator[tuple[nn.Module, dict[str, Units]]]:
+    """The layers of an encoder, or of the encoder below a head, with their units."""
+    family, size = family_of(model), head_size(model.config)
+    stack = model.base_model.get_submodule(family.stack)
+    for layer in stack.children():
+        yield layer, units_of(layer, family, size)
+
+
+@torch.no_grad()
+def find_dead(model: PreTrainedModel) -> list[Dead]:
+    """The dead units of each layer; those whose constant has no bias to go into are alive.
+
+    Raises `ModelError` for a head whose queries or keys alone are dead.
+    """
+    family, found = family_of(model), list[Dead]()
+    for number, (layer, units) in enumerate(layers_of(model)):
+        dead = {kind: _dead(units[kind], _constant(kind, layer, family, units)) for kind in units}
+        heads = units[HEADS]
+        silent = (~heads.weight(0).any(2).any(1) | ~heads.weight(1).any(2).any(1)) & ~dead[HEADS]
+        if silent.any():
+            head = int(silent.nonzero()[0])
+            what = "its queries or its keys are dead, but it still averages its values"
+            raise ModelError(f"layer {number}, head {head}: can't be removed: {what}")
+        found.append(Dead(number, layer, units, dead))
+    return found
+
+
+def _constant(kind: str, layer: nn.Module, family: Family, units: dict[str, Units]) -> Tensor:
+    """What each unit gives whatever its input is, [units, size], fp64; NaN where it depends."""
+    if kind == HEADS:
+        values = units[HEADS]
+        is_constant = ~values.weight(2).any(2).any(1, keepdim=True)
+        return values.bias(2).double().where(is_constant, torch.nan)
+    neurons, activation = units[NEURONS], layer.get_submodule(family.activation)
+    given = _row_constants(neurons, 0, activation)
+    if len(neurons.rows) == 1:
+        return given
+    gate = _row_constants(neurons, 1, lambda bias: bias)
+    product = given * gate  # NaN where one of them depends on the input, unless the other is 0
+    return product.where((given != 0) & (gate != 0), 0.0)
+
+
+def _row_constants(neurons: Units, number: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    is_constant = ~neurons.weight(number).any(2)
+    return function(neurons.bias(number).double()).where(is_constant, torch.nan)
+
+
+def _dead(units: Units, constant: Tensor) -> Tensor:
+    columns = ~units.columns().any(2).any(0)
+    is_known = ~constant.isnan().any(1)
+    can_be_folded = is_known if units.out.bias is not None else (constant == 0).all(1)
+    return columns | can_be_folded
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, found: list[Dead]) -> None:
+    """Add what dead units give to the biases behind them, and make all of their weights zero."""
+    family = family_of(model)
+    for each in found:
+        for kind, dead in each.dead.items():
+            units = each.units[kind]
+            constant = _constant(kind, each.layer, family, each.units).nan_to_num()
+            given = torch.einsum("ous,us->o", units.columns().double(), constant * dead[:, None])
+            if units.out.bias is not None:
+                units.out.bias.copy_(units.out.bias.double() + given)
+            units.columns()[:, dead] = 0
+            for number in range(len(units.rows)):
+                units.weight(number)[dead] = 0
+                if units.layer.get_submodule(units.rows[number].path).bias is not None:
+                    units.bias(number)[dead] = 0
+
+
+@torch.no_grad()
+def remove(model: PreTrainedModel, found: list[Dead], least_neurons: int = 0) -> None:
+    """Make the matrices smaller, after `fold`. Each layer keeps `least_neurons`, dead ones too."""
+    family, size = family_of(model), head_size(model.config)
+    for each in found:
+        for kind, dead in each.dead.items():
+            order = dead.sort(stable=True).indices  # the living first
+            num_kept = int((~dead).sum())
+            if kind == NEURONS:
+                num_kept = max(num_kept, min(least_neurons, len(dead)))
+            each.units[kind].keep(order[:num_kept].sort().values)
+        note_heads(each.layer, family, each.units[HEADS].count, size)

@@ -1,0 +1,162 @@
+"""What dies together in an encoder's layer, by names and shapes: heads and neurons.
+
+head    its rows of queries, keys and values, and its columns of the output matrix
+neuron  its row of the feed-forward's first matrix, in gated layers its rows of input and gate,
+        and its column of the second matrix
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+HEADS, NEURONS = "heads", "neurons"
+
+
+class Rows(NamedTuple):
+    """One of several equal pieces of a matrix' rows."""
+
+    path: str
+    piece: int = 0
+    pieces: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family of encoders calls the parts of a layer, and their numbers in its config."""
+
+    stack: str
+    attention: str  # the module that may know how many heads it has
+    heads: tuple[Rows, Rows, Rows]  # queries, keys, values
+    heads_out: str
+    neurons: tuple[Rows, ...]  # of the first matrix, or of input and gate
+    neurons_out: str
+    activation: str
+    keys: tuple[str, str]  # of heads and neurons in the configuration
+
+
+_BERT = Family(
+    stack="encoder.layer",
+    attention="attention.self",
+    heads=(
+        Rows("attention.self.query"),
+        Rows("attention.self.key"),
+        Rows("attention.self.value"),
+    ),
+    heads_out="attention.output.dense",
+    neurons=(Rows("intermediate.dense"),),
+    neurons_out="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    keys=("num_attention_heads", "intermediate_size"),
+)
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Family(
+        stack="transformer.layer",
+        attention="attention",
+        heads=(Rows("attention.q_lin"), Rows("attention.k_lin"), Rows("attention.v_lin")),
+        heads_out="attention.out_lin",
+        neurons=(Rows("ffn.lin1"),),
+        neurons_out="ffn.lin2",
+        activation="ffn.activation",
+        keys=("n_heads", "hidden_dim"),
+    ),
+    "modernbert": Family(
+        stack="layers",
+        attention="attn",
+        heads=(Rows("attn.Wqkv", 0, 3), Rows("attn.Wqkv", 1, 3), Rows("attn.Wqkv", 2, 3)),
+        heads_out="attn.Wo",
+        neurons=(Rows("mlp.Wi", 0, 2), Rows("mlp.Wi", 1, 2)),
+        neurons_out="mlp.Wo",
+        activation="mlp.act",
+        keys=("num_attention_heads", "intermediate_size"),
+    ),
+}
+
+
+class Units:
+    """The heads, or the neurons, of one layer; `size` is how many lines a unit has."""
+
+    def __init__(self, layer: nn.Module, rows: Sequence[Rows], out: str, size: int) -> None:
+        """Look at a layer; nothing is copied."""
+        self.layer, self.rows, self.size = layer, rows, size
+        self.out = self._linear(out)
+
+    def _linear(self, path: str) -> nn.Linear:
+        return cast(nn.Linear, self.layer.get_submodule(path))
+
+    def linears(self) -> list[nn.Linear]:
+        """The layers that they are lines of."""
+        return [*(self._linear(path) for path in {row.path: None for row in self.rows}), self.out]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.out.in_features // self.size
+
+    def weight(self, number: int) -> Tensor:
+        """The rows of `self.rows[number]`, [units, size, in]."""
+        return self._piece(number, self._linear(self.rows[number].path).weight)
+
+    def bias(self, number: int) -> Tensor:
+        """Their biases [units, size], zeros where there are none."""
+        if (bias := self._linear(self.rows[number].path).bias) is None:
+            return self.weight(number).new_zeros(self.count, self.size)
+        return self._piece(number, bias)
+
+    def _piece(self, number: int, lines: Tensor) -> Tensor:
+        start = self.rows[number].piece * self.out.in_features
+        return lines[start : start + self.out.in_features].unflatten(0, (self.count, self.size))
+
+    def columns(self) -> Tensor:
+        """What they are multiplied with, [out, units, size]."""
+        return self.out.weight.unflatten(1, (self.count, self.size))
+
+    def keep(self, units: Tensor) -> None:
+        """Keep the units whose numbers are given, in that order."""
+        lines = (units[:, None] * self.size + units.new_tensor(range(self.size))).flatten()
+        width = self.out.in_features
+        for path, pieces in {row.path: row.pieces for row in self.rows}.items():
+            linear = self._linear(path)
+            kept = (lines + lines.new_tensor(range(pieces))[:, None] * width).flatten()
+            linear.weight = nn.Parameter(linear.weight.detach()[kept])
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.detach()[kept])
+            linear.out_features = len(kept)
+        self.out.weight = nn.Parameter(self.out.weight.detach()[:, lines].contiguous())
+        self.out.in_features = len(lines)
+
+
+def units_of(layer: nn.Module, family: Family, head_size: int) -> dict[str, Units]:
+    """The heads and the neurons of a layer."""
+    return {
+        HEADS: Units(layer, family.heads, family.heads_out, head_size),
+        NEURONS: Units(layer, family.neurons, family.neurons_out, 1),
+    }
+
+
+def note_heads(layer: nn.Module, family: Family, count: int, head_size: int) -> None:
+    """Correct what an attention module says of its heads, after some went."""
+    attention: Any = layer.get_submodule(family.attention)  # of transformers
+    numbers = {"num_attention_heads": count, "n_heads": count, "all_head_size": count * head_size}
+    for name, number in numbers.items():
+        if hasattr(attention, name):
+            setattr(attention, name, number)
+
+
+def without_layers_of_their_own(config: Any) -> Any:  # Any: a configuration of transformers
+    """A configuration as it is for a layer that `per_layer_config` says nothing of."""
+    if not config.is_heterogeneous:
+        return config
+    found = copy.copy(config)
+    found.per_layer_config = None
+    return found
+
+
+def head_size(config: Any) -> int:  # Any: a configuration of transformers
+    """Channels of a head, which don't change when heads go."""
+    config = without_layers_of_their_own(config)
+    return config.hidden_size // config.num_attention_heads
