@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from opfa.sparsity.anatomy import heads_of, layer_of
+from opfa.sparsity.anatomy import NumHeads, heads_of, layer_of
 
 BUDGET = 24 << 20  # bytes of all blobs; BERT-large needs 18 at 90 % and 23 at 85 %
 EDGES = (1, 4, 8, 16, 32, 64, 128)  # of tiles
@@ -54,7 +54,7 @@ def thumbnails(masks: Mapping[str, Tensor]) -> bytes:
     return zlib.compress(np.stack(maps).tobytes(), 9) if maps else b""
 
 
-def heads(masks: Mapping[str, Tensor], num_heads: int) -> dict[tuple[str, int], list[Head]]:
+def heads(masks: Mapping[str, Tensor], num_heads: NumHeads) -> dict[tuple[str, int], list[Head]]:
     """By (stack, layer): what is left of each head."""
     found: dict[tuple[str, int], dict[str, np.ndarray]] = {}
     for name, mask in masks.items():
@@ -62,12 +62,13 @@ def heads(masks: Mapping[str, Tensor], num_heads: int) -> dict[tuple[str, int], 
         if layer is None or place is None or mask.shape[place[0]] % place[1]:
             continue
         lines = mask.numpy().mean(1 - place[0], dtype=np.float64)
-        shares = lines.reshape(place[1] // num_heads, num_heads, -1).mean(2)
+        count = num_heads.of(name)
+        shares = lines.reshape(place[1] // count, count, -1).mean(2)
         parts = found.setdefault((layer.stack, layer.number), {})
         names = PARTS[:3] if len(shares) == 3 else [_part(layer.kind, place[0])]
         parts.update(zip(names, shares, strict=True))
     return {
-        key: [_head(parts, index) for index in range(num_heads)]
+        key: [_head(parts, index) for index in range(len(next(iter(parts.values()))))]
         for key, parts in sorted(found.items())
     }
 

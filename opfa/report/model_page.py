@@ -10,7 +10,7 @@ from torch import Tensor
 from opfa.report import maps
 from opfa.report.page import megabytes, percent, render
 from opfa.report.tables import Result, Table
-from opfa.sparsity.anatomy import heads_of, layer_labels, layer_of, short_kinds
+from opfa.sparsity.anatomy import NumHeads, heads_of, layer_labels, layer_of, short_kinds
 from opfa.sparsity.masks import Masks
 from opfa.storage.files import write_text
 
@@ -20,7 +20,7 @@ def write_model_page(
     name: str,
     found: Result,
     masks: Masks,
-    num_heads: int | None,
+    num_heads: NumHeads | None,
     *,
     budget: int = maps.BUDGET,
 ) -> None:
@@ -80,11 +80,11 @@ def _cards(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _matrix(
-    name: str, mask: Tensor, result: Mapping[str, Any], num_heads: int | None
+    name: str, mask: Tensor, result: Mapping[str, Any], num_heads: NumHeads | None
 ) -> dict[str, Any]:
     """What the script has to know of a matrix."""
     row, pattern = result["tensors"][name], result["patterns"][name]
-    place = heads_of(name, num_heads) if num_heads else None
+    place = heads_of(name, num_heads)
     if place is not None and mask.shape[place[0]] % place[1]:
         place = None
     return {
@@ -93,8 +93,8 @@ def _matrix(
         "zeros": row["zeros"],
         "pattern": pattern["pattern"],
         "heads": None
-        if place is None
-        else {"axis": place[0], "groups": place[1], "count": num_heads},
+        if place is None or num_heads is None
+        else {"axis": place[0], "groups": place[1], "count": num_heads.of(name)},
     }
 
 
@@ -111,9 +111,10 @@ def _grid(result: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return {"kinds": list(kinds.values()), "rows": rows}
 
 
-def _heads(masks: Masks, num_heads: int) -> list[tuple[str, list[dict[str, Any]]]]:
+def _heads(masks: Masks, num_heads: NumHeads) -> list[tuple[str, list[dict[str, Any]]]]:
     """By layer, what is left of each head: a label, and a cell for each head."""
     found = maps.heads(masks, num_heads)
+    removed = {"text": "removed", "shade": 0.0, "is_gone": True, "parts": ""}
     cells = [
         [
             {
@@ -126,6 +127,7 @@ def _heads(masks: Masks, num_heads: int) -> list[tuple[str, list[dict[str, Any]]
             }
             for head in row
         ]
+        + [removed] * (num_heads.most - len(row))
         for row in found.values()
     ]
     return list(zip(layer_labels(list(found)), cells, strict=True)) if found else []

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 EMBEDDING = re.compile(
@@ -131,13 +132,28 @@ def part_of(name: str, shape: Sequence[int]) -> str:
     return next((part for word, part in words.items() if word in name), "heads")
 
 
-def heads_of(name: str, num_heads: int) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class NumHeads:
+    """How many heads layers have: most of them, and those that have another number."""
+
+    most: int
+    own: Mapping[int, int] = field(default_factory=dict)
+
+    def of(self, name: str) -> int:
+        """The heads of the layer that a tensor is in."""
+        layer = layer_of(name)
+        return self.most if layer is None else self.own.get(layer.number, self.most)
+
+
+def heads_of(name: str, num_heads: NumHeads | None) -> tuple[int, int] | None:
     """Where an attention matrix holds its heads: (dimension, number of groups of lines)."""
+    if num_heads is None or not (count := num_heads.of(name)):
+        return None
     if FUSED.search(name):
-        return 0, 3 * num_heads
+        return 0, 3 * count
     if HEAD_ROWS.search(name):
-        return 0, num_heads
-    return (1, num_heads) if HEAD_COLUMNS.search(name) else None
+        return 0, count
+    return (1, count) if HEAD_COLUMNS.search(name) else None
 
 
 def paired_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from opfa.errors import ModelError
-from opfa.sparsity.anatomy import PARTS, by_layer, heads_of, is_matrix, is_pruned, part_of
+from opfa.sparsity.anatomy import PARTS, NumHeads, by_layer, heads_of, is_matrix, is_pruned, part_of
 from opfa.sparsity.layers import masks_of, zero_masks
 from opfa.sparsity.masks import Masks, nonzero, report
 from opfa.sparsity.structure import Structure, structure_of
@@ -51,7 +51,7 @@ class Inspected:
 
     found: Inspection
     masks: Masks
-    num_heads: int | None  # of its attention; None where its configuration doesn't say
+    num_heads: NumHeads | None  # of its attention; None where its configuration doesn't say
 
 
 def inspect_checkpoint(name: str, source: Source | None = None) -> Inspection:
@@ -124,7 +124,7 @@ class _Found:
     excluded: dict[str, dict[str, int]] = field(default_factory=dict)
     dense_bytes: int = 0
     limit_bytes: float = 0.0
-    num_heads: int | None = None
+    num_heads: NumHeads | None = None
 
 
 def _read(source: Source, stated: set[str], where: str) -> _Found:
@@ -145,8 +145,7 @@ def _read(source: Source, stated: set[str], where: str) -> _Found:
         mask = nonzero(tensor) if num_bytes and wanted(name, tensor.shape) else None
         if mask is not None and (name in stated or _is_pruned(name, mask)):
             found.masks[name] = mask
-            heads = heads_of(name, num_heads) if num_heads else None
-            found.patterns[name] = structure_of(mask, heads)
+            found.patterns[name] = structure_of(mask, heads_of(name, num_heads))
             found.limit_bytes += _limit(mask, tensor.element_size())
             continue
         part = found.excluded[part_of(name, tensor.shape)]
@@ -177,10 +176,19 @@ def _limit(mask: Tensor, value_bytes: int) -> float:
     return bits * mask.numel() / 8 + num_live * value_bytes
 
 
-def _num_heads(config: Any) -> int | None:  # Any: what JSON can hold
-    values = config if isinstance(config, dict) else {}
+def _num_heads(config: Any) -> NumHeads | None:  # Any: what JSON can hold
+    by_layer = config.get("per_layer_config") if isinstance(config, dict) else None
+    layers = by_layer.items() if isinstance(by_layer, dict) else ()
+    counts = {int(key): _count(layer) for key, layer in layers if key.isdecimal()}
+    own = {number: count for number, count in counts.items() if count is not None}
+    return NumHeads(most, own) if (most := _count(config)) else None
+
+
+def _count(values: Any) -> int | None:  # Any: what JSON can hold
+    if not isinstance(values, dict):
+        return None
     found = values.get("num_attention_heads", values.get("n_heads"))  # DistilBERT's word for it
-    return found if type(found) is int and found > 0 else None
+    return found if type(found) is int and found >= 0 else None
 
 
 def _layers(tensors: dict[str, Any], dense: dict[str, int]) -> list[Layer]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from opfa.commands import app as cli
 from opfa.report import maps
+from opfa.sparsity.anatomy import NumHeads
 
 OUTPUT = "bert.encoder.layer.1.attention.output.dense.weight"
 
@@ -57,6 +58,15 @@ def test_thumbnails_are_densities(mask: np.ndarray) -> None:
     assert (second[:16, :16] == 255).all() and (second[:16, 16:] == 0).all()
 
 
+def test_a_layer_that_lost_heads_shows_those_that_are_left() -> None:
+    names = [f"encoder.layer.{n}.attention.self.value.weight" for n in range(2)]
+    masks = {names[0]: torch.ones(8, 8).bool(), names[1]: torch.ones(4, 8).bool()}
+    masks[names[1]][:2] = False
+    whole, left = maps.heads(masks, NumHeads(4, {1: 2})).values()
+    assert [head.is_gone for head in whole] == [False] * 4
+    assert [head.is_gone for head in left] == [True, False]
+
+
 def test_a_head_is_gone_when_nothing_gets_through_it() -> None:
     full = torch.ones(8, 8).bool()
     no_output, no_key, fused = full.clone(), full.clone(), torch.ones(24, 8).bool()
@@ -72,7 +82,7 @@ def test_a_head_is_gone_when_nothing_gets_through_it() -> None:
             layer.format(0) + "output.dense.weight": no_output,
             "layers.3.attn.Wqkv.weight": fused,
         },
-        4,
+        NumHeads(4),
     )
     modern, bert = found.values()
     assert [head.is_gone for head in bert] == [False, True, False, False]

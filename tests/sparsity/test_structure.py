@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opfa.sparsity.anatomy import (
     ADAPTER,
+    NumHeads,
     heads_of,
     is_pruned,
     layer_of,
@@ -159,7 +160,7 @@ def test_a_handful_of_zeros_has_no_structure() -> None:
     ],
 )
 def test_which_matrices_have_heads(name: str, heads: tuple[int, int] | None) -> None:
-    assert heads_of(name, 12) == heads
+    assert heads_of(name, NumHeads(12)) == heads
 
 
 @pytest.mark.parametrize(

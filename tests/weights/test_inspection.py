@@ -143,6 +143,18 @@ def test_patterns_name_structure_and_dead_heads(state: dict[str, Tensor], tmp_pa
     assert found["bert.encoder.layer.1.output.dense.weight"]["pattern"] == "unstructured"
 
 
+def test_heads_are_counted_by_layer(tmp_path: Path) -> None:
+    names = [f"bert.encoder.layer.{n}.attention.self.query.weight" for n in range(2)]
+    values = {name: torch.ones(16, 16) for name in names}
+    for value in values.values():
+        value[8:12] = 0
+    layers = {"1": {"num_attention_heads": 4, "intermediate_size": 5}, "x": 3}
+    for number, (own, dead) in enumerate([(layers, 1), ({}, 0), (3, 0)]):
+        directory = write(values, tmp_path / f"{number}", per_layer_config=own)
+        assert inspect(directory)["patterns"][names[1]]["dead_heads"] == dead
+        assert inspect(directory)["patterns"][names[0]]["dead_heads"] == 0
+
+
 def test_the_word_for_heads_in_distilbert_is_known(tmp_path: Path) -> None:
     values = torch.ones(16, 16)
     values[:8] = 0
