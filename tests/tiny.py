@@ -49,6 +49,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _modules_are_no_garbage() -> None:
     """DeepSpeed collects garbage many times a run; with torch's modules in it that takes 0.4 s."""
     if len(sys.modules) > frozen["modules"] + 100:

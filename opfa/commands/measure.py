@@ -110,6 +110,17 @@ def bench_files(as_json: AsJson = False) -> None:
     execute().show(as_json=as_json)
 
 
+@bench.command("shapes", epilog="Example: opfa bench shapes")
+def bench_shapes(
+    rounds: Annotated[int, Option(min=1, help="How often each is timed.")] = 25,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an encoder with fewer heads and neurons: speed by multiply-adds, and by engine."""
+    from opfa.bench.shapes import bench_shapes as execute
+
+    execute(rounds).show(as_json=as_json)
+
+
 @bench.command(
     "inference", epilog="Example: opfa bench inference --work bench --picture latency.png"
 )

@@ -35,6 +35,7 @@ from opfa.report.tables import Row, Table, column
 from opfa.sparsity.units import HEADS, NEURONS, head_size, without_layers_of_their_own
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
+from opfa.training.engine import choose_accelerator
 
 Form = Literal["even", "uneven", "onnx", "same-shape"]
 ONNX = "model.onnx"
@@ -108,6 +109,7 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
     if difference > TOLERANCE * float(expected.abs().max()):
         raise ModelError(f"{name}: not written, a hidden state differs by {difference:.1e}")
     after = _sizes(model)
+    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     with new_directory(output) as work, tempfile.TemporaryDirectory() as aside:
         plain = Path(aside, "model") if form == "onnx" else work
         write_model(model, tokenizer, plain)

@@ -47,10 +47,22 @@ def _share(config: Any, plain: object, module: nn.Module) -> None:
             part.config = config
 
 
+def _alike(base: type) -> type:
+    """A metaclass by which layers of the plain class are instances too. transformers records hidden
+    states by the class that is registered, of models that were made before as well.
+    """
+
+    class Alike(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, base)
+
+    return Alike
+
+
 def _stack(base: type) -> type:
     """A class that holds all layers, which don't know their numbers."""
 
-    class Uneven(base):
+    class Uneven(base, metaclass=_alike(base)):
         def __init__(self, config: Any, *args: Any, **options: Any) -> None:
             plain = without_layers_of_their_own(config)
             super().__init__(plain, *args, **options)
@@ -65,7 +77,7 @@ def _stack(base: type) -> type:
 def _layer(base: type) -> type:
     """A class of one layer, which knows its number."""
 
-    class Uneven(base):
+    class Uneven(base, metaclass=_alike(base)):
         def __init__(self, config: Any, layer_idx: int | None = None) -> None:
             plain = without_layers_of_their_own(config)
             super().__init__(plain, layer_idx)

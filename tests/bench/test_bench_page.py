@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from opfa.bench import steps
+from opfa.bench import shapes, steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
+from opfa.bench.shapes import DENSE, SMALL, Shapes, bench_shapes
 from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
 from opfa.report.between import write_between
@@ -24,6 +25,7 @@ MEASURED = {
     "distillation": TeacherSteps,
     "files": Files,
     "inference": Inference,
+    "shapes": Shapes,
 }
 
 
@@ -93,3 +95,19 @@ def test_what_the_readme_says_of_speed_is_measured() -> None:
     others = [f"{measured.race.speeds[name].ratio:.1f}" for name in names]
     said = re.search(r"DeepSparse takes ([\d.]+) .*NO takes ([\d.]+) .*our int8 ([\d.]+) ", text)
     assert said and others == [*said.groups()]
+
+
+def test_shapes_are_measured_against_their_multiply_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 1536}
+    monkeypatch.setattr(shapes, "CONFIG", {**shapes.CONFIG, **sizes})
+    measured = bench_shapes(1)
+    rows = {(row.heads, row.neurons): row for row in measured.rows}
+    assert rows[DENSE].macs_large == rows[DENSE].large == 1
+    dense, small = (
+        4 * 48 * 48 + 2 * 48 * 1536 + 2 * 128 * 48,
+        2 * 48 * 48 + 2 * 48 * 512 + 2 * 128 * 24,
+    )
+    assert rows[SMALL].macs_large == pytest.approx(dense / small)
+    assert all(row.large > 0 and row.one > 0 for row in (*measured.rows, *measured.engines))
+    assert measured.engines[-1].engine == "ours, int8: 6 heads, 512 neurons, 70% zeros"

@@ -1,6 +1,7 @@
 """Exact removal of dead heads and neurons, and the forms in which a smaller model is written."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,24 @@ def test_an_uneven_model_loads_in_transformers_bit_for_bit(family: str, tmp_path
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_hidden_states_are_recorded_of_uneven_models_and_of_others(
+    family: str, tmp_path: Path
+) -> None:
+    """Of those that were made before any was registered, too."""
+    plain = model_of(family)
+    dead = model_of(family)
+    kill(dead, some_deaths())
+    opfa.shrink(written(dead, tmp_path / "dead"), tmp_path / "small")
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
+    clear_patch_mapping()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        for model in (plain, small, model_of(family)):
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+            assert len(states) == 4 and not states[1].equal(states[0])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_even_models_and_those_of_the_same_shape_compute_the_same(
     family: str, tmp_path: Path
 ) -> None:
@@ -202,11 +221,13 @@ assert "opfa" not in sys.modules
     assert run.stdout.decode().splitlines() == [*CONFIGS], run.stderr.decode()
 
 
-def test_an_uneven_model_becomes_onnx(tmp_path: Path) -> None:
+def test_an_uneven_model_becomes_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     onnxruntime = pytest.importorskip("onnxruntime")
     model = model_of("bert")
     kill(model, some_deaths())
     found = opfa.shrink(written(model, tmp_path / "dead"), tmp_path / "onnx", form="onnx")
+    assert os.environ["DS_ACCELERATOR"] == "cpu" or torch.cuda.is_available()  # it says nothing
     session = onnxruntime.InferenceSession(found.directory / "model.onnx")
     ids = torch.randint(4, 27, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
