@@ -111,7 +111,7 @@ def bench_shapes(rounds: int = 25) -> Shapes:
         )
         for shape in SHAPES
     ]
-    names = dict.fromkeys(call.name for call in calls)
+    names = dict.fromkeys(call.name for call in calls if not call.name.startswith("torch"))
     engines = [Engine(engine=n, large=faster(n, "large"), one=faster(n, "one")) for n in names]
     fastest = {size: 1e3 * statistics.median(times[dense, size]) for size in INPUTS}
     return Shapes(threads=1, rounds=rounds, milliseconds=fastest, rows=rows, engines=engines)
