@@ -162,6 +162,16 @@ def test_an_uneven_model_loads_in_transformers_bit_for_bit(family: str, tmp_path
     assert torch.equal(logits(runtime.load(tmp_path / "packed", threads=1)), logits(in_kernels))
 
 
+def test_a_model_without_neurons_is_even_too(tmp_path: Path) -> None:
+    model = model_of("bert")
+    kill(model, {(layer, NEURONS, n): "rows" for layer in range(3) for n in range(20)})
+    kill(model, {(1, HEADS, 1): "values"})
+    opfa.shrink(written(model, tmp_path / "dead"), tmp_path / "even", form="even")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "even").eval()
+    assert found.config.intermediate_size == 0 and not found.config.is_heterogeneous
+    assert (logits(found) - logits(model)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_hidden_states_are_recorded_of_uneven_models_and_of_others(
     family: str, tmp_path: Path
@@ -248,9 +258,21 @@ def test_what_is_not_removable_is_refused_and_nothing_is_written(tmp_path: Path)
     written(model, tmp_path / "averages")
     with pytest.raises(ModelError, match="layer 0, head 2: can't be removed"):
         opfa.shrink(tmp_path / "averages", tmp_path / "small")
+    kill(model, {(0, HEADS, n): "columns" for n in range(3)})
+    opfa.shrink(written(model, tmp_path / "dead"), tmp_path / "uneven")
+    again = opfa.load(tmp_path / "uneven")
+    kill(again, {(1, NEURONS, 3): "columns"})
+    with pytest.raises(ModelError, match="layers have lost different heads, so it can't be even"):
+        opfa.shrink(written(again, tmp_path / "again"), tmp_path / "small", form="even")
     with pytest.raises(RunError, match="form = 'flat': must be one of even, uneven, onnx"):
         opfa.shrink(tmp_path / "live", tmp_path / "small", form="flat")  # pyright: ignore[reportArgumentType]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["averages", "live"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again",
+        "averages",
+        "dead",
+        "live",
+        "uneven",
+    ]
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
