@@ -28,6 +28,7 @@ from opfa.models.removal import (
     find_dead,
     fold,
     layers_of,
+    matrices_of,
     remove,
 )
 from opfa.models.sentences import copy_files
@@ -101,7 +102,7 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
         raise ModelError(f"{name}: no head and no neuron is dead, so it can't be smaller")
     inputs = _inputs(model)
     expected = _states(model, inputs)
-    fold(model, found)
+    fold(found)
     layers = [_kept(each) for each in found]
     if form != "same-shape":
         most = max(kept.neurons for kept in layers)
@@ -148,7 +149,7 @@ def _remove(model: PreTrainedModel, found: list[Dead], even_neurons: int | None)
     family, size = family_of(model), head_size(model.config)
     if even_neurons is not None:
         found = [replace(each, dead={NEURONS: each.dead[NEURONS]}) for each in found]
-    remove(model, found, even_neurons or 0)
+    remove(found, even_neurons or 0)
     config: Any = model.config  # of a family
     plain = without_layers_of_their_own(config)
     counts = [{kind: units[kind].count for kind in units} for _, units in layers_of(model)]
@@ -169,13 +170,8 @@ def _remove(model: PreTrainedModel, found: list[Dead], even_neurons: int | None)
 
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Weights of the matrices of heads and neurons, and parameters of the whole model."""
-    matrices = {
-        id(linear): linear.weight.numel()
-        for _, units in layers_of(model)
-        for each in units.values()
-        for linear in each.linears()
-    }
-    return sum(matrices.values()), sum(each.numel() for each in model.parameters())
+    weights = sum(linear.weight.numel() for linear in matrices_of(model))
+    return weights, sum(each.numel() for each in model.parameters())
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:

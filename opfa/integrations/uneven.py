@@ -19,7 +19,6 @@ from opfa.sparsity.units import (
     HEADS,
     NEURONS,
     head_size,
-    note_heads,
     units_of,
     without_layers_of_their_own,
 )
@@ -37,7 +36,6 @@ def _smaller(layer: nn.Module, config: Any, number: int) -> None:  # Any: of a f
             raise ValueError(f"per_layer_config[{number}].{key} = {wanted!r}: {allowed}")
         if wanted < most:
             units[kind].keep(torch.arange(wanted))
-    note_heads(layer, family, units[HEADS].count, size)
 
 
 def _share(config: Any, plain: object, module: nn.Module) -> None:

@@ -23,19 +23,19 @@ from opfa.sparsity.units import (
     Family,
     Units,
     head_size,
-    note_heads,
     units_of,
 )
 
 
 @dataclass(frozen=True)
 class Dead:
-    """The dead units of one layer, by kind: True in [units] where one is dead."""
+    """The units of one layer by kind, which of them are dead (True in [units]), and what each gives
+    whatever its input is, [units, size], fp64; NaN where it depends.
+    """
 
-    number: int
-    layer: nn.Module
     units: dict[str, Units]
     dead: dict[str, Tensor]
+    constants: dict[str, Tensor]
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -56,6 +56,12 @@ def layers_of(model: PreTrainedModel) -> Iterator[tuple[nn.Module, dict[str, Uni
         yield layer, units_of(layer, family, size)
 
 
+def matrices_of(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear layers that heads and neurons are lines of."""
+    units = [each for _, by_kind in layers_of(model) for each in by_kind.values()]
+    return [linear for each in units for linear in each.linears()]
+
+
 @torch.no_grad()
 def find_dead(model: PreTrainedModel) -> list[Dead]:
     """The dead units of each layer; those whose constant has no bias to go into are alive.
@@ -64,19 +70,19 @@ def find_dead(model: PreTrainedModel) -> list[Dead]:
     """
     family, found = family_of(model), list[Dead]()
     for number, (layer, units) in enumerate(layers_of(model)):
-        dead = {kind: _dead(units[kind], _constant(kind, layer, family, units)) for kind in units}
+        constants = {kind: _constant(kind, layer, family, units) for kind in units}
+        dead = {kind: _dead(units[kind], constants[kind]) for kind in units}
         heads = units[HEADS]
         silent = (~heads.weight(0).any(2).any(1) | ~heads.weight(1).any(2).any(1)) & ~dead[HEADS]
         if silent.any():
             head = int(silent.nonzero()[0])
             what = "its queries or its keys are dead, but it still averages its values"
             raise ModelError(f"layer {number}, head {head}: can't be removed: {what}")
-        found.append(Dead(number, layer, units, dead))
+        found.append(Dead(units, dead, constants))
     return found
 
 
 def _constant(kind: str, layer: nn.Module, family: Family, units: dict[str, Units]) -> Tensor:
-    """What each unit gives whatever its input is, [units, size], fp64; NaN where it depends."""
     if kind == HEADS:
         values = units[HEADS]
         is_constant = ~values.weight(2).any(2).any(1, keepdim=True)
@@ -103,13 +109,12 @@ def _dead(units: Units, constant: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, found: list[Dead]) -> None:
+def fold(found: list[Dead]) -> None:
     """Add what dead units give to the biases behind them, and make all of their weights zero."""
-    family = family_of(model)
     for each in found:
         for kind, dead in each.dead.items():
             units = each.units[kind]
-            constant = _constant(kind, each.layer, family, each.units).nan_to_num()
+            constant = each.constants[kind].nan_to_num()
             given = torch.einsum("ous,us->o", units.columns().double(), constant * dead[:, None])
             if units.out.bias is not None:
                 units.out.bias.copy_(units.out.bias.double() + given)
@@ -121,9 +126,8 @@ def fold(model: PreTrainedModel, found: list[Dead]) -> None:
 
 
 @torch.no_grad()
-def remove(model: PreTrainedModel, found: list[Dead], least_neurons: int = 0) -> None:
+def remove(found: list[Dead], least_neurons: int = 0) -> None:
     """Make the matrices smaller, after `fold`. Each layer keeps `least_neurons`, dead ones too."""
-    family, size = family_of(model), head_size(model.config)
     for each in found:
         for kind, dead in each.dead.items():
             order = dead.sort(stable=True).indices  # the living first
@@ -131,4 +135,3 @@ def remove(model: PreTrainedModel, found: list[Dead], least_neurons: int = 0) ->
             if kind == NEURONS:
                 num_kept = max(num_kept, min(least_neurons, len(dead)))
             each.units[kind].keep(order[:num_kept].sort().values)
-        note_heads(each.layer, family, each.units[HEADS].count, size)

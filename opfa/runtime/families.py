@@ -4,7 +4,7 @@ Weights are taken from a transformers model by the paths of its modules. Queries
 become one matrix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from opfa.errors import ModelError
 from opfa.runtime.layers import Layers, array_of, table_of
 from opfa.runtime.packing import Floats, Packed
 from opfa.runtime.program import Form, Program
-from opfa.sparsity.units import head_size
+from opfa.sparsity.units import FAMILIES, head_size
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -115,45 +115,40 @@ class PostNorm:
 
     activation: object
     tables: Sequence[str]
-    stack: str
-    names: Mapping[str, str]
+    norms: tuple[str, str]  # after attention, and after the feed-forward
 
 
 def _post_norm(build: Build, config: Any, own: PostNorm) -> None:  # Any: of the family
     hidden, program, size = config.hidden_size, build.program, head_size(config)
+    family = FAMILIES[config.model_type]
     x, sums = program.buffer(hidden), program.buffer(hidden)
     qkv, attended = program.buffer(3 * hidden), program.buffer(hidden)
-    paths = [
-        {key: f"{own.stack}.{number}.{name}" for key, name in own.names.items()}
-        for number in range(config.num_hidden_layers)
-    ]
-    middle = program.buffer(max(build.width(path["down"]) for path in paths))
+    layers = [f"{family.stack}.{number}." for number in range(config.num_hidden_layers)]
+    middle = program.buffer(max(build.width(layer + family.neurons_out) for layer in layers))
     build.embed(own.tables, x)
     build.norm("embeddings.LayerNorm", x, x)
     activation = _activation(own.activation)
-    for path in paths:  # a layer without heads or neurons adds its bias alone
-        if width := build.width(path["out"]):
-            build.linear([path["query"], path["key"], path["value"]], x, qkv)
+    for layer in layers:  # one without heads or neurons adds its bias alone
+        out, down = layer + family.heads_out, layer + family.neurons_out
+        if width := build.width(out):
+            build.linear([layer + rows.path for rows in family.heads], x, qkv)
             program.attention(qkv, attended, width, width // size)
-        build.linear([path["out"]], attended, sums, residual=x)
-        build.norm(path["norm"], sums, x)
-        if build.width(path["down"]):
-            build.linear([path["up"]], x, middle, feeds=path["down"], activation=activation)
-        build.linear([path["down"]], middle, sums, residual=x)
-        build.norm(path["last"], sums, x)
+        build.linear([out], attended, sums, residual=x)
+        build.norm(layer + own.norms[0], sums, x)
+        if build.width(down):
+            up = [layer + rows.path for rows in family.neurons]
+            build.linear(up, x, middle, feeds=down, activation=activation)
+        build.linear([down], middle, sums, residual=x)
+        build.norm(layer + own.norms[1], sums, x)
     build.store(x, hidden)
 
 
 def _bert(build: Build, config: Any) -> None:  # Any: the family's configuration
     tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    names = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
-    names |= {"out": "attention.output.dense", "norm": "attention.output.LayerNorm"}
-    names |= {"up": "intermediate.dense", "down": "output.dense", "last": "output.LayerNorm"}
     own = PostNorm(
         activation=config.hidden_act,
         tables=[f"embeddings.{table}" for table in tables],
-        stack="encoder.layer",
-        names=names,
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
     )
     _post_norm(build, config, own)
 
@@ -164,14 +159,10 @@ def _roberta(build: Build, config: Any) -> None:
 
 
 def _distilbert(build: Build, config: Any) -> None:
-    names = {name: f"attention.{name[0]}_lin" for name in ("query", "key", "value")}
-    names |= {"out": "attention.out_lin", "norm": "sa_layer_norm"}
-    names |= {"up": "ffn.lin1", "down": "ffn.lin2", "last": "output_layer_norm"}
     own = PostNorm(
         activation=config.activation,
         tables=["embeddings.word_embeddings", "embeddings.position_embeddings"],
-        stack="transformer.layer",
-        names=names,
+        norms=("sa_layer_norm", "output_layer_norm"),
     )
     _post_norm(build, config, own)
 
@@ -216,7 +207,7 @@ def _rotations(rotary: Any, config: Any, kind: str) -> list[Floats]:  # Any: the
     return [np.cos(angles) * scaling, np.sin(angles) * scaling]
 
 
-FAMILIES: dict[str, Callable[[Build, Any], None]] = {
+BUILDERS: dict[str, Callable[[Build, Any], None]] = {
     "bert": _bert,
     "roberta": _roberta,
     "distilbert": _distilbert,
@@ -229,12 +220,12 @@ def build(encoder: PreTrainedModel, layers: Layers) -> Build:
     config: PretrainedConfig = encoder.config
     check_family(config)
     found = Build(encoder, layers)
-    FAMILIES[config.model_type](found, config)
+    BUILDERS[config.model_type](found, config)
     return found
 
 
 def check_family(config: PretrainedConfig) -> None:
     """Raise `ModelError` for a model that the runtime doesn't run."""
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if config.model_type not in BUILDERS:
+        known = ", ".join(BUILDERS)
         raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")

@@ -80,9 +80,11 @@ FAMILIES = {
 class Units:
     """The heads, or the neurons, of one layer; `size` is how many lines a unit has."""
 
-    def __init__(self, layer: nn.Module, rows: Sequence[Rows], out: str, size: int) -> None:
-        """Look at a layer; nothing is copied."""
-        self.layer, self.rows, self.size = layer, rows, size
+    def __init__(
+        self, layer: nn.Module, rows: Sequence[Rows], out: str, size: int, counted_by: str = ""
+    ) -> None:
+        """Look at a layer; nothing is copied. `counted_by` is a module that notes their number."""
+        self.layer, self.rows, self.size, self.counted_by = layer, rows, size, counted_by
         self.out = self._linear(out)
 
     def _linear(self, path: str) -> nn.Linear:
@@ -128,23 +130,20 @@ class Units:
             linear.out_features = len(kept)
         self.out.weight = nn.Parameter(self.out.weight.detach()[:, lines].contiguous())
         self.out.in_features = len(lines)
+        if self.counted_by:
+            module: Any = self.layer.get_submodule(self.counted_by)  # of transformers
+            numbers = dict.fromkeys(("num_attention_heads", "n_heads"), len(units))
+            for name, number in {**numbers, "all_head_size": len(lines)}.items():
+                if hasattr(module, name):
+                    setattr(module, name, number)
 
 
 def units_of(layer: nn.Module, family: Family, head_size: int) -> dict[str, Units]:
     """The heads and the neurons of a layer."""
     return {
-        HEADS: Units(layer, family.heads, family.heads_out, head_size),
+        HEADS: Units(layer, family.heads, family.heads_out, head_size, family.attention),
         NEURONS: Units(layer, family.neurons, family.neurons_out, 1),
     }
-
-
-def note_heads(layer: nn.Module, family: Family, count: int, head_size: int) -> None:
-    """Correct what an attention module says of its heads, after some went."""
-    attention: Any = layer.get_submodule(family.attention)  # of transformers
-    numbers = {"num_attention_heads": count, "n_heads": count, "all_head_size": count * head_size}
-    for name, number in numbers.items():
-        if hasattr(attention, name):
-            setattr(attention, name, number)
 
 
 def without_layers_of_their_own(config: Any) -> Any:  # Any: a configuration of transformers

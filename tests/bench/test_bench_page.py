@@ -100,7 +100,7 @@ def test_what_the_readme_says_of_speed_is_measured() -> None:
 def test_shapes_are_measured_against_their_multiply_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 1536}
-    monkeypatch.setattr(shapes, "CONFIG", {**shapes.CONFIG, **sizes})
+    monkeypatch.setattr(shapes, "MINILM", {**shapes.MINILM, **sizes})
     measured = bench_shapes(1)
     rows = {(row.heads, row.neurons): row for row in measured.rows}
     assert rows[DENSE].macs_large == rows[DENSE].large == 1

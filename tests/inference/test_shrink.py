@@ -133,9 +133,9 @@ def test_what_is_left_computes_the_same(family: str, chosen: dict[Any, int]) -> 
     found = find_dead(model)
     num_dead = sum(int(dead.sum()) for each in found for dead in each.dead.values())
     assert num_dead == len(chosen)
-    fold(model, found)
+    fold(found)
     assert (logits(model) - expected).abs().max() < 1e-5
-    remove(model, found)
+    remove(found)
     assert (logits(model) - expected).abs().max() < 1e-5
     assert sum(units[k].count for _, units in layers_of(model) for k in units) == 72 - num_dead
 
