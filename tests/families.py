@@ -1,5 +1,6 @@
 """A tiny random encoder of each family, with live biases."""
 
+import copy
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ CONFIGS: dict[str, Any] = {  # their configurations share no fields
 def model_of(family: str, cls: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
     """Random weights, live biases too."""
     torch.manual_seed(0)
-    model = cls.from_config(CONFIGS[family]).eval()
+    model = cls.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from opfa.compression.oneshot import OneShot
-    from opfa.downstream.results import StructuredResult
+    from opfa.downstream.results import DepthResult, StructuredResult
 
 Scope = Literal["layer", "global"]
 ScoreName = Literal["magnitude"]
@@ -195,3 +195,26 @@ def prune_structured(
     from opfa.downstream.structured import prune_structured as execute
 
     return execute(str(model), checked, Path(output), budget)
+
+
+@progress()
+def prune_layers(
+    model: str | Path,
+    output: str | Path,
+    recipe: AnyRecipe | None = None,
+    overrides: Overrides = (),
+    *,
+    layers: int,
+    examples: int = 8192,
+) -> "DepthResult":
+    """Keep so many layers of a fine-tuned model, those that its loss needs most, in `output`.
+
+    What a layer is worth is the Fisher information of its gate, on training examples of the
+    recipe's task, by default of the run's own. Any transformers loads the result. It has to be
+    fine-tuned again. Raises `RunError` where there are not more layers, and `ModelError`.
+    """
+    check_new(Path(output))
+    checked = task_recipe_of(model, recipe, overrides)
+    from opfa.downstream.depth import prune_layers as execute
+
+    return execute(str(model), checked, Path(output), layers, examples)

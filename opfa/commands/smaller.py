@@ -7,7 +7,7 @@ import typer
 from typer import Option
 
 from opfa.api import models as api
-from opfa.api.prune import CostName, Scope, prune_structured
+from opfa.api.prune import CostName, Scope, prune_layers, prune_structured
 from opfa.api.prune import prune as execute_prune
 from opfa.commands.options import AsJson, ModelName, Output, Overrides, TaskRecipe
 from opfa.errors import RunError
@@ -56,6 +56,9 @@ def prune(
     keep: Annotated[
         float | None, Option(help="Heads and neurons of a fine-tuned model: the share that stays.")
     ] = None,
+    layers: Annotated[
+        int | None, Option(help="Whole layers of a fine-tuned model: how many stay.")
+    ] = None,
     of: Annotated[CostName | None, Option(help="With --keep, of what; default: macs.")] = None,
     score: Annotated[
         Literal["magnitude", "fisher"] | None,
@@ -72,7 +75,8 @@ def prune(
     exclude: Annotated[list[str] | None, Option(help="Of those, what stays dense.")] = None,
     recipe: TaskRecipe = None,
     examples: Annotated[
-        int | None, Option(help="With --keep: how many training examples it sees; default: 8192.")
+        int | None,
+        Option(help="Training examples that --keep and --layers see; default: 8192."),
     ] = None,
     batch: Annotated[
         int | None, Option(help="With --keep: costs are of so many sequences; default: 1.")
@@ -83,26 +87,31 @@ def prune(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune without training: exactly so many weights, or whole heads and neurons under a budget.
+    """Prune without training: exactly so many weights, heads and neurons under a budget, or layers.
 
-    --keep needs a fine-tuned model and its task: the run's own recipe, or --recipe.
+    --keep and --layers need a fine-tuned model and its task: the run's own recipe, or --recipe.
     """
     of_weights = {"scope": scope, "include": include, "exclude": exclude}
-    of_units = {"of": of, "examples": examples, "batch": batch, "tokens": tokens}
-    if (sparsity is None) == (keep is None):
-        what = "give one, for single weights or for whole heads and neurons"
-        raise RunError(f"--sparsity, --keep: {what}")
-    if keep is not None:
-        _refuse("--keep", of_weights)
-        options = _given({**of_units, "score": score})
-        found = prune_structured(model, output, recipe, overrides or (), keep=keep, **options)
-        found.show(as_json=as_json)
+    of_units = {"of": of, "batch": batch, "tokens": tokens}
+    of_task = {"examples": examples, "recipe": recipe, "[section.key=value]": overrides}
+    if sum(each is not None for each in (sparsity, keep, layers)) != 1:
+        what = "give one of them, for single weights, heads and neurons, or whole layers"
+        raise RunError(f"--sparsity, --keep, --layers: {what}")
     if sparsity is not None:
-        _refuse("--sparsity", {**of_units, "recipe": recipe, "[section.key=value]": overrides})
+        _refuse("--sparsity", {**of_units, **of_task})
         if not 0 <= sparsity < 1:
             raise RunError(f"--sparsity {sparsity:g}: must be a share below 1, such as 0.9")
         options = _given({**of_weights, "score": score})
         execute_prune(model, sparsity, output, **options).show(as_json=as_json)
+    task = (recipe, overrides or ())
+    if keep is not None:
+        _refuse("--keep", of_weights)
+        options = _given({**of_units, "examples": examples, "score": score})
+        prune_structured(model, output, *task, keep=keep, **options).show(as_json=as_json)
+    if layers is not None:
+        _refuse("--layers", {**of_weights, **of_units, "score": score})
+        options = _given({"examples": examples})
+        prune_layers(model, output, *task, layers=layers, **options).show(as_json=as_json)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,10 +189,7 @@ class CalibrateResult(Outcome):
 
     def table(self) -> Table:
         """Each metric before and after."""
-        rows = [
-            (name, figure(before, None), figure(self.int8[name], None))
-            for name, before in self.fp32.items()
-        ]
+        rows = changes(self.fp32, self.int8)
         return Table((self.task, "fp32", "8 bits"), rows, numbers_from=1)
 
     def notes(self) -> Sequence[str]:
@@ -243,10 +240,7 @@ class StructuredResult(Outcome):
 
     def table(self) -> Table:
         """Metrics, cost and units, before and after."""
-        rows = [
-            (name, figure(before, None), figure(self.after[name], None))
-            for name, before in self.before.items()
-        ]
+        rows = changes(self.before, self.after)
         rows.append((self.of, f"{self.cost:,.6g}", f"{self.left:,.6g}"))
         kept = self.layers
         heads = f"{sum(k.of_heads for k in kept):,}", f"{sum(k.heads for k in kept):,}"
@@ -265,3 +259,39 @@ class StructuredResult(Outcome):
     def commands(self) -> Sequence[Sequence[Path | str]]:
         """Smaller matrices."""
         return [("shrink", self.directory, "--output", f"{self.directory}-small")]
+
+
+class DepthResult(Outcome):
+    """A model before some of its layers went, and after."""
+
+    directory: Place
+    task: str
+    before: dict[str, float]
+    after: dict[str, float]
+    kept: list[int]  # numbers of the layers
+    of_layers: int
+    examples: int  # that scores saw
+
+    def table(self) -> Table:
+        """Metrics and layers, before and after."""
+        rows = changes(self.before, self.after)
+        rows.append(("layers", str(self.of_layers), str(len(self.kept))))
+        return Table((self.task, "before", "after"), rows, numbers_from=1)
+
+    def notes(self) -> Sequence[str]:
+        """Which are left."""
+        return [f"left: layers {', '.join(map(str, self.kept))}"]
+
+    def places(self) -> Mapping[str, Path | str]:
+        """The model."""
+        return {"model": self.directory}
+
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """It has to learn again."""
+        words = (f"model.init={self.directory}", "model.zeros=free")
+        return [("finetune", "RECIPE", "--output", "RUN", *words)]
+
+
+def changes(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """A line for each metric."""
+    return [(n, figure(value, None), figure(after[n], None)) for n, value in before.items()]

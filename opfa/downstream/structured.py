@@ -9,17 +9,16 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from opfa.compression.budget import choose
 from opfa.compression.fisher import improve, removal
 from opfa.downstream.budget import Budget
 from opfa.downstream.evaluate import Ready
+from opfa.downstream.examples import batches_of, loss_of
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import Kept, StructuredResult
 from opfa.errors import RunError
@@ -32,13 +31,10 @@ from opfa.sparsity.units import Units
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
-from opfa.tasks.batches import num_targets
 from opfa.tasks.features import Batch
 from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished
 
-BATCH = 32
-MOST_TOKENS = 1 << 18  # that scores see
 FITTED_TOKENS = 1 << 16  # that least squares see
 
 
@@ -55,7 +51,7 @@ def prune_structured(
     model, task = ready.model.requires_grad_(False), ready.task
     costs = _costs(model, budget, task.sequence_tokens)
     before = ready.evaluate()
-    batches = _batches(ready)
+    batches = batches_of(ready)
     pruned = copy.deepcopy(model)
     gone = _choose(model, task, batches, costs, budget)
     for units, is_gone in zip(groups_of(pruned), gone, strict=True):
@@ -95,15 +91,6 @@ def _costs(model: PreTrainedModel, budget: Budget, longest: int) -> Costs:
     return found
 
 
-def _batches(ready: Ready) -> list[Batch]:
-    """The training examples, short ones first; as many as hold `MOST_TOKENS`."""
-    split, lengths = ready.training, ready.training.lengths()
-    lengths = lengths[: max(1, int((lengths.cumsum() <= MOST_TOKENS).sum()))]
-    rows = Subset(split.features, lengths.argsort(kind="stable").tolist())
-    loader = DataLoader(rows, batch_size=BATCH, collate_fn=split.collate)
-    return [{name: t.to(ready.device) for name, t in batch.items()} for batch in loader]
-
-
 def _choose(
     model: PreTrainedModel, task: Task, batches: Sequence[Batch], costs: Costs, budget: Budget
 ) -> list[Tensor]:
@@ -133,22 +120,12 @@ def _fisher(
     with Gates(groups) as gates, Bar("scores", len(batches)) as bar:
         for batch in batches:
             outputs = tasks.call(task, model, batch)
-            gradients = gates.gradients(_loss(task, outputs, batch))
+            gradients = gates.gradients(loss_of(task, outputs, batch))
             for each, gradient in zip(found, gradients, strict=True):
                 each.append(gradient.cpu())
             bar.advance(1)
     whole = [torch.cat(each).double() for each in found]
     return [gradient.T @ gradient for gradient in whole]
-
-
-def _loss(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers
-    """The sum of the losses of all targets. Where there is only a teacher to learn from, which the
-    model itself would be, a random projection of the vectors (Gauss-Newton instead of Fisher).
-    """
-    if task.kind == "embedding" and task.loss == "teacher":
-        (vectors,) = tasks.logits_of(task, outputs)
-        return (vectors * torch.randn_like(vectors)).sum()
-    return tasks.task_loss(task, outputs, batch) * num_targets(batch)
 
 
 def _refit(

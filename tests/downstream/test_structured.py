@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe
+from transformers import AutoModelForSequenceClassification
 
 import opfa
 from opfa.commands import app as cli
@@ -149,9 +150,10 @@ def test_bad_budgets_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--sparsity, --keep: give one"),
-        (["--sparsity", "0.5", "--keep", "0.5"], "--sparsity, --keep: give one"),
+        ([], "--sparsity, --keep, --layers: give one"),
+        (["--sparsity", "0.5", "--keep", "0.5"], "--sparsity, --keep, --layers: give one"),
         (["--sparsity", "0.5", "--of", "macs"], "--of: has no meaning with --sparsity"),
+        (["--layers", "1", "--of", "macs"], "--of: has no meaning with --layers"),
         (["--keep", "0.5", "--scope", "global"], "--scope: has no meaning with --keep"),
         (["--sparsity", "0.5", "a.b=1"], "[section.key=value]: has no meaning with --sparsity"),
     ],
@@ -162,3 +164,22 @@ def test_options_of_the_other_way_are_refused(
     output = ["--output", str(tmp_path / "found")]
     assert cli.run(["prune", "./nowhere", *options, *output]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_layers_that_the_loss_needs_stay(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "one"
+    assert cli.run(["prune", str(run), "--layers", "1", "--output", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["kept"]) == 1 and found["of_layers"] == 2 and found["examples"] == 80
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.num_hidden_layers == 1
+    kept = groups_of(load(run))[2 * found["kept"][0]]
+    assert torch.equal(groups_of(model)[0].out.weight, kept.out.weight)
+    assert opfa.evaluate(output, run / "recipe.toml").metrics == found["after"]
+    assert opfa.inspect(output)["stated"] == "matches"
+    for layers in (0, 2):
+        with pytest.raises(RunError, match=f"layers = {layers}: must be from 1 to 1, since this"):
+            opfa.prune_layers(run, tmp_path / "other", layers=layers)
+    assert not (tmp_path / "other").exists()

@@ -1,19 +1,21 @@
 """Gradients of gates against differences, costs against counted ones, and least squares."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import CONFIGS, model_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from opfa.models.costs import macs, milliseconds, parameters
+from opfa.models.depth import LayerGates, drop_layers, first_stays
 from opfa.models.gates import Gates
 from opfa.models.refit import refit
-from opfa.models.removal import groups_of
+from opfa.models.removal import groups_of, layers_of
 
 TOKENS = torch.randint(5, 27, (4, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS)
@@ -147,3 +149,49 @@ def test_a_sparse_matrix_keeps_its_zeros() -> None:
     for units, was_zero in zip(groups_of(pruned), zeros, strict=True):
         assert torch.equal(units.out.weight == 0, was_zero)
     assert (states(pruned) - states(model)).square().mean() < before / 10
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_gate_of_a_layer_has_the_gradient_of_each_sequence(family: str) -> None:
+    model = model_of(family).requires_grad_(False)
+    with LayerGates(model) as gates:
+        found = gates.gradients(losses(model).sum())
+        assert torch.equal(gates.gradients(losses(model).sum()), found)
+    assert found.shape == (4, 3)
+
+    def without(layer: nn.Module, step: float) -> Tensor:
+        def scale(_: nn.Module, args: Any, states: Any) -> Any:
+            after = states[0] if isinstance(states, tuple) else states
+            scaled = args[0] + (1 + step) * (after - args[0])
+            return (scaled, *states[1:]) if isinstance(states, tuple) else scaled
+
+        handle = layer.register_forward_hook(scale)
+        with torch.no_grad():
+            changed = losses(model)
+        handle.remove()
+        return changed
+
+    for number, (layer, _) in enumerate(layers_of(model)):
+        difference = (without(layer, 1e-2) - without(layer, -1e-2)) / 2e-2
+        assert torch.allclose(found[:, number], difference, rtol=0.02, atol=1e-2)
+    assert not losses(model).requires_grad
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_with_fewer_layers_is_a_plain_one(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    assert first_stays(model) == family.startswith("modernbert")
+    drop_layers(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.config.num_hidden_layers == 2
+    assert torch.allclose(losses(again), losses(model), atol=1e-6)
+
+
+def test_layers_keep_their_own_numbers_of_units(tmp_path: Path) -> None:
+    model = cut(model_of("bert"), [4, 20, 4, 20, 4, 7])
+    model.config.per_layer_config = {2: {"intermediate_size": 7}}
+    drop_layers(model, [1, 2])
+    assert model.config.to_dict()["per_layer_config"] == {"1": {"intermediate_size": 7}}
+    drop_layers(model, [0])
+    assert not model.config.is_heterogeneous

@@ -1,0 +1,35 @@
+"""Training examples that a finished model is measured on, and the loss that scores come from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from opfa.downstream.evaluate import Ready
+from opfa.tasks import kinds as tasks
+from opfa.tasks.batches import num_targets
+from opfa.tasks.features import Batch
+from opfa.tasks.recipe import Task
+
+BATCH = 32
+MOST_TOKENS = 1 << 18  # that scores see
+
+
+def batches_of(ready: Ready) -> list[Batch]:
+    """The training examples, short ones first; as many as hold `MOST_TOKENS`."""
+    split, lengths = ready.training, ready.training.lengths()
+    lengths = lengths[: max(1, int((lengths.cumsum() <= MOST_TOKENS).sum()))]
+    rows = Subset(split.features, lengths.argsort(kind="stable").tolist())
+    loader = DataLoader(rows, batch_size=BATCH, collate_fn=split.collate)
+    return [{name: t.to(ready.device) for name, t in batch.items()} for batch in loader]
+
+
+def loss_of(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers
+    """The sum of the losses of all targets. Where there is only a teacher to learn from, which the
+    model itself would be, a random projection of the vectors (Gauss-Newton instead of Fisher).
+    """
+    if task.kind == "embedding" and task.loss == "teacher":
+        (vectors,) = tasks.logits_of(task, outputs)
+        return (vectors * torch.randn_like(vectors)).sum()
+    return tasks.task_loss(task, outputs, batch) * num_targets(batch)
