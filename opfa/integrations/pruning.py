@@ -70,7 +70,7 @@ class PruningCallback(TrainerCallback):
         initial: float = 0.0,
         scope: Literal["layer", "global"] = "layer",
         score: Literal["magnitude"] | Score = "magnitude",
-        grain: Literal["weight"] | Grain = "weight",
+        grain: str | Grain = "weight",
         include: Sequence[str] = (ENCODER_LAYER,),
         exclude: Sequence[str] = (),
         resume_from: str | Path | None = None,
