@@ -177,10 +177,11 @@ def override_value(values: dict[str, Any], given: str) -> None:
         raise RecipeError(f"{brief(given)!r}: its key has more than {DEEPEST} parts")
     target: Any = values  # Any: whatever TOML can hold
     for index, part in enumerate(parts[:-1]):
+        items = len(target) if isinstance(target, list) else None
         target = _inside(target, part, dict | list if parts[index + 2 :] else dict)
         if target is None:
-            what = f"{brief(part)!r} is a value, not a section"
-            raise RecipeError(f"{brief(given)!r}: {what}")
+            what = f"is none of {items} sections, from 0" if items else "is a value, not a section"
+            raise RecipeError(f"{brief(given)!r}: {brief(part)!r} {what}")
     if not text.strip():
         target.pop(parts[-1], None)
         return
@@ -247,8 +248,8 @@ def _problem(value: Any, *, is_deep: bool) -> str | None:  # Any: as above
 def _place(
     root: type[BaseModel], error: Mapping[str, Any]
 ) -> tuple[Sequence[str | int], Mapping[str, Any] | None, bool]:
-    """The key of pydantic's error, the known keys of its section (None where it is none, as in a
-    table of free names), and whether each of several allowed types has an error.
+    """The key of pydantic's error, the known keys of its section (None in a table of free names),
+    and whether each of several allowed types has an error.
     """
     location = error["loc"]
     is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)

@@ -38,7 +38,7 @@ class Pattern(Section):
     exclude: tuple[str, ...] = ()
     """Of those, the ones to leave dense."""
     scope: Literal["layer", "global"] = "layer"
-    """Whether each tensor reaches the target, or all of them together."""
+    """Whether each tensor (heads and neurons: each layer) reaches the target, or all together."""
     monotone: bool = False
     """A pruned weight never comes back."""
     # Their defaults are not written, so that recipes without them keep their digests.
@@ -91,7 +91,9 @@ class Pattern(Section):
 
 
 class PartPattern(Pattern):
-    """Which weights of one part of the model are pruned, and how many."""
+    """A part of the model: all that `[pruning.pattern]` may say, also score and grain, and a target
+    of its own.
+    """
 
     target: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Sparsity of this part at the end of the ramp; by default that of the schedule."""

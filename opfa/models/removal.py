@@ -30,7 +30,7 @@ from opfa.sparsity.units import (
 @dataclass(frozen=True)
 class Dead:
     """The units of one layer by kind, which of them are dead (True in [units]), and what each gives
-    whatever its input is, [units, size], fp64; NaN where it depends. `averaging` are the heads whose
+    whatever its input is, [units, size], fp64; NaN where it depends. `averaging` are heads whose
     queries or keys alone are dead.
     """
 

@@ -11,17 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe, outside
+from encoders import CONFIGS, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    DistilBertConfig,
-    ModernBertConfig,
-    PreTrainedModel,
-    RobertaConfig,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.monkey_patching import clear_patch_mapping
 from words import WORDS
 
@@ -35,25 +29,6 @@ from opfa.models.removal import find_dead, fold, layers_of, remove
 from opfa.sparsity.units import HEADS, NEURONS
 from opfa.tasks.predictions import ClassPrediction
 
-SIZES: dict[str, Any] = {"vocab_size": len(WORDS) + 10, "hidden_size": 24}
-LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4}
-PLACES: dict[str, Any] = {"max_position_embeddings": 40}
-IDS: dict[str, Any] = {
-    f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))
-}
-CONFIGS: dict[str, Any] = {  # their configurations share no fields
-    "bert": BertConfig(**SIZES, **LAYERS, **PLACES, intermediate_size=20),
-    "roberta": RobertaConfig(**SIZES, **LAYERS, **PLACES, intermediate_size=20, hidden_act="relu"),
-    "distilbert": DistilBertConfig(
-        vocab_size=SIZES["vocab_size"], dim=24, n_layers=3, n_heads=4, hidden_dim=20, **PLACES
-    ),
-    "modernbert": ModernBertConfig(
-        **SIZES, **LAYERS, **PLACES, **IDS, intermediate_size=20, local_attention=8
-    ),
-    "modernbert, biases": ModernBertConfig(
-        **SIZES, **LAYERS, **PLACES, **IDS, intermediate_size=20, attention_bias=True, mlp_bias=True
-    ),
-}
 KILLED = {HEADS: ("columns", "values"), NEURONS: ("columns", "rows")}
 
 
@@ -62,16 +37,6 @@ def _nothing_stays_registered() -> Iterator[None]:
     """While a class is, each load of any model takes 0.4 s."""
     yield
     clear_patch_mapping()
-
-
-def model_of(family: str, cls: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
-    """Random weights, live biases too."""
-    torch.manual_seed(0)
-    model = cls.from_config(CONFIGS[family]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return model
 
 
 @torch.no_grad()
