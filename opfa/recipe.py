@@ -199,10 +199,9 @@ def override_value(values: dict[str, Any], given: str) -> None:
 def _inside(target: Any, part: str, kind: type | UnionType) -> Any:  # Any: as above
     """A section in a section, new if need be, or an item of a list, by its number from 0."""
     if isinstance(target, list):
-        found = target[int(part)] if part in map(str, range(len(target))) else None
-    else:
-        found = target.setdefault(part, {})
-    return found if isinstance(found, kind) else None
+        target = {str(number): item for number, item in enumerate(target)}
+        return target[part] if isinstance(target.get(part), kind) else None
+    return target[part] if isinstance(target.setdefault(part, {}), kind) else None
 
 
 def _bounded(  # Any: what TOML and JSON can hold
@@ -262,9 +261,9 @@ def _place(
         if isinstance(part, int):  # of a list
             continue
         known = models[0].model_fields if models else None
-        annotation = known[part].annotation if known and part in known else None
-        candidates = [annotation, *get_args(annotation)]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        kind = known[part].annotation if known and part in known else None
+        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type)]
+        models = [each for each in kinds if issubclass(each, BaseModel)]
     return key, known, is_scalar
 
 
@@ -277,12 +276,12 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> str:
         allowed = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
         letters = "" if last.isascii() else f" ({brief(ascii(last))})"  # they may look like others
         return f"{key}: unknown key{letters}; {allowed}"
+    if error["type"].startswith("union_tag"):
+        key, value = f"{key}.kind", error["ctx"].get("tag")
     if error["type"] in ("missing", "union_tag_not_found"):
-        key = key if error["type"] == "missing" else f"{key}.kind"
         return f"{key}: missing; this key is required"
     message = brief(error["msg"].removeprefix("Value error, "), 500)
     if error["type"] == "union_tag_invalid":
-        key, value = f"{key}.kind", error["ctx"]["tag"]
         message = f"must be one of {error['ctx']['expected_tags']}"
     message = "must be a string, a number or a boolean" if is_scalar else message
     message = message.replace("Input should be a valid array", 'must be a list, such as ["a", "b"]')
