@@ -40,7 +40,8 @@ def prune_once(
     """Make the units that are worth least +0.0, in place: exactly round(sparsity * size) of them.
 
     `score` and `grain` replace the pattern's. The model stays plain, so it can be saved, or locked
-    and trained. Returns the sparsity report. Raises `ModelError`, with the model as it was, where
+    and trained. Returns the sparsity report, and in `left` how many units are left, and of how
+    many. Raises `ModelError`, with the model as it was, where
     it is locked, partitioned, not finite, or has more zeros already, or in units that are kept.
     """
     if masked_layers(model):
@@ -56,7 +57,7 @@ def prune_once(
     try:
         pruner.after_step(0)
         _check_units(pruner.layers)
-        return fuse(model)
+        return {"left": pruner.left(), **fuse(model)}
     except (ModelError, RunError) as error:
         for layer in masked_layers(model).values():
             layer.unmask()

@@ -83,8 +83,8 @@ class PruningCallback(TrainerCallback):
         a run goes on from, where it isn't in the arguments' own output_dir.
         Raises `RecipeError` for what can't be.
         """
-        named = {"score": score} if isinstance(score, str) else {}
-        named |= {"grain": grain} if isinstance(grain, str) else {}
+        named = {} if isinstance(score, Score) else {"score": score}
+        named |= {} if isinstance(grain, Grain) else {"grain": grain}
         rules = {"include": [*include], "exclude": [*exclude], "scope": scope}
         self._pattern = OneShot.check({**rules, **named, "sparsity": sparsity}, WHAT)
         self._score = score if isinstance(score, Score) else None
