@@ -41,8 +41,8 @@ def prune_once(
 
     `score` and `grain` replace the pattern's. The model stays plain, so it can be saved, or locked
     and trained. Returns the sparsity report, and in `left` how many units are left, and of how
-    many. Raises `ModelError`, with the model as it was, where
-    it is locked, partitioned, not finite, or has more zeros already, or in units that are kept.
+    many. Raises `ModelError`, with the model as it was, where it is locked, partitioned, not
+    finite, or has more zeros already, or zeros in units that are kept.
     """
     if masked_layers(model):
         raise ModelError("this model is locked; prune it after opfa.fuse(model)")
