@@ -248,12 +248,15 @@ def pack(
 )
 def prune(
     model: ModelName,
-    sparsity: Annotated[float, Option(help="Share of the weights, from 0 to below 1.")],
+    sparsity: Annotated[float, Option(help="Share of the units, from 0 to below 1.")],
     output: Output,
     scope: Annotated[
         Scope, Option(help="Each matrix reaches the sparsity, or all together.")
     ] = "layer",
     score: Annotated[ScoreName, Option(help="What a weight is worth.")] = "magnitude",
+    grain: Annotated[
+        str, Option(help="Pruned together: weight, neurons, heads, or blocks such as 32x32.")
+    ] = "weight",
     include: Annotated[
         list[str] | None,
         Option(help="A regular expression for names of linear layers; repeatable."),
@@ -270,6 +273,7 @@ def prune(
         output,
         scope=scope,
         score=score,
+        grain=grain,
         include=include or (ENCODER_LAYER,),
         exclude=exclude or (),
     ).show(as_json=as_json)

@@ -1,5 +1,6 @@
 """Blocks, neurons and heads of every family, and several parts in one pruning."""
 
+import re
 from typing import Any
 
 import pytest
@@ -226,6 +227,15 @@ def test_zeros_inside_of_kept_units_are_not_lost() -> None:
     dead = worths(model, NEURONS) == 0
     assert opfa.prune(model, 0.6).sparsity == pytest.approx(0.6, abs=1e-3)
     assert bool((worths(model, NEURONS) == 0)[dead].all())
+
+
+def test_one_shot_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    result = opfa.prune(model_of("bert"), 0.5, grain="heads")
+    assert (result.grain, result.left) == ("heads", {"heads": (6, 12)})
+    result.show()
+    assert re.search(r"heads left +6 of 12", capsys.readouterr().out)
+    with pytest.raises(RecipeError, match="grain: .*valid dictionary"):
+        opfa.prune(model_of("bert"), 0.5, grain=3)  # pyright: ignore[reportArgumentType]
 
 
 # recipes
