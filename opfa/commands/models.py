@@ -254,12 +254,9 @@ def prune(
         Scope, Option(help="Each matrix reaches the sparsity, or all together.")
     ] = "layer",
     score: Annotated[ScoreName, Option(help="What a weight is worth.")] = "magnitude",
-    grain: Annotated[
-        str, Option(help="Pruned together: weight, neurons, heads, or blocks such as 32x32.")
-    ] = "weight",
+    grain: Annotated[str, Option(help="Or neurons, heads, blocks such as 32x32.")] = "weight",
     include: Annotated[
-        list[str] | None,
-        Option(help="A regular expression for names of linear layers; repeatable."),
+        list[str] | None, Option(help="A regular expression for names of layers; repeatable.")
     ] = None,
     exclude: Annotated[list[str] | None, Option(help="Of those, what stays dense.")] = None,
     as_json: AsJson = False,
