@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         unpack,
     )
     from opfa.api.own import list_recipes, new_recipe
-    from opfa.api.prune import prune
+    from opfa.api.prune import prune, prune_structured
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.inference.predict import predict
     from opfa.integrations.guard import SparsityGuard
@@ -72,6 +72,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "prepare": "opfa.api.train",
     "pretrain": "opfa.api.train",
     "prune": "opfa.api.prune",
+    "prune_structured": "opfa.api.prune",
     "push": "opfa.api.models",
     "release": "opfa.api.models",
     "shrink": "opfa.api.models",
@@ -108,6 +109,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "prune",
+    "prune_structured",
     "push",
     "release",
     "shrink",

@@ -40,6 +40,7 @@ PUBLIC = [
     "prepare",
     "pretrain",
     "prune",
+    "prune_structured",
     "push",
     "release",
     "shrink",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from opfa.api.progress import progress
+from opfa.api.recipes import AnyRecipe, Overrides, task_recipe_of
 from opfa.compression.grains import Grain
 from opfa.compression.pattern import ENCODER_LAYER
 from opfa.compression.scores import Score
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from opfa.compression.oneshot import OneShot
+    from opfa.downstream.results import StructuredResult
 
 Scope = Literal["layer", "global"]
 ScoreName = Literal["magnitude"]
 GrainName = str  # "weight", "neurons", "heads", or the size of blocks, such as "32x32"
+CostName = Literal["macs", "milliseconds", "parameters"]
 
 
 class PruneResult(Outcome):
@@ -166,3 +169,38 @@ def _written(name: str, settings: "OneShot", output: Path, own: Mapping[str, Any
     with new_directory(output) as work:
         fill_finished(model, tokenizer, work, lambda directory: write_files(files, directory))
     return result
+
+
+@progress()
+def prune_structured(
+    model: str | Path,
+    output: str | Path,
+    recipe: AnyRecipe | None = None,
+    overrides: Overrides = (),
+    *,
+    keep: float,
+    of: CostName = "macs",
+    score: Literal["fisher", "magnitude"] = "fisher",
+    examples: int = 8192,
+    batch: int = 1,
+    tokens: int | None = None,
+) -> "StructuredResult":
+    """Prune whole heads and neurons of a fine-tuned model, without training, into `output`.
+
+    The model keeps the share `keep` of its multiply-adds, of its milliseconds in torch on this
+    machine, or of its parameters. The first and the last count heads and neurons alone. They are
+    of `batch` sequences of `tokens` tokens, by default those of the recipe's task. What a unit is
+    worth is the Fisher information of its gate on training examples of the recipe's task (by
+    default of the run's own), or its magnitude. The output matrices are then fitted by least
+    squares. The zeros have the old shape; `opfa.shrink` makes smaller matrices of them.
+    Raises `RecipeError` for settings, `RunError` for a budget that can't be met, and `ModelError`.
+    """
+    check_new(Path(output))
+    checked = task_recipe_of(model, recipe, overrides)
+    from opfa.downstream.budget import Budget
+
+    given = {"keep": keep, "of": of, "score": score, "examples": examples, "batch": batch}
+    budget = Budget.check({**given, **({} if tokens is None else {"tokens": tokens})}, "prune")
+    from opfa.downstream.structured import prune_structured as execute
+
+    return execute(str(model), checked, Path(output), budget)

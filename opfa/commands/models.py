@@ -8,8 +8,6 @@ import typer
 from typer import Argument, Option
 
 from opfa.api import models as api
-from opfa.api.prune import Scope, ScoreName
-from opfa.api.prune import prune as execute_prune
 from opfa.commands.options import (
     AsJson,
     Endpoint,
@@ -20,7 +18,6 @@ from opfa.commands.options import (
     TaskRecipe,
     check_files,
 )
-from opfa.compression.pattern import ENCODER_LAYER
 from opfa.errors import ModelError, RunError
 from opfa.extras import require
 from opfa.report.tables import Table, print_json, show
@@ -212,68 +209,6 @@ def unpack(
 ) -> None:
     """Write the plain form of a compact model, which transformers reads without opfa."""
     api.unpack(directory, output).show(as_json=as_json)
-
-
-@app.command(epilog="Example: opfa shrink runs/sst2 --output sst2-small")
-def shrink(
-    model: ModelName,
-    output: Output,
-    form: Annotated[
-        Literal["even", "uneven", "onnx", "same-shape"],
-        Option(help="even: any transformers loads it; uneven: smallest, for `import opfa`."),
-    ] = "uneven",
-    as_json: AsJson = False,
-) -> None:
-    """Remove dead heads and neurons exactly: smaller matrices that compute the same."""
-    api.shrink(model, output, form=form).show(as_json=as_json)
-
-
-@app.command(epilog="Example: opfa pack runs/sst2 --output sst2-packed")
-def pack(
-    model: ModelName,
-    output: Output,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "int8"] | None,
-        Option(help="Of the products; default: int8 for a model in 8 bits, else fp32."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Pack an encoder for the CPU runtime, which skips zeros: one file, mapped and shared."""
-    api.pack(model, output, dtype=dtype).show(as_json=as_json)
-
-
-@app.command(
-    epilog="Example: opfa prune sentence-transformers/all-MiniLM-L6-v2 --sparsity 0.9 "
-    "--output minilm-90"
-)
-def prune(
-    model: ModelName,
-    sparsity: Annotated[float, Option(help="Share of the units, from 0 to below 1.")],
-    output: Output,
-    scope: Annotated[
-        Scope, Option(help="Each matrix reaches the sparsity, or all together.")
-    ] = "layer",
-    score: Annotated[ScoreName, Option(help="What a weight is worth.")] = "magnitude",
-    grain: Annotated[str, Option(help="Or neurons, heads, blocks such as 32x32.")] = "weight",
-    include: Annotated[
-        list[str] | None, Option(help="A regular expression for names of layers; repeatable.")
-    ] = None,
-    exclude: Annotated[list[str] | None, Option(help="Of those, what stays dense.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Prune any encoder in one shot, without training: exactly so many zeros."""
-    if not 0 <= sparsity < 1:
-        raise RunError(f"--sparsity {sparsity:g}: must be a share below 1, such as 0.9")
-    execute_prune(
-        model,
-        sparsity,
-        output,
-        scope=scope,
-        score=score,
-        grain=grain,
-        include=include or (ENCODER_LAYER,),
-        exclude=exclude or (),
-    ).show(as_json=as_json)
 
 
 @app.command(epilog="Example: opfa export runs/sst2-qat --output sst2/model.onnx")

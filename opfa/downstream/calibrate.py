@@ -5,28 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from opfa.compression import quant
-from opfa.data.order import generator
-from opfa.downstream.evaluate import evaluate
+from opfa.downstream.evaluate import Ready
 from opfa.downstream.recipe import FinetuneRecipe, Quantization
 from opfa.downstream.results import CalibrateResult
 from opfa.downstream.student import hold_zeros, prepare_8_bits
-from opfa.errors import ModelError
-from opfa.models.configs import load_config, load_tokenizer
-from opfa.models.trained import ranges_of
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
-from opfa.tasks.embeddings import settled
 from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished, model_digest
-from opfa.training.engine import choose_accelerator
 from opfa.weights.inspection import inspect
 
 log = logging.getLogger(__name__)
@@ -54,40 +47,25 @@ def calibrate(
 def _calibrated(
     name: str, recipe: FinetuneRecipe, directory: Path, num_examples: int
 ) -> dict[str, Any]:
-    if ranges_of(name) is not None:
-        raise ModelError(f"{name}: is quantized already; calibrate the model it was made of")
-    config, tokenizer = load_config(name), load_tokenizer(name)
-    task = settled(recipe.task, name)
-    tasks.check_head(task, config)
-    validation = tasks.load_validation(task, tokenizer, config)
-    shuffled = generator(recipe.seed).permutation
-    training = tasks.load_validation(
-        task,
-        tokenizer,
-        config,
-        lambda num: shuffled(num)[:num_examples].tolist(),
-        is_training=True,
-    )
-    model = tasks.load_model(task, name, validation.classes, is_trained=True)
+    ready = Ready.load(name, recipe, num_examples)
+    task, model, device = ready.task, ready.model, ready.device
     if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:
         hold_zeros(model, name)
-    device = torch.device(choose_accelerator())
-    nn.Module.to(model, device)
-    before = evaluate(model, task, validation, batch=64, device=device)
+    before = ready.evaluate()
     prepare_8_bits(model, recipe.quantization or Quantization())
-    num_seen = len(training.examples.labels)
+    num_seen = len(ready.training.examples.labels)
     log.info("%s: calibrating on %d examples", name, num_seen)
     loader = DataLoader(
-        training.features,
+        ready.training.features,
         batch_size=recipe.training.batch,
-        collate_fn=training.collate,
+        collate_fn=ready.training.collate,
     )
     _observe(task, model, loader, device)
     quant.start(model)
-    after = evaluate(model, task, validation, batch=64, device=device)
+    after = ready.evaluate()
     tasks.write_more(task, model, directory)
     ranges = directory / quant.FILE
-    report = fill_finished(model, tokenizer, directory, lambda _: quant.save(model, ranges))
+    report = fill_finished(model, ready.tokenizer, directory, lambda _: quant.save(model, ranges))
     write_text(directory / RECIPE, recipe.to_public_toml())  # how `opfa predict` reads its inputs
     metrics = {"task": recipe.name, "fp32": before, "int8": after}
     return {**metrics, "examples": num_seen, "sparsity": report["total"]["sparsity"]}

@@ -5,16 +5,18 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opfa.data.order import generator
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import EvaluateResult
+from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.trained import as_trained, ranges_of
 from opfa.storage import seal
@@ -135,6 +137,52 @@ def load_ready(
     device = torch.device(choose_accelerator())
     nn.Module.to(model, device)
     return model, device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A fine-tuned model in evaluation mode, and examples of its task."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    device: torch.device
+    training: Split  # the first of a shuffle with the recipe's seed
+    validation: Split
+
+    @classmethod
+    def load(cls, name: str, recipe: FinetuneRecipe, num_examples: int) -> Self:
+        """With at most so many training examples; raises `ModelError` for a model in 8 bits."""
+        if ranges_of(name) is not None:
+            raise ModelError(f"{name}: is in 8 bits already; give the model that it was made of")
+        config, tokenizer = load_config(name), load_tokenizer(name)
+        task = settled(recipe.task, name)
+        tasks.check_head(task, config)
+        validation = tasks.load_validation(task, tokenizer, config)
+        shuffled = generator(recipe.seed).permutation
+        training = tasks.load_validation(
+            task,
+            tokenizer,
+            config,
+            lambda num: shuffled(num)[:num_examples].tolist(),
+            is_training=True,
+        )
+        model = tasks.load_model(task, name, validation.classes, is_trained=True)
+        device = torch.device(choose_accelerator())
+        nn.Module.to(model.eval(), device)
+        return cls(
+            task=task,
+            tokenizer=tokenizer,
+            model=model,
+            device=device,
+            training=training,
+            validation=validation,
+        )
+
+    def evaluate(self, model: nn.Module | None = None) -> dict[str, float]:
+        """The metrics of the model, or of another one, on the validation split."""
+        measured = self.model if model is None else model
+        return evaluate(measured, self.task, self.validation, batch=64, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

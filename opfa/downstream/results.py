@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
 from opfa.errors import RunError, opening
-from opfa.report.outcome import Outcome, Unprinted, percent
-from opfa.report.tables import Row, Table, figure
+from opfa.report.outcome import Outcome, Place, Unprinted, percent
+from opfa.report.tables import Row, Table, column, figure
 from opfa.storage import seal
+
+if TYPE_CHECKING:  # results are read without waiting for torch
+    from torch import Tensor
 
 FILE = "results.json"
 
@@ -203,3 +206,62 @@ class CalibrateResult(Outcome):
     def commands(self) -> Sequence[Sequence[Path | str]]:
         """ONNX Runtime computes with integers."""
         return [("export", self.directory, "--output", f"{self.directory}-onnx/model.onnx")]
+
+
+class Kept(Row):
+    """What is left of a layer."""
+
+    heads: int = column("heads")
+    of_heads: int = column("of")
+    neurons: int = column("neurons", ",")
+    of_neurons: int = column("of", ",")
+
+    @classmethod
+    def of_gone(cls, heads: "Tensor", neurons: "Tensor") -> Self:
+        """Counted from what is gone, True in [heads] and in [neurons]."""
+        return cls(
+            heads=int((~heads).sum()),
+            of_heads=len(heads),
+            neurons=int((~neurons).sum()),
+            of_neurons=len(neurons),
+        )
+
+
+class StructuredResult(Outcome):
+    """A model before some of its heads and neurons went, and after."""
+
+    directory: Place
+    task: str
+    before: dict[str, float]
+    after: dict[str, float]
+    of: str
+    cost: float
+    left: float
+    layers: list[Kept]
+    examples: int  # that scores and least squares saw
+    sparsity: float
+
+    def table(self) -> Table:
+        """Metrics, cost and units, before and after."""
+        rows = [
+            (name, figure(before, None), figure(self.after[name], None))
+            for name, before in self.before.items()
+        ]
+        rows.append((self.of, f"{self.cost:,.6g}", f"{self.left:,.6g}"))
+        kept = self.layers
+        heads = f"{sum(k.of_heads for k in kept):,}", f"{sum(k.heads for k in kept):,}"
+        neurons = f"{sum(k.of_neurons for k in kept):,}", f"{sum(k.neurons for k in kept):,}"
+        rows += [("heads", *heads), ("neurons", *neurons)]
+        return Table((self.task, "before", "after"), rows, numbers_from=1)
+
+    def notes(self) -> Sequence[str]:
+        """What it saw."""
+        return [f"chosen on {self.examples:,} training examples; {percent(self.sparsity)} zeros"]
+
+    def places(self) -> Mapping[str, Path | str]:
+        """The model."""
+        return {"model": self.directory}
+
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """Smaller matrices."""
+        return [("shrink", self.directory, "--output", f"{self.directory}-small")]

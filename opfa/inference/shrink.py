@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opfa.downstream.recipe import recipe_of
+from opfa.downstream.results import Kept
 from opfa.errors import ModelError, RunError
 from opfa.inference.export import export
 from opfa.models import trained
@@ -33,7 +34,7 @@ from opfa.models.removal import (
 )
 from opfa.models.sentences import copy_files
 from opfa.report.outcome import Outcome, Place
-from opfa.report.tables import Row, Table, column
+from opfa.report.tables import Table
 from opfa.sparsity.units import HEADS, NEURONS, head_size, without_layers_of_their_own
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
@@ -43,15 +44,6 @@ Form = Literal["even", "uneven", "onnx", "same-shape"]
 ONNX = "model.onnx"
 TOLERANCE = 1e-4  # of a hidden state, by the largest
 TOKENS = (2, 16)  # that both are compared on
-
-
-class Kept(Row):
-    """What is left of a layer."""
-
-    heads: int = column("heads")
-    of_heads: int = column("of")
-    neurons: int = column("neurons", ",")
-    of_neurons: int = column("of", ",")
 
 
 class ShrinkResult(Outcome):
@@ -107,7 +99,7 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
     inputs = _inputs(model)
     expected = _states(model, inputs)
     fold(found)
-    layers = [_kept(each) for each in found]
+    layers = [Kept.of_gone(each.dead[HEADS], each.dead[NEURONS]) for each in found]
     if form != "same-shape":
         most = max(kept.neurons for kept in layers)
         _remove(model, found, most if form == "even" else None)
@@ -136,16 +128,6 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
         parameters=after[1],
         of_parameters=before[1],
         difference=difference,
-    )
-
-
-def _kept(each: Dead) -> Kept:
-    heads, neurons = (each.dead[kind] for kind in (HEADS, NEURONS))
-    return Kept(
-        heads=int((~heads).sum()),
-        of_heads=len(heads),
-        neurons=int((~neurons).sum()),
-        of_neurons=len(neurons),
     )
 
 

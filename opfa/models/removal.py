@@ -58,10 +58,14 @@ def layers_of(model: PreTrainedModel) -> Iterator[tuple[nn.Module, dict[str, Uni
         yield layer, units_of(layer, family, size)
 
 
+def groups_of(model: PreTrainedModel) -> list[Units]:
+    """The heads and the neurons of layer 0, those of layer 1, ..."""
+    return [units for _, by_kind in layers_of(model) for units in by_kind.values()]
+
+
 def matrices_of(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear layers that heads and neurons are lines of."""
-    units = [each for _, by_kind in layers_of(model) for each in by_kind.values()]
-    return [linear for each in units for linear in each.linears()]
+    return [linear for units in groups_of(model) for linear in units.linears()]
 
 
 @torch.no_grad()
@@ -126,11 +130,7 @@ def fold(found: list[Dead]) -> None:
             given = torch.einsum("ous,us->o", units.columns().double(), constant * dead[:, None])
             if units.out.bias is not None:
                 units.out.bias.copy_(units.out.bias.double() + given)
-            units.columns()[:, dead] = 0
-            for number in range(len(units.rows)):
-                units.weight(number)[dead] = 0
-                if units.layer.get_submodule(units.rows[number].path).bias is not None:
-                    units.bias(number)[dead] = 0
+            units.erase(dead)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ class Family:
     heads_out: str
     neurons: tuple[Rows, ...]  # of the first matrix, or of input and gate
     neurons_out: str
+    residual: str  # its input is what the output of neurons is added to
     activation: str
     keys: tuple[str, str]  # of heads and neurons in the configuration
 
@@ -48,6 +49,7 @@ _BERT = Family(
     heads_out="attention.output.dense",
     neurons=(Rows("intermediate.dense"),),
     neurons_out="output.dense",
+    residual="intermediate.dense",
     activation="intermediate.intermediate_act_fn",
     keys=("num_attention_heads", "intermediate_size"),
 )
@@ -61,6 +63,7 @@ FAMILIES = {
         heads_out="attention.out_lin",
         neurons=(Rows("ffn.lin1"),),
         neurons_out="ffn.lin2",
+        residual="ffn.lin1",
         activation="ffn.activation",
         keys=("n_heads", "hidden_dim"),
     ),
@@ -71,6 +74,7 @@ FAMILIES = {
         heads_out="attn.Wo",
         neurons=(Rows("mlp.Wi", 0, 2), Rows("mlp.Wi", 1, 2)),
         neurons_out="mlp.Wo",
+        residual="mlp_norm",
         activation="mlp.act",
         keys=("num_attention_heads", "intermediate_size"),
     ),
@@ -124,6 +128,21 @@ class Units:
     def columns(self) -> Tensor:
         """What they are multiplied with, [out, units, size]."""
         return self.out.weight.unflatten(1, (self.count, self.size))
+
+    def squares(self) -> Tensor:
+        """The sum of squares of each unit's weights, [units], fp64."""
+        rows = [
+            self.weight(number).double().square().sum((1, 2)) for number in range(len(self.rows))
+        ]
+        return sum(rows, self.columns().double().square().sum((0, 2)))
+
+    def erase(self, is_gone: Tensor) -> None:
+        """Make all weights and biases of units zero, True in [units]."""
+        self.columns()[:, is_gone] = 0
+        for number, row in enumerate(self.rows):
+            self.weight(number)[is_gone] = 0
+            if self._linear(row.path).bias is not None:
+                self.bias(number)[is_gone] = 0
 
     def keep(self, units: Tensor) -> None:
         """Keep the units whose numbers are given, in that order."""

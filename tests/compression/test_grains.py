@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import CONFIGS, model_of
+from families import CONFIGS, model_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -121,7 +121,7 @@ def test_a_dense_model_is_calibrated_in_its_encoder(
 
 def test_a_quantized_model_is_refused(run: Path, tmp_path: Path) -> None:
     calibrate(str(run / "model"), recipe_of(run), tmp_path / "eight", num_examples=1)
-    with pytest.raises(ModelError, match="eight: is quantized already; calibrate the model it was"):
+    with pytest.raises(ModelError, match="eight: is in 8 bits already; give the model that"):
         calibrate(str(tmp_path / "eight"), recipe_of(run), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import finetune_recipe, outside
-from encoders import CONFIGS, model_of
+from families import CONFIGS, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

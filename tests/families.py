@@ -1,4 +1,4 @@
-"""Small encoders of every family, with random weights."""
+"""A tiny random encoder of each family, with live biases."""
 
 from typing import Any
 

@@ -1,0 +1,170 @@
+"""Structured pruning of a fine-tuned model without training: whole heads and neurons go.
+
+The Fisher information of gates says what each unit is worth. Which units stay is chosen exactly
+under a budget. Least squares make up for those that went. The model keeps its shape, with zeros;
+`opfa shrink` makes its matrices smaller.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from opfa.compression.budget import choose
+from opfa.compression.fisher import improve, removal
+from opfa.downstream.budget import Budget
+from opfa.downstream.evaluate import Ready
+from opfa.downstream.recipe import FinetuneRecipe
+from opfa.downstream.results import Kept, StructuredResult
+from opfa.errors import RunError
+from opfa.models.costs import Costs, macs, milliseconds, parameters
+from opfa.models.gates import Gates
+from opfa.models.refit import refit
+from opfa.models.removal import groups_of, layers_of
+from opfa.report.bars import Bar
+from opfa.sparsity.units import Units
+from opfa.storage.files import check_new, new_directory, write_text
+from opfa.storage.runs import RECIPE
+from opfa.tasks import kinds as tasks
+from opfa.tasks.batches import num_targets
+from opfa.tasks.features import Batch
+from opfa.tasks.recipe import Task
+from opfa.training.checkpoint import fill_finished
+
+BATCH = 32
+MOST_TOKENS = 1 << 18  # that scores see
+FITTED_TOKENS = 1 << 16  # that least squares see
+
+
+def prune_structured(
+    name: str, recipe: FinetuneRecipe, output: Path, budget: Budget
+) -> StructuredResult:
+    """Write the new directory `output`: a model whose heads and neurons cost at most the budget.
+
+    The examples are the first of a shuffle with the recipe's seed. Raises `RunError` for a budget
+    that can't be met, `ModelError` for a model of another family or in 8 bits.
+    """
+    check_new(output)
+    ready = Ready.load(name, recipe, budget.examples)
+    model, task = ready.model.requires_grad_(False), ready.task
+    costs = _costs(model, budget, task.sequence_tokens)
+    before = ready.evaluate()
+    batches = _batches(ready)
+    pruned = copy.deepcopy(model)
+    gone = _choose(model, task, batches, costs, budget)
+    for units, is_gone in zip(groups_of(pruned), gone, strict=True):
+        units.erase(is_gone)
+    _refit(pruned, model, task, batches)
+    after = ready.evaluate(pruned)
+    with new_directory(output) as work:
+        tasks.write_more(task, pruned, work)
+        report = fill_finished(pruned.cpu(), ready.tokenizer, work)
+        write_text(work / RECIPE, recipe.to_public_toml())  # how other commands read its inputs
+    kept = [int((~is_gone).sum()) for is_gone in gone]
+    return StructuredResult(
+        directory=output,
+        task=recipe.name,
+        before=before,
+        after=after,
+        of=budget.of,
+        cost=costs.whole,
+        left=costs.of(kept),
+        layers=[Kept.of_gone(*pair) for pair in zip(gone[::2], gone[1::2], strict=True)],
+        examples=sum(len(batch["input_ids"]) for batch in batches),
+        sparsity=report["total"]["sparsity"],
+    )
+
+
+def _costs(model: PreTrainedModel, budget: Budget, longest: int) -> Costs:
+    """What units cost; raises `RunError` for a budget that none of them fits in."""
+    if budget.of == "parameters":
+        found = parameters(model)
+    else:
+        count = macs if budget.of == "macs" else milliseconds
+        found = count(model, budget.batch, budget.tokens or longest)
+    least = found.of([0] * len(found.curves)) / found.whole
+    if budget.keep < least:
+        what = f"must be at least {least:.3g}; so many of all {budget.of} are left without any unit"
+        raise RunError(f"keep = {budget.keep:g}: {what}")
+    return found
+
+
+def _batches(ready: Ready) -> list[Batch]:
+    """The training examples, short ones first; as many as hold `MOST_TOKENS`."""
+    split, lengths = ready.training, ready.training.lengths()
+    lengths = lengths[: max(1, int((lengths.cumsum() <= MOST_TOKENS).sum()))]
+    rows = Subset(split.features, lengths.argsort(kind="stable").tolist())
+    loader = DataLoader(rows, batch_size=BATCH, collate_fn=split.collate)
+    return [{name: t.to(ready.device) for name, t in batch.items()} for batch in loader]
+
+
+def _choose(
+    model: PreTrainedModel, task: Task, batches: Sequence[Batch], costs: Costs, budget: Budget
+) -> list[Tensor]:
+    """Which units of each group go."""
+    groups = groups_of(model)
+    if budget.score == "magnitude":
+        information = [units.squares().diag() for units in groups]
+    else:
+        information = _fisher(model, groups, task, batches)
+    orders, losses = zip(*map(removal, information), strict=True)
+    curves = [loss.flip(0).numpy() for loss in losses]  # by how many are kept
+    kept = choose(curves, costs.curves, budget.keep * costs.whole - costs.rest)
+    gone = []
+    for fisher, order, num in zip(information, orders, kept, strict=True):
+        is_gone = torch.zeros(len(order), dtype=torch.bool)
+        is_gone[order[: len(order) - num]] = True
+        gone.append(improve(fisher, is_gone))
+    return gone
+
+
+def _fisher(
+    model: PreTrainedModel, groups: Sequence[Units], task: Task, batches: Sequence[Batch]
+) -> list[Tensor]:
+    """The Fisher information of the gates of each group, [units, units], fp64."""
+    found: list[list[Tensor]] = [[] for _ in groups]
+    torch.manual_seed(0)
+    with Gates(groups) as gates, Bar("scores", len(batches)) as bar:
+        for batch in batches:
+            outputs = tasks.call(task, model, batch)
+            gradients = gates.gradients(_loss(task, outputs, batch))
+            for each, gradient in zip(found, gradients, strict=True):
+                each.append(gradient.cpu())
+            bar.advance(1)
+    whole = [torch.cat(each).double() for each in found]
+    return [gradient.T @ gradient for gradient in whole]
+
+
+def _loss(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers
+    """The sum of the losses of all targets. Where there is only a teacher to learn from, which the
+    model itself would be, a random projection of the vectors (Gauss-Newton instead of Fisher).
+    """
+    if task.kind == "embedding" and task.loss == "teacher":
+        (vectors,) = tasks.logits_of(task, outputs)
+        return (vectors * torch.randn_like(vectors)).sum()
+    return tasks.task_loss(task, outputs, batch) * num_targets(batch)
+
+
+def _refit(
+    pruned: PreTrainedModel, model: PreTrainedModel, task: Task, batches: Sequence[Batch]
+) -> None:
+    texts, num_tokens = [], 0
+    for number in torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist():
+        batch = batches[number]
+        texts.append((batch["attention_mask"].flatten(0, -2), partial(_call, task, batch)))
+        num_tokens += int(batch["attention_mask"].sum())
+        if num_tokens >= FITTED_TOKENS:
+            break
+    with Bar("least squares", len(list(layers_of(model)))) as bar:
+        for layer in refit(pruned, model, texts):
+            bar.move_to(layer + 1)
+
+
+def _call(task: Task, batch: Batch, model: PreTrainedModel) -> None:
+    tasks.call(task, model, batch)

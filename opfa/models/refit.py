@@ -1,0 +1,137 @@
+"""Least squares for what is left: the matrices behind heads and neurons make up for those gone.
+
+Layer by layer, from the first to the last, each output matrix W and its bias are fitted so that the
+pruned model's hidden states become those of the dense model, on the same text:
+
+    W + D' with D = (X' X + ridge)^-1 X' E
+
+where X [tokens, live channels] is what comes in and E [tokens, hidden] what is missing. A matrix
+with zeros of its own gets one factor for each unit instead, as in Kwon et al. 2022, section 4.3, so
+that its zeros stay.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opfa.models.removal import family_of, layers_of
+from opfa.models.stepping import Call, calls_of, inputs_of
+from opfa.sparsity.layers import SPARSE_FROM
+from opfa.sparsity.units import HEADS, NEURONS, Units
+
+RIDGE = 1e-2  # of the mean square of a channel
+Run = Callable[[PreTrainedModel], Any]  # calls a model on some text
+
+
+class Passed(NamedTuple):
+    """What comes into an output matrix [B, T, width], and its output with what is added to it."""
+
+    given: Tensor
+    stream: Tensor
+
+
+@dataclass
+class Text:
+    """A batch on its way through both models."""
+
+    is_token: Tensor  # [B, T], False where it is padding
+    calls: list[Call]  # of the layers
+    theirs: Tensor  # hidden states of the dense model, [B, T, hidden]
+    ours: Tensor  # of the pruned one
+    wanted: dict[str, Passed]  # in the dense layer
+
+
+@torch.no_grad()
+def refit(
+    pruned: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[tuple[Tensor, Run]]
+) -> Iterator[int]:
+    """Fit the output matrices of `pruned`; yields the number of each layer that is done.
+
+    Each text is a mask of tokens [B, T], and how a model is called on it. Units whose columns are
+    zero stay so. Both models are in evaluation mode.
+    """
+    residual = {HEADS: "", NEURONS: family_of(dense).residual}  # "" is the layer itself
+    ongoing = []
+    for is_token, run in texts:
+        states, calls = calls_of(dense, lambda run=run: run(dense))
+        ongoing.append(Text(is_token.bool(), calls, states, states, {}))
+    for number, pair in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
+        (_, theirs), (layer, ours) = pair
+        for text in ongoing:
+            text.theirs, text.wanted = _run(theirs, residual, text.calls[number], text.theirs)
+        for kind, units in ours.items():
+            _fit(units, _missing(number, ongoing, kind, units, residual))
+        for text in ongoing:
+            text.ours = text.calls[number].again(layer, text.ours)
+        yield number
+
+
+def _missing(
+    number: int, texts: Sequence[Text], kind: str, units: Units, residual: Mapping[str, str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What comes into the output matrix [tokens, width], and what is missing behind it
+    [tokens, hidden], for each text.
+    """
+    for text in texts:
+        _, found = _run({kind: units}, residual, text.calls[number], text.ours)
+        missing = text.wanted.pop(kind).stream - found[kind].stream
+        yield found[kind].given[text.is_token], missing[text.is_token]
+
+
+def _run(
+    by_kind: Mapping[str, Units], residual: Mapping[str, str], call: Call, states: Tensor
+) -> tuple[Tensor, dict[str, Passed]]:
+    """The hidden states after a layer, and what passed its units."""
+    layer = next(iter(by_kind.values())).layer
+    with ExitStack() as watching:
+        given, before = {}, {}
+        for kind, units in by_kind.items():
+            given[kind] = watching.enter_context(inputs_of(units.out))
+            before[kind] = watching.enter_context(inputs_of(layer.get_submodule(residual[kind])))
+        after = call.again(layer, states)
+    return after, {
+        kind: Passed(given[kind][0], units.out(given[kind][0]) + before[kind][0])
+        for kind, units in by_kind.items()
+    }
+
+
+def _fit(units: Units, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+    weight, bias = units.out.weight, units.out.bias
+    is_live = units.columns().any(2).any(0).repeat_interleave(units.size)
+    width, hidden = int(is_live.sum()), len(weight)
+    gram = weight.new_zeros(width + 1, width + 1, dtype=torch.float64)
+    missing = weight.new_zeros(width + 1, hidden, dtype=torch.float64)
+    for given, error in pairs:
+        inputs = torch.cat([given[:, is_live], given.new_ones(len(given), 1)], 1)
+        gram += inputs.T @ inputs
+        missing += inputs.T @ error
+    live = weight[:, is_live].double()
+    if bool((live == 0).double().mean() >= SPARSE_FROM):
+        change = _factors(live, gram[:-1, :-1], missing[:-1], units.size)
+    else:
+        num = width + (bias is not None)  # the last input, a one, is the bias'
+        change = _solve(gram[:num, :num], missing[:num], width)
+        if bias is not None:
+            bias.copy_(bias + change[-1])
+        change = change[:width].T
+    weight[:, is_live] = (live + change).to(weight.dtype)
+
+
+def _factors(live: Tensor, gram: Tensor, missing: Tensor, size: int) -> Tensor:
+    """The change of weights [hidden, width] when each unit gets a factor."""
+    num = live.shape[1] // size
+    sums = (gram * (live.T @ live)).unflatten(0, (num, size)).unflatten(2, (num, size)).sum((1, 3))
+    wanted = (missing.T * live).sum(0).unflatten(0, (num, size)).sum(1)
+    return live * _solve(sums, wanted[:, None], num)[:, 0].repeat_interleave(size)
+
+
+def _solve(gram: Tensor, wanted: Tensor, num: int) -> Tensor:
+    """Ridge regression; what comes after the first `num` inputs is not held back."""
+    ridge = gram.new_zeros(len(gram))
+    ridge[:num] = RIDGE * gram.diagonal()[:num].mean() if num else 0.0
+    return torch.linalg.solve(gram + ridge.diag(), wanted)

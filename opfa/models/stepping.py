@@ -1,0 +1,57 @@
+"""An encoder, layer by layer: what each layer is called with, and calling it again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opfa.models.removal import layers_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is called with beside the hidden states [B, T, hidden]."""
+
+    args: tuple[Any, ...]  # masks and positions, as a family has them
+    kwargs: dict[str, Any]
+
+    def again(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """The call of a layer, or of one like it, for these hidden states."""
+        found = layer(states, *self.args, **self.kwargs)
+        return found[0] if isinstance(found, tuple) else found
+
+
+def calls_of(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[Tensor, list[Call]]:
+    """The hidden states that come into the first layer, and how each layer is called, while `run`
+    calls the model once.
+    """
+    calls, states = list[Call](), list[Tensor]()
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args[1:], kwargs))
+        states.append(args[0])
+        del states[1:]
+
+    handles = [
+        layer.register_forward_pre_hook(note, with_kwargs=True) for layer, _ in layers_of(model)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states[0], calls
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of each call of a module, while the context lasts."""
+    found: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
