@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -91,7 +92,7 @@ class Recipe(Section):
         except ValidationError as error:
             reported = tuple(f"{key}." if key else "" for key in problems)
             for each in map(dict, error.errors(include_url=False)):
-                key = _dotted(_place(each)[0])
+                key = _dotted(_place(cls, each)[0])
                 if key not in problems and not key.startswith(reported):
                     problems[key] = _explain(cls, each) if len(problems) < MOST_PROBLEMS else ""
         if found is not None and not problems:
@@ -174,12 +175,13 @@ def override_value(values: dict[str, Any], given: str) -> None:
         raise RecipeError(f"{brief(given)!r}: an override reads section.key=value")
     if len(parts) > DEEPEST:
         raise RecipeError(f"{brief(given)!r}: its key has more than {DEEPEST} parts")
-    target = values
-    for part in parts[:-1]:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            what = f"{brief(part)!r} is a value, not a section"
-            raise RecipeError(f"{brief(given)!r}: {what}")
+    target: Any = values  # Any: whatever TOML can hold
+    for index, part in enumerate(parts[:-1]):
+        items = len(target) if isinstance(target, list) else None
+        target = _inside(target, part, dict | list if parts[index + 2 :] else dict)
+        if target is None:
+            what = f"is none of {items} sections, from 0" if items else "is a value, not a section"
+            raise RecipeError(f"{brief(given)!r}: {brief(part)!r} {what}")
     if not text.strip():
         target.pop(parts[-1], None)
         return
@@ -192,6 +194,14 @@ def override_value(values: dict[str, Any], given: str) -> None:
     if len(found) > 1:
         raise RecipeError(f"{brief(given)!r}: more than one value")
     target[parts[-1]] = found["value"]
+
+
+def _inside(target: Any, part: str, kind: type | UnionType) -> Any:  # Any: as above
+    """A section in a section, new if need be, or an item of a list, by its number from 0."""
+    if isinstance(target, list):
+        target = {str(number): item for number, item in enumerate(target)}
+        return target[part] if isinstance(target.get(part), kind) else None
+    return target[part] if isinstance(target.setdefault(part, {}), kind) else None
 
 
 def _bounded(  # Any: what TOML and JSON can hold
@@ -234,29 +244,47 @@ def _problem(value: Any, *, is_deep: bool) -> str | None:  # Any: as above
     return f"a {type(value).__name__} has no place in a recipe; write a text (got {brief(value)})"
 
 
-def _place(error: Mapping[str, Any]) -> tuple[tuple[str | int, ...], bool]:
-    """The key of pydantic's error, and whether each of several allowed types has an error."""
+def _place(
+    root: type[BaseModel], error: Mapping[str, Any]
+) -> tuple[Sequence[str | int], Mapping[str, Any] | None, bool]:
+    """The key of pydantic's error, the known keys of its section (None in a table of free names),
+    and whether each of several allowed types has an error.
+    """
     location = error["loc"]
     is_scalar = error["type"] != "extra_forbidden" and bool(set(location[-1:]) & SCALARS)
-    return (location[:-1] if is_scalar else location), is_scalar
+    key, models, known = list[str | int](), [root], None
+    for part in location[:-1] if is_scalar else location:
+        if len(models) > 1:  # of several kinds; pydantic's place has the chosen one
+            models = [model for model in models if model.model_fields["kind"].default == part]
+            continue
+        key.append(part)
+        if isinstance(part, int):  # of a list
+            continue
+        known = models[0].model_fields if models else None
+        kind = known[part].annotation if known and part in known else None
+        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type)]
+        models = [each for each in kinds if issubclass(each, BaseModel)]
+    return key, known, is_scalar
 
 
 def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> str:
-    location, is_scalar = _place(error)
-    key = _dotted(location)
+    location, known, is_scalar = _place(root, error)
+    key, value = _dotted(location), error["input"]
     if error["type"] == "extra_forbidden":
-        known = list(_fields(root, location[:-1]) or ())
-        last = str(location[-1])
-        near = difflib.get_close_matches(last[:100], known, n=1)
-        allowed = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        last, names = str(location[-1]), list(known or ())
+        near = difflib.get_close_matches(last[:100], names, n=1)
+        allowed = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
         letters = "" if last.isascii() else f" ({brief(ascii(last))})"  # they may look like others
         return f"{key}: unknown key{letters}; {allowed}"
-    if error["type"] == "missing":
+    if error["type"].startswith("union_tag"):
+        key, value = f"{key}.kind", error["ctx"].get("tag")
+    if error["type"] in ("missing", "union_tag_not_found"):
         return f"{key}: missing; this key is required"
     message = brief(error["msg"].removeprefix("Value error, "), 500)
+    if error["type"] == "union_tag_invalid":
+        message = f"must be one of {error['ctx']['expected_tags']}"
     message = "must be a string, a number or a boolean" if is_scalar else message
     message = message.replace("Input should be a valid array", 'must be a list, such as ["a", "b"]')
-    value = error["input"]
     shown = "" if isinstance(value, dict) else f" (got {_shown(value)})"
     return f"{key}: {message}{shown}" if key else message
 
@@ -270,17 +298,3 @@ def _shown(value: Any) -> str:  # Any: whatever JSON can hold
 def _dotted(location: Sequence[str | int]) -> str:
     """A key as a recipe has it, with long parts cut."""
     return ".".join(brief(part, LONGEST_PART) for part in map(str, location))
-
-
-def _fields(root: type[BaseModel], location: Sequence[str | int]) -> Mapping[str, Any] | None:
-    """The keys of the section at a place; None where no section is, as in a table of free names."""
-    model = root
-    for part in location:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *get_args(annotation)]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not models:
-            return None
-        model = models[0]
-    return model.model_fields

@@ -6,14 +6,21 @@ from typing import Any
 
 
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested values as text, a section for each mapping."""
-    plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    """Nested values as text, a section for each mapping, also of a list of mappings."""
+    plain = {k: v for k, v in values.items() if not _sections(v)}
     lines = [f"{_key(key)} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            name = f"{prefix}{_key(key)}"
-            lines += ["", f"[{name}]", to_toml(value, f"{name}.").rstrip("\n")]
+        name = f"{prefix}{_key(key)}"
+        head = f"[{name}]" if isinstance(value, Mapping) else f"[[{name}]]"
+        for section in _sections(value):
+            lines += ["", head, to_toml(section, f"{name}.").rstrip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def _sections(value: Any) -> list[Mapping[str, Any]]:  # Any: whatever JSON can hold
+    """A mapping, or those of a list that has nothing else."""
+    found = value if isinstance(value, list) else [value]
+    return found if all(isinstance(each, Mapping) for each in found) else []
 
 
 def _key(key: str) -> str:

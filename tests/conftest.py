@@ -57,6 +57,7 @@ SLOW = [
     "commands/test_own_data.py",
     "downstream/test_calibrate.py",
     "downstream/test_gradual.py",
+    "downstream/test_hybrid.py",
     "downstream/test_kinds.py",
     "downstream/test_teacher.py",
     "hub/test_corrupted.py",

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from opfa.compression.grains import Block, Heads
 from opfa.compression.schedules import Gradual
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
@@ -330,6 +331,34 @@ def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:
         pretrain(tmp_path, "name.first=3")
 
 
+PARTS = """
+[[pruning.parts]]
+include = ["a"]
+[[pruning.parts]]
+grain = "32x32"
+"""
+
+
+def test_an_override_names_a_section_of_a_list_by_its_number(tmp_path: Path) -> None:
+    text = PRETRAIN + PRUNING + PARTS
+    changes = ("pruning.parts.1.target=0.5", "pruning.parts.0.grain.kind=heads")
+    recipe = pretrain(tmp_path, *changes, text=text)
+    assert recipe.pruning is not None
+    found = [(part.target, part.grain) for part in recipe.pruning.parts]
+    assert found == [(None, Heads()), (0.5, Block(rows=32, columns=32))]
+    for key, said in [
+        ("2.target=0.5", "'2' is none of 2 sections, from 0"),
+        ("x.target=0.5", "'x' is none of 2 sections"),
+        ("1=0.5", "'parts' is a value, not a section"),
+        ("1.grain.rows=0", r"parts.1.grain.kind: missing"),
+        ("0.target=1", r"pruning.parts.0.target: .* less than 1 \(got 1\)"),
+        ("0.grian=heads", r"pruning.parts.0.grian: unknown key; did you mean 'grain'"),
+    ]:
+        given = text.replace('grain = "32x32"', "") if "rows" in key else text
+        with pytest.raises(RecipeError, match=said):
+            pretrain(tmp_path, f"pruning.parts.{key}", text=given)
+
+
 # writing
 
 
@@ -341,6 +370,10 @@ def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:
         ("training.learning_rate=1e-30", "training.epsilon=1e30"),
         ('model.config={model_type="bert", "é ü"=1, "a.b"=true, "c"=0.5}',),
         ("pruning.schedule.end=10", "pruning.schedule.target=0.9", "pruning.pattern.exclude=['a']"),
+        (
+            "pruning.schedule={end=10, target=0.9}",
+            "pruning.parts=[{grain='8x4', include=['a', 'b']}, {grain='heads', target=0.5}, {}]",
+        ),
     ],
 )
 def test_a_written_recipe_is_read_back_equal(tmp_path: Path, overrides: tuple[str, ...]) -> None:
@@ -389,6 +422,14 @@ def test_an_impossible_pruning_schedule_is_refused(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ("pruning.schedule={end=1,target=0.5}", "pruning.parts=[{}]", "pruning.pattern={}"),
+            "pruning: pattern, parts: give one of the two",
+        ),
+        (
+            ("pruning.schedule={end=1,initial=0.4,target=0.5}", "pruning.parts=[{target=0.3}]"),
+            "parts.0.target = 0.3: must not be below pruning.schedule.initial = 0.4",
+        ),
         (("training.warmup_steps=20",), "training.warmup_steps = 20: must be below steps = 20"),
         (("training.rewind_learning_rate=true",), r"rewind_learning_rate: needs \[pruning\]"),
         (("corpus.hub=a/b",), "corpus: documents, hub: give exactly one of the two"),

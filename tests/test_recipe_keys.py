@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, Field
@@ -28,12 +28,17 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 def sections(
     kind: type[BaseModel], name: str = "", *, is_optional: bool = False
 ) -> Iterator[tuple[str, type[BaseModel], bool]]:
-    """A model and the models in it: name in a recipe, class, and whether it is off by default."""
+    """A model and the models in it: name in a recipe, class, and whether it is off by default. Of
+    several in a list the name ends with [], and they have what is listed of their base, and more.
+    """
     yield name, kind, is_optional
     for key, field in kind.model_fields.items():
         for inner in sections_of(field.annotation):
             path, is_off = f"{name}.{key}".lstrip("."), field.default is None
-            yield from sections(inner, path, is_optional=is_off)
+            if get_origin(field.annotation) is tuple:
+                yield f"{path}[]", inner, not field.is_required()
+            else:
+                yield from sections(inner, path, is_optional=is_off)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
@@ -65,8 +70,9 @@ def bound(value: float) -> str:
 def table(name: str, kind: type[BaseModel], *, is_optional: bool) -> list[str]:
     properties = kind.model_json_schema()["properties"]
     rows = []
+    known = kind.__mro__[1].__annotations__ if name.endswith("[]") else {}
     for key, field in kind.model_fields.items():
-        if sections_of(field.annotation):
+        if sections_of(field.annotation) or key in known:
             continue
         default = "*required*" if field.is_required() else f"`{json.dumps(field.default)}`"
         default = "" if default == "`null`" else default
@@ -74,6 +80,7 @@ def table(name: str, kind: type[BaseModel], *, is_optional: bool) -> list[str]:
         rows.append(" | ".join(cell.replace("|", "\\|") for cell in cells))
     doc = " ".join(str(kind.__doc__).split())
     title = f"#### `[{name}]`" if name else "#### (no section)"
+    title = f"#### `[[{name[:-2]}]]`" if name.endswith("[]") else title
     title += ", optional" if is_optional else ""
     head = ["", "| key | type | default | meaning |", "| --- | --- | --- | --- |"] if rows else []
     return ["", title, "", doc, *head, *(f"| {row} |" for row in rows)]
@@ -122,7 +129,8 @@ def test_every_kind_of_a_section_is_listed() -> None:
 
 def test_a_section_is_optional_where_it_is_off_by_default() -> None:
     optional = {name for name, _, is_optional in sections(FinetuneRecipe) if is_optional}
-    assert optional == {"selection", "sweep", "distillation", "pruning", "quantization"}
+    several = {"pruning.parts[]"}
+    assert optional == several | {"selection", "sweep", "distillation", "pruning", "quantization"}
 
 
 @pytest.mark.parametrize("value, expected", [(1 << 62, "2^62"), (1 << 20, "1048576"), (0.5, "0.5")])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from opfa.compression.grains import Block, Neurons
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
@@ -213,6 +214,18 @@ def test_squad_has_the_usual_windows() -> None:
     assert (task.text, task.text_pair, task.label) == ("question", "context", "answers")
     assert (task.sequence_tokens, task.stride_tokens) == (384, 128)
     assert task.metrics == ("exact_match", "squad_f1")
+
+
+def test_a_hybrid_model_is_filled_under_the_same_teacher_from_what_was_shrunk() -> None:
+    hybrid, filled = downstream("squad-hybrid"), downstream("squad-filled")
+    assert hybrid.task == filled.task == downstream("squad").task
+    assert hybrid.distillation == filled.distillation
+    assert (hybrid.model.zeros, filled.model.zeros) == ("free", "free")
+    shrink = f"opfa shrink runs/{hybrid.name} --output {filled.model.init}"
+    assert shrink in (RECIPES / "downstream/squad-filled.toml").read_text()
+    assert hybrid.pruning is not None and filled.pruning is None
+    blocks, neurons = hybrid.pruning.parts
+    assert (blocks.grain, neurons.grain) == (Block(rows=32, columns=32), Neurons())
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -154,8 +154,8 @@ def shrink(
     each layer has its own number of heads and neurons, and which needs `import opfa` to be loaded;
     "even", one number of neurons for all layers, which any transformers loads; "onnx"; or
     "same-shape", where what is dead is zero throughout. What a dead unit still adds goes into the
-    next bias. Raises `ModelError` if nothing is dead, and for a head whose queries or keys alone
-    are dead.
+    next bias. A head whose queries or keys alone are dead still averages its values, so it stays.
+    Raises `ModelError` if nothing else is dead.
     """
     check_new(Path(output))
     from opfa.inference.shrink import shrink as execute

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Scope = Literal["layer", "global"]
 ScoreName = Literal["magnitude"]
-GrainName = Literal["weight"]
+GrainName = str  # "weight", "neurons", "heads", or the size of blocks, such as "32x32"
 CostName = Literal["macs", "milliseconds", "parameters"]
 
 
@@ -31,7 +31,9 @@ class PruneResult(Outcome):
 
     directory: Place | None  # None for a model in memory
     score: str
+    grain: str
     scope: Scope
+    left: dict[str, tuple[int, int]]  # heads, neurons or blocks: how many, and of how many
     zeros: int
     size: int  # of the pruned tensors together
     sparsity: float
@@ -45,6 +47,7 @@ class PruneResult(Outcome):
             ("weights", f"{self.size:,}"),
             ("sparsity", percent(self.sparsity)),
             ("matrices", f"{len(self.tensors):,}"),
+            *((f"{units} left", f"{kept:,} of {of:,}") for units, (kept, of) in self.left.items()),
         ]
         name = "model" if self.directory is None else self.directory.name
         return Table((name, f"{self.score}, one shot"), rows, numbers_from=1)
@@ -54,11 +57,13 @@ class PruneResult(Outcome):
         return {} if self.directory is None else {"model": self.directory}
 
     def commands(self) -> Sequence[Sequence[Path | str]]:
-        """To look at it, and to fine-tune it with its zeros held."""
+        """To look at it, to make it smaller, and to fine-tune it with its zeros held."""
         if self.directory is None:
             return []
         tune = ("finetune", "RECIPE", "--output", "RUN", f"model.init={self.directory}")
-        return [("inspect", self.directory), tune]
+        small = ("shrink", self.directory, "--output", f"{self.directory}-small")
+        can_shrink = not self.left.keys().isdisjoint({"heads", "neurons"})
+        return [("inspect", self.directory), *([small] if can_shrink else []), tune]
 
 
 @overload
@@ -104,13 +109,15 @@ def prune(
     tokenizer and its files of sentence-transformers, for them and for `model.init` of a recipe.
 
     `scope` says whether each matrix reaches the sparsity, or all together. `score` is what a weight
-    is worth, `grain` what is pruned together: a name, or an object of your own class. `include` and
+    is worth, `grain` what is pruned together: a name, or an object of your own class; "neurons" and
+    "heads" are removed by `opfa.shrink`, and "32x32" are blocks of any size. `include` and
     `exclude` are regular expressions that are searched for in names of linear layers; by default
     those of the numbered layers. Raises `RecipeError` for settings, `ModelError` for models.
     """
     from opfa.compression.oneshot import OneShot
 
-    named = {key: one for key, one in (("score", score), ("grain", grain)) if isinstance(one, str)}
+    named = {} if isinstance(score, Score) else {"score": score}
+    named |= {} if isinstance(grain, Grain) else {"grain": grain}
     given = {"include": [*include], "exclude": [*exclude], "scope": scope, "sparsity": sparsity}
     settings = OneShot.check({**given, **named}, "prune")
     own = {
@@ -132,11 +139,13 @@ def _pruned(
     from opfa.compression.oneshot import prune_once
 
     report = prune_once(model, settings, **own)
-    named = settings.score if own["score"] is None else own["score"]
+    names = {key: own[key] or getattr(settings, key) for key in ("score", "grain")}
     return PruneResult(
         directory=output,
-        score=getattr(named, "kind", type(named).__name__),  # one of your own may have no name
+        # one of your own may have no name
+        **{key: getattr(one, "kind", type(one).__name__) for key, one in names.items()},
         scope=settings.scope,
+        left=report["left"],
         **report["total"],
         fingerprint=report["fingerprint"],
         tensors=report["tensors"],

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opfa.compression.distill import hidden_loss, soft_loss
-from opfa.compression.selection import magnitude_mask, num_zeros
+from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import Gradual
 from opfa.models.pretraining import decay_groups, load_pretraining_model
 from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, masker, training_steps
@@ -41,11 +42,13 @@ class Plain:
             if model is not None:
                 model.set_attn_implementation("sdpa")  # transformers' default
         if recipe.pruning is not None:
-            pattern, target = recipe.pruning.pattern, recipe.pruning.schedule.target
-            for layer in pattern.layers(self.student).values():
-                weight = layer.weight.detach()
-                mask = magnitude_mask(weight, num_zeros(target, weight.numel())).to(weight.dtype)
-                layer.register_forward_pre_hook(partial(_mask_weight, mask))
+            schedule = Gradual(end=0, target=recipe.pruning.schedule.target)
+            pruner = Pruner(self.student, schedule, recipe.pruning.patterns)
+            pruner.after_step(0)
+            for name, mask in pruner.masks().items():
+                layer = pruner.layers[name]
+                layer.unmask()
+                layer.register_forward_pre_hook(partial(_mask_weight, mask.to(layer.weight.dtype)))
         groups = decay_groups(self.student, recipe.training.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=recipe.training.learning_rate, fused=True)
         prepared = Prepared.open(Path(recipe.data), recipe.corpus)

@@ -51,7 +51,7 @@ def prune(
     model: ModelName,
     output: Output,
     sparsity: Annotated[
-        float | None, Option(help="Single weights: the share that goes, from 0 to below 1.")
+        float | None, Option(help="Weights, or whole --grain: the share that goes, below 1.")
     ] = None,
     keep: Annotated[
         float | None, Option(help="Heads and neurons of a fine-tuned model: the share that stays.")
@@ -63,6 +63,10 @@ def prune(
     score: Annotated[
         Literal["magnitude", "fisher"] | None,
         Option(help="What each is worth; default: magnitude, with --keep fisher."),
+    ] = None,
+    grain: Annotated[
+        str | None,
+        Option(help="With --sparsity, what goes together: weight, heads, neurons, or 32x32."),
     ] = None,
     scope: Annotated[
         Scope | None,
@@ -91,7 +95,7 @@ def prune(
 
     --keep and --layers need a fine-tuned model and its task: the run's own recipe, or --recipe.
     """
-    of_weights = {"scope": scope, "include": include, "exclude": exclude}
+    of_weights = {"grain": grain, "scope": scope, "include": include, "exclude": exclude}
     of_units = {"of": of, "batch": batch, "tokens": tokens}
     of_task = {"examples": examples, "recipe": recipe, "[section.key=value]": overrides}
     if sum(each is not None for each in (sparsity, keep, layers)) != 1:

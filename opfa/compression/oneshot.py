@@ -1,7 +1,7 @@
 """One-shot pruning: the seam once, without a schedule and without training."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,14 +13,21 @@ from opfa.compression.scores import Score
 from opfa.compression.selection import num_zeros
 from opfa.errors import ModelError, RunError
 from opfa.recipe import Fraction, Recipe
-from opfa.sparsity.layers import fuse, masked_layers, whole_weight
+from opfa.sparsity.layers import (
+    SPARSE_FROM,
+    MaskedLinear,
+    fuse,
+    masked_layers,
+    whole_weight,
+)
 
 
 class OneShot(Recipe, Pattern):
     """How sparse, and which weights: what a pattern says, and a sparsity."""
 
     sparsity: Fraction
-    """Share of the weights to prune, of each tensor or (scope = "global") of all together."""
+    """Share of the units to prune, of each tensor or (scope = "global") of all together."""
+    where: ClassVar[str] = ""
 
 
 def prune_once(
@@ -30,24 +37,27 @@ def prune_once(
     score: Score | None = None,
     grain: Grain | None = None,
 ) -> dict[str, Any]:
-    """Make the weights that are worth least +0.0, in place: exactly round(sparsity * size) of them.
+    """Make the units that are worth least +0.0, in place: exactly round(sparsity * size) of them.
 
     `score` and `grain` replace the pattern's. The model stays plain, so it can be saved, or locked
-    and trained. Returns the sparsity report. Raises `ModelError`, with the model as it was, where
-    it is locked, partitioned, not finite, or has more zeros already.
+    and trained. Returns the sparsity report, and in `left` how many units are left, and of how
+    many. Raises `ModelError`, with the model as it was, where it is locked, partitioned, not
+    finite, or has more zeros already, or zeros in units that are kept.
     """
     if masked_layers(model):
         raise ModelError("this model is locked; prune it after opfa.fuse(model)")
     layers = settings.layers(model)
     weights = {f"{name}.weight": whole_weight(name, layer) for name, layer in layers.items()}
-    _check_zeros(weights, settings)
+    if not (grain or settings.grain).needs_whole:
+        _check_zeros(weights, settings)
     if (score or settings.score).observes(0):
         raise ModelError("this score needs gradients, and one-shot pruning has none; train with it")
     schedule = Gradual(end=0, target=settings.sparsity)
     pruner = Pruner(model, schedule, settings, score=score, grain=grain)
     try:
         pruner.after_step(0)
-        return fuse(model)
+        _check_units(pruner.layers)
+        return {"left": pruner.left(), **fuse(model)}
     except (ModelError, RunError) as error:
         for layer in masked_layers(model).values():
             layer.unmask()
@@ -64,3 +74,12 @@ def _check_zeros(weights: Mapping[str, Tensor], settings: OneShot) -> None:
         if found[name] > num_zeros(settings.sparsity, size):
             what = f"has {found[name]:,} zeros of {size:,} already, more than sparsity = "
             raise ModelError(f"{name}: {what}{settings.sparsity:g} asks for")
+
+
+def _check_units(layers: Mapping[str, MaskedLinear]) -> None:
+    """Refuse a sparse model whose zeros lie in units that are kept: they would come to life too."""
+    for name, layer in layers.items():
+        lost, size = int(((layer.weight == 0) & layer.mask).sum()), layer.weight.numel()
+        if lost >= SPARSE_FROM * size:
+            what = f"has {lost:,} zeros of {size:,} in what is kept, where they would be lost"
+            raise ModelError(f"{name}: {what}; prune units first and single weights after that")

@@ -2,16 +2,17 @@
 
 The default is the paper's: the weight of every `nn.Linear` of the encoder. Embeddings, the pooler
 and all heads stay dense: fine-tuning throws heads away, and not every task's model has a pooler.
+Several patterns may be parts of one pruning, such as blocks for attention and neurons elsewhere.
 """
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import regex  # as `re`, but with a limit on time
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from opfa.compression.grains import AnyGrain, Weight
+from opfa.compression.grains import AnyGrain, Grain, Weight
 from opfa.compression.scores import AnyScore, Magnitude
 from opfa.errors import RecipeError, brief, first_line
 from opfa.recipe import Section
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # recipes hold patterns, and a recipe is read without waiting
 # bert.encoder.layer.0.…, distilbert.transformer.layer.0.…, model.layers.0.…
 ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
 LONGEST_RULE = 500  # characters
+BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")  # a grain's short form
 LONGEST_SECONDS = 0.2  # to look for a rule in one name; a nested repetition may take for ever
 
 
@@ -36,7 +38,7 @@ class Pattern(Section):
     exclude: tuple[str, ...] = ()
     """Of those, the ones to leave dense."""
     scope: Literal["layer", "global"] = "layer"
-    """Whether each tensor reaches the target, or all of them together."""
+    """Whether each tensor (heads and neurons: each layer) reaches the target, or all together."""
     monotone: bool = False
     """A pruned weight never comes back."""
     # Their defaults are not written, so that recipes without them keep their digests.
@@ -44,12 +46,17 @@ class Pattern(Section):
     """What each weight is worth."""
     grain: AnyGrain = Field(default=Weight(), exclude_if=lambda grain: grain == Weight())
     """Which weights are pruned together."""
+    where: ClassVar[str] = "pruning.pattern."  # a recipe has it
 
     @field_validator("score", "grain", mode="before", json_schema_input_type=str | dict[str, Any])
     @classmethod
-    def _named(cls, value: Any) -> Any:  # Any: before it is checked
-        """`"magnitude"` is short for `{ kind = "magnitude" }`."""
-        return {"kind": value} if isinstance(value, str) else value
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:  # Any: before it is checked
+        """`"magnitude"` is short for `{ kind = "magnitude" }`, and `"32x32"` for a block."""
+        if not isinstance(value, str):
+            return value
+        if info.field_name == "grain" and (block := BLOCK.fullmatch(value)):
+            return {"kind": "block", "rows": int(block[1]), "columns": int(block[2])}
+        return {"kind": value}
 
     @field_validator("include", "exclude")
     @classmethod
@@ -66,18 +73,61 @@ class Pattern(Section):
                 raise ValueError(f"{brief(rule)!r}: {what}") from error
         return rules
 
-    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
-        """The matching linear layers by module path; `RecipeError` when a rule matches nothing."""
+    def layers(self, model: "nn.Module", key: str = "pruning.") -> "dict[str, nn.Linear]":
+        """The matching linear layers by module path; `RecipeError` when a rule matches nothing.
+
+        `key` is what the names of keys begin with in messages.
+        """
         from torch import nn
 
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        included = [_matches("include", rule, linear) for rule in self.include]
-        excluded = [_matches("exclude", rule, linear) for rule in self.exclude]
+        included = [_matches(f"{key}include", rule, linear) for rule in self.include]
+        excluded = [_matches(f"{key}exclude", rule, linear) for rule in self.exclude]
         names = set().union(*included) - set().union(*excluded)
         if not names:
-            rules = f"pruning.include = {list(self.include)}, exclude = {list(self.exclude)}"
+            rules = f"{key}include = {list(self.include)}, exclude = {list(self.exclude)}"
             raise RecipeError(f"{rules}: no linear layer is left to prune")
         return {name: layer for name, layer in linear.items() if name in names}
+
+
+class PartPattern(Pattern):
+    """A part of the model: all that `[pruning.pattern]` may say, also score and grain, and a target
+    of its own.
+    """
+
+    target: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Sparsity of this part at the end of the ramp; by default that of the schedule."""
+
+
+class Bound(NamedTuple):
+    """A pattern for one model: the linear layers that it prunes, and their grain."""
+
+    pattern: Pattern
+    grain: Grain
+    layers: "dict[str, nn.Linear]"
+
+
+def bind(
+    model: "nn.Module", patterns: Sequence[Pattern], grain: Grain | None = None
+) -> list[Bound]:
+    """What each pattern prunes. `grain` replaces the patterns' own. Raises `RecipeError` where a
+    grain doesn't fit its matrices, and for a matrix that two patterns name.
+    """
+    found: list[Bound] = []
+    for index, pattern in enumerate(patterns):
+        is_part = isinstance(pattern, PartPattern)
+        key = f"pruning.parts.{index}." if is_part else pattern.where
+        layers = pattern.layers(model, key) if is_part else pattern.layers(model)
+        try:
+            own, names = (grain or pattern.grain).of(model, layers)
+        except RecipeError as error:
+            raise RecipeError(f"{key}{error}") from None
+        for before, other in enumerate(found):
+            if twice := [name for name in names if name in other.layers]:
+                what = f"{twice[0]} is pruned by pruning.parts.{before} already; exclude it in one"
+                raise RecipeError(f"{key}include = {list(pattern.include)}: {what}")
+        found.append(Bound(pattern, own, {name: layers[name] for name in names}))
+    return found
 
 
 def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]:
@@ -85,9 +135,9 @@ def _matches(key: str, rule: str, layers: "Mapping[str, nn.Module]") -> set[str]
         names = {name for name in layers if regex.search(rule, name, timeout=LONGEST_SECONDS)}
     except TimeoutError as error:
         what = f"takes more than {LONGEST_SECONDS:g} s for the name of one layer"
-        raise RecipeError(f"pruning.{key} = {brief(rule)!r}: {what}; write it simpler") from error
+        raise RecipeError(f"{key} = {brief(rule)!r}: {what}; write it simpler") from error
     if not names:
         some = ", ".join(list(layers)[:3])
         what = f"matches no linear layer (there are {some}, …)"
-        raise RecipeError(f"pruning.{key} = {rule!r}: {what}")
+        raise RecipeError(f"{key} = {rule!r}: {what}")
     return names

@@ -1,7 +1,8 @@
 """The pruner: score -> grain -> selection -> masks, the same on every rank, by a schedule."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opfa.compression.grains import Grain
-from opfa.compression.pattern import Pattern
+from opfa.compression.pattern import Bound, PartPattern, Pattern, bind
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Part, Score, State
 from opfa.compression.selection import ALONE, Ranks, select
@@ -52,6 +53,23 @@ class Weights:
 HERE = Weights()
 
 
+@dataclass(frozen=True)
+class Group:
+    """Weights that are pruned in one way: in one competition, or each tensor for itself."""
+
+    pattern: Pattern
+    score: Score
+    grain: Grain
+    names: Sequence[str]  # of weights
+    size: int  # of them together
+
+    def schedule(self, whole: Gradual) -> Gradual:
+        """Up to its own target, if it has one."""
+        if isinstance(self.pattern, PartPattern) and self.pattern.target is not None:
+            return whole.model_copy(update={"target": self.pattern.target})
+        return whole
+
+
 class Pruner:
     """Holds the masks of a model over time. Make it before an engine wraps the model.
 
@@ -62,18 +80,30 @@ class Pruner:
         self,
         model: nn.Module,
         schedule: Gradual,
-        pattern: Pattern,
+        pattern: Pattern | Sequence[Pattern],
         *,
         score: Score | None = None,
         grain: Grain | None = None,
     ) -> None:
-        """Mask the layers that the pattern names. `score` and `grain` replace the pattern's."""
-        self.schedule, self.pattern = schedule, pattern
-        layers = mask_layers(model, pattern.layers(model))
+        """Mask the layers that the pattern names, or several. `score` and `grain` replace theirs.
+
+        Raises `RecipeError`, with the model as it was, where they don't fit it.
+        """
+        self.schedule = schedule
+        patterns = [pattern] if isinstance(pattern, Pattern) else pattern
+        bound = bind(model, patterns, grain)
+        layers = mask_layers(model, [name for each in bound for name in each.layers])
         self._model, self.layers = model, {f"{name}.weight": m for name, m in layers.items()}
-        self._score, self._grain = score or pattern.score, grain or pattern.grain
+        self._groups = [self._group(one, score or one.pattern.score) for one in bound]
+        self._scores = {name: group.score for group in self._groups for name in group.names}
         self._states: dict[str, State] = {}
+        self._left: dict[str, tuple[int, int]] | None = None
         self._keep_gradients(0, 1)
+
+    def _group(self, bound: Bound, score: Score) -> Group:
+        names = [name for name in self.layers if name.removesuffix(".weight") in bound.layers]
+        size = sum(layer.weight.numel() for layer in bound.layers.values())
+        return Group(bound.pattern, score, bound.grain, names, size)
 
     @torch.no_grad()
     def after_backward(self, step: int, weights: Weights = HERE) -> None:
@@ -81,14 +111,15 @@ class Pruner:
 
         A gradient that overflowed fp16 is left out, as the optimizer leaves out its step.
         """
-        if not self._observes(step):
+        observed = {n: m for n, m in self.layers.items() if self._observes(n, step)}
+        if not observed:
             return
-        gradients = {name: weights.read_gradient(m) for name, m in self.layers.items()}
+        gradients = {name: weights.read_gradient(m) for name, m in observed.items()}
         num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
         if not weights.ranks.total(np.array([num_bad])).any():
             for name, gradient in gradients.items():
                 part = self._part(name, step, weights)
-                self._states[name] = self._score.observe(part, gradient)
+                self._states[name] = self._scores[name].observe(part, gradient)
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Weights = HERE) -> bool:
@@ -100,29 +131,33 @@ class Pruner:
         if not self.schedule.is_update(step):
             return False
         try:
-            masks = self._select(step, weights)
+            masks = {}
+            for group in self._groups:
+                masks |= self._select(group, step, weights)
         except ValueError as error:  # on every rank
             raise RunError(f"step {step}: {error}") from error
         _check_same(step, masks, weights)
         set_masks(self._model, masks)
+        self._left = None
         return True
 
-    def _select(self, step: int, weights: Weights) -> Masks:
+    def _select(self, group: Group, step: int, weights: Weights) -> Masks:
         """New masks, from the runs of scores, or from whole tensors where the grain needs them."""
-        layers, grain, has_whole = self.layers, self._grain, self._grain.needs_whole
+        grain, has_whole = group.grain, group.grain.needs_whole
+        layers = {name: self.layers[name] for name in group.names}
         scores, lives = {}, {}
         for name, layer in layers.items():
             part = self._part(name, step, weights)
-            score = self._score.of(part)
+            score = group.score.of(part)
             assert score.shape == part.weight.shape, f"{name}: one score for each weight"
             scores[name] = weights.join(layer.weight, score) if has_whole else score
-            if self.pattern.monotone:
+            if group.pattern.monotone:
                 mask = layer.mask if has_whole else part.cut(layer.mask)
                 lives[name] = mask.float()
         candidates = {n: live > 0 for n, live in grain.pool(lives).items()} if lives else None
         ranks = ALONE if has_whole else weights.ranks
-        sparsity = self.schedule.sparsity_at(step)
-        kept = select(grain.pool(scores), sparsity, self.pattern.scope, ranks, candidates)
+        sparsity = group.schedule(self.schedule).sparsity_at(step)
+        kept = select(grain.pool(scores), sparsity, group.pattern.scope, ranks, candidates)
         masks = grain.spread(kept, {name: layer.mask.shape for name, layer in layers.items()})
         if has_whole:
             return masks
@@ -139,13 +174,13 @@ class Pruner:
             cut=lambda whole: weights.cut(layer.weight, whole),
         )
 
-    def _observes(self, step: int) -> bool:
-        return step <= self.schedule.last_update and self._score.observes(step)
+    def _observes(self, name: str, step: int) -> bool:
+        return step <= self.schedule.last_update and self._scores[name].observes(step)
 
     def _keep_gradients(self, *steps: int) -> None:
         """Let layers keep what the score will observe in these steps, and nothing else."""
-        for layer in self.layers.values():
-            layer.keep_gradient(any(map(self._observes, steps)))
+        for name, layer in self.layers.items():
+            layer.keep_gradient(any(self._observes(name, step) for step in steps))
 
     def save(self, directory: Path, weights: Weights = HERE, is_writer: bool = True) -> None:
         """Write what the score has gathered, if anything, into a resume point."""
@@ -165,7 +200,7 @@ class Pruner:
         for path, whole in found.items():
             key, _, name = path.partition("/")
             states.setdefault(name, {})[key] = weights.cut(self.layers[name].weight, whole)
-        self._states = dict(states)
+        self._states, self._left = dict(states), None
         self._keep_gradients(step + 1)
 
     def masks(self) -> dict[str, Tensor]:
@@ -176,6 +211,32 @@ class Pruner:
         """The fraction of zeros in the pruned tensors, counted."""
         masks = self.masks().values()
         return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    def left(self) -> dict[str, tuple[int, int]]:
+        """How many blocks, neurons, heads, ... are left, and of how many; nothing of weights."""
+        if self._left is None:
+            masks, counts = self.masks(), dict[str, tuple[int, int]]()
+            for grain, names in ((group.grain, group.names) for group in self._groups):
+                if not grain.needs_whole:
+                    continue
+                units = grain.pool({name: masks[name].float() for name in names}).values()
+                kept, size = counts.get(grain.units, (0, 0))
+                kept += sum(int((each > 0).sum()) for each in units)
+                counts[grain.units] = kept, size + sum(each.numel() for each in units)
+            self._left = counts
+        return self._left
+
+    def row(self) -> dict[str, int]:
+        """The same for a logged row: how many are left."""
+        return {name: kept for name, (kept, _) in self.left().items()}
+
+    def planned(self, steps: int) -> list[float]:
+        """The sparsity that is asked for after each of so many steps, of all weights together."""
+        sizes = [group.size for group in self._groups]
+        whole = [group.schedule(self.schedule).sparsities(steps) for group in self._groups]
+        if len(whole) == 1:
+            return whole[0]
+        return [float(np.average(each, weights=sizes)) for each in zip(*whole, strict=True)]
 
 
 def _check_same(step: int, masks: Mapping[str, Tensor], weights: Weights) -> None:

@@ -122,11 +122,11 @@ class Trainer:
         """Those that change the student; its layers are made for them."""
         pruning, settings = self.recipe.pruning, self.recipe.quantization
         found: list[Concern] = []
-        first_step = 0  # the first model that may be chosen
+        self.pruner, first_step = None, 0  # the first model that may be chosen
         if pruning is not None:
-            ramp = pruning.ramp(steps)
-            found.append(Pruning(Pruner(self.student, ramp, pruning.pattern)))
-            first_step = ramp.last_update
+            self.pruner = Pruner(self.student, pruning.ramp(steps), pruning.patterns)
+            found.append(Pruning(self.pruner))
+            first_step = self.pruner.schedule.last_update
         if settings is not None:
             prepare_8_bits(self.student, settings)
             quantizing = Quantizing(settings, self.student, steps)
@@ -218,7 +218,7 @@ class Trainer:
         """Loss of the last step, and rates."""
         assert at.grad_norm is not None, "gradients can't overflow in fp32 and bf16"
         rates = {"learning_rate": at.learning_rate, "grad_norm": float(at.grad_norm)}
-        return {"loss": _sum(at.losses), **rates}
+        return {"loss": _sum(at.losses), **rates, **(self.pruner.row() if self.pruner else {})}
 
     def evaluate(self, split: Split | None = None) -> dict[str, float]:
         """The task's metrics in fp32, by default on the split that models are chosen by."""
@@ -250,7 +250,7 @@ class Trainer:
             **({"selected": best.found()} if best.step is not None else {}),
         )
         write_json(run.directory / RESULTS, results.model_dump(exclude_unset=True))
-        write_report(run, self.schedule, self.recipe.pruning, result)
+        write_report(run, self.schedule, self.pruner, result)
         finished.write(run.directory, {"step": done, "model_sha256": results.model_sha256})
         (run.directory / FILE).unlink(missing_ok=True)
 

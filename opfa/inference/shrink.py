@@ -52,6 +52,7 @@ class ShrinkResult(Outcome):
     directory: Place
     form: Form
     layers: list[Kept]  # what is alive of each
+    averaging: int  # heads that stay, though their queries or keys are dead
     encoder: int  # weights of the layers' matrices
     of_encoder: int
     parameters: int  # of the whole model
@@ -72,6 +73,9 @@ class ShrinkResult(Outcome):
             f"left: {heads} of {of_heads} heads, {sizes}",
             f"hidden states differ by {self.difference:.1e}",
         ]
+        if self.averaging:
+            what = "still average their values with dead queries or keys, so they stay"
+            lines.append(f"{self.averaging} heads {what}")
         if self.form == "uneven":
             lines.append("In Python: import opfa, then from_pretrained as always")
         return lines
@@ -118,6 +122,7 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
         directory=output,
         form=form,
         layers=layers,
+        averaging=sum(int(each.averaging.sum()) for each in found),
         encoder=after[0],
         of_encoder=before[0],
         parameters=after[1],

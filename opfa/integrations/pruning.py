@@ -70,7 +70,7 @@ class PruningCallback(TrainerCallback):
         initial: float = 0.0,
         scope: Literal["layer", "global"] = "layer",
         score: Literal["magnitude"] | Score = "magnitude",
-        grain: Literal["weight"] | Grain = "weight",
+        grain: str | Grain = "weight",
         include: Sequence[str] = (ENCODER_LAYER,),
         exclude: Sequence[str] = (),
         resume_from: str | Path | None = None,
@@ -83,8 +83,8 @@ class PruningCallback(TrainerCallback):
         a run goes on from, where it isn't in the arguments' own output_dir.
         Raises `RecipeError` for what can't be.
         """
-        named = {"score": score} if isinstance(score, str) else {}
-        named |= {"grain": grain} if isinstance(grain, str) else {}
+        named = {} if isinstance(score, Score) else {"score": score}
+        named |= {} if isinstance(grain, Grain) else {"grain": grain}
         rules = {"include": [*include], "exclude": [*exclude], "scope": scope}
         self._pattern = OneShot.check({**rules, **named, "sparsity": sparsity}, WHAT)
         self._score = score if isinstance(score, Score) else None

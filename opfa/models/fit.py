@@ -4,7 +4,7 @@ without a row in the model's tables ends a whole process on a GPU.
 
 import logging
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
 from opfa.models.encoders import skeleton
@@ -22,7 +22,7 @@ def fit_tokenizer(
     if num_token_types(model) in (0, 1) and TYPES in tokenizer.model_input_names:
         names = [name for name in tokenizer.model_input_names if name != TYPES]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    check_fit(config, tokenizer, tokens, key)
+    _check(model, config, tokenizer, tokens, key)
 
 
 def fit_padding(
@@ -42,7 +42,16 @@ def check_fit(
     """Refuse more entries or token types than the model has, and sequences that are too long, as
     this key or option says.
     """
-    model = skeleton(config)
+    _check(skeleton(config), config, tokenizer, tokens, key)
+
+
+def _check(
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    key: str,
+) -> None:
     entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     rows = num_entries(model)
     if entries > rows:

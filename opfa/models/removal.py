@@ -30,12 +30,14 @@ from opfa.sparsity.units import (
 @dataclass(frozen=True)
 class Dead:
     """The units of one layer by kind, which of them are dead (True in [units]), and what each gives
-    whatever its input is, [units, size], fp64; NaN where it depends.
+    whatever its input is, [units, size], fp64; NaN where it depends. `averaging` are heads whose
+    queries or keys alone are dead.
     """
 
     units: dict[str, Units]
     dead: dict[str, Tensor]
     constants: dict[str, Tensor]
+    averaging: Tensor
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -68,22 +70,28 @@ def matrices_of(model: PreTrainedModel) -> list[nn.Linear]:
 
 @torch.no_grad()
 def find_dead(model: PreTrainedModel) -> list[Dead]:
-    """The dead units of each layer; those whose constant has no bias to go into are alive.
+    """The dead units of each layer; those whose constant has no bias to go into are alive, and so
+    are heads that average.
 
-    Raises `ModelError` for a head whose queries or keys alone are dead.
+    Raises `ModelError` where such heads are all that could be meant.
     """
     family, found = family_of(model), list[Dead]()
-    for number, (layer, units) in enumerate(layers_of(model)):
+    for layer, units in layers_of(model):
         constants = {kind: _constant(kind, layer, family, units) for kind in units}
         dead = {kind: _dead(units[kind], constants[kind]) for kind in units}
-        heads = units[HEADS]
-        silent = (~heads.weight(0).any(2).any(1) | ~heads.weight(1).any(2).any(1)) & ~dead[HEADS]
-        if silent.any():
-            head = int(silent.nonzero()[0])
+        queries, keys = (units[HEADS].weight(number).any(2).any(1) for number in range(2))
+        found.append(Dead(units, dead, constants, ~(queries & keys) & ~dead[HEADS]))
+    if not any(bool(dead.any()) for each in found for dead in each.dead.values()):
+        _refuse_averaging(found)
+    return found
+
+
+def _refuse_averaging(found: list[Dead]) -> None:
+    for number, each in enumerate(found):
+        if each.averaging.any():
+            head = int(each.averaging.nonzero()[0])
             what = "its queries or its keys are dead, but it still averages its values"
             raise ModelError(f"layer {number}, head {head}: can't be removed: {what}")
-        found.append(Dead(units, dead, constants))
-    return found
 
 
 def _constant(kind: str, layer: nn.Module, family: Family, units: dict[str, Units]) -> Tensor:

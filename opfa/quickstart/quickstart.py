@@ -200,12 +200,12 @@ def language_losses(recipe: PretrainRecipe, output: Path) -> dict[str, float]:
     prepared = Prepared.open(Path(recipe.data), recipe.corpus)
     mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
     assert recipe.pruning is not None
-    pattern, sparsity = recipe.pruning.pattern, recipe.pruning.schedule.target
+    patterns, sparsity = recipe.pruning.patterns, recipe.pruning.schedule.target
     losses = {}
     for name, origin in (("dense", "teacher"), (ONE_SHOT, "teacher"), (PRUNE_ONCE, "student")):
         model = load_pretraining_model(str(output / origin / "model"), recipe.corpus.objective)
         if name == ONE_SHOT:
-            Pruner(model, Gradual(end=0, target=sparsity), pattern).after_step(0)
+            Pruner(model, Gradual(end=0, target=sparsity), patterns).after_step(0)
         num = len(prepared.validation)
         batches = validation_batches(prepared, mask, batch=64, num_examples=num)
         losses[name] = mean_losses(Objective(model, None), batches)["mlm_loss"]

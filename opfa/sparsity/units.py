@@ -6,7 +6,7 @@ neuron  its row of the feed-forward's first matrix, in gated layers its rows of 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -98,6 +98,10 @@ class Units:
     def _linear(self, path: str) -> nn.Linear:
         return cast(nn.Linear, self.layer.get_submodule(path))
 
+    def shape(self, path: str) -> list[int]:
+        """The shape of a matrix that they are lines of."""
+        return list(self._linear(path).weight.shape)
+
     def linears(self) -> list[nn.Linear]:
         """The layers that they are lines of."""
         return [*(self._linear(path) for path in {row.path: None for row in self.rows}), self.out]
@@ -167,6 +171,21 @@ def units_of(layer: nn.Module, family: Family, head_size: int) -> dict[str, Unit
         HEADS: Units(layer, family.heads, family.heads_out, head_size, family.attention),
         NEURONS: Units(layer, family.neurons, family.neurons_out, 1),
     }
+
+
+def layers_with_units(model: nn.Module) -> Iterator[tuple[str, dict[str, Units]]]:
+    """The layers of the first encoder in a model, by path, with their heads and neurons; none where
+    its family isn't known.
+    """
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)  # any module of any model is asked
+        family = FAMILIES.get(getattr(config, "model_type", ""))
+        stack = dict(module.named_modules()).get(family.stack) if family else None
+        if family and stack is not None:
+            for name, layer in stack.named_children():
+                inner = f"{path}.{family.stack}.{name}".lstrip(".")
+                yield inner, units_of(layer, family, head_size(config))
+            return
 
 
 def without_layers_of_their_own(config: Any) -> Any:  # Any: a configuration of transformers

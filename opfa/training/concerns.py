@@ -1,5 +1,6 @@
 """The concerns that upstream and downstream share: prune, log, evaluate, stop, save."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from opfa.training import distributed, points
 from opfa.training.distributed import Stopped, Supervisor
 from opfa.training.loop import Concern, Progress
 from opfa.training.metrics import TRAINING, VALIDATION, Row
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,8 +30,12 @@ class Pruning(Concern):
         self.pruner.after_backward(at.step + 1, at.engine)
 
     def after_step(self, at: Progress) -> None:
-        """Update the masks when it is time."""
-        self.pruner.after_step(at.step, at.engine)
+        """Update the masks when it is time, and say what the last update left."""
+        is_update = self.pruner.after_step(at.step, at.engine)
+        left = self.pruner.left() if at.step == self.pruner.schedule.last_update else {}
+        if is_update and left and at.run.is_writer:
+            counts = [f"{kept:,} of {size:,} {name}" for name, (kept, size) in left.items()]
+            log.info("step %d: the last masks leave %s", at.step, ", ".join(counts))
 
     def save(self, at: Progress, directory: Path) -> None:
         """Write what the score has gathered; the masks of all layers are saved anyway."""

@@ -1,13 +1,16 @@
 """What recipes of pre-training and of fine-tuning have in common."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from opfa.compression.pattern import Pattern
+from opfa.compression.pattern import PartPattern, Pattern, bind
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Ramp
 from opfa.extras import require
 from opfa.recipe import Count, Section, Weight
+
+if TYPE_CHECKING:  # a recipe is read without waiting for torch
+    from torch import nn
 
 
 class Pruning(Section):
@@ -17,6 +20,36 @@ class Pruning(Section):
     """When masks are updated, and to which sparsity."""
     pattern: Pattern = Pattern()
     """Which weights are pruned."""
+    parts: tuple[PartPattern, ...] = Field(default=(), exclude_if=lambda parts: not parts)
+    """Several patterns instead of `pattern`, of which no two prune the same matrix."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.parts and "pattern" in self.model_fields_set:
+            raise ValueError("pattern, parts: give one of the two")
+        initial = self.schedule.initial
+        for index, part in enumerate(self.parts):
+            if part.target is not None and part.target < initial:
+                what = f"must not be below pruning.schedule.initial = {initial}"
+                raise ValueError(f"parts.{index}.target = {part.target}: {what}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:  # Any: plain values
+        """Without the pattern that parts replace."""
+        values = write(self)
+        if self.parts:
+            values.pop("pattern", None)
+        return values
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The parts, or the one pattern."""
+        return self.parts or (self.pattern,)
+
+    def layers(self, model: "nn.Module") -> "dict[str, nn.Linear]":
+        """The linear layers that are pruned; raises `RecipeError` where patterns don't fit."""
+        return {name: m for each in bind(model, self.patterns) for name, m in each.layers.items()}
 
     def ramp(self, steps: int) -> Gradual:
         """The schedule in steps of a run of `steps`; raises `ValueError` that names the key."""

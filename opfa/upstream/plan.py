@@ -115,7 +115,7 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
             teacher = sum(p.numel() for p in skeleton.parameters())
         except ModelError:
             teacher = parameters
-    pruned = list(recipe.pruning.pattern.layers(model).values()) if recipe.pruning else []
+    pruned = list(recipe.pruning.layers(model).values()) if recipe.pruning else []
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     is_everywhere = distillation is not None and distillation.tokens == "all"
     predicted = 1.0 if is_everywhere else recipe.masking.probability

@@ -99,7 +99,7 @@ class Trainer:
         self.teacher = load_teacher(recipe, self.student, device)
         pruning, training = recipe.pruning, recipe.training
         ramp = recipe.ramp()
-        self.pruner = Pruner(self.student, ramp, pruning.pattern) if pruning and ramp else None
+        self.pruner = Pruner(self.student, ramp, pruning.patterns) if pruning and ramp else None
         if compiles := recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
@@ -194,6 +194,7 @@ class Trainer:
             "sparsity": self.pruner.sparsity() if self.pruner else 0.0,
             "grad_norm": None if norm is None else float(norm),
         }
+        found |= self.pruner.row() if self.pruner else {}
         now = time.monotonic()  # after the GPU was waited for
         found["tokens_per_second"] = round(self._num_tokens / (now - self._since), 1)
         self._since, self._num_tokens = now, 0.0
@@ -226,8 +227,7 @@ class Trainer:
                 directory / "model",
                 lambda work: write_files(self.sentence_files, work),
             )
-            pruning, metric = self.recipe.pruning, self.recipe.metric
-            write_report(at.run, self.schedule, pruning, result, metric)
+            write_report(at.run, self.schedule, self.pruner, result, self.recipe.metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]
             facts = {"step": at.step, "sparsity": sparsity, "model_sha256": digest}
             finished.write(directory, facts)

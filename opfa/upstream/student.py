@@ -4,12 +4,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from opfa.compression.pattern import Pattern
 from opfa.errors import ModelError, RecipeError, blaming
 from opfa.models.fit import check_fit
 from opfa.models.pretraining import load_pretraining_model, new_pretraining_model
 from opfa.sparsity import masks
 from opfa.sparsity.layers import SPARSE_FROM, zero_masks
+from opfa.training.sections import Pruning
 from opfa.upstream.objective import Teacher
 from opfa.upstream.prepared import Prepared
 from opfa.upstream.recipe import PretrainRecipe
@@ -32,7 +32,7 @@ def load_student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
     if recipe.pruning is None:
         _refuse_sparse(student, recipe.model.init)
     else:
-        _refuse_heads(student, recipe.pruning.pattern)
+        _refuse_heads(student, recipe.pruning)
     return student
 
 
@@ -53,13 +53,14 @@ def load_teacher(
     return teacher
 
 
-def _refuse_heads(model: PreTrainedModel, pattern: Pattern) -> None:
+def _refuse_heads(model: PreTrainedModel, pruning: Pruning) -> None:
     """Fine-tuning drops them, and the loss knows the vocabulary projection without its mask."""
     encoder = f"{model.base_model_prefix}."
-    heads = [name for name in pattern.layers(model) if not name.startswith(encoder)]
+    heads = [name for name in pruning.layers(model) if not name.startswith(encoder)]
     if heads:
         what = "which belongs to the head of pre-training; only the encoder can be pruned"
-        raise RecipeError(f"pruning.pattern: matches {heads[0]}, {what}")
+        key = "pruning.parts" if pruning.parts else "pruning.pattern"
+        raise RecipeError(f"{key}: matches {heads[0]}, {what}")
 
 
 def _refuse_sparse(model: PreTrainedModel, init: str | None) -> None:

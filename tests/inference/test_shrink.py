@@ -106,6 +106,21 @@ def test_what_is_left_computes_the_same(family: str, chosen: dict[Any, int]) -> 
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_a_head_that_averages_its_values_stays_and_the_rest_goes(family: str) -> None:
+    model = model_of(family)
+    kill(model, {(0, HEADS, 3): "columns", (2, NEURONS, 5): "columns"})
+    with torch.no_grad():
+        next(layers_of(model))[1][HEADS].weight(1)[2] = 0  # keys
+    expected, found = logits(model), find_dead(model)
+    assert [each.averaging.nonzero().flatten().tolist() for each in found] == [[2], [], []]
+    fold(found)
+    remove(found)
+    assert (logits(model) - expected).abs().max() < 1e-5
+    counts = [[units[kind].count for kind in (HEADS, NEURONS)] for _, units in layers_of(model)]
+    assert counts == [[3, 20], [4, 20], [4, 19]]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_an_uneven_model_loads_in_transformers_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = model_of(family)
     kill(model, some_deaths())

@@ -72,6 +72,14 @@ def monotone(prepared: Path, name: str) -> dict[str, Any]:
     return {**values(prepared, name, "fp32"), "pruning": pruning}
 
 
+def hybrid(prepared: Path, name: str) -> dict[str, Any]:
+    """A student of which attention is pruned in blocks of all layers, and neurons by layer."""
+    attention = {"include": [r"attention\.self"], "grain": "4x8", "scope": "global", "target": 0.7}
+    neurons = {"grain": "neurons", "monotone": True}
+    pruning = {"schedule": SCHEDULE, "parts": [attention, neurons]}
+    return {**values(prepared, name, "fp32"), "pruning": pruning}
+
+
 def clean(prepared: Path, name: str) -> dict[str, Any]:
     """A student of hidden states alone, on text without a masked token."""
     found = values(prepared, name, "fp32")
@@ -108,6 +116,10 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"values": monotone(prepared, name), "output": str(root / f"{ranks}-monotone-{name}")}
             for name in ("zero1", "zero3")
         ]
+        name = ("zero1", "zero3")[ranks - 1]
+        jobs.append(
+            {"values": hybrid(prepared, name), "output": str(root / f"{ranks}-hybrid-{name}")}
+        )
         jobs += [
             {"values": clean(prepared, name), "output": str(root / f"{ranks}-clean-{name}")}
             for name in ("zero1", "zero3")[:ranks]
@@ -169,6 +181,14 @@ def test_monotone_masks_are_the_same_everywhere(runs: Path, run: str) -> None:
     reference = masks(runs / "1-monotone-zero1")
     assert len(set(reference)) >= 4  # they move
     assert masks(runs / run) == reference != masks(runs / "1-fp32-zero1")
+
+
+def test_masks_of_blocks_and_neurons_are_the_same_everywhere(runs: Path) -> None:
+    reference, run = runs / "1-hybrid-zero1", runs / "2-hybrid-zero3"
+    assert len(set(masks(reference))) >= 4  # they move
+    assert masks(run) == masks(reference)
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+    assert lines(run / "metrics.jsonl")[-2]["neurons"] == 2 * (32 - round(0.9 * 32))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
