@@ -43,6 +43,7 @@ PUBLIC = [
     "push",
     "release",
     "shrink",
+    "trim",
     "unpack",
 ]
 
