@@ -154,9 +154,9 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, has_special: bool = False
 ) -> list[list[int]]:
     with quiet_transformers():  # a text is longer than a model's positions, and that is fine
-        return tokenizer(
-            list(texts), add_special_tokens=has_special, return_attention_mask=False
-        )["input_ids"]
+        return tokenizer(list(texts), add_special_tokens=has_special, return_attention_mask=False)[
+            "input_ids"
+        ]
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Counter[int]:

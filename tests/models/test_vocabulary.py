@@ -104,12 +104,14 @@ def test_merges_are_those_that_lead_to_what_is_kept() -> None:
 
 
 def test_the_score_of_an_unknown_character_stays() -> None:
-    """It is the lowest score less 10. Were it -30, "q" alone would be the better path by 7."""
-    scores = {"[UNK]": 0.0, "a": -1.0, "z": -1.0, "b": -1.0, "az": -20.0, "qb": -20.0}
-    pieces = [*scores.items(), ("never", -5.0), ("lowest", -30.0)]
+    """It is the lowest score less 10: here -40, so "wza" and an unknown "q" have -41. With the
+    lowest score of the used pieces they would have -31, which is better than -40.
+    """
+    pieces = [("[UNK]", 0.0), ("wz", -20.0), ("aq", -20.0), ("wza", -1.0)]
+    pieces += [("never", -5.0), ("lowest", -30.0)]
     made = Tokenizer(models.Unigram(pieces, unk_id=0))
-    new, found = cut_for(made, ["azqb"])
-    assert new.encode("azqb").tokens == made.encode("azqb").tokens == ["az", "qb"]
+    new, found = cut_for(made, ["wzaq", "wza"])
+    assert new.encode("wzaq").tokens == made.encode("wzaq").tokens == ["wz", "aq"]
     assert found.values["model"]["vocab"] == [[t, s] for t, s in pieces if t != "never"]
 
 
