@@ -28,6 +28,7 @@ from opfa.models.sentences import copy_files
 from opfa.models.skeleton import num_entries, num_positions
 from opfa.models.vocabulary import (
     Cut,
+    backend_of,
     cut,
     cut_tables,
     ids_of_config,
@@ -114,7 +115,8 @@ def trim(name: str, texts: Texts, output: Path, *, min_count: int = 1) -> TrimRe
     dtypes = {t.dtype for _, t in source.tensors(lambda *_: False) if t.is_floating_point()}
     of_parameters = model.num_parameters()
     cut_tables(model, trimmed.made)
-    model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)  # as its file had it
+    if dtypes == {torch.half} or dtypes == {torch.bfloat16}:
+        torch.nn.Module.to(model, dtypes.pop())  # as its file had it
     choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     with new_directory(output) as work:
         _write(name, model, trimmed.tokenizer, work)
@@ -240,6 +242,6 @@ def _write(
         shutil.copyfile(directory / SPARSITY, work / SPARSITY)
         verify(work, foreign.read_object(work / SPARSITY))
     if any((directory / each).is_file() for each in VOCABULARIES):
-        tokenizer.backend_tokenizer.model.save(str(work))
+        backend_of(tokenizer).model.save(str(work))
     if (recipe := recipe_of(name)) is not None:
         write_text(work / RECIPE, recipe.to_public_toml())

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
@@ -48,12 +49,18 @@ class Cut:
         return {old: new for new, old in enumerate(self.kept)}
 
 
-def values_of(tokenizer: PreTrainedTokenizerBase) -> Values:
-    """The JSON of a tokenizer; raises `ModelError` where it has no fast form."""
-    if not tokenizer.is_fast:
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer of the `tokenizers` library; raises `ModelError` where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
         what = "is not in the fast (`tokenizers`) form, which alone can be cut"
         raise ModelError(f"the tokenizer ({type(tokenizer).__name__}) {what}")
-    return json.loads(tokenizer.backend_tokenizer.to_str())
+    return backend
+
+
+def values_of(tokenizer: PreTrainedTokenizerBase) -> Values:
+    """The JSON of a tokenizer; raises `ModelError` where it has no fast form."""
+    return json.loads(backend_of(tokenizer).to_str())
 
 
 def ids_of_config(model: PreTrainedModel, num_rows: int) -> set[int]:
@@ -191,7 +198,7 @@ def _mapped(processor: Any, new: Callable[[int], int]) -> Any:  # Any: what JSON
 
 def tokens_in(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
     """All ids whose tokens could be found somewhere in a text, if others weren't found before."""
-    backend = tokenizer.backend_tokenizer
+    backend: Any = backend_of(tokenizer)  # its stubs lack properties
     model = values_of(tokenizer)["model"]
     prefix, suffix = (
         model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")
@@ -227,7 +234,8 @@ def cut_tables(model: PreTrainedModel, made: Cut) -> None:
     head of masked language with its bias [V]; and let the configuration say so.
     """
     new, rows = made.new_ids(), torch.tensor(made.kept)
-    embedding, projection = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()  # a module with a table
+    projection = model.get_output_embeddings()
     tables = {id(p): p for module in (embedding, projection) if module for p in module.parameters()}
     for table in tables.values():  # in place, since parts of a model share them
         table.data = table.data[rows]

@@ -36,7 +36,7 @@ from opfa.errors import DataError, ModelError, OpfaError, RunError
 from opfa.models.configs import load_tokenizer, wordpiece_tokenizer
 from opfa.models.encoders import write_model
 from opfa.models.sentences import FILES, Pooling, read_pooling, write_pooling
-from opfa.models.vocabulary import ids_of_config
+from opfa.models.vocabulary import backend_of, ids_of_config
 
 LINES = list(sentences())
 TEXTS, OTHERS = LINES[:6], [*LINES[150:160], "sex qua zebras", "a-b 3."]
@@ -57,7 +57,7 @@ CASES += [("bert", head) for head in HEADS if head not in ("masked", "classes")]
 
 
 @cache
-def bytes_merged() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def bytes_merged() -> tuple[dict[str, int], Any]:
     """A byte-level BPE, as RoBERTa has it."""
     made = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -95,14 +95,15 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerBase:
 def config_of(family: str, rows: int) -> Any:
     """With the ids of the tokenizer, and some rows that no token has."""
     tokenizer = tokenizer_of(family)
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "cls", "sep")}
+    ids: Any = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "cls", "sep")}
     if family == "roberta":
         return RobertaConfig(**SIZES, vocab_size=rows, type_vocab_size=1)  # pad_token_id = 1
     if family == "distilbert":
-        sizes = {"dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 20}
+        sizes: dict[str, Any] = {"dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 20}
         return DistilBertConfig(**sizes, vocab_size=rows, max_position_embeddings=64)
     if family == "bert":
-        return BertConfig(**SIZES, vocab_size=rows, mask_token_id=tokenizer.mask_token_id)
+        masked: Any = {"mask_token_id": tokenizer.mask_token_id}
+        return BertConfig(**SIZES, vocab_size=rows, **masked)
     ids |= {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
     return ModernBertConfig(**SIZES, vocab_size=rows, local_attention=8, **ids)
 
@@ -163,7 +164,7 @@ def test_ids_are_renumbered_and_outputs_equal_bit_for_bit(
         assert new.convert_tokens_to_ids(each["content"]) == each["id"]
     for name in ("pad", "cls", "sep", "mask", "unk"):
         assert getattr(new, f"{name}_token") == getattr(old, f"{name}_token")
-        was = getattr(model.config, f"{name}_token_id", None)
+        was: Any = getattr(model.config, f"{name}_token_id", None)
         assert getattr(small.config, f"{name}_token_id", None) == ids.get(was, was)
     before, after = outputs(model, old, TEXTS), outputs(small, new, TEXTS)
     rows = torch.tensor(sorted(ids, key=ids.__getitem__))
@@ -190,7 +191,7 @@ def test_added_tokens_stay_and_are_found(tmp_path: Path) -> None:
 
 
 def test_positions_are_counted_from_a_padding_that_keeps_its_number(tmp_path: Path) -> None:
-    model = model_of("roberta")
+    model: Any = model_of("roberta")
     assert ids_of_config(model, 500) == {0, 1, 2}
     model.roberta.embeddings.position_embeddings.padding_idx = 5
     assert ids_of_config(model, 500) == {0, 1, 2, 3, 4, 5}
@@ -244,13 +245,15 @@ def test_a_hub_data_set_is_read(tmp_path: Path) -> None:
 def test_a_sentence_encoder_stays_one_and_older_files_are_cut_too(tmp_path: Path) -> None:
     written("bert", tmp_path / "whole", "encoder")
     write_pooling(Pooling("mean", True), tmp_path / "whole", hidden=24, tokens=32)
-    tokenizer_of("bert").backend_tokenizer.model.save(str(tmp_path / "whole"))
+    backend_of(tokenizer_of("bert")).model.save(str(tmp_path / "whole"))
     opfa.trim(tmp_path / "whole", TEXTS, tmp_path / "small")
     assert read_pooling(str(tmp_path / "small")) == Pooling("mean", True)
     for each in FILES:
         assert (tmp_path / "small" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes()
     new = load_tokenizer(str(tmp_path / "small")).get_vocab()
-    assert (tmp_path / "small/vocab.txt").read_text().split("\n")[:-1] == sorted(new, key=new.get)
+    assert (tmp_path / "small/vocab.txt").read_text().split("\n")[:-1] == sorted(
+        new, key=new.__getitem__
+    )
 
 
 def test_a_run_keeps_its_zeros_and_its_recipe(

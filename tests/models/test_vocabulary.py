@@ -26,8 +26,8 @@ words = st.lists(st.text(f"{LETTERS}x ", max_size=12), min_size=1, max_size=8)
 def tokenizer_of(form: str) -> Tokenizer:
     """Trained on all texts, with two special tokens of the vocabulary and one added behind it."""
     special: dict[str, Any] = {"special_tokens": [UNKNOWN, START, END], "show_progress": False}
-    bytes_ = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    ends = {"end_of_word_suffix": "</w>"}
+    bytes_: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    ends: dict[str, Any] = {"end_of_word_suffix": "</w>"}
     model, trainer = {
         "WordPiece": (
             models.WordPiece(unk_token=UNKNOWN),
