@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune, prune_layers, prune_structured
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
+    from opfa.api.trim import trim
     from opfa.inference.predict import predict
     from opfa.integrations.guard import SparsityGuard
     from opfa.integrations.lora import masked_lora
@@ -77,6 +78,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "push": "opfa.api.models",
     "release": "opfa.api.models",
     "shrink": "opfa.api.models",
+    "trim": "opfa.api.trim",
     "unpack": "opfa.api.models",
 }
 __all__ = [
@@ -115,6 +117,7 @@ __all__ = [
     "push",
     "release",
     "shrink",
+    "trim",
     "unpack",
 ]
 register_when_needed()

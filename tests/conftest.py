@@ -37,6 +37,7 @@ SLOW = [
     "upstream/test_pretrain.py",
     "inference/test_export.py",
     "inference/test_shrink.py",
+    "inference/test_trim.py",
     "training/test_ranks.py",
     "integrations/test_loops.py",
     "bench/test_bench_train.py",

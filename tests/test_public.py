@@ -45,6 +45,7 @@ PUBLIC = [
     "push",
     "release",
     "shrink",
+    "trim",
     "unpack",
 ]
 

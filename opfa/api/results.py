@@ -6,6 +6,7 @@ from opfa.hub.index import Released
 from opfa.hub.results import DownloadResult, PushResult
 from opfa.inference.results import ExportResult
 from opfa.inference.shrink import ShrinkResult
+from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
@@ -27,5 +28,6 @@ __all__ = [
     "Result",
     "ShrinkResult",
     "SweepResult",
+    "TrimResult",
     "UnpackResult",
 ]

@@ -65,6 +65,12 @@ def num_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
     return min(counts, default=None)
 
 
+def padding_of_positions(model: nn.Module) -> int | None:
+    """The id of padding from which a model counts its positions (RoBERTa); None in others."""
+    found = (getattr(module, "padding_idx", None) for module, _ in _tables(model, POSITIONS))
+    return next((index for index in found if index is not None), None)
+
+
 def check_positions(
     model: nn.Module, config: PretrainedConfig, tokens: int, key: str = TOKENS
 ) -> None:

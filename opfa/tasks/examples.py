@@ -175,13 +175,23 @@ def _class_names(feature: Any) -> Names:  # Any: what JSON can hold
 
 def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]:
     assert task.hub is not None, "only called for a Hub data set"
-    with importing(f"task.hub = {task.hub!r}", "opfa[datasets]"):
+    features, rows = hub_rows("task.hub", task.hub, task.hub_config, split, _columns(task))
+    return _class_names(features.get(task.label)), rows
+
+
+def hub_rows(
+    key: str, name: str, config: str | None, split: str, columns: Sequence[str]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Row]]]:  # Any: what JSON can hold
+    """The features of a split of a Hub data set, as `datasets` writes them, and its rows: each with
+    where it stands ("row 7"), all names of columns, and the values of these. `key` named it.
+    """
+    with importing(f"{key} = {name!r}", "opfa[datasets]"):
         from datasets import load_dataset
-    what = f"{task.hub} [{split}]"
-    problem = "" if Path(task.hub).exists() else problem_of_hub()
+    what = f"{name} [{split}]"
+    problem = "" if Path(name).exists() else problem_of_hub()
     try:
         with opening(what, DataError), offline() if problem else contextlib.nullcontext():
-            dataset = load_dataset(task.hub, task.hub_config, split=split)
+            dataset = load_dataset(name, config, split=split)
     except DataError as error:
         if problem:
             raise DataError(f"{what}: can't be read: {problem}") from error
@@ -189,11 +199,11 @@ def _hub_rows(task: Task, split: str) -> tuple[Names, Iterator[tuple[str, Row]]]
     if problem:
         tell_of_cache(problem)
     names = dataset.column_names
-    wanted = [name for name in dict.fromkeys(_columns(task)) if name in names]
+    wanted = [column for column in dict.fromkeys(columns) if column in names]
 
     def rows() -> Iterator[tuple[str, Row]]:
         with opening(what, DataError):
             for index, row in enumerate(dataset.select_columns(wanted) if wanted else dataset):
                 yield f"row {index}", {**dict.fromkeys(names), **dict(row)}
 
-    return _class_names(dict(dataset.features.to_dict()).get(task.label)), rows()
+    return dict(dataset.features.to_dict()), rows()

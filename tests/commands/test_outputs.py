@@ -27,6 +27,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "release": ("release ./nowhere --output {}", "directory"),
     "pack": ("pack ./nowhere --output {}", "directory"),
     "shrink": ("shrink ./nowhere --output {}", "directory"),
+    "trim": ("trim ./nowhere --text nowhere.txt --output {}", "directory"),
     "unpack": ("unpack ./nowhere --output {}", "directory"),
     "plot": ("inspect ./nowhere --plot {}", "file"),
     "page": ("inspect ./nowhere --page {}", "file"),

@@ -100,6 +100,7 @@ COMMANDS = {
     "push": "push {evil} someone/name",
     "pack": "pack {evil} --output {out}",
     "shrink": "shrink {evil} --output {out}",
+    "trim": "trim {evil} --text {task} --output {out}",
     "inspect --runtime": "inspect {evil} --runtime",
     "predict": "predict {evil} {task}",
     "prune": "prune {evil} --sparsity 0.5 --output {out}",
