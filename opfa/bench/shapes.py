@@ -15,6 +15,7 @@ from opfa.bench.forms import in_8_bits
 from opfa.bench.worker import FIRST_ID, LAST_ID, timed
 from opfa.extras import importing
 from opfa.models.configs import new_config
+from opfa.models.costs import macs
 from opfa.models.encoders import HEADS as TASKS
 from opfa.models.removal import layers_of, matrices_of
 from opfa.report.tables import Result, Row, Table, column
@@ -74,8 +75,8 @@ def bench_shapes(rounds: int = 25) -> Shapes:
             turns = Turns().take({" ".join(point): each for point, each in tasks.items()}, rounds)
     finally:
         torch.set_num_threads(threads)
-    macs = {
-        shape: {size: _macs(model, *INPUTS[size]) for size in INPUTS}
+    counts = {
+        shape: {size: macs(model, *INPUTS[size]).whole for size in INPUTS}
         for shape, model in models.items()
     }
     dense = _name("torch, fp32", DENSE)
@@ -87,9 +88,9 @@ def bench_shapes(rounds: int = 25) -> Shapes:
         Shape(
             heads=shape[0],
             neurons=shape[1],
-            macs_large=macs[DENSE]["large"] / macs[shape]["large"],
+            macs_large=counts[DENSE]["large"] / counts[shape]["large"],
             large=faster(_name("torch, fp32", shape), "large"),
-            macs_one=macs[DENSE]["one"] / macs[shape]["one"],
+            macs_one=counts[DENSE]["one"] / counts[shape]["one"],
             one=faster(_name("torch, fp32", shape), "one"),
         )
         for shape in SHAPES
@@ -113,13 +114,6 @@ def shaped(heads: int, neurons: int) -> PreTrainedModel:
 
 def _name(engine: str, shape: tuple[int, int]) -> str:
     return f"{engine}: {shape[0]} heads, {shape[1]} neurons"
-
-
-def _macs(model: PreTrainedModel, sequences: int, tokens: int) -> int:
-    """Multiply-adds of the layers: of the matrices, and of attention."""
-    weights = sum(linear.weight.numel() for linear in matrices_of(model))
-    width = sum(units[HEADS].out.in_features for _, units in layers_of(model))
-    return sequences * tokens * (weights + 2 * tokens * width)
 
 
 def _tasks(models: dict[tuple[int, int], PreTrainedModel]) -> Tasks:

@@ -124,7 +124,7 @@ def _fisher(
             for each, gradient in zip(found, gradients, strict=True):
                 each.append(gradient.cpu())
             bar.advance(1)
-    whole = [torch.cat(each).double() for each in found]
+    whole = (torch.cat(each).double() for each in found)
     return [gradient.T @ gradient for gradient in whole]
 
 

@@ -43,7 +43,7 @@ class Text:
     calls: list[Call]  # of the layers
     theirs: Tensor  # hidden states of the dense model, [B, T, hidden]
     ours: Tensor  # of the pruned one
-    wanted: dict[str, Passed]  # in the dense layer
+    wanted: dict[str, Tensor]  # the streams in the dense layer
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def refit(
     for number, pair in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
         (_, theirs), (layer, ours) = pair
         for text in ongoing:
-            text.theirs, text.wanted = _run(theirs, residual, text.calls[number], text.theirs)
+            text.theirs, passed = _run(theirs, residual, text.calls[number], text.theirs)
+            text.wanted = {kind: each.stream for kind, each in passed.items()}
         for kind, units in ours.items():
             _fit(units, _missing(number, ongoing, kind, units, residual))
         for text in ongoing:
@@ -79,7 +80,7 @@ def _missing(
     """
     for text in texts:
         _, found = _run({kind: units}, residual, text.calls[number], text.ours)
-        missing = text.wanted.pop(kind).stream - found[kind].stream
+        missing = text.wanted.pop(kind) - found[kind].stream
         yield found[kind].given[text.is_token], missing[text.is_token]
 
 

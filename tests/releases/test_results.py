@@ -46,6 +46,17 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
     assert trace.count("\n") == 2 + sum(path.endswith("/done.json") for path in RUNS)
 
 
+def test_the_table_of_structured_pruning_is_that_of_its_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    rows = json.loads((RESULTS / "structured.json").read_text())
+    expected = importlib.import_module("structured").table(rows)
+    readme = (RECIPES / "README.md").read_text()
+    assert f"<!-- minilm-structured -->\n\n{expected}\n\n<!-- /minilm-structured -->" in readme
+    assert all(row["macs"] <= row["keep"] for row in rows)
+
+
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
 def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path: Path) -> None:
     percent, values = row["percent"], []
