@@ -93,7 +93,7 @@ def milliseconds(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
                 narrow = copy.deepcopy(layer)
                 units.of(narrow).keep(torch.arange(width))
                 tasks[shape, kind, width] = partial(call.again, narrow, states)
-    found = _medians(tasks)
+    found = medians(tasks)
     curves = []
     for shape, (_, by_kind) in zip(shapes, layers, strict=True):
         for kind, units in by_kind.items():
@@ -109,7 +109,7 @@ def _widths(count: int) -> list[int]:
     return sorted({-(-count * part // WIDTHS) for part in range(WIDTHS + 1)})
 
 
-def _medians(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+def medians(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
     """Milliseconds of each task, which take turns."""
     found: dict[Any, list[float]] = {name: [] for name in tasks}
     for number in range(ROUNDS + 1):

@@ -5,7 +5,7 @@ Every number comes from the files of runs. The text is in the jinja2 template `m
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from opfa.extras import has
 from opfa.releases.provenance import Facts, Measurement, Step
+from opfa.releases.shape import Shape
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import layer_of
 from opfa.tasks.kinds import KINDS
@@ -46,6 +47,7 @@ class Release:
     dense_bytes: int  # of the same weights in fp32
     steps: Sequence[Step]  # the newest first
     rows: Sequence[Measurement]  # of the model itself first
+    shape: Shape | None  # of an uneven model
     is_measured: bool  # whether the first row was measured on these very files
     licence: str | None
     base_model: str | None
@@ -87,6 +89,7 @@ class Release:
             "examples_sha256": self.rows[0].data,
             "seed": self.steps[0].recipe["seed"],
             "recipe_sha256": self.steps[0].sha256,
+            **({"shape": asdict(self.shape)} if self.shape else {}),
             "base_model": self.base_model,
             "license": self.licence,
         }

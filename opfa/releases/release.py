@@ -33,6 +33,7 @@ from opfa.releases.card import PICTURE, Release, model_card
 from opfa.releases.provenance import Facts, Measurement, Step
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.releases.rounding import PLAIN, Dtype, Format, write_weights
+from opfa.releases.shape import shape_of
 from opfa.sparsity import masks
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory, write_json, write_text
@@ -109,6 +110,7 @@ def release(
             dense_bytes=sum(p.stat().st_size for p in (run / "model").glob("model*.safetensors")),
             steps=steps,
             rows=rows,
+            shape=shape_of(run / "model"),
             is_measured=is_same or recipe is not None,
             licence=licence,
             base_model=base_model or provenance.base_model(steps),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from opfa.report.outcome import Outcome, Place, Unprinted, percent
 from opfa.report.tables import Table, figure
@@ -25,6 +26,7 @@ class ReleaseResult(Outcome):
     examples_sha256: str
     seed: int
     recipe_sha256: str
+    shape: dict[str, Any] | None = None  # only of an uneven model
     base_model: str | None
     license: str | None
     address: str | None = None  # only if it was uploaded

@@ -27,7 +27,7 @@ def arithmetic() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "processor": _processor(),
+        "processor": processor(),
         "accelerator": torch.cuda.get_device_name() if has_gpu else None,
     }
 
@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
     versions = {name: version(name) for name in ("opfa", *LIBRARIES) if has(name)}
     machine = {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
@@ -76,7 +76,7 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the processor is called, where the system tells."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []

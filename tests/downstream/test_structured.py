@@ -97,7 +97,7 @@ def test_milliseconds_are_a_cost(
         widths = {name: name[2] for name in tasks if name != "model"}
         return {"model": 4.0 + 2 * (2 + heads + neurons), **{n: 2.0 + w for n, w in widths.items()}}
 
-    monkeypatch.setattr("opfa.models.costs._medians", times)
+    monkeypatch.setattr("opfa.models.costs.medians", times)
     found = opfa.prune_structured(run, tmp_path / "found", keep=0.5, of="milliseconds")
     assert found.cost == 4 + 2 * (2 + 34)
     kept = sum(kept.heads + kept.neurons for kept in found.layers)

@@ -22,6 +22,7 @@ from snippets import run_snippets, snippets
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+import opfa
 from opfa.commands import app as cli
 from opfa.compression import quant
 from opfa.downstream.evaluate import evaluate_model
@@ -31,6 +32,7 @@ from opfa.downstream.sweep import sweep
 from opfa.errors import ModelError, RecipeError, RunError
 from opfa.hub import manifest
 from opfa.models.encoders import load_finetuned_model
+from opfa.models.removal import groups_of, matrices_of
 from opfa.releases import rounding
 from opfa.releases.release import push, release, unpack
 from opfa.releases.rounding import write_weights
@@ -498,6 +500,29 @@ def test_the_snippets_of_the_card_run(
     for code in found:
         exec(code, {})
     assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
+
+
+def test_the_card_of_an_uneven_model_says_what_is_left_of_its_shape(
+    run: Path, sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opfa.prune_structured(run, tmp_path / "half", keep=0.5)
+    opfa.shrink(tmp_path / "half", tmp_path / "small")
+    finetune(finetune_recipe(tmp_path / "small", examples), tmp_path / "again")
+    facts = release(tmp_path / "again", tmp_path / "tiny-cats").shape
+    assert facts is not None and facts["heads"][1] == 4 and facts["neurons"][1] == 64
+    model = opfa.load(tmp_path / "again")
+    assert facts["neurons"][0] == sum(units.count for units in groups_of(model)[1::2]) < 64
+    left = sum(int(linear.weight.count_nonzero()) for linear in matrices_of(model))
+    assert facts["weights"] == (left, 2 * (4 * 16 * 16 + 2 * 16 * 32))
+    card = (tmp_path / "tiny-cats/README.md").read_text()
+    assert f"| heads | {facts['heads'][0]} | 4 | {facts['heads'][0] / 4:.1%} |" in card
+    assert (
+        f"{facts['speedup']:.2f} times as fast as with all heads and neurons (torch, fp32" in card
+    )
+    assert card.count("import opfa  # knows layers of different sizes") == 1
+    monkeypatch.chdir(tmp_path)
+    for code in snippets(card):
+        exec(code, {})
 
 
 def test_the_python_of_the_readme_runs(

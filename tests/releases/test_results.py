@@ -55,6 +55,11 @@ def test_the_table_of_structured_pruning_is_that_of_its_results(
     readme = (RECIPES / "README.md").read_text()
     assert f"<!-- minilm-structured -->\n\n{expected}\n\n<!-- /minilm-structured -->" in readme
     assert all(row["macs"] <= row["keep"] for row in rows)
+    (row,) = (row for row in rows if (row["score"], row["keep"]) == ("fisher", 0.4))
+    share = row["validation"]["after"] / row["validation"]["before"]
+    assert f"({share:.1%} of its accuracy at 40 %)".replace("%", " %", 1) in (
+        ROOT / "README.md"
+    ).read_text().replace("MiniLM on SST-2: ", "")
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
