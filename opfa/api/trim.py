@@ -18,7 +18,7 @@ def trim(
     texts: Path | Iterable[str | Path],
     output: str | Path,
     *,
-    columns: Iterable[str] = ("text",),
+    columns: str | Iterable[str] = "text",
     min_count: int = 1,
     hub: str | None = None,
     hub_config: str | None = None,
@@ -48,6 +48,6 @@ def trim(
         in_memory=tuple(each for each in given if isinstance(each, str)),
         files=tuple(each for each in given if isinstance(each, Path)),
         hub=None if hub is None else HubTexts(name=hub, config=hub_config, split=hub_split),
-        columns=tuple(columns),
+        columns=(columns,) if isinstance(columns, str) else tuple(columns),
     )
     return execute(str(model), found, Path(output), min_count=min_count)

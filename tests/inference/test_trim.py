@@ -304,7 +304,7 @@ def test_a_vocabulary_that_cant_be_cut_is_refused_and_nothing_is_written(tmp_pat
         ("whole", tmp_path / "empty.jsonl", {}, DataError, "empty.jsonl: is empty"),
         ("whole", tmp_path / "none.txt", {}, DataError, "none.txt: no such file"),
         ("whole", file, {}, DataError, r"line 1: no column 'text' \(column\); there are 'body'"),
-        ("whole", file, {"columns": ["n"]}, DataError, "line 1: 'n' is 3, not a text"),
+        ("whole", file, {"columns": "n"}, DataError, "line 1: 'n' is 3, not a text"),
         ("slow", ["a"], {}, ModelError, r"\(ByT5Tokenizer\) is not in the fast"),
         ("few", ["a"], {}, ModelError, "entries and the model's embedding only 20"),
         ("8bit", ["a"], {}, ModelError, "is in 8 bits; trim the model that it was made from"),

@@ -57,9 +57,17 @@ def test_the_table_of_structured_pruning_is_that_of_its_results(
     assert all(row["macs"] <= row["keep"] for row in rows)
     (row,) = (row for row in rows if (row["score"], row["keep"]) == ("fisher", 0.4))
     share = row["validation"]["after"] / row["validation"]["before"]
-    assert f"({share:.1%} of its accuracy at 40 %)".replace("%", " %", 1) in (
-        ROOT / "README.md"
-    ).read_text().replace("MiniLM on SST-2: ", "")
+    said = f"(MiniLM on SST-2: {100 * share:.1f} % of its accuracy at 40 %)"
+    assert said in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_a_trimmed_vocabulary_is_that_of_its_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    found = json.loads((RESULTS / "trimmed.json").read_text())
+    readme = (ROOT / "opfa/inference/README.md").read_text()
+    assert f"-->\n{importlib.import_module('trimmed').table(found)}\n<!-- /trimmed -->" in readme
 
 
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
