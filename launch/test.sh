@@ -8,4 +8,4 @@ bash launch/install.sh dev
 .venv/bin/ruff format --check .
 .venv/bin/codespell
 .venv/bin/pyright --pythonpath .venv/bin/python
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

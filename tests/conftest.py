@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(importlib.import_module("tiny"))
 
 
-# Tests that train, export, wait or start processes, the longest first: so two workers end together.
+# Tests that train, export, wait or start processes, the longest first: so the workers end together.
 # `-m "not slow"` doesn't even import such files.
 SLOW = [
     "training/test_survival.py",
