@@ -13,6 +13,7 @@ from opfa.errors import RunError
 from opfa.models.depth import LayerGates, drop_layers, first_stays
 from opfa.models.removal import layers_of
 from opfa.report.bars import Bar
+from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
