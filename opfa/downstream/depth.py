@@ -52,7 +52,7 @@ def prune_layers(
     after = ready.evaluate()
     with new_directory(output) as work:
         tasks.write_more(task, model, work)
-        fill_finished(model.cpu(), ready.tokenizer, work)
+        report = fill_finished(model.cpu(), ready.tokenizer, work)
         write_text(work / RECIPE, recipe.to_public_toml())  # how other commands read its inputs
     return DepthResult(
         directory=output,
@@ -62,4 +62,5 @@ def prune_layers(
         kept=kept,
         of_layers=all_layers,
         examples=sum(len(batch["input_ids"]) for batch in batches),
+        is_sparse=report["total"]["sparsity"] >= SPARSE_FROM,
     )

@@ -271,6 +271,7 @@ class DepthResult(Outcome):
     kept: list[int]  # numbers of the layers
     of_layers: int
     examples: int  # that scores saw
+    is_sparse: bool
 
     def table(self) -> Table:
         """Metrics and layers, before and after."""
@@ -288,8 +289,8 @@ class DepthResult(Outcome):
 
     def commands(self) -> Sequence[Sequence[Path | str]]:
         """It has to learn again."""
-        words = (f"model.init={self.directory}", "model.zeros=free")
-        return [("finetune", "RECIPE", "--output", "RUN", *words)]
+        zeros = [] if self.is_sparse else ["model.zeros=free"]
+        return [("finetune", "RECIPE", "--output", "RUN", f"model.init={self.directory}", *zeros)]
 
 
 def changes(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
