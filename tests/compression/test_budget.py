@@ -39,6 +39,18 @@ def _sum(curves: list[np.ndarray], kept: "list[int] | tuple[int, ...]") -> float
     return sum(float(curve[k]) for curve, k in zip(curves, kept, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_rounded_costs_never_exceed_the_budget(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opfa.compression.budget.STEPS", 12)
+    random = np.random.default_rng(seed)
+    losses = [-np.arange(6.0)] * 3  # more units are always better
+    costs = [np.sort(random.random(6) * 9) for _ in losses]
+    least, most = (_sum(costs, [place] * 3) for place in (0, -1))
+    budget = least + 0.4 * (most - least)
+    kept = choose(losses, costs, budget)
+    assert least < _sum(costs, kept) <= budget
+
+
 def test_a_budget_that_nothing_meets_is_refused() -> None:
     with pytest.raises(RunError, match=r"1\.5: must be at least 2, what is left without units"):
         choose([np.zeros(2)] * 2, [np.array([1.0, 2.0])] * 2, 1.5)

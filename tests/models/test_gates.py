@@ -1,6 +1,7 @@
 """Gradients of gates against differences, costs against counted ones, and least squares."""
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from opfa.models.depth import LayerGates, drop_layers, first_stays
 from opfa.models.gates import Gates
 from opfa.models.refit import refit
 from opfa.models.removal import groups_of, layers_of
+from opfa.models.stepping import inputs_of
 
 TOKENS = torch.randint(5, 27, (4, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS)
@@ -124,6 +126,42 @@ def test_what_went_is_made_up_for_where_others_know_it(
     assert (states(pruned) - states(model)).abs().max() < far / 50
     for units, is_gone in zip(groups_of(pruned), doubles, strict=True):
         assert not units.squares()[is_gone].any() and units.squares()[~is_gone].all()
+
+
+def passed(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Of a BERT's layer, what comes into the feed-forward's output matrix, with a one behind it,
+    and what comes into the norm after it: of all tokens of `runs`.
+    """
+    output = model.base_model.get_submodule(f"encoder.layer.{layer}.output")
+    paths = ("dense", "LayerNorm")
+    with ExitStack() as watching, torch.no_grad():
+        given, stream = (watching.enter_context(inputs_of(output.get_submodule(p))) for p in paths)
+        for _, run in runs():
+            run(model)
+    inputs = torch.cat([states[MASK.bool()] for states in given]).double()
+    ones = inputs.new_ones(len(inputs), 1)
+    return torch.cat([inputs, ones], 1), torch.cat([each[MASK.bool()] for each in stream]).double()
+
+
+def test_what_is_still_missing_can_not_be_made_of_what_comes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The normal equations of the residual stream, over real tokens, in each layer."""
+    monkeypatch.setattr("opfa.models.refit.RIDGE", 1e-9)
+    model = model_of("bert")
+    pruned = copy.deepcopy(model)
+    with torch.no_grad():
+        for units in groups_of(pruned):
+            units.erase(torch.arange(units.count) % 3 == 0)
+
+    def correlation(layer: int) -> float:
+        inputs, found = passed(pruned, layer)
+        missing = passed(model, layer)[1] - found
+        return float((inputs.T @ missing).norm() / (inputs.norm() * missing.norm()))
+
+    assert min(map(correlation, range(3))) > 1e-2
+    list(refit(pruned, model, runs()))
+    assert max(map(correlation, range(3))) < 1e-3
 
 
 def test_nothing_changes_where_nothing_went() -> None:
