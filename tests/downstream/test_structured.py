@@ -21,6 +21,8 @@ from opfa.models.removal import find_dead, groups_of
 from opfa.models.trained import load
 from opfa.sparsity.units import NEURONS
 
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
+
 
 @pytest.fixture(scope="module")
 def run(sparse: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,7 @@ from opfa.tasks.predictions import ClassPrediction
 KILLED = {HEADS: ("columns", "values"), NEURONS: ("columns", "rows")}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays_registered() -> Iterator[None]:
-    """While a class is, each load of any model takes 0.4 s."""
-    yield
-    clear_patch_mapping()
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
 
 @torch.no_grad()

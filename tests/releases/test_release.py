@@ -502,6 +502,7 @@ def test_the_snippets_of_the_card_run(
     assert inspect(tmp_path / "mine")["fingerprint"] == inspect(run / "model")["fingerprint"]
 
 
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_the_card_of_an_uneven_model_says_what_is_left_of_its_shape(
     run: Path, sparse: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
