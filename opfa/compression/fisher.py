@@ -44,3 +44,10 @@ def improve(fisher: Tensor, is_gone: Tensor) -> Tensor:
         is_gone[gone[best // len(kept)]] = False
         is_gone[kept[best % len(kept)]] = True
     return is_gone
+
+
+def gone(fisher: Tensor, order: Tensor, num_kept: int) -> Tensor:
+    """Which units go, True in [units], if so many are kept: the first of `order`, improved."""
+    is_gone = torch.zeros(len(order), dtype=torch.bool)
+    is_gone[order[: len(order) - num_kept]] = True
+    return improve(fisher, is_gone)

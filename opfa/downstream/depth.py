@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-import torch
-
-from opfa.compression.fisher import improve, removal
+from opfa.compression.fisher import gone, removal
 from opfa.downstream.evaluate import Ready
-from opfa.downstream.examples import batches_of, loss_of
+from opfa.downstream.examples import batches_of, fisher_of, num_rows
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import DepthResult
 from opfa.errors import RunError
-from opfa.models.depth import LayerGates, drop_layers, first_stays
+from opfa.models.depth import drop_layers, first_stays
+from opfa.models.gates import LayerGates
 from opfa.models.removal import layers_of
-from opfa.report.bars import Bar
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
@@ -31,23 +29,16 @@ def prune_layers(
     check_new(output)
     ready = Ready.load(name, recipe, num_examples)
     model, task = ready.model.requires_grad_(False), ready.task
-    all_layers = len(list(layers_of(model)))
-    if not 1 <= num_layers < all_layers:
-        what = f"must be from 1 to {all_layers - 1}, since this model has {all_layers}"
+    layers = [layer for layer, _ in layers_of(model)]
+    if not 1 <= num_layers < len(layers):
+        what = f"must be from 1 to {len(layers) - 1}, since this model has {len(layers)}"
         raise RunError(f"layers = {num_layers}: {what}")
-    before, batches, gradients = ready.evaluate(), batches_of(ready), []
-    torch.manual_seed(0)
-    with LayerGates(model) as gates, Bar("scores", len(batches)) as bar:
-        for batch in batches:
-            outputs = tasks.call(task, model, batch)
-            gradients.append(gates.gradients(loss_of(task, outputs, batch)).cpu().double())
-            bar.advance(1)
-    found = torch.cat(gradients)
+    before, batches = ready.evaluate(), batches_of(ready)
+    (fisher,) = fisher_of(LayerGates(layers), model, task, batches)
     start = int(first_stays(model))  # layers before it stay
-    fisher = (found.T @ found)[start:, start:]
-    is_gone = torch.zeros(len(fisher), dtype=torch.bool)
-    is_gone[removal(fisher)[0][: all_layers - num_layers]] = True
-    kept = [*range(start), *(start + (~improve(fisher, is_gone)).nonzero()[:, 0]).tolist()]
+    fisher = fisher[start:, start:]
+    is_gone = gone(fisher, removal(fisher)[0], num_layers - start)
+    kept = [*range(start), *(start + (~is_gone).nonzero()[:, 0]).tolist()]
     drop_layers(model, kept)
     after = ready.evaluate()
     with new_directory(output) as work:
@@ -60,7 +51,7 @@ def prune_layers(
         before=before,
         after=after,
         kept=kept,
-        of_layers=all_layers,
-        examples=sum(len(batch["input_ids"]) for batch in batches),
+        of_layers=len(layers),
+        examples=num_rows(batches),
         is_sparse=report["total"]["sparsity"] >= SPARSE_FROM,
     )

@@ -1,12 +1,16 @@
-"""Training examples that a finished model is measured on, and the loss that scores come from."""
+"""Fisher information of a finished model's gates, on training examples of its task."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
 
 from opfa.downstream.evaluate import Ready
+from opfa.models.gates import Gates
+from opfa.report.bars import Bar
 from opfa.tasks import kinds as tasks
 from opfa.tasks.batches import num_targets
 from opfa.tasks.features import Batch
@@ -25,7 +29,7 @@ def batches_of(ready: Ready) -> list[Batch]:
     return [{name: t.to(ready.device) for name, t in batch.items()} for batch in loader]
 
 
-def loss_of(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers
+def _loss(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers
     """The sum of the losses of all targets. Where there is only a teacher to learn from, which the
     model itself would be, a random projection of the vectors (Gauss-Newton instead of Fisher).
     """
@@ -33,3 +37,25 @@ def loss_of(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transf
         (vectors,) = tasks.logits_of(task, outputs)
         return (vectors * torch.randn_like(vectors)).sum()
     return tasks.task_loss(task, outputs, batch) * num_targets(batch)
+
+
+def fisher_of(
+    gates: Gates, model: PreTrainedModel, task: Task, batches: Sequence[Batch]
+) -> list[Tensor]:
+    """The Fisher information of gates, summed over sequences: fp64 [units, units] for each group,
+    or one [layers, layers].
+    """
+    found: list[list[Tensor]] = []
+    torch.manual_seed(0)
+    with gates, Bar("scores", len(batches)) as bar:
+        for batch in batches:
+            outputs = tasks.call(task, model, batch)
+            found.append([each.cpu() for each in gates.gradients(_loss(task, outputs, batch))])
+            bar.advance(1)
+    whole = (torch.cat(each).double() for each in zip(*found, strict=True))
+    return [gradient.T @ gradient for gradient in whole]
+
+
+def num_rows(batches: Sequence[Batch]) -> int:
+    """How many examples are in all of them."""
+    return sum(len(batch["input_ids"]) for batch in batches)

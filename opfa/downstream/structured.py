@@ -15,19 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opfa.compression.budget import choose
-from opfa.compression.fisher import improve, removal
+from opfa.compression.fisher import gone, removal
 from opfa.downstream.budget import Budget
 from opfa.downstream.evaluate import Ready
-from opfa.downstream.examples import batches_of, loss_of
+from opfa.downstream.examples import batches_of, fisher_of, num_rows
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import Kept, StructuredResult
 from opfa.errors import RunError
 from opfa.models.costs import Costs, macs, milliseconds, parameters
-from opfa.models.gates import Gates
+from opfa.models.gates import UnitGates
 from opfa.models.refit import refit
 from opfa.models.removal import groups_of, layers_of
 from opfa.report.bars import Bar
-from opfa.sparsity.units import Units
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
@@ -53,8 +52,8 @@ def prune_structured(
     before = ready.evaluate()
     batches = batches_of(ready)
     pruned = copy.deepcopy(model)
-    gone = _choose(model, task, batches, costs, budget)
-    for units, is_gone in zip(groups_of(pruned), gone, strict=True):
+    lost = _choose(model, task, batches, costs, budget)
+    for units, is_gone in zip(groups_of(pruned), lost, strict=True):
         units.erase(is_gone)
     _refit(pruned, model, task, batches)
     after = ready.evaluate(pruned)
@@ -62,7 +61,7 @@ def prune_structured(
         tasks.write_more(task, pruned, work)
         report = fill_finished(pruned.cpu(), ready.tokenizer, work)
         write_text(work / RECIPE, recipe.to_public_toml())  # how other commands read its inputs
-    kept = [int((~is_gone).sum()) for is_gone in gone]
+    kept = [int((~is_gone).sum()) for is_gone in lost]
     return StructuredResult(
         directory=output,
         task=recipe.name,
@@ -71,8 +70,8 @@ def prune_structured(
         of=budget.of,
         cost=costs.whole,
         left=costs.of(kept),
-        layers=[Kept.of_gone(*pair) for pair in zip(gone[::2], gone[1::2], strict=True)],
-        examples=sum(len(batch["input_ids"]) for batch in batches),
+        layers=[Kept.of_gone(*pair) for pair in zip(lost[::2], lost[1::2], strict=True)],
+        examples=num_rows(batches),
         sparsity=report["total"]["sparsity"],
     )
 
@@ -99,33 +98,11 @@ def _choose(
     if budget.score == "magnitude":
         information = [units.squares().diag() for units in groups]
     else:
-        information = _fisher(model, groups, task, batches)
+        information = fisher_of(UnitGates(groups), model, task, batches)
     orders, losses = zip(*map(removal, information), strict=True)
     curves = [loss.flip(0).numpy() for loss in losses]  # by how many are kept
     kept = choose(curves, costs.curves, budget.keep * costs.whole - costs.rest)
-    gone = []
-    for fisher, order, num in zip(information, orders, kept, strict=True):
-        is_gone = torch.zeros(len(order), dtype=torch.bool)
-        is_gone[order[: len(order) - num]] = True
-        gone.append(improve(fisher, is_gone))
-    return gone
-
-
-def _fisher(
-    model: PreTrainedModel, groups: Sequence[Units], task: Task, batches: Sequence[Batch]
-) -> list[Tensor]:
-    """The Fisher information of the gates of each group, [units, units], fp64."""
-    found: list[list[Tensor]] = [[] for _ in groups]
-    torch.manual_seed(0)
-    with Gates(groups) as gates, Bar("scores", len(batches)) as bar:
-        for batch in batches:
-            outputs = tasks.call(task, model, batch)
-            gradients = gates.gradients(loss_of(task, outputs, batch))
-            for each, gradient in zip(found, gradients, strict=True):
-                each.append(gradient.cpu())
-            bar.advance(1)
-    whole = (torch.cat(each).double() for each in found)
-    return [gradient.T @ gradient for gradient in whole]
+    return [gone(*each) for each in zip(information, orders, kept, strict=True)]
 
 
 def _refit(

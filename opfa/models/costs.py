@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from opfa.compression.budget import Curve
 from opfa.models.removal import groups_of, layers_of
 from opfa.models.stepping import calls_of
 from opfa.sparsity.units import HEADS, Units
 
-Curve = NDArray[np.float64]
 ROUNDS = 15  # of timing, whose median counts
 WIDTHS = 16  # that are timed; between two of them the larger one's time is taken
 FIRST_ID = 5  # of random tokens; those before may be special
