@@ -26,6 +26,7 @@ from opfa.models.costs import Costs, macs, milliseconds, parameters
 from opfa.models.gates import UnitGates
 from opfa.models.refit import refit
 from opfa.models.removal import groups_of, layers_of
+from opfa.models.skeleton import check_positions
 from opfa.report.bars import Bar
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
@@ -77,7 +78,11 @@ def prune_structured(
 
 
 def _costs(model: PreTrainedModel, budget: Budget, longest: int) -> Costs:
-    """What units cost; raises `RunError` for a budget that none of them fits in."""
+    """What units cost; raises `RunError` for a budget that none of them fits in, and `ModelError`
+    for more tokens than the model has positions.
+    """
+    if budget.tokens is not None:
+        check_positions(model, model.config, budget.tokens, "tokens")
     if budget.of == "parameters":
         found = parameters(model)
     else:

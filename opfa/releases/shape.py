@@ -12,6 +12,7 @@ from opfa.models.configs import load_config
 from opfa.models.costs import FIRST_ID, medians
 from opfa.models.encoders import ENCODER
 from opfa.models.removal import layers_of, matrices_of
+from opfa.models.skeleton import num_positions
 from opfa.sparsity.units import HEADS, NEURONS, without_layers_of_their_own
 from opfa.training.machine import processor
 
@@ -39,7 +40,7 @@ def shape_of(directory: Path) -> Shape | None:
     model = trained.load(directory, exact=False)
     whole = ENCODER.from_config(without_layers_of_their_own(config)).eval()
     left = sum(int(linear.weight.count_nonzero()) for linear in matrices_of(model))
-    tokens = min(TOKENS, config.max_position_embeddings - 4)  # RoBERTa needs two of them
+    tokens = min(TOKENS, num_positions(model, config) or TOKENS)
     ids = torch.randint(FIRST_ID, config.vocab_size, (1, tokens))
     tasks = {
         "whole": lambda: whole(input_ids=ids),

@@ -138,6 +138,7 @@ def test_the_command_says_what_it_did(
             {"keep": 0.5, "of": "flops"},
             "of: Input should be 'macs', 'milliseconds' or",
         ),
+        ({"keep": 0.5, "tokens": 99}, "tokens = 99: this model has only 32 positions"),
         ({"keep": 0.5, "examples": 0}, "examples: Input should be greater than or equal to 1"),
     ],
 )
