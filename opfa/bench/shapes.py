@@ -3,7 +3,11 @@ shape, random weights. A ratio is the median over rounds of two times of the sam
 """
 
 import copy
+import functools
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,11 +26,28 @@ from opfa.report.tables import Result, Row, Table, column
 from opfa.runtime.encoder import with_kernels
 from opfa.sparsity.units import HEADS, NEURONS
 
-DENSE, SMALL = (12, 1536), (6, 512)
-SHAPES = (DENSE, (12, 768), (12, 512), (6, 1536), SMALL, (3, 256))
+DENSE, SMALL, LEAST = (12, 1536), (6, 512), (3, 256)  # heads, neurons
+SHAPES = (DENSE, (12, 768), (12, 512), (6, 1536), SMALL, LEAST)
 INPUTS = {"large": (8, 128), "one": (1, 32)}  # sequences, tokens
 ZEROS = 0.7
-Point = tuple[str, str]  # what computes, and which input
+TORCH, COMPILED, ONNX, OURS = "torch", "torch, compiled", "ONNX Runtime", "ours, fp32"
+INT8 = f"ours, int8, {ZEROS:.0%} zeros"
+CALLS = 3  # of a turn, after one that isn't counted
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is timed: an engine with a shape, and which input."""
+
+    engine: str
+    shape: tuple[int, int]
+    size: str
+
+    def __str__(self) -> str:
+        """Its name in the turns."""
+        return f"{self.engine} {self.shape} {self.size}"
+
+
 Tasks = Iterator[tuple[Point, Task]]
 
 
@@ -42,11 +63,15 @@ class Shape(Row):
 
 
 class Engine(Row):
-    """How many times as fast as dense fp32 in torch, for 8 x 128 tokens and for 1 x 32."""
+    """How many times as fast as the dense shape in torch, and in the same engine."""
 
     engine: str
-    large: float = column("8 x 128", ".2f")
-    one: float = column("1 x 32", ".2f")
+    heads: int
+    neurons: int
+    large: float = column("8 x 128: torch", ".2f")
+    own_large: float = column("the engine", ".2f")
+    one: float = column("1 x 32: torch", ".2f")
+    own_one: float = column("the engine", ".2f")
 
 
 class Shapes(Result):
@@ -59,45 +84,56 @@ class Shapes(Result):
     engines: list[Engine]
 
     def parts(self, *, is_long: bool = False) -> Iterator[Table]:
-        """One line for each shape in torch, and one for each engine."""
+        """One line for each shape in torch, and one for each engine with a shape."""
         yield Table.of("heads, neurons", {f"{r.heads}, {r.neurons}": r for r in self.rows})
-        yield Table.of("engine", {row.engine: row for row in self.engines})
+        lines = {f"{r.engine}: {r.heads}, {r.neurons}": r for r in self.engines}
+        yield Table.of("times as fast as the dense one in", lines)
 
 
 def bench_shapes(rounds: int = 25) -> Shapes:
-    """Measure shapes in torch, and the small one in ONNX Runtime and in the CPU runtime."""
+    """Measure shapes in torch, and three of them in other engines and in the CPU runtime."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         models = {shape: shaped(*shape) for shape in SHAPES}
-        tasks: dict[Point, Task] = dict(_tasks(models))
+        tasks = dict(_tasks(models))
         with torch.inference_mode():
-            turns = Turns().take({" ".join(point): each for point, each in tasks.items()}, rounds)
+            turns = Turns().take({str(point): each for point, each in tasks.items()}, rounds)
     finally:
         torch.set_num_threads(threads)
-    counts = {
-        shape: {size: macs(model, *INPUTS[size]).whole for size in INPUTS}
-        for shape, model in models.items()
-    }
-    dense = _name("torch, fp32", DENSE)
 
-    def faster(name: str, size: str) -> float:
-        return turns.ratio(f"{dense} {size}", f"{name} {size}")
+    def faster(engine: str, shape: tuple[int, int], size: str, than: str = TORCH) -> float:
+        return turns.ratio(str(Point(than, DENSE, size)), str(Point(engine, shape, size)))
+
+    def fewer(shape: tuple[int, int], size: str) -> float:
+        whole, left = (macs(models[each], *INPUTS[size]).whole for each in (DENSE, shape))
+        return whole / left
 
     rows = [
         Shape(
             heads=shape[0],
             neurons=shape[1],
-            macs_large=counts[DENSE]["large"] / counts[shape]["large"],
-            large=faster(_name("torch, fp32", shape), "large"),
-            macs_one=counts[DENSE]["one"] / counts[shape]["one"],
-            one=faster(_name("torch, fp32", shape), "one"),
+            macs_large=fewer(shape, "large"),
+            large=faster(TORCH, shape, "large"),
+            macs_one=fewer(shape, "one"),
+            one=faster(TORCH, shape, "one"),
         )
         for shape in SHAPES
     ]
-    names = dict.fromkeys(name for name, _ in tasks if not name.startswith("torch"))
-    engines = [Engine(engine=n, large=faster(n, "large"), one=faster(n, "one")) for n in names]
-    medians = {size: turns.median(f"{dense} {size}") for size in INPUTS}
+    engines = [
+        Engine(
+            engine=engine,
+            heads=shape[0],
+            neurons=shape[1],
+            large=faster(engine, shape, "large"),
+            own_large=faster(engine, shape, "large", engine),
+            one=faster(engine, shape, "one"),
+            own_one=faster(engine, shape, "one", engine),
+        )
+        for engine, shape in dict.fromkeys((p.engine, p.shape) for p in tasks)
+        if engine != TORCH
+    ]
+    medians = {size: turns.median(str(Point(TORCH, DENSE, size))) for size in INPUTS}
     return Shapes(threads=1, rounds=rounds, milliseconds=medians, rows=rows, engines=engines)
 
 
@@ -112,33 +148,33 @@ def shaped(heads: int, neurons: int) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _name(engine: str, shape: tuple[int, int]) -> str:
-    return f"{engine}: {shape[0]} heads, {shape[1]} neurons"
-
-
 def _tasks(models: dict[tuple[int, int], PreTrainedModel]) -> Tasks:
-    """Everything that is timed, by its name."""
+    """Everything that is timed."""
     ids = {size: torch.randint(FIRST_ID, LAST_ID, shape) for size, shape in INPUTS.items()}
     for shape, model in models.items():
-        yield from _by_input(_name("torch, fp32", shape), model, ids)
-    for shape in (DENSE, SMALL):
-        yield from _onnx(_name("ONNX Runtime, fp32", shape), models[shape], ids)
-    for shape in (DENSE, SMALL):
-        kernels = with_kernels(copy.deepcopy(models[shape]), 1)
-        yield from _by_input(_name("ours, fp32", shape), kernels, ids)
-    sparse = copy.deepcopy(models[SMALL])
-    for linear in matrices_of(sparse):
-        linear.weight.masked_fill_(torch.rand_like(linear.weight) < ZEROS, 0.0)
-    kernels = with_kernels(in_8_bits(sparse), 1, "int8")
-    yield from _by_input(f"{_name('ours, int8', SMALL)}, {ZEROS:.0%} zeros", kernels, ids)
+        yield from _by_input(TORCH, shape, model, ids)
+    for shape in (DENSE, SMALL, LEAST):
+        model = models[shape]
+        if shutil.which("g++"):
+            compiled = cast(PreTrainedModel, torch.compile(copy.deepcopy(model), dynamic=False))
+            yield from _by_input(COMPILED, shape, compiled, ids)
+        yield from _onnx(shape, model, ids)
+        yield from _by_input(OURS, shape, with_kernels(copy.deepcopy(model), 1), ids)
+        sparse = copy.deepcopy(model)
+        for linear in matrices_of(sparse):
+            linear.weight.masked_fill_(torch.rand_like(linear.weight) < ZEROS, 0.0)
+        yield from _by_input(INT8, shape, with_kernels(in_8_bits(sparse), 1, "int8"), ids)
 
 
-def _by_input(name: str, model: PreTrainedModel, ids: dict[str, Tensor]) -> Tasks:
+def _by_input(
+    engine: str, shape: tuple[int, int], model: PreTrainedModel, ids: dict[str, Tensor]
+) -> Tasks:
     for size, each in ids.items():
-        yield (name, size), lambda each=each: timed(lambda: model(input_ids=each), 1)
+        call = functools.partial(model, input_ids=each)
+        yield Point(engine, shape, size), functools.partial(timed, call, CALLS)
 
 
-def _onnx(name: str, model: PreTrainedModel, ids: dict[str, Tensor]) -> Tasks:
+def _onnx(shape: tuple[int, int], model: PreTrainedModel, ids: dict[str, Tensor]) -> Tasks:
     with importing("a comparison with ONNX Runtime", "opfa[export]"):
         import onnxruntime
     from opfa.inference import onnx_graph
@@ -149,4 +185,5 @@ def _onnx(name: str, model: PreTrainedModel, ids: dict[str, Tensor]) -> Tasks:
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     for size, each in ids.items():
         inputs = {"input_ids": each.numpy(), "attention_mask": torch.ones_like(each).numpy()}
-        yield (name, size), lambda inputs=inputs: timed(lambda: session.run(None, inputs), 1)
+        call = functools.partial(session.run, None, inputs)
+        yield Point(ONNX, shape, size), functools.partial(timed, call, CALLS)

@@ -12,7 +12,7 @@ import pytest
 from opfa.bench import shapes, steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
-from opfa.bench.shapes import DENSE, SMALL, Shapes, bench_shapes
+from opfa.bench.shapes import DENSE, LEAST, SMALL, Shapes, bench_shapes
 from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
 from opfa.report.between import write_between
@@ -101,6 +101,8 @@ def test_shapes_are_measured_against_their_multiply_adds(monkeypatch: pytest.Mon
     pytest.importorskip("onnxruntime")
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 1536}
     monkeypatch.setattr(shapes, "MINILM", {**shapes.MINILM, **sizes})
+    monkeypatch.setattr("torch.compile", lambda model, **_: model)  # it takes minutes
+    monkeypatch.setattr("shutil.which", lambda _: "g++")
     measured = bench_shapes(1)
     rows = {(row.heads, row.neurons): row for row in measured.rows}
     assert rows[DENSE].macs_large == rows[DENSE].large == 1
@@ -110,4 +112,7 @@ def test_shapes_are_measured_against_their_multiply_adds(monkeypatch: pytest.Mon
     )
     assert rows[SMALL].macs_large == pytest.approx(dense / small)
     assert all(row.large > 0 and row.one > 0 for row in (*measured.rows, *measured.engines))
-    assert measured.engines[-1].engine == "ours, int8: 6 heads, 512 neurons, 70% zeros"
+    engines = {(row.engine, row.heads, row.neurons): row for row in measured.engines}
+    names = ("torch, compiled", "ONNX Runtime", "ours, fp32", "ours, int8, 70% zeros")
+    assert engines.keys() == {(name, *shape) for name in names for shape in (DENSE, SMALL, LEAST)}
+    assert all(engines[name, *DENSE].own_large == 1 for name in names)

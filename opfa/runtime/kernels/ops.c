@@ -111,22 +111,38 @@ static void linear(const opfa_work *w, const opfa_step *s, int64_t item) {
   if (s->form != OPFA_FP32) narrow_rows(s, m->rows, row, row + rows, width, y, (char *)out.data);
 }
 
-/* out = (in - mean) / sqrt(variance + epsilon) * weight + bias over channels; 16 tokens an item. */
+/* out = (in - mean) / sqrt(variance + epsilon) * weight + bias over the channels of a tile: of 16
+ * tokens at a time, lines 256 bytes apart would displace each other in L1. */
+INLINE void norm_of(const opfa_step *s, int vectors, tile_of in, tile_of out) {
+  const float channels = (float)s->channels;
+  vec means[TILE / LANES] = {0}, scales[TILE / LANES] = {0};
+  const float *x = in.data;
+  for (int c = 0; c < s->channels; c++, x += in.width)
+    UNROLL for (int i = 0; i < vectors; i++) means[i] += load(x + i * LANES);
+  UNROLL for (int i = 0; i < vectors; i++) means[i] /= channels;
+  x = in.data;
+  for (int c = 0; c < s->channels; c++, x += in.width) UNROLL for (int i = 0; i < vectors; i++) {
+      const vec d = load(x + i * LANES) - means[i];
+      scales[i] += d * d;
+    }
+  UNROLL for (int i = 0; i < vectors; i++) scales[i] =
+      1.0f / root(scales[i] / channels + s->epsilon);
+  x = in.data;
+  float *y = out.data;
+  for (int c = 0; c < s->channels; c++, x += in.width, y += in.width) {
+    const float weight = s->weight[c], bias = s->bias ? s->bias[c] : 0.0f;
+    UNROLL for (int i = 0; i < vectors; i++)
+        store(y + i * LANES, (load(x + i * LANES) - means[i]) * (scales[i] * weight) + bias);
+  }
+}
+
 static void norm(const opfa_work *w, const opfa_step *s, int64_t item) {
-  const tile_of in = group_at(w, s->in, item), out = group_at(w, s->out, item);
-  for (int i = 0; i < GROUP; i += LANES) {
-    vec sum = {0}, squares = {0};
-    for (int c = 0; c < s->channels; c++) sum += load(in.data + (size_t)c * in.width + i);
-    const vec mean = sum / (float)s->channels;
-    for (int c = 0; c < s->channels; c++) {
-      const vec d = load(in.data + (size_t)c * in.width + i) - mean;
-      squares += d * d;
-    }
-    const vec scale = 1.0f / root(squares / (float)s->channels + s->epsilon);
-    for (int c = 0; c < s->channels; c++) {
-      const vec d = (load(in.data + (size_t)c * in.width + i) - mean) * (scale * s->weight[c]);
-      store(out.data + (size_t)c * out.width + i, d + (s->bias ? s->bias[c] : 0.0f));
-    }
+  const tile_of in = at(w, s->in, (int)item), out = at(w, s->out, (int)item);
+  switch (in.width / GROUP) {
+    case 1: norm_of(s, GROUP / LANES, in, out); break;
+    case 2: norm_of(s, 2 * GROUP / LANES, in, out); break;
+    case 3: norm_of(s, 3 * GROUP / LANES, in, out); break;
+    case 4: norm_of(s, 4 * GROUP / LANES, in, out); break;
   }
 }
 

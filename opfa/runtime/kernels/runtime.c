@@ -282,6 +282,7 @@ static int64_t num_items(const opfa_work *w, const opfa_step *s) {
   switch (s->kind) {
     case OPFA_LINEAR: return (int64_t)opfa_blocks(s->matrix) * w->tiles;
     case OPFA_ATTENTION: return (int64_t)w->num_queries * s->heads;
+    case OPFA_NORM: return w->tiles;
     case OPFA_NARROW: return (int64_t)w->tiles * OPFA_PARTS;
     case OPFA_ROTARY: return (int64_t)w->tiles * s->heads;
     default: return w->padded / OPFA_GROUP;
