@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opfa.compression.calibration import Calibration
 from opfa.compression.grains import Grain
 from opfa.compression.pattern import Bound, PartPattern, Pattern, bind
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Part, Score, State
+from opfa.compression.scores import Ask, Part, Score, State
 from opfa.compression.selection import ALONE, Ranks, select
 from opfa.errors import RunError
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masks_of, set_masks
@@ -84,8 +85,10 @@ class Pruner:
         *,
         score: Score | None = None,
         grain: Grain | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Mask the layers that the pattern names, or several. `score` and `grain` replace theirs.
+        Some scores need a `calibration` of the model.
 
         Raises `RecipeError`, with the model as it was, where they don't fit it.
         """
@@ -97,6 +100,7 @@ class Pruner:
         self._groups = [self._group(one, score or one.pattern.score) for one in bound]
         self._scores = {name: group.score for group in self._groups for name in group.names}
         self._states: dict[str, State] = {}
+        self._calibration = calibration
         self._left: dict[str, tuple[int, int]] | None = None
         self._keep_gradients(0, 1)
 
@@ -130,6 +134,7 @@ class Pruner:
         self._keep_gradients(step + 1)
         if not self.schedule.is_update(step):
             return False
+        self._calibrate(step, weights)
         try:
             masks = {}
             for group in self._groups:
@@ -140,6 +145,19 @@ class Pruner:
         set_masks(self._model, masks)
         self._left = None
         return True
+
+    def _calibrate(self, step: int, weights: Weights) -> None:
+        """Let scores that ask for it see what text says of the weights as they are now."""
+        asking: dict[Ask, dict[str, MaskedLinear]] = {}
+        for name, score in self._scores.items():
+            if (ask := score.asks(self._part(name, step, weights))) is not None:
+                asking.setdefault(ask, {})[name] = self.layers[name]
+        for ask, layers in asking.items():
+            if self._calibration is None:
+                raise RunError(f"a score by {ask.quantity}: needs text, from which it is measured")
+            for name, found in self._calibration.measure(*ask, layers, weights).items():
+                part = self._part(name, step, weights)
+                self._states[name] = self._scores[name].calibrate(part, part.cut(found))
 
     def _select(self, group: Group, step: int, weights: Weights) -> Masks:
         """New masks, from the runs of scores, or from whole tensors where the grain needs them."""
@@ -167,6 +185,7 @@ class Pruner:
         layer = self.layers[name]
         return Part(
             step=step,
+            update=self.schedule.updates_before(step),
             name=name,
             weight=weights.read(layer.weight),
             state=self._states.get(name, {}),

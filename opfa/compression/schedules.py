@@ -115,6 +115,10 @@ class Gradual(Section):
             return False
         return (step - self.start) % self.every == 0 or step in (self.end, self.last_update)
 
+    def updates_before(self, step: int) -> int:
+        """How many mask updates there are before `step`, which is one."""
+        return -(-(step - self.start) // self.every)
+
     def last_ramp_update(self, step: int) -> int | None:
         """The newest mask update of the ramp at or before `step`; None before the first."""
         if step < self.start:

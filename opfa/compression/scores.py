@@ -6,12 +6,16 @@ pruner keeps in runs beside the weights, shards as they are sharded, and saves i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from opfa.recipe import Section
+from pydantic import Field
+
+from opfa.recipe import Count, Fraction, Section
 
 if TYPE_CHECKING:  # recipes hold scores, and a recipe is read without waiting for torch
     from torch import Size, Tensor
+
+    from opfa.compression.calibration import Quantity
 
 State = Mapping[str, "Tensor"]
 
@@ -21,15 +25,25 @@ class Part:
     """This rank's run [n] of one pruned weight, as a score sees it after `step` steps."""
 
     step: int
+    update: int  # mask updates before this one
     name: str
     weight: "Tensor"  # [n], fp32, with the values that pruned weights had
-    state: State  # what `observe` returned last; empty before
+    state: State  # what `observe` or `calibrate` returned last; empty before
     shape: "Size"  # of the whole weight, [out, in]
     cut: "Callable[[Tensor], Tensor]"  # from a tensor of that shape to this rank's run of it
 
 
+class Ask(NamedTuple):
+    """What a score wants to know of each weight, from how many sequences of text."""
+
+    quantity: "Quantity"
+    sequences: int
+
+
 class Score(Section):
-    """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients."""
+    """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients, or
+    `asks` and `calibrate` if text has to be measured.
+    """
 
     def observes(self, step: int) -> bool:
         """Whether `observe` is called before `step`; 0 is a calibration before training."""
@@ -37,6 +51,14 @@ class Score(Section):
 
     def observe(self, part: Part, gradient: "Tensor") -> State:
         """The new state, fp32 runs [n], after the global batch's gradient [n] before masking."""
+        raise NotImplementedError
+
+    def asks(self, part: Part) -> Ask | None:
+        """What has to be measured on text before the masks of this update are chosen."""
+        return None
+
+    def calibrate(self, part: Part, found: "Tensor") -> State:
+        """The new state, fp32 runs [n], after what was asked for was found [n]."""
         raise NotImplementedError
 
     def of(self, part: Part) -> "Tensor":
@@ -55,5 +77,56 @@ class Magnitude(Score):
         return part.weight.abs()
 
 
-# All that a recipe may name; of several, Annotated[A | B, Field(discriminator="kind")].
-AnyScore = Magnitude
+class FromText(Score):
+    """Base of scores of which text says something, before the first mask update or at several."""
+
+    sequences: Count
+    quantity: "ClassVar[Quantity]"
+    every: Count | None = None
+    """Mask updates from one measurement to the next; by default there is only the first."""
+    decay: Fraction = 0.0
+    """Share of a new measurement that the former ones keep."""
+
+    def asks(self, part: Part) -> Ask | None:
+        """At the first update, and at every `every`-th."""
+        is_due = not part.state or (self.every is not None and part.update % self.every == 0)
+        return Ask(self.quantity, self.sequences) if is_due else None
+
+    def calibrate(self, part: Part, found: "Tensor") -> State:
+        """What was found, averaged with what is known."""
+        known = part.state.get("text")
+        return {"text": found if known is None else known.lerp(found, 1 - self.decay)}
+
+
+class Curvature(FromText):
+    """|w| sqrt(G), the root of what pruning adds to the loss by a diagonal quadratic model: LeCun
+    et al. (1990), eq. 5, with G of Gauss and Newton, from random cotangents of the outputs.
+    """
+
+    kind: Literal["curvature"] = "curvature"
+    """Its name in a recipe."""
+    sequences: Count = 384
+    """Sequences of the training text that are measured, forward and backward."""
+    quantity: "ClassVar[Quantity]" = "curvature"
+
+    def of(self, part: Part) -> "Tensor":
+        """|w| times the root of the curvature."""
+        return part.weight.abs() * part.state["text"].sqrt()
+
+
+class Activation(FromText):
+    """|w| times the norm of the weight's inputs: Sun et al. (2023), eq. 1, with its own scope."""
+
+    kind: Literal["activation"] = "activation"
+    """Its name in a recipe."""
+    sequences: Count = 128
+    """Sequences of the training text that are measured, forward only."""
+    quantity: "ClassVar[Quantity]" = "activation"
+
+    def of(self, part: Part) -> "Tensor":
+        """|w| times the norm of the column's inputs."""
+        return part.weight.abs() * part.state["text"]
+
+
+# All that a recipe may name.
+AnyScore = Annotated[Magnitude | Curvature | Activation, Field(discriminator="kind")]

@@ -1,19 +1,22 @@
 """Fisher information of a finished model's gates, on training examples of its task."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
+from opfa.compression.calibration import ROWS, Calibration, Call, Text
 from opfa.downstream.evaluate import Ready
+from opfa.errors import DataError
 from opfa.models.gates import Gates
 from opfa.report.bars import Bar
 from opfa.tasks import kinds as tasks
-from opfa.tasks.batches import num_targets
-from opfa.tasks.features import Batch
+from opfa.tasks.batches import in_context, is_target, num_targets
+from opfa.tasks.features import Batch, Split
+from opfa.tasks.kinds import logits_of
 from opfa.tasks.recipe import Task
 
 BATCH = 32
@@ -27,6 +30,30 @@ def batches_of(ready: Ready) -> list[Batch]:
     rows = Subset(split.features, lengths.argsort(kind="stable").tolist())
     loader = DataLoader(rows, batch_size=BATCH, collate_fn=split.collate)
     return [{name: t.to(ready.device) for name, t in batch.items()} for batch in loader]
+
+
+def calibration_of(
+    model: nn.Module, task: Task, split: Split, device: torch.device, seed: int
+) -> Calibration:
+    """Of scores, on a sample of the training examples: the logits or vectors of a model."""
+
+    def batches(sequences: int) -> Iterator[Batch]:
+        if sequences > (size := len(split.features)):
+            what = f"the score measures {sequences:,} sequences, and {size:,} are there"
+            raise DataError(f"pruning.pattern.score.sequences: {what}")
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:sequences]
+        rows = Subset(split.features, drawn.tolist())
+        for batch in DataLoader(rows, batch_size=ROWS, collate_fn=split.collate):
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def outputs(model: Call, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        given = dict(batch)
+        found = in_context(task, logits_of(task, tasks.call(task, model, given)), given)
+        if task.kind == "token-classification":  # padding and rests of words have no tag
+            return [logits[is_target(given)] for logits in found]
+        return found
+
+    return Calibration(model, Text(batches, outputs))
 
 
 def _loss(task: Task, outputs: Any, batch: Batch) -> Tensor:  # Any: of transformers

@@ -15,6 +15,7 @@ from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import in_steps
 from opfa.data.order import Order
 from opfa.downstream.evaluate import evaluate, evaluate_splits
+from opfa.downstream.examples import calibration_of
 from opfa.downstream.recipe import FinetuneRecipe, Model
 from opfa.downstream.results import FILE as RESULTS
 from opfa.downstream.results import FinetuneResult, Results
@@ -124,7 +125,9 @@ class Trainer:
         found: list[Concern] = []
         self.pruner, first_step = None, 0  # the first model that may be chosen
         if pruning is not None:
-            self.pruner = Pruner(self.student, pruning.ramp(steps), pruning.patterns)
+            text = calibration_of(self.student, self.task, self.data.train, self.device, self.seed)
+            ramp, patterns = pruning.ramp(steps), pruning.patterns
+            self.pruner = Pruner(self.student, ramp, patterns, calibration=text)
             found.append(Pruning(self.pruner))
             first_step = self.pruner.schedule.last_update
         if settings is not None:

@@ -40,6 +40,7 @@ from opfa.upstream.progress import global_losses, mean_losses
 from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.results import PretrainResult
 from opfa.upstream.student import load_student, load_teacher
+from opfa.upstream.text import calibration_of
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,9 @@ class Trainer:
         init = recipe.model.init  # a sentence encoder stays one
         self.sentence_files = {} if init is None else files_of(init, load_config(init))
         self.teacher = load_teacher(recipe, self.student, device)
-        pruning, training = recipe.pruning, recipe.training
-        ramp = recipe.ramp()
-        self.pruner = Pruner(self.student, ramp, pruning.patterns) if pruning and ramp else None
+        self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
+        self.pruner = self._make_pruner()
+        training = recipe.training
         if compiles := recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}
@@ -115,9 +116,17 @@ class Trainer:
             precision=training.precision,
             file=file,
         )
-        self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
         self._since, self._num_tokens = time.monotonic(), 0.0  # since the last row
         self._is_of_states_alone = recipe.metric == "hidden_loss"
+
+    def _make_pruner(self) -> Pruner | None:
+        """It masks the student."""
+        pruning, ramp = self.recipe.pruning, self.recipe.ramp()
+        if pruning is None or ramp is None:
+            return None
+        encoder = self.student.base_model
+        text = calibration_of(encoder, self.prepared, self.mask, self.device)
+        return Pruner(self.student, ramp, pruning.patterns, calibration=text)
 
     def facts(self) -> dict[str, Any]:
         """What the run begins with."""

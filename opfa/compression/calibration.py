@@ -1,0 +1,137 @@
+"""What text says of weights, without training: curvature, and the size of a layer's inputs.
+
+It is measured on a model of its own, with the whole fp32 weights of the moment and on every rank
+alike. So a score is the same at every world size and ZeRO stage, and an engine's gradients are left
+alone.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from opfa.errors import RunError
+from opfa.sparsity.layers import MaskedLinear
+
+if TYPE_CHECKING:
+    from opfa.compression.pruner import Weights
+
+Quantity = Literal["curvature", "activation"]
+Batch = Mapping[str, Tensor]  # a model's keywords, with its attention_mask [..., tokens]
+Call = Callable[..., Any]  # a model by its keywords; Any: whatever it gives
+ROWS = 4  # sequences of a batch, which is one sample of the curvature
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where text comes from, and what a model says of it."""
+
+    batches: Callable[[int], Iterable[Batch]]  # of so many sequences, the same at each call
+    outputs: Callable[[Call, Batch], Sequence[Tensor]]  # nothing of padding
+
+
+class Calibration:
+    """Measures a model on text. Make it before layers are masked or an engine wraps the model."""
+
+    def __init__(self, model: nn.Module, text: Text) -> None:
+        """`model` is what computes the outputs: all of it, or the encoder. No weight is copied."""
+        self._parameters = dict(model.named_parameters())
+        empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in self._parameters.values()}
+        self._skeleton, self._text = copy.deepcopy(model, empty).eval(), text
+
+    def measure(
+        self,
+        quantity: Quantity,
+        sequences: int,
+        layers: Mapping[str, MaskedLinear],
+        weights: "Weights",
+    ) -> dict[str, Tensor]:
+        """Whole fp32 tensors [out, in] by the names of the layers' weights, as they are masked now.
+        Collective.
+
+        "curvature" is the diagonal of the Gauss-Newton matrix: the squared gradient of
+        <v, outputs> with v ~ N(0, I), summed over tokens (Martens, 2020, sections 6 and 8).
+        "activation" is the norm of a column's inputs (Sun et al., 2023, eq. 1). Raises `RunError`
+        where they are not finite.
+        """
+        size = sum(4e-6 * layer.weight.numel() for layer in layers.values())
+        what = f"{quantity} of {len(layers)} matrices on {sequences:,} sequences"
+        log.info("%s: needs %.0f MB beside a copy of all weights", what, 2 * size)
+        values = {n: weights.join(p, weights.read(p)) for n, p in self._parameters.items()}
+        own = {id(parameter): name for name, parameter in self._parameters.items()}
+        places = {name: own[id(layer.weight)] for name, layer in layers.items()}
+        for name, place in places.items():
+            values[place] = (values[place] * layers[name].mask).requires_grad_()
+        self._to(next(iter(values.values())).device)
+        measure = self._curvature if quantity == "curvature" else self._activation
+        found = measure(values, places, _timed(self._text.batches(sequences), sequences, what))
+        for name, each in found.items():
+            if not bool(each.isfinite().all()):
+                raise RunError(f"{name}: its {quantity} on this text is not finite")
+        return found
+
+    def _to(self, device: torch.device) -> None:
+        """Bring the buffers where the weights are."""
+        for module in self._skeleton.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+
+    def _call(self, values: dict[str, Tensor], **inputs: Tensor) -> Any:  # Any: of the model
+        return functional_call(self._skeleton, values, kwargs=inputs)
+
+    def _curvature(
+        self, values: dict[str, Tensor], places: Mapping[str, str], batches: Iterator[Batch]
+    ) -> dict[str, Tensor]:
+        seed = torch.Generator().manual_seed(0)  # of the CPU, so that devices agree
+        weights = [values[place] for place in places.values()]
+        sums = [torch.zeros_like(weight) for weight in weights]
+        for batch in batches:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the same bits on every rank
+                outputs = self._text.outputs(partial(self._call, values), batch)
+                seeds = [torch.randn(each.shape, generator=seed).to(each) for each in outputs]
+                gradients = torch.autograd.grad(outputs, weights, seeds)
+            for total, gradient in zip(sums, gradients, strict=True):
+                total.addcmul_(gradient, gradient)
+        return dict(zip(places, sums, strict=True))
+
+    @torch.no_grad()
+    def _activation(
+        self, values: dict[str, Tensor], places: Mapping[str, str], batches: Iterator[Batch]
+    ) -> dict[str, Tensor]:
+        sums = {place: torch.zeros_like(values[place][0]) for place in places.values()}
+        mask = torch.empty(0)  # of the batch
+
+        def see(place: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found = inputs[0][mask] if inputs[0].dim() == 3 else inputs[0]  # a pooler has no tokens
+            sums[place] += found.square().sum(0)
+
+        for place in sums:
+            layer = self._skeleton.get_submodule(place.removesuffix(".weight"))
+            layer.register_forward_pre_hook(partial(see, place))
+        for batch in batches:
+            mask = batch["attention_mask"].flatten(0, -2).bool()
+            self._text.outputs(partial(self._call, values), batch)
+        for module in self._skeleton.modules():
+            module._forward_pre_hooks.clear()
+        rows = {name: len(values[place]) for name, place in places.items()}
+        return {n: sums[places[n]].sqrt().repeat(rows[n], 1) for n in places}
+
+
+def _timed(batches: Iterable[Batch], sequences: int, what: str) -> Iterator[Batch]:
+    """The batches; says after the first one how long all of them take."""
+    start, is_first = time.monotonic(), True
+    for batch in batches:
+        yield batch
+        if is_first:
+            share = len(batch["attention_mask"]) / sequences
+            log.info("%s: takes about %.0f s", what, (time.monotonic() - start) / share)
+        is_first = False

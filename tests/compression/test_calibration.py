@@ -1,0 +1,216 @@
+"""Scores that text is measured for: against their formulas, on a model written out."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+
+from opfa.compression import calibration
+from opfa.compression.calibration import Batch, Calibration, Call, Text
+from opfa.compression.pattern import Pattern
+from opfa.compression.pruner import Pruner
+from opfa.compression.schedules import Gradual
+from opfa.compression.scores import Activation, Curvature, Part, Score
+from opfa.errors import RunError
+from opfa.sparsity.layers import fuse
+from opfa.sparsity.masks import fingerprint
+
+NAMES = [f"layer.{index}.weight" for index in (0, 1)]
+SIZE, TOKENS = 6, 5
+
+
+class Net(nn.Module):
+    """Two layers over tokens; its outputs are those of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.ModuleList([nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)])
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        first = torch.tanh(self.layer[0](x))
+        return [first, torch.tanh(self.layer[1](first))]
+
+
+def batches(sequences: int) -> Iterator[dict[str, Tensor]]:
+    """One sequence each; every second one ends early, and its padding is not small."""
+    for index in range(sequences):
+        x = torch.randn(1, TOKENS, SIZE, generator=torch.Generator().manual_seed(index))
+        mask = torch.ones(1, TOKENS, dtype=torch.long)
+        mask[:, TOKENS - 2 * (index % 2) :] = 0
+        yield {"x": x.masked_fill(mask[..., None] == 0, 100.0), "attention_mask": mask}
+
+
+def outputs(call: Call, batch: Batch) -> list[Tensor]:
+    return [state[batch["attention_mask"].bool()] for state in call(**batch)]
+
+
+def made(score: Score, **schedule: Any) -> tuple[Net, Pruner]:
+    model = Net()
+    found = Calibration(model, Text(batches, outputs))
+    ramp = Gradual(**{"end": 0, "target": 0.5, **schedule})
+    return model, Pruner(model, ramp, Pattern(include=("layer",), score=score), calibration=found)
+
+
+def values_of(model: Net, pruner: Pruner) -> tuple[Tensor, ...]:
+    """The weights that are computed with."""
+    return tuple(pruner.layers[name].weight.detach() * pruner.masks()[name] for name in NAMES)
+
+
+def jacobians(model: Net, weights: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
+    """Of all outputs of real tokens, by each weight: [outputs, out, in]."""
+    biases = [layer.bias.detach() for layer in model.layer]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def all_of_it(first: Tensor, second: Tensor) -> Tensor:
+        real = batch["x"][batch["attention_mask"].bool()]
+        one = torch.tanh(real @ first.T + biases[0])
+        return torch.cat([one.flatten(), torch.tanh(one @ second.T + biases[1]).flatten()])
+
+    return list(jacobian(all_of_it, weights))  # pyright: ignore[reportArgumentType]
+
+
+def measured(pruner: Pruner) -> dict[str, Tensor]:
+    return {name: state["text"].view(SIZE, SIZE) for name, state in pruner._states.items()}
+
+
+def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
+    model, pruner = made(Curvature(sequences=4))
+    model.layer[0].weight.data[0, 0] = 0.0
+    pruner.after_step(0)
+    seed = torch.Generator().manual_seed(0)
+    expected = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
+    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    for batch in batches(4):
+        rows = int(batch["attention_mask"].sum())
+        v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
+        for total, found in zip(expected, jacobians(model, weights, batch), strict=True):
+            total.add_(torch.einsum("k,koi->oi", v, found) ** 2)
+    for name, total in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(measured(pruner)[name], total)
+        worth = (pruner.layers[name].weight.abs() * total.sqrt()).flatten()
+        lowest = worth.argsort(stable=True)[: SIZE * SIZE // 2]
+        assert (
+            sorted(lowest.tolist()) == (~pruner.masks()[name]).flatten().nonzero().view(-1).tolist()
+        )
+
+
+def test_its_mean_is_the_diagonal_of_gauss_and_newton() -> None:
+    model, pruner = made(Curvature(sequences=4000))
+    pruner.after_step(0)
+    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    exact = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
+    for batch in batches(500):
+        for total, found in zip(exact, jacobians(model, weights, batch), strict=True):
+            total.add_(found.square().sum(0) * 8)
+    for name, total in zip(NAMES, exact, strict=True):
+        assert (measured(pruner)[name] / total - 1).abs().max() < 0.2
+
+
+def test_it_is_measured_with_the_masks_of_the_moment_and_pruned_weights_have_some() -> None:
+    model, pruner = made(Curvature(sequences=4, every=1), hold_until=1, every=1)
+    pruner.after_step(0)
+    before = measured(pruner)
+    weights = values_of(model, pruner)
+    pruner.after_step(1)
+    seed, expected = torch.Generator().manual_seed(0), torch.zeros(SIZE, SIZE)
+    for batch in batches(4):
+        rows = int(batch["attention_mask"].sum())
+        v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
+        expected += torch.einsum("k,koi->oi", v, jacobians(model, weights, batch)[0]) ** 2
+    torch.testing.assert_close(measured(pruner)[NAMES[0]], expected)
+    assert not torch.equal(before[NAMES[0]], expected) and bool((expected > 0).all())
+
+
+def test_activation_is_the_norm_of_real_inputs() -> None:
+    model, pruner = made(Activation(sequences=4))
+    pruner.after_step(0)
+    rows = [batch["x"][batch["attention_mask"].bool()] for batch in batches(4)]
+    first = torch.cat(rows)
+    layer = model.layer[0]
+    second = torch.tanh(first @ layer.weight.detach().T + layer.bias.detach())  # pyright: ignore
+    for name, inputs in zip(NAMES, (first, second), strict=True):
+        expected = inputs.square().sum(0).sqrt().expand(SIZE, SIZE)
+        torch.testing.assert_close(measured(pruner)[name], expected)
+    assert not any(module._forward_pre_hooks for module in pruner._calibration._skeleton.modules())  # pyright: ignore
+
+
+def test_when_it_is_measured_and_what_stays() -> None:
+    once, again = Curvature(), Curvature(every=2, decay=0.25)
+
+    def part(update: int, state: Mapping[str, Tensor]) -> Part:
+        weight = torch.ones(2)
+        return Part(
+            step=4 * update, update=update, name="", weight=weight, state=state,
+            shape=weight.shape, cut=lambda whole: whole,
+        )  # fmt: skip
+
+    known = {"text": torch.tensor([4.0, 8.0])}
+    assert [once.asks(part(n, {})) is not None for n in range(3)] == [True] * 3
+    assert [once.asks(part(n, known)) is not None for n in range(3)] == [False] * 3
+    assert [again.asks(part(n, known)) is not None for n in range(4)] == [True, False] * 2
+    found = torch.tensor([0.0, 16.0])
+    assert again.calibrate(part(2, known), found)["text"].tolist() == [1.0, 14.0]
+    assert once.calibrate(part(0, {}), found)["text"].tolist() == [0.0, 16.0]
+
+
+def test_updates_are_counted_from_the_start_of_the_ramp() -> None:
+    ramp = Gradual(start=10, end=25, hold_until=40, every=10, target=0.5)
+    updates = [step for step in range(50) if ramp.is_update(step)]
+    assert updates == [10, 20, 25, 30, 40]
+    assert [ramp.updates_before(step) for step in updates] == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("score", [Curvature(sequences=4), Activation(sequences=4)])
+def test_a_resumed_run_does_not_measure_again(
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(pruner: Pruner, model: Net, step: int) -> str:
+        with torch.no_grad():
+            for layer in model.layer:
+                layer.weight *= 1 + 0.1 * torch.arange(SIZE)  # pyright: ignore
+        pruner.after_step(step)
+        return fingerprint(pruner.masks())
+
+    model, pruner = made(score, hold_until=1, every=1)
+    pruner.after_step(0)
+    pruner.save(tmp_path)
+    whole = trained(pruner, model, 1)
+    again, resumed = made(score, hold_until=1, every=1)
+    resumed.load(tmp_path, 0)
+    monkeypatch.setattr(calibration.Calibration, "measure", None)
+    assert trained(resumed, again, 1) == whole
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, pruner = made(Curvature(sequences=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    pruner.after_step(0)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert fuse(model)["total"]["zeros"] == 2 * SIZE * SIZE // 2
+
+
+def test_a_model_without_text_and_a_curvature_that_is_not_finite_are_refused() -> None:
+    pruner = Pruner(
+        Net(), Gradual(end=0, target=0.5), Pattern(include=("layer",), score=Curvature())
+    )
+    with pytest.raises(RunError, match="curvature: needs text"):
+        pruner.after_step(0)
+    model, pruner = made(Curvature(sequences=2))
+    model.layer[1].bias.data[0] = float("nan")  # pyright: ignore
+    with pytest.raises(RunError, match=r"layer.0.weight: its curvature on this text is not finite"):
+        pruner.after_step(0)
+    assert pruner.sparsity() == 0.0
+
+
+def test_settings_are_checked() -> None:
+    for value in ({"kind": "curvature", "sequences": 0}, {"kind": "curvature", "decay": 1.5}):
+        with pytest.raises(ValidationError, match="greater than or equal to 1|less than 1"):
+            Pattern.model_validate({"score": value})
+    assert Pattern.model_validate({"score": "activation"}).score == Activation()
