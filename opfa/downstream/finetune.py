@@ -102,12 +102,12 @@ class Trainer:
         self.data = tasks.load(task, self.tokenizer, config, holdout)
         self.order = _order(recipe, self.data.train)
         steps = max(1, round(training.epochs * self.order.num_examples / training.batch))
-        _check_steps(recipe, steps)
+        recipe.check_steps(steps)
         self.schedule = recipe.learning_rate(steps)
         torch.manual_seed(recipe.seed)  # the new head
-        classes, dropout = self.data.train.classes, training.dropout
+        classes = self.data.train.classes
         with blaming("model.init", init):
-            self.student = tasks.load_model(task, init, classes, dropout=dropout)
+            self.student = tasks.load_model(task, init, classes, dropout=training.dropout)
             if recipe.model.zeros == "held":
                 hold_zeros(self.student, init)
         self._changing = self._make_concerns(steps)
@@ -126,8 +126,8 @@ class Trainer:
         self.pruner, first_step = None, 0  # the first model that may be chosen
         if pruning is not None:
             text = calibration_of(self.student, self.task, self.data.train, self.device, self.seed)
-            ramp, patterns = pruning.ramp(steps), pruning.patterns
-            self.pruner = Pruner(self.student, ramp, patterns, calibration=text)
+            ramp = pruning.ramp(steps)
+            self.pruner = Pruner(self.student, ramp, pruning.patterns, calibration=text)
             found.append(Pruning(self.pruner))
             first_step = self.pruner.schedule.last_update
         if settings is not None:
@@ -288,15 +288,3 @@ def _order(recipe: FinetuneRecipe, train: Split) -> Order:
         rank=0,
         world_size=1,
     )
-
-
-def _check_steps(recipe: FinetuneRecipe, steps: int) -> None:
-    try:
-        last_update = recipe.pruning.ramp(steps).last_update if recipe.pruning else 0
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    if last_update > steps:
-        what = f"must not come after the end of training (step {steps})"
-        raise RecipeError(f"pruning.schedule: the last mask update, {last_update}, {what}")
-    if recipe.quantization is not None and steps < 2:
-        raise RecipeError("quantization: needs 2 steps or more; the first one only observes")

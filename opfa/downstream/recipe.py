@@ -201,6 +201,18 @@ class FinetuneRecipe(Recipe):
         self.task.check_packages()
         self.logging.check_packages()
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `RecipeError` for what doesn't fit into a run of so many steps."""
+        try:
+            last_update = self.pruning.ramp(steps).last_update if self.pruning else 0
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        if last_update > steps:
+            what = f"must not come after the end of training (step {steps})"
+            raise RecipeError(f"pruning.schedule: the last mask update, {last_update}, {what}")
+        if self.quantization is not None and steps < 2:
+            raise RecipeError("quantization: needs 2 steps or more; the first one only observes")
+
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
         rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
