@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from opfa.compression.schedules import Interval, LearningRate
+from opfa.errors import RecipeError
 from opfa.recipe import (
     Batch,
     Count,
