@@ -132,6 +132,6 @@ def _timed(batches: Iterable[Batch], sequences: int, what: str) -> Iterator[Batc
     for batch in batches:
         yield batch
         if is_first:
-            share = len(batch["attention_mask"]) / sequences
-            log.info("%s: takes about %.0f s", what, (time.monotonic() - start) / share)
+            seconds = (time.monotonic() - start) * sequences / ROWS
+            log.info("%s: takes about %.0f s", what, seconds)
         is_first = False

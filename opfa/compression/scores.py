@@ -45,6 +45,8 @@ class Score(Section):
     `asks` and `calibrate` if text has to be measured.
     """
 
+    kept: ClassVar[int] = 0  # fp32 values a weight in its state
+
     def observes(self, step: int) -> bool:
         """Whether `observe` is called before `step`; 0 is a calibration before training."""
         return False
@@ -82,6 +84,7 @@ class FromText(Score):
 
     sequences: Count
     quantity: "ClassVar[Quantity]"
+    kept: ClassVar[int] = 1
     every: Count | None = None
     """Mask updates from one measurement to the next; by default there is only the first."""
     decay: Fraction = 0.0

@@ -31,9 +31,10 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.ModuleList([nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)])
+        self.dropout = nn.Dropout(0.5)  # none while it is measured
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        first = torch.tanh(self.layer[0](x))
+        first = self.dropout(torch.tanh(self.layer[0](x)))
         return [first, torch.tanh(self.layer[1](first))]
 
 
@@ -54,7 +55,8 @@ def made(score: Score, **schedule: Any) -> tuple[Net, Pruner]:
     model = Net()
     found = Calibration(model, Text(batches, outputs))
     ramp = Gradual(**{"end": 0, "target": 0.5, **schedule})
-    return model, Pruner(model, ramp, Pattern(include=("layer",), score=score), calibration=found)
+    pattern = Pattern(include=("layer",))
+    return model, Pruner(model, ramp, pattern, score=score, calibration=found)
 
 
 def values_of(model: Net, pruner: Pruner) -> tuple[Tensor, ...]:
@@ -64,7 +66,7 @@ def values_of(model: Net, pruner: Pruner) -> tuple[Tensor, ...]:
 
 def jacobians(model: Net, weights: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
     """Of all outputs of real tokens, by each weight: [outputs, out, in]."""
-    biases = [layer.bias.detach() for layer in model.layer]  # pyright: ignore[reportAttributeAccessIssue]
+    biases = [model.get_parameter(f"layer.{index}.bias").detach() for index in (0, 1)]
 
     def all_of_it(first: Tensor, second: Tensor) -> Tensor:
         real = batch["x"][batch["attention_mask"].bool()]
@@ -78,13 +80,20 @@ def measured(pruner: Pruner) -> dict[str, Tensor]:
     return {name: state["text"].view(SIZE, SIZE) for name, state in pruner._states.items()}
 
 
+def check_lowest(pruner: Pruner, name: str, worth: Tensor) -> None:
+    """The half that is worth least is pruned."""
+    lowest = worth.flatten().argsort(stable=True)[: SIZE * SIZE // 2]
+    pruned = (~pruner.masks()[name]).flatten().nonzero().view(-1)
+    assert sorted(lowest.tolist()) == pruned.tolist()
+
+
 def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
     model, pruner = made(Curvature(sequences=4))
-    model.layer[0].weight.data[0, 0] = 0.0
+    model.get_parameter(NAMES[0]).data[0, 0] = 0.0
     pruner.after_step(0)
     seed = torch.Generator().manual_seed(0)
     expected = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
-    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    weights = tuple(model.get_parameter(name).detach() for name in NAMES)
     for batch in batches(4):
         rows = int(batch["attention_mask"].sum())
         v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
@@ -92,17 +101,13 @@ def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
             total.add_(torch.einsum("k,koi->oi", v, found) ** 2)
     for name, total in zip(NAMES, expected, strict=True):
         torch.testing.assert_close(measured(pruner)[name], total)
-        worth = (pruner.layers[name].weight.abs() * total.sqrt()).flatten()
-        lowest = worth.argsort(stable=True)[: SIZE * SIZE // 2]
-        assert (
-            sorted(lowest.tolist()) == (~pruner.masks()[name]).flatten().nonzero().view(-1).tolist()
-        )
+        check_lowest(pruner, name, pruner.layers[name].weight.abs() * total.sqrt())
 
 
 def test_its_mean_is_the_diagonal_of_gauss_and_newton() -> None:
     model, pruner = made(Curvature(sequences=4000))
     pruner.after_step(0)
-    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    weights = tuple(model.get_parameter(name).detach() for name in NAMES)
     exact = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
     for batch in batches(500):
         for total, found in zip(exact, jacobians(model, weights, batch), strict=True):
@@ -131,11 +136,12 @@ def test_activation_is_the_norm_of_real_inputs() -> None:
     pruner.after_step(0)
     rows = [batch["x"][batch["attention_mask"].bool()] for batch in batches(4)]
     first = torch.cat(rows)
-    layer = model.layer[0]
-    second = torch.tanh(first @ layer.weight.detach().T + layer.bias.detach())  # pyright: ignore
+    weight, bias = (model.get_parameter(f"layer.0.{name}").detach() for name in ("weight", "bias"))
+    second = torch.tanh(first @ weight.T + bias)
     for name, inputs in zip(NAMES, (first, second), strict=True):
         expected = inputs.square().sum(0).sqrt().expand(SIZE, SIZE)
         torch.testing.assert_close(measured(pruner)[name], expected)
+        check_lowest(pruner, name, pruner.layers[name].weight.abs() * expected)
     assert not any(module._forward_pre_hooks for module in pruner._calibration._skeleton.modules())  # pyright: ignore
 
 
@@ -171,8 +177,8 @@ def test_a_resumed_run_does_not_measure_again(
 ) -> None:
     def trained(pruner: Pruner, model: Net, step: int) -> str:
         with torch.no_grad():
-            for layer in model.layer:
-                layer.weight *= 1 + 0.1 * torch.arange(SIZE)  # pyright: ignore
+            for name in NAMES:
+                model.get_parameter(name).mul_(1 + 0.1 * torch.arange(SIZE))
         pruner.after_step(step)
         return fingerprint(pruner.masks())
 
@@ -203,7 +209,7 @@ def test_a_model_without_text_and_a_curvature_that_is_not_finite_are_refused() -
     with pytest.raises(RunError, match="curvature: needs text"):
         pruner.after_step(0)
     model, pruner = made(Curvature(sequences=2))
-    model.layer[1].bias.data[0] = float("nan")  # pyright: ignore
+    model.get_parameter("layer.1.bias").data[0] = float("nan")
     with pytest.raises(RunError, match=r"layer.0.weight: its curvature on this text is not finite"):
         pruner.after_step(0)
     assert pruner.sparsity() == 0.0
