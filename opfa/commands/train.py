@@ -104,7 +104,7 @@ def finetune(
 def evaluate(
     model: ModelName,
     recipe: TaskRecipe = None,
-    output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
+    output: Annotated[Path | None, Option(help="Also write the result to this new file.")] = None,
     predictions: Annotated[
         Path | None, Option(help="Also write every answer here, as JSON Lines.")
     ] = None,
