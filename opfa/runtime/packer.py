@@ -60,6 +60,10 @@ class PackResult(Outcome):
         """The model."""
         return {"model": self.directory}
 
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """What the kernels do with it."""
+        return [("inspect", self.directory, "--runtime")]
+
 
 def pack(name: str, output: Path, dtype: str | None, recipe: str | None = None) -> PackResult:
     """Write the new directory `output`: configuration, tokenizer and one packed file, and the text

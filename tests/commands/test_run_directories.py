@@ -85,6 +85,8 @@ def test_a_model_without_a_recipe_needs_one(sparse: Path, tmp_path: Path, capsys
     for command in (["evaluate"], ["calibrate", "--output", tmp_path / "x"]):
         said = refused(capsys, command[0], tmp_path / "plain", *command[1:])
         assert f"--recipe: is needed, since {tmp_path / 'plain'} is no run" in said
+        said = refused(capsys, command[0], "runs/mein", *command[1:])
+        assert said == "opfa: --recipe: is needed, since runs/mein is no directory here\n"
 
 
 def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path, run: Path, capsys: Any) -> None:
