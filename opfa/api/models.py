@@ -12,7 +12,7 @@ from opfa.api.recipes import AnyRecipe, Overrides, task_recipe_of, words_of
 from opfa.downstream.recipe import recipe_of
 from opfa.errors import RunError
 from opfa.hub.index import Released
-from opfa.storage.files import check_file, check_new
+from opfa.storage.files import check_file, check_new, check_there
 
 if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
@@ -85,6 +85,7 @@ def release(
     if push is None and (private or endpoint):
         raise RunError("private and endpoint are for push")
     check_new(Path(output))
+    check_there(Path(run))
     from opfa.releases import release as releasing
 
     found = releasing.release(
@@ -110,6 +111,7 @@ def push(
     directory: str | Path, name: str, *, private: bool = False, endpoint: str | None = None
 ) -> "PushResult":
     """Verify a release and upload it to a Hub name as one commit, which replaces older files."""
+    check_there(Path(directory))
     from opfa.hub.publish import push as execute
 
     return execute(Path(directory), name, endpoint=endpoint, private=private)
@@ -119,6 +121,7 @@ def push(
 def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
     """Write the plain form of a compact model, which transformers reads without opfa."""
     check_new(Path(output))
+    check_there(Path(directory))
     from opfa.releases.release import unpack as execute
 
     return execute(Path(directory), Path(output))
