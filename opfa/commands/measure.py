@@ -20,7 +20,9 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(bench, name="bench")
 
 
-@app.command(epilog="Example: opfa plan bert-base-90 --gpus 8 --memory-gb 80 --bandwidth-gbps 400")
+@app.command(
+    epilog="Example: opfa plan bert-base-teacher --gpus 8 --memory-gb 80 --bandwidth-gbps 400"
+)
 def plan(
     recipe: RecipeFile,
     gpus: Annotated[int, Option(min=1, help="GPUs in all.")],
@@ -60,7 +62,7 @@ def bench_masks(as_json: AsJson = False) -> None:
 
 @bench.command(
     "train",
-    epilog="Example: opfa bench train bert-base-90 launch.micro_batch=8",
+    epilog="Example: opfa bench train bert-base-teacher launch.micro_batch=8",
 )
 def bench_train(
     arguments: Annotated[
