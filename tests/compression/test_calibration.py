@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from opfa.compression import calibration
+from opfa.compression import blocks, calibration
 from opfa.compression.calibration import Batch, Calibration, Call, Text
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Activation, Curvature, Part, Score
+from opfa.compression.scores import Activation, Curvature, Fisher, Part, Score
 from opfa.errors import RunError
 from opfa.sparsity.layers import fuse
 from opfa.sparsity.masks import fingerprint
@@ -51,11 +51,11 @@ def outputs(call: Call, batch: Batch) -> list[Tensor]:
     return [state[batch["attention_mask"].bool()] for state in call(**batch)]
 
 
-def made(score: Score, **schedule: Any) -> tuple[Net, Pruner]:
+def made(score: Score, monotone: bool = False, **schedule: Any) -> tuple[Net, Pruner]:
     model = Net()
     found = Calibration(model, Text(batches, outputs))
     ramp = Gradual(**{"end": 0, "target": 0.5, **schedule})
-    pattern = Pattern(include=("layer",))
+    pattern = Pattern(include=("layer",), monotone=monotone)
     return model, Pruner(model, ramp, pattern, score=score, calibration=found)
 
 
@@ -129,6 +129,79 @@ def test_it_is_measured_with_the_masks_of_the_moment_and_pruned_weights_have_som
         expected += torch.einsum("k,koi->oi", v, jacobians(model, weights, batch)[0]) ** 2
     torch.testing.assert_close(measured(pruner)[NAMES[0]], expected)
     assert not torch.equal(before[NAMES[0]], expected) and bool((expected > 0).all())
+
+
+def fisher_blocks(model: Net, weights: tuple[Tensor, ...], size: int, damping: float) -> Any:
+    """Of each matrix, block by block: places, and the mean outer product of gradients, damped."""
+    seed, samples = torch.Generator().manual_seed(0), [[], []]
+    for batch in batches(40):
+        rows = int(batch["attention_mask"].sum())
+        v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
+        for found, jacobi in zip(samples, jacobians(model, weights, batch), strict=True):
+            found.append(torch.einsum("k,koi->oi", v, jacobi).flatten())
+    for found in samples:
+        gradients = torch.stack(found).double()
+        whole = gradients.T @ gradients / len(found)
+        own = SIZE * SIZE + -(SIZE * SIZE) % size  # with what fills up the last block
+        whole += damping * whole.diagonal().sum() / own * torch.eye(SIZE * SIZE)
+        places = range(0, SIZE * SIZE, size)
+        yield [(slice(p, p + size), whole[p : p + size, p : p + size]) for p in places]
+
+
+@pytest.mark.parametrize("monotone", [False, True])
+def test_fisher_is_the_inverse_in_blocks_and_what_is_kept_makes_up_for_what_goes(
+    monotone: bool,
+) -> None:
+    score = Fisher(sequences=40, block=5, damping=0.1)
+    model, pruner = made(score, monotone, hold_until=1, every=1, initial=0.2)
+    for step, share in ((0, 0.5), (1, 0.5)):
+        before = {name: mask.clone() for name, mask in pruner.masks().items()}
+        stored = {name: model.get_parameter(name).detach().clone() for name in NAMES}
+        weights = tuple(stored[name] * before[name] for name in NAMES)
+        expected = list(fisher_blocks(model, weights, 5, 0.1))
+        pruner.after_step(step)
+        for name, weight, parts in zip(NAMES, weights, expected, strict=True):
+            after, found = pruner.masks()[name].flatten(), model.get_parameter(name).detach()
+            worth, flat = torch.empty(SIZE * SIZE), weight.flatten().double()
+            for place, block in parts:
+                own = stored[name].flatten()[place].double()
+                worth[place] = (own**2 / 2 / block.inverse().diagonal()).float()
+                kept, gone = after[place], ~after[place]
+                gain = torch.linalg.solve(
+                    block[kept][:, kept], block[kept][:, gone] @ flat[place][gone]
+                )
+                torch.testing.assert_close(
+                    found.flatten()[place][kept].double(), own[kept] + gain, rtol=1e-3, atol=1e-5
+                )
+                assert torch.equal(found.flatten()[place][gone].double(), own[gone])
+            if monotone:
+                worth[~before[name].flatten()] = -1.0
+            lowest = worth.argsort(stable=True)[: round(share * SIZE * SIZE)]
+            assert sorted(lowest.tolist()) == (~after).nonzero().view(-1).tolist()
+
+
+def test_a_singular_block_and_memory_that_is_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, pruner = made(Fisher(sequences=4))
+    for parameter in model.layer[1].parameters():
+        parameter.data.zero_()
+    model.get_parameter("layer.1.bias").data += 100.0  # tanh is flat there
+    with pytest.raises(RunError, match=r"layer.1.weight: a block .* is singular on this text"):
+        pruner.after_step(0)
+    monkeypatch.setattr(blocks, "_free_bytes", lambda _: 18_000)
+    with pytest.raises(
+        RunError, match=r"fisher: needs 0.0 GB, and 0.0 GB are free; smaller blocks"
+    ):
+        made(Fisher(sequences=4))[1].after_step(0)
+    model, pruner = made(Fisher(sequences=4, block=2))  # fits
+    pruner.after_step(0)
+    assert blocks._free_bytes(torch.device("cpu")) == 18_000 and pruner.sparsity() == 0.5
+
+
+def test_the_free_memory_of_this_machine_is_known() -> None:
+    free = blocks._free_bytes(torch.device("cpu"))
+    assert free is None or 1e8 < free < 1e14
 
 
 def test_activation_is_the_norm_of_real_inputs() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from opfa.compression.grains import Grain
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import FILE, Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Curvature, Magnitude, Part, Score, State
+from opfa.compression.scores import Curvature, Fisher, Magnitude, Part, Score, State
 from opfa.compression.selection import keep
 from opfa.errors import ModelError, RunError
 from opfa.sparsity.layers import set_masks
@@ -363,7 +364,7 @@ def test_on_two_ranks_a_score_observes_the_dense_gradient(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", ["Saliency", "Saliency-Blocks", "Curvature"])
+@pytest.mark.parametrize("choice", ["Saliency", "Saliency-Blocks", "Curvature", "Fisher"])
 def test_scores_and_grains_make_the_same_masks_at_every_stage(ranks: Path, choice: str) -> None:
     for precision in ("fp32", "bf16"):
         runs = [
@@ -373,6 +374,9 @@ def test_scores_and_grains_make_the_same_masks_at_every_stage(ranks: Path, choic
         ]
         assert len(set(runs[0]["masks"])) == STEPS + 1
         assert all(run["masks"] == runs[0]["masks"] for run in runs)
+        for run in runs if choice == "Fisher" else []:  # which changes weights too
+            for found, expected in zip(run["weights"], runs[0]["weights"], strict=True):
+                assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "stage"), CASES)
@@ -432,8 +436,8 @@ def main() -> None:
     """Every case on this launch's ranks."""
     torch.set_num_threads(1)
     start_distributed(60)
-    curvature = Curvature(sequences=2, every=1)
-    choices = [(Saliency(), None), (Saliency(), Blocks()), (curvature, None)]
+    scores = [Saliency(), Curvature(sequences=2, every=1), Fisher(sequences=20, block=7)]
+    choices = [(Saliency(), Blocks()), *((score, None) for score in scores)]
     for precision, stage in CASES:
         for score, grain in [*choices, (Observer(), None), (Magnitude(), None)]:
             name = "-".join(type(part).__name__ for part in (score, grain) if part is not None)
