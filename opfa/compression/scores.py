@@ -13,6 +13,8 @@ from opfa.recipe import Section
 if TYPE_CHECKING:  # recipes hold scores, and a recipe is read without waiting for torch
     from torch import Size, Tensor
 
+    from opfa.compression.schedules import Gradual, Ramp
+
 State = Mapping[str, "Tensor"]
 
 
@@ -26,10 +28,16 @@ class Part:
     state: State  # what `observe` returned last; empty before
     shape: "Size"  # of the whole weight, [out, in]
     cut: "Callable[[Tensor], Tensor]"  # from a tensor of that shape to this rank's run of it
+    matrices: int = 1  # weights that are pruned by the same pattern, this one included
+    ramp: float = 1.0  # how far the schedule's ramp was in this step's pass, from 0 to 1
+    pace: float = 1.0  # this step's share of the highest learning rate
 
 
 class Score(Section):
     """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients."""
+
+    def check(self, schedule: "Gradual | Ramp") -> None:
+        """Raise `ValueError` for what a schedule can't ask of this score."""
 
     def observes(self, step: int) -> bool:
         """Whether `observe` is called before `step`; 0 is a calibration before training."""
@@ -43,6 +51,10 @@ class Score(Section):
         """The scores [n] of a run, in fp32."""
         raise NotImplementedError
 
+    def threshold_at(self, ramp: float) -> float | None:
+        """Prune scores at or below this, up to the schedule's target, and not a given number."""
+        return None
+
 
 class Magnitude(Score):
     """|w|."""
@@ -53,7 +65,3 @@ class Magnitude(Score):
     def of(self, part: Part) -> "Tensor":
         """The absolute value of each weight."""
         return part.weight.abs()
-
-
-# All that a recipe may name; of several, Annotated[A | B, Field(discriminator="kind")].
-AnyScore = Magnitude
