@@ -93,11 +93,12 @@ class SoftMovement(Score):
 
         Lambda grows with the threshold: lambda_t = lambda * tau_t / tau (section 4, soft movement).
         """
-        kept = _run(part, "score").sigmoid()
+        # in fp32 the last bit depends on where a run begins, and so on the number of ranks
+        kept = _run(part, "score").double().sigmoid()
         share = self.penalty * self._tau(part.ramp) / self.threshold
         share /= part.matrices * part.shape.numel()
-        moved = (gradient * part.weight).add(kept * (1 - kept), alpha=share)
-        return _learnt(part, moved, self.learning_rate)
+        pressed = (kept * (1 - kept) * share).float()
+        return _learnt(part, gradient * part.weight + pressed, self.learning_rate)
 
     def of(self, part: Part) -> "Tensor":
         """S, unbounded; all 0 before the first step."""
