@@ -27,7 +27,7 @@ MOST = 0.995  # of a matrix that a threshold may prune: the authors' code keeps 
 
 
 class Movement(Score):
-    """Hard movement: the k lowest scores go, where each score learns with its weight."""
+    """Hard movement: the k lowest scores go; each score learns with its weight."""
 
     kind: Literal["movement"] = "movement"
     """Its name in a recipe."""
