@@ -22,8 +22,8 @@ MOVING: dict[str, Any] = {
         {
             "include": [r"\.(intermediate|output)\."],
             "exclude": [r"\.attention\."],
-            "score": {"kind": "soft_movement", "penalty": 1e4, "learning_rate": 0.5},
-            "target": 0.875,
+            "score": {"kind": "soft_movement", "penalty": 1e4, "learning_rate": 0.64},
+            "target": 0.995,
         },
     ],
 }
@@ -48,7 +48,7 @@ def test_hard_movement_reaches_its_target_and_soft_what_its_penalty_makes(whole:
     hard = {t["sparsity"] for name, t in found.items() if "attention" in name}
     soft = {t["sparsity"] for name, t in found.items() if "attention" not in name}
     assert hard == {0.75} and len(found) == 12
-    assert max(soft) <= 0.875 and len(soft) > 1
+    assert 0 < min(soft) < max(soft) < 0.5  # nobody asked for it
     rows = [row for row in metrics.read(whole) if not row.get("eval") and "sparsity" in row]
     assert [row["sparsity"] for row in rows][:2] == [0.0, 0.0]
     total = opfa.inspect(whole)["total"]
