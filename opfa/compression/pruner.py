@@ -14,7 +14,8 @@ from opfa.compression.grains import Grain
 from opfa.compression.pattern import Bound, Pattern, bind
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Part, Score, State
-from opfa.compression.selection import ALONE, Ranks, Scope, keep, select
+from opfa.compression.selection import ALONE, Ranks, select
+from opfa.compression.thresholds import keep_above
 from opfa.errors import RecipeError, RunError
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import Masks, fingerprint
@@ -163,7 +164,7 @@ class Pruner:
             kept = select(pooled, schedule.sparsity_at(step), scope, ranks, candidates)
         else:  # a unit of n weights has n times the threshold of one
             least = grain.pool({n: torch.full_like(s, threshold) for n, s in scores.items()})
-            kept = _keep_above(least, pooled, schedule.target, scope, ranks, candidates)
+            kept = keep_above(least, pooled, schedule.target, scope, ranks, candidates)
         masks = grain.spread(kept, {name: layer.mask.shape for name, layer in layers.items()})
         if has_whole:
             return masks
@@ -254,29 +255,6 @@ class Pruner:
         if len(whole) == 1:
             return whole[0]
         return [float(np.average(each, weights=sizes)) for each in zip(*whole, strict=True)]
-
-
-def _keep_above(
-    least: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
-    most: float,
-    scope: Scope,
-    ranks: Ranks,
-    candidates: Mapping[str, Tensor] | None,
-) -> Masks:
-    """Prune what is at or below `least`, up to a share of each tensor or of all; collective."""
-    lows = {n: s <= least[n] for n, s in scores.items()}
-    if candidates is not None:
-        lows = {name: low | ~candidates[name] for name, low in lows.items()}
-    counts = ranks.total(np.array([(int(low.sum()), low.numel()) for low in lows.values()]))
-    of_each = dict(zip(scores, counts, strict=True))
-    masks: Masks = {}
-    for names in [[*scores]] if scope == "global" else [[name] for name in scores]:
-        num_low, size = np.sum([of_each[name] for name in names], axis=0)
-        alive = None if candidates is None else {name: candidates[name] for name in names}
-        k = min(int(num_low), int(most * size))
-        masks |= keep({name: scores[name] for name in names}, k, ranks, alive)
-    return masks
 
 
 def _check_same(step: int, masks: Mapping[str, Tensor], weights: Weights) -> None:
