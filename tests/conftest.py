@@ -59,6 +59,7 @@ SLOW = [
     "downstream/test_calibrate.py",
     "downstream/test_gradual.py",
     "downstream/test_hybrid.py",
+    "downstream/test_fine_pruning.py",
     "downstream/test_structured.py",
     "downstream/test_scores.py",
     "upstream/test_text.py",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opfa.compression.grains import Block, Neurons
+from opfa.compression.movement import Movement, SoftMovement
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
@@ -226,6 +227,30 @@ def test_a_hybrid_model_is_filled_under_the_same_teacher_from_what_was_shrunk() 
     assert hybrid.pruning is not None and filled.pruning is None
     blocks, neurons = hybrid.pruning.parts
     assert (blocks.grain, neurons.grain) == (Block(rows=32, columns=32), Neurons())
+
+
+@pytest.mark.parametrize("task", ["squad", "mnli", "qqp"])
+def test_movement_has_the_authors_schedule_and_keeps_15_10_or_3_percent(task: str) -> None:
+    recipe = downstream(f"{task}-movement")
+    assert recipe.task == downstream(task).task and recipe.model.zeros == "free"
+    assert recipe.pruning is not None and recipe.pruning.pattern.score == Movement()
+    schedule, training = recipe.pruning.schedule, recipe.training
+    cool_down = 1 if task == "mnli" else 2
+    assert schedule.start == training.warmup
+    assert schedule.end == pytest.approx(1 - cool_down * training.warmup)
+    assert (schedule.hold_until, schedule.target, training.learning_rate) == (1.0, 0.85, 3e-5)
+    assert {"squad": (10, 16), "mnli": (6, 32), "qqp": (10, 32)}[task] == (
+        training.epochs,
+        training.batch,
+    )
+
+
+@pytest.mark.parametrize("task", ["squad", "mnli", "qqp"])
+def test_each_command_of_a_movement_recipe_is_accepted(task: str) -> None:
+    path = RECIPES / f"downstream/{task}-movement.toml"
+    hard, soft = (FinetuneRecipe.read(path, words[5:]) for words in commands(path.read_text()))
+    assert hard == downstream(f"{task}-movement") and soft.pruning is not None
+    assert isinstance(soft.pruning.pattern.score, SoftMovement)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opfa.compression.blocks import GRADIENTS, Blocks
+from opfa.compression.runs import Weights
 from opfa.compression.scores import Ask
 from opfa.errors import RunError
 from opfa.sparsity.layers import MaskedLinear
-
-if TYPE_CHECKING:
-    from opfa.compression.pruner import Weights
 
 Quantity = Literal["curvature", "activation", "fisher"]
 Batch = Mapping[str, Tensor]  # a model's keywords, with its attention_mask [..., tokens]
@@ -52,7 +50,7 @@ class Calibration:
         self.blocks: Blocks | None = None  # of Fisher information, until masks were chosen by it
 
     def measure(
-        self, ask: Ask, layers: Mapping[str, MaskedLinear], weights: "Weights"
+        self, ask: Ask, layers: Mapping[str, MaskedLinear], weights: Weights
     ) -> dict[str, Tensor]:
         """Whole fp32 tensors [out, in] by the names of the layers' weights, as they are masked now.
         Collective.

@@ -7,13 +7,16 @@ Several patterns may be parts of one pruning, such as blocks for attention and n
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import regex  # as `re`, but with a limit on time
 from pydantic import Field, ValidationInfo, field_validator
 
 from opfa.compression.grains import AnyGrain, Grain, Weight
-from opfa.compression.scores import AnyScore, Magnitude
+from opfa.compression.measured import Activation, Curvature, Fisher
+from opfa.compression.movement import Movement, SoftMovement
+from opfa.compression.schedules import Gradual, Ramp
+from opfa.compression.scores import Magnitude
 from opfa.errors import RecipeError, brief, first_line
 from opfa.recipe import Section
 
@@ -26,6 +29,13 @@ ENCODER_LAYER = r"(^|\.)layers?\.\d+\."
 LONGEST_RULE = 500  # characters
 BLOCK = re.compile(r"(\d{1,9})x(\d{1,9})")  # a grain's short form
 LONGEST_SECONDS = 0.2  # to look for a rule in one name; a nested repetition may take for ever
+
+Schedule = TypeVar("Schedule", Gradual, Ramp)
+# All that a recipe may name.
+AnyScore = Annotated[
+    Magnitude | Activation | Curvature | Fisher | Movement | SoftMovement,
+    Field(discriminator="kind"),
+]
 
 
 class Pattern(Section):
@@ -89,6 +99,10 @@ class Pattern(Section):
             raise RecipeError(f"{rules}: no linear layer is left to prune")
         return {name: layer for name, layer in linear.items() if name in names}
 
+    def schedule(self, whole: Schedule) -> Schedule:
+        """The schedule of what this pattern prunes."""
+        return whole
+
 
 class PartPattern(Pattern):
     """A part of the model: all that `[pruning.pattern]` may say, also score and grain, and a target
@@ -97,6 +111,10 @@ class PartPattern(Pattern):
 
     target: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Sparsity of this part at the end of the ramp; by default that of the schedule."""
+
+    def schedule(self, whole: Schedule) -> Schedule:
+        """Up to its own target, if it has one."""
+        return whole if self.target is None else whole.model_copy(update={"target": self.target})
 
 
 class Bound(NamedTuple):

@@ -12,50 +12,17 @@ from torch import Tensor, nn
 
 from opfa.compression.calibration import Calibration
 from opfa.compression.grains import Grain
-from opfa.compression.pattern import Bound, PartPattern, Pattern, bind
+from opfa.compression.pattern import Bound, Pattern, bind
+from opfa.compression.runs import HERE, Weights
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Ask, Part, Score, State
-from opfa.compression.selection import ALONE, Ranks, select
-from opfa.errors import RunError
+from opfa.compression.selection import ALONE, select
+from opfa.compression.thresholds import keep_above
+from opfa.errors import RecipeError, RunError
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import Masks, fingerprint
 
 FILE = "scores.safetensors"  # in a resume point: what a score has gathered
-
-
-class Weights:
-    """Where fp32 weights are: all in this process. An engine whose ranks hold runs of flattened
-    parameters overrides every method, each then collective.
-    """
-
-    ranks: Ranks = ALONE
-
-    def read(self, parameter: Tensor) -> Tensor:
-        """This rank's run of a parameter's flattened fp32 value, [n]; possibly empty."""
-        return parameter.detach().float().view(-1)
-
-    def read_gradient(self, layer: MaskedLinear) -> Tensor:
-        """This rank's fp32 run of the global batch's gradient, which the layer has to keep."""
-        return layer.take_gradient().view(-1)
-
-    def join(self, parameter: Tensor, run: Tensor) -> Tensor:
-        """The whole tensor, in the parameter's shape, from every rank's run, bit for bit."""
-        return run.view(parameter.shape)
-
-    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """This rank's run, [n], of a tensor in the parameter's shape."""
-        return whole.to(parameter.device).view(-1)
-
-    def write(self, parameter: Tensor, whole: Tensor) -> None:
-        """Give a parameter another fp32 value, in its shape."""
-        parameter.data.copy_(whole)
-
-    def compare(self, text: str) -> list[str]:
-        """This text of every rank."""
-        return [text]
-
-
-HERE = Weights()
 
 
 @dataclass(frozen=True)
@@ -67,12 +34,6 @@ class Group:
     grain: Grain
     names: Sequence[str]  # of weights
     size: int  # of them together
-
-    def schedule(self, whole: Gradual) -> Gradual:
-        """Up to its own target, if it has one."""
-        if isinstance(self.pattern, PartPattern) and self.pattern.target is not None:
-            return whole.model_copy(update={"target": self.pattern.target})
-        return whole
 
 
 class Pruner:
@@ -94,15 +55,21 @@ class Pruner:
         """Mask the layers that the pattern names, or several. `score` and `grain` replace theirs.
         Some scores need a `calibration` of the model.
 
-        Raises `RecipeError`, with the model as it was, where they don't fit it.
+        Raises `RecipeError`, with the model as it was, where they don't fit it or the schedule.
         """
         self.schedule = schedule
         patterns = [pattern] if isinstance(pattern, Pattern) else pattern
+        for each in patterns:
+            try:
+                (score or each.score).check(each.schedule(schedule))
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
         bound = bind(model, patterns, grain)
         layers = mask_layers(model, [name for each in bound for name in each.layers])
         self._model, self.layers = model, {f"{name}.weight": m for name, m in layers.items()}
         self._groups = [self._group(one, score or one.pattern.score) for one in bound]
-        self._scores = {name: group.score for group in self._groups for name in group.names}
+        self._group_of = {name: group for group in self._groups for name in group.names}
+        self.has_thresholds = any(g.score.threshold_at(1.0) is not None for g in self._groups)
         self._states: dict[str, State] = {}
         self._calibration = calibration
         self._left: dict[str, tuple[int, int]] | None = None
@@ -114,8 +81,9 @@ class Pruner:
         return Group(bound.pattern, score, bound.grain, names, size)
 
     @torch.no_grad()
-    def after_backward(self, step: int, weights: Weights = HERE) -> None:
-        """Let the score observe the gradient before the optimizer's step number `step`.
+    def after_backward(self, step: int, weights: Weights = HERE, pace: float = 1.0) -> None:
+        """Let the score observe the gradient before the optimizer's step number `step`, at `pace`,
+        that step's share of the highest learning rate.
 
         A gradient that overflowed fp16 is left out, as the optimizer leaves out its step.
         """
@@ -126,8 +94,8 @@ class Pruner:
         num_bad = sum(not bool(gradient.isfinite().all()) for gradient in gradients.values())
         if not weights.ranks.total(np.array([num_bad])).any():
             for name, gradient in gradients.items():
-                part = self._part(name, step, weights)
-                self._states[name] = self._scores[name].observe(part, gradient)
+                part = self._part(name, step, weights, pace)
+                self._states[name] = self._group_of[name].score.observe(part, gradient)
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Weights = HERE) -> bool:
@@ -154,15 +122,16 @@ class Pruner:
     def _calibrate(self, step: int, weights: Weights) -> None:
         """Let scores that ask for it see what text says of the weights as they are now."""
         asking: dict[Ask, dict[str, MaskedLinear]] = {}
-        for name, score in self._scores.items():
-            if (ask := score.asks(self._part(name, step, weights))) is not None:
-                asking.setdefault(ask, {})[name] = self.layers[name]
+        for name, layer in self.layers.items():
+            ask = self._group_of[name].score.asks(self._part(name, step, weights))
+            if ask is not None:
+                asking.setdefault(ask, {})[name] = layer
         for ask, layers in asking.items():
             if self._calibration is None:
                 raise RunError(f"a score by {ask.quantity}: needs text, from which it is measured")
             for name, found in self._calibration.measure(ask, layers, weights).items():
                 part = self._part(name, step, weights)
-                self._states[name] = self._scores[name].calibrate(part, part.cut(found))
+                self._states[name] = self._group_of[name].score.calibrate(part, part.cut(found))
 
     def _correct(self, masks: Masks, weights: Weights) -> None:
         """Let what is kept make up for what goes, where Fisher information was measured now."""
@@ -189,14 +158,22 @@ class Pruner:
                 lives[name] = mask.float()
         candidates = {n: live > 0 for n, live in grain.pool(lives).items()} if lives else None
         ranks = ALONE if has_whole else weights.ranks
-        sparsity = group.schedule(self.schedule).sparsity_at(step)
-        kept = select(grain.pool(scores), sparsity, group.pattern.scope, ranks, candidates)
+        schedule, scope, pooled = self._schedule_of(group), group.pattern.scope, grain.pool(scores)
+        threshold = group.score.threshold_at(schedule.ramp_at(step))
+        if threshold is None:
+            kept = select(pooled, schedule.sparsity_at(step), scope, ranks, candidates)
+        else:  # a unit of n weights has n times the threshold of one
+            least = grain.pool({n: torch.full_like(s, threshold) for n, s in scores.items()})
+            kept = keep_above(least, pooled, schedule.target, scope, ranks, candidates)
         masks = grain.spread(kept, {name: layer.mask.shape for name, layer in layers.items()})
         if has_whole:
             return masks
         return {name: weights.join(layers[name].weight, run) for name, run in masks.items()}
 
-    def _part(self, name: str, step: int, weights: Weights) -> Part:
+    def _schedule_of(self, group: Group) -> Gradual:
+        return group.pattern.schedule(self.schedule)
+
+    def _part(self, name: str, step: int, weights: Weights, pace: float = 1.0) -> Part:
         layer = self.layers[name]
         return Part(
             step=step,
@@ -206,10 +183,13 @@ class Pruner:
             state=self._states.get(name, {}),
             shape=layer.mask.shape,
             cut=lambda whole: weights.cut(layer.weight, whole),
+            matrices=len(self._group_of[name].names),
+            ramp=self.schedule.ramp_at(step - 1),
+            pace=pace,
         )
 
     def _observes(self, name: str, step: int) -> bool:
-        return step <= self.schedule.last_update and self._scores[name].observes(step)
+        return step <= self.schedule.last_update and self._group_of[name].score.observes(step)
 
     def _keep_gradients(self, *steps: int) -> None:
         """Let layers keep what the score will observe in these steps, and nothing else."""
@@ -260,14 +240,19 @@ class Pruner:
             self._left = counts
         return self._left
 
-    def row(self) -> dict[str, int]:
-        """The same for a logged row: how many are left."""
-        return {name: kept for name, (kept, _) in self.left().items()}
+    def row(self) -> dict[str, float]:
+        """For a logged row: how many are left, and the sparsity where thresholds decide it."""
+        found: dict[str, float] = {name: kept for name, (kept, _) in self.left().items()}
+        return {"sparsity": self.sparsity(), **found} if self.has_thresholds else found
 
     def planned(self, steps: int) -> list[float]:
-        """The sparsity that is asked for after each of so many steps, of all weights together."""
+        """The sparsity that is asked for after each of so many steps, of all weights together;
+        empty where thresholds decide it.
+        """
+        if self.has_thresholds:
+            return []
         sizes = [group.size for group in self._groups]
-        whole = [group.schedule(self.schedule).sparsities(steps) for group in self._groups]
+        whole = [self._schedule_of(group).sparsities(steps) for group in self._groups]
         if len(whole) == 1:
             return whole[0]
         return [float(np.average(each, weights=sizes)) for each in zip(*whole, strict=True)]

@@ -101,6 +101,10 @@ class Gradual(Section):
         remaining = 1 - (step - self.start) / (self.end - self.start)
         return self.target + (self.initial - self.target) * remaining**3
 
+    def ramp_at(self, step: int) -> float:
+        """How far the ramp is: 0 up to `start`, 1 from `end` on, cubic between."""
+        return self.model_copy(update={"initial": 0.0, "target": 1.0}).sparsity_at(step)
+
     def sparsities(self, steps: int) -> list[float]:
         """The sparsity after each of so many steps: of the newest mask update."""
         found, newest = [], self.sparsity_at(0) if self.is_update(0) else 0.0

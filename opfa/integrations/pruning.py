@@ -42,7 +42,9 @@ class Schedule(Recipe, Ramp):
 
 @dataclass(frozen=True)
 class MaskUpdate:
-    """The masks after `step` optimizer steps: what the schedule asked for, and what was counted."""
+    """The masks after `step` optimizer steps: what the schedule asked for (what came out, where a
+    threshold decides), and what was counted.
+    """
 
     step: int
     sparsity: float
@@ -69,7 +71,7 @@ class PruningCallback(TrainerCallback):
         hold_until: int | float | None = None,
         initial: float = 0.0,
         scope: Literal["layer", "global"] = "layer",
-        score: Literal["magnitude"] | Score = "magnitude",
+        score: Literal["magnitude", "movement"] | Score = "magnitude",
         grain: str | Grain = "weight",
         include: Sequence[str] = (ENCODER_LAYER,),
         exclude: Sequence[str] = (),
@@ -122,10 +124,15 @@ class PruningCallback(TrainerCallback):
         else:
             self._update(self._pruner, state)
 
-    def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+    def on_pre_optimizer_step(
+        self, _: Any, state: Any, *__: Any, optimizer: Any, **___: Any
+    ) -> None:
         """A score may observe gradients."""
         if self._pruner is not None:
-            self._pruner.after_backward(state.global_step + 1)
+            rates = optimizer.param_groups[0]
+            highest = rates.get("initial_lr", rates["lr"])  # a scheduler of torch notes it
+            pace = rates["lr"] / highest if highest else 1.0
+            self._pruner.after_backward(state.global_step + 1, pace=pace)
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         """Update the masks when it is time."""
@@ -164,7 +171,8 @@ class PruningCallback(TrainerCallback):
         found = pruner.masks().values()
         size = sum(mask.numel() for mask in found)
         zeros = size - sum(int(mask.sum()) for mask in found)
-        self.updates.append(MaskUpdate(step, schedule.sparsity_at(step), zeros, size))
+        asked = zeros / size if pruner.has_thresholds else schedule.sparsity_at(step)
+        self.updates.append(MaskUpdate(step, asked, zeros, size))
         log.info("%s: step %d: %s of %s weights are zero", WHAT, step, f"{zeros:,}", f"{size:,}")
         if step == schedule.last_update:
             # the best model of before is another's: less sparse, or pruned elsewhere

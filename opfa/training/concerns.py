@@ -27,7 +27,7 @@ class Pruning(Concern):
 
     def after_backward(self, at: Progress) -> None:
         """A score may observe gradients."""
-        self.pruner.after_backward(at.step + 1, at.engine)
+        self.pruner.after_backward(at.step + 1, at.engine, at.pace)
 
     def after_step(self, at: Progress) -> None:
         """Update the masks when it is time, and say what the last update left."""

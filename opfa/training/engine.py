@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opfa.compression.pruner import Weights
+from opfa.compression.runs import Weights
 from opfa.compression.selection import Ranks
 from opfa.errors import RunError
 from opfa.extras import importing

@@ -59,7 +59,8 @@ class Progress:
     steps: int  # of the whole run
     step: int = 0  # finished steps
     losses: list[Losses] = field(default_factory=list)  # of this step's micro-batches, detached
-    learning_rate: float = 0.0
+    learning_rate: float = 0.0  # of this step, from its backward pass on
+    pace: float = 0.0  # its share of the highest learning rate
     grad_norm: Tensor | None = None  # None: gradients overflowed fp16 and the step was skipped
     best_step: int | None = None  # its resume point is kept
     wants_point: bool = False  # a concern asks for a resume point after this step
@@ -133,9 +134,10 @@ def train(trainer: Trainer, at: Progress) -> None:
         micro_batches = next(batches)  # a loader that starts draws a random number
         seed_step(trainer.seed, at.step, trainer.rank)
         at.losses = accumulate(trainer, micro_batches)
+        at.learning_rate = trainer.schedule.at(at.step)
+        at.pace = at.learning_rate / trainer.schedule.peak
         for concern in at.concerns:
             concern.after_backward(at)
-        at.learning_rate = trainer.schedule.at(at.step)
         at.grad_norm = trainer.optimize(at.step, at.learning_rate, at.losses)
         at.step += 1
         for concern in at.concerns:

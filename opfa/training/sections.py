@@ -32,6 +32,11 @@ class Pruning(Section):
             if part.target is not None and part.target < initial:
                 what = f"must not be below pruning.schedule.initial = {initial}"
                 raise ValueError(f"parts.{index}.target = {part.target}: {what}")
+        for pattern in self.patterns:
+            try:
+                pattern.score.check(pattern.schedule(self.schedule))
+            except ValueError as error:
+                raise ValueError(f"schedule.{error}") from None
         return self
 
     @model_serializer(mode="wrap")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opfa.compression.pruner import Weights
+from opfa.compression.runs import Weights
 from opfa.errors import DivergedError
 from opfa.training.state import Piece, Pieces, save_pieces
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 from opfa.compression.distill import rows_of_a_chunk
+from opfa.compression.measured import FromText
 from opfa.compression.pattern import bind
-from opfa.compression.scores import FromText
 from opfa.errors import ModelError, RecipeError, blaming
 from opfa.models.configs import load_config, new_config
 from opfa.models.pretraining import pretraining_skeleton

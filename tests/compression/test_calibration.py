@@ -12,10 +12,11 @@ from torch.autograd.functional import jacobian
 
 from opfa.compression import blocks, calibration
 from opfa.compression.calibration import Batch, Calibration, Call, Text
+from opfa.compression.measured import Activation, Curvature, Fisher
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Activation, Curvature, Fisher, Part, Score
+from opfa.compression.scores import Part, Score
 from opfa.errors import RunError
 from opfa.sparsity.layers import fuse
 from opfa.sparsity.masks import fingerprint

@@ -23,10 +23,11 @@ from torch.nn import functional
 
 from opfa.compression.calibration import Calibration, Text
 from opfa.compression.grains import Grain
+from opfa.compression.measured import Curvature, Fisher
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import FILE, Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Curvature, Fisher, Magnitude, Part, Score, State
+from opfa.compression.scores import Magnitude, Part, Score, State
 from opfa.compression.selection import keep
 from opfa.errors import ModelError, RunError
 from opfa.sparsity.layers import set_masks

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_BERT
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 import opfa
+from opfa.compression.movement import SoftMovement
+from opfa.compression.pruner import FILE
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Magnitude, Part, Score, State
 from opfa.errors import ModelError, RecipeError
@@ -216,6 +219,28 @@ def test_a_training_that_ends_early_says_so(
     with caplog.at_level(logging.INFO, "opfa"):
         trainer(dense(), tmp_path, Ending(0.9, end=5, every=1)).train()
     assert "ended at step 2, before its last update" in caplog.text
+
+
+def test_movement_learns_at_the_pace_of_the_trainers_scheduler(tmp_path: Path) -> None:
+    """Of two steps of warm-up the Trainer's first has no rate, and the second half of it."""
+    callback = PruningCallback(0.9, score="movement", start=2, end=4, every=1)
+    trainer(dense(), tmp_path, callback, max_steps=4, warmup_steps=2, save_steps=1).train()
+    first, second = (load_file(tmp_path / f"checkpoint-{n}" / FILE) for n in (1, 2))
+    assert not any(run.any() for key, run in first.items() if key.startswith("score/"))
+    moved = [float(run.abs().max()) for key, run in second.items() if key.startswith("score/")]
+    assert len(moved) == len(SIZES) and all(0.002 < most < 0.0055 for most in moved)
+    assert callback.updates[-1].zeros == sum(round(0.9 * size) for size in SIZES)
+
+
+def test_an_update_by_thresholds_says_what_came_out(tmp_path: Path) -> None:
+    score = SoftMovement(penalty=1e6, initial_threshold=0.4, threshold=0.499)
+    callback = PruningCallback(0.9, score=score, start=2, end=4, every=1)
+    trainer(dense(), tmp_path, callback, max_steps=4).train()
+    assert [update.sparsity for update in callback.updates] == [
+        update.zeros / update.size for update in callback.updates
+    ]
+    assert callback.updates[0].zeros == 0
+    assert callback.updates[-1].zeros == sum(int(0.9 * size) for size in SIZES)
 
 
 def test_a_score_sees_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
