@@ -10,9 +10,10 @@ effective weight update for pruned LLMs".
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from opfa.compression.selection import magnitude_mask, num_zeros
@@ -126,6 +127,13 @@ class Admm(Section):
     """Iterations over which the mask grows; after them it stays."""
     penalty: Positive = 1.0
     """Its rho, of the mean square of an input."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ramp > self.iterations:
+            what = f"ramp = {self.ramp}: must be at most iterations = {self.iterations}"
+            raise ValueError(what)
+        return self
 
     def mask(self, system: System, weight: Tensor, sparsity: float) -> Tensor:
         """A mask [out, in] with exactly round(sparsity * size) zeros, for a dense weight."""

@@ -103,7 +103,9 @@ def _check(layers: Sequence[nn.Module], text: Text, run: Run) -> None:
     if len(text.calls) == len(layers):
         for layer, call in zip(layers, text.calls, strict=True):
             states = call.again(layer, states)
-    if len(text.calls) != len(layers) or not torch.allclose(states, found[0], atol=1e-4):
+    if len(text.calls) != len(layers) or not torch.allclose(
+        states, found[0], atol=1e-4, equal_nan=True
+    ):
         raise ModelError("this encoder doesn't compute layer by layer, so it can't be fitted so")
 
 
@@ -188,4 +190,6 @@ def distance(
         ]
         added = int(real.sum()) * torch.stack(found).cpu()
         sums, num = sums + added if num else added, num + int(real.sum())
+    if not bool(sums.isfinite().all()):
+        raise ModelError("hidden states on these texts are not finite")
     return float(sums[-1] / num), float(sums.mean() / num)
