@@ -45,8 +45,10 @@ TEXTS = [words(index, 5 + index) for index in range(NUM)]  # one sequence each
 HELD = TEXTS[-2:]
 
 
-def pruned(family: str = "bert", **options: Any) -> tuple[PreTrainedModel, PruneResult]:
-    model = model_of(family)
+def pruned(
+    family: str = "bert", *, is_training: bool = False, **options: Any
+) -> tuple[PreTrainedModel, PruneResult]:
+    model = model_of(family).train(is_training)
     values = {**SPARSE, "texts": TEXTS, "tokenizer": tokenizer_of(), **options}
     return model, opfa.prune(model, values.pop("sparsity"), **values)
 
@@ -138,7 +140,8 @@ def test_distances_are_mean_squares_on_texts_that_nothing_was_fitted_to() -> Non
     "score", [Curvature(sequences=8), Admm(iterations=2, ramp=1), "activation"]
 )
 def test_scores_with_their_settings_and_the_same_bits_each_time(score: Any) -> None:
-    (one, found), (two, again) = (pruned(score=score, reconstruct=True) for _ in range(2))
+    (one, found), (two, again) = (pruned(score=score, is_training=each) for each in (False, True))
+    assert two.training and not one.training  # dropout or not
     assert found.fingerprint == again.fingerprint and found.score == getattr(score, "kind", score)
     state = two.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in values_of(one).items())
