@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from opfa.api.progress import progress
 from opfa.api.texts import texts_of
@@ -172,10 +172,12 @@ def _pruned(
     from opfa.compression.oneshot import prune_once
     from opfa.inference.oneshot import prune_by_text
 
-    settings, own, moved = job.settings, {"score": job.score, "grain": job.grain}, {}
+    settings, moved = job.settings, dict[str, Any]()
+    own: dict[str, Any] = {"score": job.score, "grain": job.grain}
     if job.reading is None:
-        report = prune_once(model, settings, score=job.score, grain=job.grain)
+        report = prune_once(model, settings, **own)
     else:
+        assert tokenizer is not None, "checked before"
         report, found = prune_by_text(model, tokenizer, settings, job.reading, **own)
         moved = asdict(found) | {"is_reconstructed": job.reading.reconstruct}
     return PruneResult(

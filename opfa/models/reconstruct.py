@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,12 +122,13 @@ def _dense(layer: nn.Module) -> nn.Module:
 def _groups(layer: nn.Module, paths: Mapping[str, str], text: Text, number: int) -> list[list[str]]:
     """The paths of matrices in the order of computation, those with the same input together."""
     seen: list[tuple[str, Tensor]] = []
+
+    def note(path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append((path, args[0]))
+
     with ExitStack() as watching:
         for path in paths:
-            module = layer.get_submodule(path)
-            hook = module.register_forward_pre_hook(
-                lambda _, args, path=path: seen.append((path, args[0]))
-            )
+            hook = layer.get_submodule(path).register_forward_pre_hook(partial(note, path))
             watching.callback(hook.remove)
         text.calls[number].again(layer, text.ours)
     groups: dict[int, list[str]] = {}

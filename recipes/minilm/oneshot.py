@@ -17,7 +17,7 @@ import opfa
 
 SEQUENCES = 96  # of 128 tokens; a tenth is held out
 SPARSITIES = (0.9, 0.97)
-METHODS = (  # score, and whether what is left is fitted
+METHODS: tuple[tuple[Any, bool], ...] = (  # score, and whether what is left is fitted
     *((score, False) for score in ("magnitude", "activation", "curvature")),
     *((score, True) for score in ("magnitude", "activation", "curvature", "admm")),
 )
@@ -27,7 +27,8 @@ Row = Mapping[str, Any]
 def table(rows: Sequence[Row]) -> str:
     """Distances and seconds by score and sparsity, in Markdown."""
     by_place = {(row["score"], row["is_reconstructed"], row["asked"]): row for row in rows}
-    lines = [("score", *(f"{100 * each:g} %, final / mean" for each in SPARSITIES), "seconds")]
+    heads = (f"{100 * each:g} %, final / mean" for each in SPARSITIES)
+    lines: list[tuple[str, ...]] = [("score", *heads, "seconds")]
     lines.append(("---", *("---:" for _ in lines[0][1:])))
     for score, is_fitted in METHODS:
         found = [by_place[score, is_fitted, each] for each in SPARSITIES]
@@ -51,7 +52,7 @@ def main(model: str, text: str, results: str, *sparsities: str) -> None:
                     model,
                     sparsity,
                     Path(aside, "model"),
-                    score=score,  # pyright: ignore[reportArgumentType] - a name of METHODS
+                    score=score,
                     reconstruct=is_fitted,
                     texts=Path(text),
                     sequences=SEQUENCES,

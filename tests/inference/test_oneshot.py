@@ -75,21 +75,21 @@ def test_a_matrix_is_fitted_on_what_the_pruned_model_feeds_it(score: str, name: 
     model, _ = pruned(score=score, reconstruct=True)
     theirs, x = (fed(each, name, TEXTS[:-2]) for each in (dense, model))
     assert np.abs(x - theirs).max() > 3e-3 or ".0." in name
-    old, new = (each.get_submodule(name) for each in (dense, model))
-    weight, bias = (each.detach().double().numpy() for each in (old.weight, old.bias))
+    keys = f"{name}.weight", f"{name}.bias"
+    weight, bias = (dense.get_parameter(key).detach().double().numpy() for key in keys)
+    new_weight, new_bias = (model.get_parameter(key).detach().numpy() for key in keys)
     y = theirs @ weight.T + bias
     means = x.mean(0), y.mean(0)
     ridge = RIDGE * ((x - means[0]) ** 2).mean()
     for row in range(4):
-        kept = (new.weight[row] != 0).detach().numpy()
+        kept = new_weight[row] != 0
         more = np.sqrt(ridge * len(x)) * np.eye(len(kept))[kept]
         left = np.concatenate([(x - means[0])[:, kept], more[:, kept]])
         right = np.concatenate([(y - means[1])[:, row], more @ weight[row]])
         expected = np.linalg.lstsq(left, right, rcond=None)[0]
-        found = new.weight[row].detach().numpy()[kept]
-        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(new_weight[row][kept], expected, rtol=2e-3, atol=2e-3)
         constant = means[1][row] - expected @ means[0][kept]
-        np.testing.assert_allclose(new.bias[row].item(), constant, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(new_bias[row], constant, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -155,7 +155,7 @@ def test_scope_grain_and_layers_are_as_without_text() -> None:
     assert found.zeros == round(0.6 * found.size) and len(found.tensors) == 12
     shares = {each["sparsity"] for each in found.tensors.values()}
     assert len(shares) > 1
-    assert not bool((model.get_submodule(f"{LAYER}.2.output.dense").weight == 0).any())
+    assert not bool((model.get_parameter(f"{LAYER}.2.output.dense.weight") == 0).any())
     _, heads = pruned(grain="heads", reconstruct=True)
     assert heads.left == {"heads": (3, 12)} or heads.left["heads"][0] < 12
 
