@@ -63,6 +63,8 @@ def prune_by_text(
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{type(model).__name__}: texts are for a model of transformers")
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__}: texts are for an encoder, without a decoder")
     layers = settings.layers(model)
     admm = _admm(score, settings, grain)
     own = Magnitude() if isinstance(score, Admm) else score

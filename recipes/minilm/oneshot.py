@@ -25,16 +25,16 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Distances and seconds by score and sparsity, in Markdown."""
+    """Distances by score and sparsity, in Markdown."""
     by_place = {(row["score"], row["is_reconstructed"], row["asked"]): row for row in rows}
     heads = (f"{100 * each:g} %, final / mean" for each in SPARSITIES)
-    lines: list[tuple[str, ...]] = [("score", *heads, "seconds")]
+    lines: list[tuple[str, ...]] = [("score", *heads)]
     lines.append(("---", *("---:" for _ in lines[0][1:])))
     for score, is_fitted in METHODS:
         found = [by_place[score, is_fitted, each] for each in SPARSITIES]
         cells = (f"{row['final_distance']:.3f} / {row['mean_distance']:.3f}" for row in found)
         name = f"`{score}`, least squares" if is_fitted else f"`{score}`"
-        lines.append((name, *cells, f"{found[0]['seconds']:.0f}"))
+        lines.append((name, *cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import CONFIGS, model_of
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, BartConfig, BartModel, PreTrainedModel, PreTrainedTokenizerBase
 from words import WORDS
 
 import opfa
@@ -303,6 +303,9 @@ def test_what_is_no_encoder_of_transformers_or_in_8_bits_is_refused(
     with pytest.raises(ModelError, match="Sequential: texts are for a model of transformers"):
         plain = nn.Sequential(nn.Linear(4, 4))
         opfa.prune(plain, 0.5, include=["0"], texts=TEXTS, tokenizer=tokenizer_of())
+    config = BartConfig(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=len(WORDS))
+    with pytest.raises(ModelError, match="BartModel: texts are for an encoder, without a decoder"):
+        opfa.prune(BartModel(config), 0.5, texts=TEXTS, tokenizer=tokenizer_of())
     with pytest.raises(RunError, match="has its own tokenizer"):
         opfa.prune(encoder, 0.5, tmp_path / "x", texts=lines, tokenizer=tokenizer_of())  # pyright: ignore
     monkeypatch.setattr("opfa.models.trained.ranges_of", lambda _: encoder)
