@@ -61,6 +61,8 @@ SLOW = [
     "downstream/test_gradual.py",
     "downstream/test_hybrid.py",
     "downstream/test_structured.py",
+    "downstream/test_scores.py",
+    "upstream/test_text.py",
     "downstream/test_kinds.py",
     "downstream/test_teacher.py",
     "hub/test_corrupted.py",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from opfa.api.progress import progress
 from opfa.api.recipes import AnyRecipe, Overrides, task_recipe_of, words_of
+from opfa.downstream.recipe import recipe_of
 from opfa.errors import RunError
 from opfa.hub.index import Released
-from opfa.storage.files import check_file, check_new
+from opfa.storage.files import check_file, check_new, check_there
 
 if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.hub.results import DownloadResult, PushResult
@@ -84,6 +85,7 @@ def release(
     if push is None and (private or endpoint):
         raise RunError("private and endpoint are for push")
     check_new(Path(output))
+    check_there(Path(run))
     from opfa.releases import release as releasing
 
     found = releasing.release(
@@ -109,6 +111,7 @@ def push(
     directory: str | Path, name: str, *, private: bool = False, endpoint: str | None = None
 ) -> "PushResult":
     """Verify a release and upload it to a Hub name as one commit, which replaces older files."""
+    check_there(Path(directory))
     from opfa.hub.publish import push as execute
 
     return execute(Path(directory), name, endpoint=endpoint, private=private)
@@ -118,6 +121,7 @@ def push(
 def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
     """Write the plain form of a compact model, which transformers reads without opfa."""
     check_new(Path(output))
+    check_there(Path(directory))
     from opfa.releases.release import unpack as execute
 
     return execute(Path(directory), Path(output))
@@ -127,17 +131,19 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
 def pack(
     model: str | Path, output: str | Path, *, dtype: Literal["fp32", "bf16", "int8"] | None = None
 ) -> "PackResult":
-    """Pack an encoder, with its head if it has one, for `opfa.runtime.load` on CPUs.
+    """Pack an encoder, with its head if it has one, for CPUs: `opfa.runtime.load` and `predict`.
 
     `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
-    name. The new directory `output` has its configuration, its tokenizer and one file, which is
-    mapped and not read, so that processes share it. Matrices of which half is zero, or more, are
-    there without their zeros. `dtype` is how it computes, as in `opfa.runtime.load`.
+    name. The new directory `output` has its configuration, its tokenizer, the recipe of its run and
+    one file, which is mapped and not read, so that processes share it. Matrices of which half is
+    zero, or more, are there without their zeros. `dtype` is how it computes, as in
+    `opfa.runtime.load`.
     """
     check_new(Path(output))
+    recipe = recipe_of(str(model))
     from opfa.runtime.packer import pack as execute
 
-    return execute(str(model), Path(output), dtype)
+    return execute(str(model), Path(output), dtype, recipe and recipe.to_public_toml())
 
 
 @progress()

@@ -45,7 +45,9 @@ def task_recipe_of(
     """The recipe that is given, or else that of the model's run."""
     found = recipe_beside(model) if recipe is None else recipe
     if found is None:
-        raise RunError(f"--recipe: is needed, since {model} is no run, whose recipe would be used")
+        is_here = Path(model).exists()
+        what = "is no run, whose recipe would be used" if is_here else "is no directory here"
+        raise RunError(f"--recipe: is needed, since {model} {what}")
     return recipe_of(FinetuneRecipe, found, overrides)
 
 

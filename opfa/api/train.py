@@ -40,15 +40,15 @@ def check(recipe: AnyRecipe, overrides: Overrides = ()) -> PretrainRecipe | Fine
 def prepare(recipe: AnyRecipe, output: str | Path, overrides: Overrides = ()) -> PrepareResult:
     """Turn documents into tokenized, sharded pre-training examples, in the new directory `output`.
 
-    Raises `RecipeError`, `DataError` for documents that can't be used, and `RunError` for an
-    output that can't be made.
+    Raises `RecipeError`, `DataError` for documents that can't be used, `ModelError` for examples
+    that don't fit `model.init`, and `RunError` for an output that can't be made.
     """
     check_new(Path(output))
     checked = recipe_of(PretrainRecipe, recipe, overrides)
     require("opfa prepare", "opfa[pretrain]", "datasets", "nupunkt")
     from opfa.upstream.corpus import prepare as execute
 
-    found = execute(checked.corpus, Path(output))
+    found = execute(checked.corpus, Path(output), checked.model.init)
     if not isinstance(recipe, (str, Path)):
         return found
     words = (name_of(recipe), "--output", f"runs/{checked.name}", *words_of(overrides))
@@ -123,10 +123,12 @@ def evaluate(
     """Measure a fine-tuned model on the validation splits of a recipe's task, in 8 bits if it is.
 
     The recipe of a run, or of a model that has one beside it, need not be given.
-    `output` is a JSON file for the result, `predictions` one of JSON Lines for every answer.
+    `output` is a new JSON file for the result, `predictions` one of JSON Lines for every answer.
     """
-    for path in filter(None, (output, predictions)):
-        check_file(Path(path))
+    if output is not None:
+        check_new(Path(output), "file")
+    if predictions is not None:
+        check_file(Path(predictions))
     checked = task_recipe_of(model, recipe, overrides)
     from opfa.downstream.evaluate import evaluate_model
 

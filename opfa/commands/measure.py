@@ -21,8 +21,7 @@ app.add_typer(bench, name="bench")
 
 
 @app.command(
-    epilog="Example: opfa plan recipes/upstream/bert-base-90.toml --gpus 8 --memory-gb 80 "
-    "--bandwidth-gbps 400"
+    epilog="Example: opfa plan bert-base-teacher --gpus 8 --memory-gb 80 --bandwidth-gbps 400"
 )
 def plan(
     recipe: RecipeFile,
@@ -63,7 +62,7 @@ def bench_masks(as_json: AsJson = False) -> None:
 
 @bench.command(
     "train",
-    epilog="Example: opfa bench train recipes/upstream/bert-base-90.toml launch.micro_batch=8",
+    epilog="Example: opfa bench train bert-base-teacher launch.micro_batch=8",
 )
 def bench_train(
     arguments: Annotated[

@@ -20,7 +20,7 @@ from opfa.commands.options import (
 )
 from opfa.errors import ModelError, RunError
 from opfa.extras import require
-from opfa.report.tables import Table, print_json, show
+from opfa.report.tables import print_json
 
 app = typer.Typer()
 
@@ -112,15 +112,15 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         print_json([model.model_dump() for model in models])
         return
-    rows = []
-    for model in models:
-        sparsity = "" if model.sparsity is None else f"{model.sparsity:.0%}"
-        size = "" if model.bytes is None else f"{model.bytes:,}"
+    for model in models:  # no table, which would fold names that a reader wants to copy
+        facts = [model.task]
+        if model.sparsity is not None:
+            facts.append(f"{model.sparsity:.0%} zeros")
+        if model.bytes is not None:
+            facts.append(f"{model.bytes:,} bytes")
         results = (model.results or {}).items()
-        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in results if value is not None)
-        rows.append((model.name, model.task, sparsity, size, shown))
-    show([Table(("name", "task", "sparsity", "bytes", "results"), rows)])
-    print("empty: not measured by this project")
+        facts += [f"{metric} {value:.4g}" for metric, value in results if value is not None]
+        print(f"{model.name}\n    {', '.join(facts)}")
 
 
 @app.command(

@@ -28,7 +28,7 @@ from opfa.upstream.recipe import PretrainRecipe
 app = typer.Typer()
 
 
-@app.command(epilog="Example: opfa check recipes/downstream/sst2.toml training.epochs=1")
+@app.command(epilog="Example: opfa check sst2 training.epochs=1")
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     found = api.check(recipe, overrides or ())
@@ -40,7 +40,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     print(f"# accepted, for opfa {command}; SHA-256 {found.sha256()}\n{found.to_toml()}", end="")
 
 
-@app.command(epilog="Example: opfa prepare recipes/upstream/bert-base-90.toml --output prepared")
+@app.command(epilog="Example: opfa prepare bert-base-90 --output prepared/bert-base")
 def prepare(
     recipe: RecipeFile, output: Output, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
@@ -48,9 +48,7 @@ def prepare(
     api.prepare(recipe, output, overrides or ()).show(as_json=as_json)
 
 
-@app.command(
-    epilog="Example: opfa pretrain recipes/upstream/bert-base-90.toml --output runs/bert-base-90"
-)
+@app.command(epilog="Example: opfa pretrain bert-base-90 --output runs/bert-base-90")
 def pretrain(
     recipe: RecipeFile,
     output: NewRun,
@@ -84,7 +82,7 @@ def _tell_accepted(file: Path, recipe: PretrainRecipe, output: Path, *, as_json:
         print("accepted: {recipe} can run in {output}; SHA-256 {sha256}".format(**found))
 
 
-@app.command(epilog="Example: opfa finetune recipes/downstream/sst2.toml --output runs/sst2")
+@app.command(epilog="Example: opfa finetune sst2 --output runs/sst2")
 def finetune(
     recipe: RecipeFile,
     output: NewRun,
@@ -104,7 +102,7 @@ def finetune(
 def evaluate(
     model: ModelName,
     recipe: TaskRecipe = None,
-    output: Annotated[Path | None, Option(help="Also write the result here.")] = None,
+    output: Annotated[Path | None, Option(help="Also write the result to this new file.")] = None,
     predictions: Annotated[
         Path | None, Option(help="Also write every answer here, as JSON Lines.")
     ] = None,

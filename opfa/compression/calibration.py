@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from opfa.compression.blocks import GRADIENTS, Blocks
+from opfa.compression.scores import Ask
 from opfa.errors import RunError
 from opfa.sparsity.layers import MaskedLinear
 
 if TYPE_CHECKING:
     from opfa.compression.pruner import Weights
 
-Quantity = Literal["curvature", "activation"]
+Quantity = Literal["curvature", "activation", "fisher"]
 Batch = Mapping[str, Tensor]  # a model's keywords, with its attention_mask [..., tokens]
 Call = Callable[..., Any]  # a model by its keywords; Any: whatever it gives
 ROWS = 4  # sequences of a batch, which is one sample of the curvature
@@ -47,33 +49,46 @@ class Calibration:
         self._parameters = dict(model.named_parameters())
         empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in self._parameters.values()}
         self._skeleton, self._text = copy.deepcopy(model, empty).eval(), text
+        self.blocks: Blocks | None = None  # of Fisher information, until masks were chosen by it
 
     def measure(
-        self,
-        quantity: Quantity,
-        sequences: int,
-        layers: Mapping[str, MaskedLinear],
-        weights: "Weights",
+        self, ask: Ask, layers: Mapping[str, MaskedLinear], weights: "Weights"
     ) -> dict[str, Tensor]:
         """Whole fp32 tensors [out, in] by the names of the layers' weights, as they are masked now.
         Collective.
 
         "curvature" is the diagonal of the Gauss-Newton matrix: the squared gradient of
         <v, outputs> with v ~ N(0, I), summed over tokens (Martens, 2020, sections 6 and 8).
-        "activation" is the norm of a column's inputs (Sun et al., 2023, eq. 1). Raises `RunError`
-        where they are not finite.
+        "activation" is the norm of a column's inputs (Sun et al., 2023, eq. 1). "fisher" is the
+        diagonal of the inverse of such a matrix in blocks; its blocks stay in `blocks`.
+        Raises `RunError` where they are not finite.
         """
-        size = sum(4e-6 * layer.weight.numel() for layer in layers.values())
+        quantity, sequences = ask.quantity, ask.sequences
+        floats = (ask.block + GRADIENTS if ask.block else 2) * sum(map(_size, layers.values()))
         what = f"{quantity} of {len(layers)} matrices on {sequences:,} sequences"
-        log.info("%s: needs %.0f MB beside a copy of all weights", what, 2 * size)
+        log.info("%s: needs %.0f MB beside a copy of all weights", what, 4e-6 * floats)
         values = {n: weights.join(p, weights.read(p)) for n, p in self._parameters.items()}
         own = {id(parameter): name for name, parameter in self._parameters.items()}
         places = {name: own[id(layer.weight)] for name, layer in layers.items()}
         for name, place in places.items():
             values[place] = (values[place] * layers[name].mask).requires_grad_()
-        self._to(next(iter(values.values())).device)
-        measure = self._curvature if quantity == "curvature" else self._activation
-        found = measure(values, places, _timed(self._text.batches(sequences), sequences, what))
+        device = next(iter(values.values())).device
+        self._to(device)
+        batches = _timed(self._text.batches(sequences), sequences, what)
+        if quantity == "activation":
+            found = self._activation(values, places, batches)
+        elif quantity == "curvature":
+            sums = {name: torch.zeros_like(values[place]) for name, place in places.items()}
+            for gradients in self._gradients(values, places, batches):
+                for total, gradient in zip(sums.values(), gradients, strict=True):
+                    total.addcmul_(gradient, gradient)
+            found = sums
+        else:
+            shapes = {name: layer.mask.shape for name, layer in layers.items()}
+            self.blocks = Blocks(shapes, ask.block, device)
+            for gradients in self._gradients(values, places, batches):
+                self.blocks.add(gradients)
+            found = self.blocks.invert(ask.damping)
         for name, each in found.items():
             if not bool(each.isfinite().all()):
                 raise RunError(f"{name}: its {quantity} on this text is not finite")
@@ -88,20 +103,18 @@ class Calibration:
     def _call(self, values: dict[str, Tensor], **inputs: Tensor) -> Any:  # Any: of the model
         return functional_call(self._skeleton, values, kwargs=inputs)
 
-    def _curvature(
+    def _gradients(
         self, values: dict[str, Tensor], places: Mapping[str, str], batches: Iterator[Batch]
-    ) -> dict[str, Tensor]:
+    ) -> Iterator[Sequence[Tensor]]:
+        """For each batch one of <v, outputs>, v ~ N(0, I), by each weight."""
         seed = torch.Generator().manual_seed(0)  # of the CPU, so that devices agree
         weights = [values[place] for place in places.values()]
-        sums = [torch.zeros_like(weight) for weight in weights]
         for batch in batches:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the same bits on every rank
                 outputs = self._text.outputs(partial(self._call, values), batch)
                 seeds = [torch.randn(each.shape, generator=seed).to(each) for each in outputs]
                 gradients = torch.autograd.grad(outputs, weights, seeds)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.addcmul_(gradient, gradient)
-        return dict(zip(places, sums, strict=True))
+            yield gradients
 
     @torch.no_grad()
     def _activation(
@@ -126,12 +139,16 @@ class Calibration:
         return {n: sums[places[n]].sqrt().repeat(rows[n], 1) for n in places}
 
 
+def _size(layer: MaskedLinear) -> int:
+    return layer.mask.numel()
+
+
 def _timed(batches: Iterable[Batch], sequences: int, what: str) -> Iterator[Batch]:
     """The batches; says after the first one how long all of them take."""
     start, is_first = time.monotonic(), True
     for batch in batches:
         yield batch
         if is_first:
-            share = len(batch["attention_mask"]) / sequences
-            log.info("%s: takes about %.0f s", what, (time.monotonic() - start) / share)
+            seconds = (time.monotonic() - start) * sequences / ROWS
+            log.info("%s: takes about %.0f s", what, seconds)
         is_first = False

@@ -46,6 +46,10 @@ class Weights:
         """This rank's run, [n], of a tensor in the parameter's shape."""
         return whole.to(parameter.device).view(-1)
 
+    def write(self, parameter: Tensor, whole: Tensor) -> None:
+        """Give a parameter another fp32 value, in its shape."""
+        parameter.data.copy_(whole)
+
     def compare(self, text: str) -> list[str]:
         """This text of every rank."""
         return [text]
@@ -142,6 +146,7 @@ class Pruner:
         except ValueError as error:  # on every rank
             raise RunError(f"step {step}: {error}") from error
         _check_same(step, masks, weights)
+        self._correct(masks, weights)
         set_masks(self._model, masks)
         self._left = None
         return True
@@ -155,9 +160,19 @@ class Pruner:
         for ask, layers in asking.items():
             if self._calibration is None:
                 raise RunError(f"a score by {ask.quantity}: needs text, from which it is measured")
-            for name, found in self._calibration.measure(*ask, layers, weights).items():
+            for name, found in self._calibration.measure(ask, layers, weights).items():
                 part = self._part(name, step, weights)
                 self._states[name] = self._scores[name].calibrate(part, part.cut(found))
+
+    def _correct(self, masks: Masks, weights: Weights) -> None:
+        """Let what is kept make up for what goes, where Fisher information was measured now."""
+        if self._calibration is None or (blocks := self._calibration.blocks) is None:
+            return
+        self._calibration.blocks = None
+        for name in blocks.matrices:
+            layer = self.layers[name]
+            whole = weights.join(layer.weight, weights.read(layer.weight))
+            weights.write(layer.weight, blocks.corrected(name, whole, layer.mask, masks[name]))
 
     def _select(self, group: Group, step: int, weights: Weights) -> Masks:
         """New masks, from the runs of scores, or from whole tensors where the grain needs them."""

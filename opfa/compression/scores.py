@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from opfa.recipe import Count, Fraction, Section
+from opfa.recipe import Count, Fraction, Positive, Section
 
 if TYPE_CHECKING:  # recipes hold scores, and a recipe is read without waiting for torch
     from torch import Size, Tensor
@@ -38,12 +38,16 @@ class Ask(NamedTuple):
 
     quantity: "Quantity"
     sequences: int
+    block: int = 0  # of Fisher information: weights
+    damping: float = 0.0
 
 
 class Score(Section):
     """Base of all scores; a new one is a class with `of`, and `observe` if it needs gradients, or
     `asks` and `calibrate` if text has to be measured.
     """
+
+    kept: ClassVar[int] = 0  # fp32 values a weight in its state
 
     def observes(self, step: int) -> bool:
         """Whether `observe` is called before `step`; 0 is a calibration before training."""
@@ -82,6 +86,7 @@ class FromText(Score):
 
     sequences: Count
     quantity: "ClassVar[Quantity]"
+    kept: ClassVar[int] = 1
     every: Count | None = None
     """Mask updates from one measurement to the next; by default there is only the first."""
     decay: Fraction = 0.0
@@ -128,5 +133,33 @@ class Activation(FromText):
         return part.weight.abs() * part.state["text"]
 
 
+class Fisher(FromText):
+    """w^2 / (2 [F^-1]_qq) with Fisher information in blocks. At each update that is measured, what
+    is kept makes up for what goes: Kurtic et al. (2022), sections 3.1 and 3.2. Gradients are of
+    random cotangents, as for "curvature".
+    """
+
+    kind: Literal["fisher"] = "fisher"
+    """Its name in a recipe."""
+    sequences: Count = 4096
+    """Sequences of the training text; four give one gradient."""
+    every: Count | None = 1
+    """Mask updates from one measurement to the next."""
+    block: int = Field(default=50, ge=1, le=1024)
+    """Weights of a block. A weight takes as many fp32 values, and 16 more, while it is measured."""
+    damping: Positive = 1e-4
+    """Added to the diagonal, times the mean diagonal of the matrix."""
+    quantity: "ClassVar[Quantity]" = "fisher"
+
+    def asks(self, part: Part) -> Ask | None:
+        """With the size of blocks, and the damping."""
+        ask = super().asks(part)
+        return ask and ask._replace(block=self.block, damping=self.damping)
+
+    def of(self, part: Part) -> "Tensor":
+        """What the loss gains by the weight alone, half of it by a quadratic model."""
+        return part.weight.square() / (2 * part.state["text"])
+
+
 # All that a recipe may name.
-AnyScore = Annotated[Magnitude | Curvature | Activation, Field(discriminator="kind")]
+AnyScore = Annotated[Magnitude | Curvature | Activation | Fisher, Field(discriminator="kind")]

@@ -15,11 +15,10 @@ from opfa.downstream.results import CalibrateResult
 from opfa.downstream.student import hold_zeros, prepare_8_bits
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
-from opfa.storage.files import check_new, new_directory, write_text
-from opfa.storage.runs import RECIPE
+from opfa.storage.files import check_new, new_directory
 from opfa.tasks import kinds as tasks
 from opfa.tasks.recipe import Task
-from opfa.training.checkpoint import fill_finished, model_digest
+from opfa.training.checkpoint import model_digest
 from opfa.weights.inspection import inspect
 
 log = logging.getLogger(__name__)
@@ -63,10 +62,7 @@ def _calibrated(
     _observe(task, model, loader, device)
     quant.start(model)
     after = ready.evaluate()
-    tasks.write_more(task, model, directory)
-    ranges = directory / quant.FILE
-    report = fill_finished(model, ready.tokenizer, directory, lambda _: quant.save(model, ranges))
-    write_text(directory / RECIPE, recipe.to_public_toml())  # how `opfa predict` reads its inputs
+    report = ready.write(model, directory, lambda path: quant.save(model, path / quant.FILE))
     metrics = {"task": recipe.name, "fp32": before, "int8": after}
     return {**metrics, "examples": num_seen, "sparsity": report["total"]["sparsity"]}
 

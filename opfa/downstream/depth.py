@@ -12,10 +12,7 @@ from opfa.models.depth import drop_layers, first_stays
 from opfa.models.gates import LayerGates
 from opfa.models.removal import layers_of
 from opfa.sparsity.layers import SPARSE_FROM
-from opfa.storage.files import check_new, new_directory, write_text
-from opfa.storage.runs import RECIPE
-from opfa.tasks import kinds as tasks
-from opfa.training.checkpoint import fill_finished
+from opfa.storage.files import check_new, new_directory
 
 
 def prune_layers(
@@ -42,9 +39,7 @@ def prune_layers(
     drop_layers(model, kept)
     after = ready.evaluate()
     with new_directory(output) as work:
-        tasks.write_more(task, model, work)
-        report = fill_finished(model.cpu(), ready.tokenizer, work)
-        write_text(work / RECIPE, recipe.to_public_toml())  # how other commands read its inputs
+        report = ready.write(model, work)
     return DepthResult(
         directory=output,
         task=recipe.name,

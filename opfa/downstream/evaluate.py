@@ -21,11 +21,13 @@ from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.trained import as_trained, ranges_of
 from opfa.storage import seal
 from opfa.storage.files import write_text
+from opfa.storage.runs import RECIPE
 from opfa.tasks import kinds as tasks
 from opfa.tasks.embeddings import settled
 from opfa.tasks.features import Batch, Split, num_tokens
 from opfa.tasks.kinds import KINDS, logits_of
 from opfa.tasks.recipe import Task
+from opfa.training.checkpoint import fill_finished
 from opfa.training.engine import choose_accelerator
 from opfa.training.finished import changed_model
 from opfa.weights.inspection import check_stated
@@ -143,6 +145,7 @@ def load_ready(
 class Ready:
     """A fine-tuned model in evaluation mode, and examples of its task."""
 
+    recipe: FinetuneRecipe
     task: Task
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -171,6 +174,7 @@ class Ready:
         device = torch.device(choose_accelerator())
         nn.Module.to(model.eval(), device)
         return cls(
+            recipe=recipe,
             task=task,
             tokenizer=tokenizer,
             model=model,
@@ -183,6 +187,19 @@ class Ready:
         """The metrics of the model, or of another one, on the validation split."""
         measured = self.model if model is None else model
         return evaluate(measured, self.task, self.validation, batch=64, device=self.device)
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        directory: Path,
+        write_more: Callable[[Path], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """Fill an empty directory with what was made of the model; returns its sparsity report."""
+        tasks.write_more(self.task, model, directory)
+        report = fill_finished(model.cpu(), self.tokenizer, directory, write_more)
+        recipe = self.recipe.to_public_toml()  # how other commands read its inputs
+        write_text(directory / RECIPE, recipe)
+        return report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,10 @@ from opfa.models.refit import refit
 from opfa.models.removal import groups_of, layers_of
 from opfa.models.skeleton import check_positions
 from opfa.report.bars import Bar
-from opfa.storage.files import check_new, new_directory, write_text
-from opfa.storage.runs import RECIPE
+from opfa.storage.files import check_new, new_directory
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Batch
 from opfa.tasks.recipe import Task
-from opfa.training.checkpoint import fill_finished
 
 FITTED_TOKENS = 1 << 16  # that least squares see
 
@@ -59,9 +57,7 @@ def prune_structured(
     _refit(pruned, model, task, batches)
     after = ready.evaluate(pruned)
     with new_directory(output) as work:
-        tasks.write_more(task, pruned, work)
-        report = fill_finished(pruned.cpu(), ready.tokenizer, work)
-        write_text(work / RECIPE, recipe.to_public_toml())  # how other commands read its inputs
+        report = ready.write(pruned, work)
     kept = [int((~is_gone).sum()) for is_gone in lost]
     return StructuredResult(
         directory=output,

@@ -1,7 +1,7 @@
 """A finished model made ready to answer: which task it is for, its classes, and how it computes.
 
 The task comes from the recipe of its run, else from its head. Whatever form the model has (a run, a
-directory, compact, 8 bits, ONNX, a Hub name), the answers are the same.
+directory, compact, 8 bits, packed, ONNX, a Hub name), the answers are the same.
 """
 
 import json
@@ -28,7 +28,7 @@ from opfa.models.encoders import has_head, skeleton
 from opfa.models.fit import fit_padding
 from opfa.models.sentences import is_sentence_encoder, read_tokens
 from opfa.models.skeleton import num_positions
-from opfa.storage.foreign import CONFIG, check_weights
+from opfa.storage.foreign import CONFIG, PACKED, check_weights
 from opfa.storage.runs import RECIPE
 from opfa.tasks import classes as classing
 from opfa.tasks import kinds as tasks
@@ -38,6 +38,7 @@ from opfa.tasks.kinds import KINDS
 from opfa.tasks.predictions import Prediction
 from opfa.tasks.recipe import METRICS, Task
 from opfa.tasks.unlabelled import Chunk, Numbered, chunks, kind_of
+from opfa.weights.sources import directory_of
 
 ONNX = ".onnx"
 MOST_TOKENS = 512  # without a recipe, where a model could take more
@@ -94,6 +95,10 @@ class Predictor:
         if is_onnx:
             self._model = _onnx(Path(name), self.task, self._tokenizer, self._classes)
             self.runs_in = "ONNX Runtime"
+        elif (directory_of(name) / PACKED).is_file():
+            packed = runtime.load(name)
+            self.runs_in = runtime.runs_in(packed)
+            self._model = packed.base_model if self.task.kind == EMBEDDING else packed
         else:
             self._model, self._device = load_ready(self.task, name, self._classes)
             is_cpu = self._device.type == "cpu"

@@ -33,6 +33,7 @@ from opfa.models.removal import (
     remove,
 )
 from opfa.models.sentences import copy_files
+from opfa.models.skeleton import num_positions
 from opfa.report.outcome import Outcome, Place
 from opfa.report.tables import Table
 from opfa.sparsity.units import HEADS, NEURONS, head_size, without_layers_of_their_own
@@ -163,7 +164,8 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int]:
 
 def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     config: Any = model.config  # of a family
-    shape = TOKENS[0], min(TOKENS[1], config.max_position_embeddings - 4)  # RoBERTa needs two
+    positions = num_positions(model, config)
+    shape = TOKENS[0], TOKENS[1] if positions is None else min(TOKENS[1], positions)
     ids = torch.randint(4, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, shape[1] // 2 :] = 0

@@ -1,18 +1,22 @@
 """The page of a checkpoint: every matrix as a picture of its zeros, heads, sizes and tables."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor
 
 from opfa.report import maps
 from opfa.report.page import megabytes, percent, render
+from opfa.report.run_page import FILE
 from opfa.report.tables import Result, Table
 from opfa.sparsity.anatomy import NumHeads, heads_of, layer_labels, layer_of, short_kinds
 from opfa.sparsity.masks import Masks
 from opfa.storage.files import write_text
+from opfa.storage.runs import recipe_beside
 
 
 def write_model_page(
@@ -32,6 +36,7 @@ def write_model_page(
     parts = list(found.parts(is_long=True))
     values = {
         "name": name,
+        "run": _run_page(name, path),
         "cards": list(_cards(result)),
         "grid": _grid(result, list(masks)),
         "outside": [(i, n) for i, n in enumerate(masks) if layer_of(n) is None],
@@ -47,6 +52,14 @@ def write_model_page(
     named = {str(index): blob for index, blob in enumerate(blobs.values())}
     blobs = {"thumbnails": maps.thumbnails(masks), **named}
     write_text(path, render("model", values, data, blobs))
+
+
+def _run_page(name: str, path: Path) -> tuple[str, str] | None:
+    """The page of the run whose model this is, and a link to it from `path`; None without one."""
+    recipe = recipe_beside(name)
+    if recipe is None or not (page := recipe.parent / FILE).is_file():
+        return None
+    return str(page), quote(os.path.relpath(page, path.parent))
 
 
 def _in_order(masks: Masks) -> Masks:

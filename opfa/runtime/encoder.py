@@ -38,6 +38,7 @@ class KernelEncoder:
 
     runner: Runner
     built: Build
+    computes_in: str  # the type of the products
     training: bool
 
     def forward(
@@ -120,7 +121,7 @@ def with_kernels(
 ) -> PreTrainedModel:
     """Make the encoder of a model run in the kernels, in place, and drop its dense weights.
 
-    Its layers are packed in `dtype`, unless packed `layers` come from elsewhere.
+    Its layers are packed in `dtype`, unless `layers` that are packed so come from elsewhere.
     """
     encoder = encoder_of(model)
     built = build(encoder, layers or ModelLayers(encoder, dtype))
@@ -128,7 +129,8 @@ def with_kernels(
         delattr(encoder, name)
     cls = type(encoder)
     encoder.__class__ = type(f"Kernel{cls.__name__}", (KernelEncoder, cls), {})
-    vars(encoder).update(built=built, runner=Runner(built.program, Pool(threads)))
+    runner = Runner(built.program, Pool(threads))
+    vars(encoder).update(built=built, runner=runner, computes_in=dtype)
     left = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)]
     if sum(left) <= SMALL_HEAD:
         keep_torch_to_one(model)
@@ -155,7 +157,15 @@ def speed_up(model: PreTrainedModel) -> str:
         with_kernels(model, threads, dtype)
     except ModelError as error:  # of its family, activation or heads; before anything is changed
         return f"torch ({error})"
-    return f"opfa's kernels ({dtype}, {level()}, {threads} threads)"
+    return runs_in(model)
+
+
+def runs_in(model: PreTrainedModel) -> str:
+    """What computes the encoder of a model from `load`, in a few words."""
+    encoder = encoder_of(model)
+    assert isinstance(encoder, KernelEncoder), "it is in the kernels"
+    threads = encoder.runner.pool.threads
+    return f"opfa's kernels ({encoder.computes_in}, {level()}, {threads} threads)"
 
 
 def load(
@@ -176,7 +186,7 @@ def load(
     directory = checked_directory("model", str(model), with_weights=True)
     if (directory / PACKED).is_file():
         return mapped.load(
-            directory, dtype, lambda it, layers: with_kernels(it, number, layers=layers)
+            directory, dtype, lambda it, layers, kind: with_kernels(it, number, kind, layers)
         )
     found, chosen = load_for(str(model), dtype)
     return with_kernels(found, number, chosen)

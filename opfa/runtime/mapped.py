@@ -25,7 +25,8 @@ from opfa.runtime.packing import for_this_cpu
 from opfa.runtime.program import Form
 from opfa.storage.foreign import PACKED
 
-Run = Callable[[PreTrainedModel, Layers], PreTrainedModel]  # puts an encoder into the kernels
+# Puts an encoder into the kernels: its layers, and the type of their products.
+Run = Callable[[PreTrainedModel, Layers, str], PreTrainedModel]
 
 
 def load(directory: Path, dtype: str | None, run: Run) -> PreTrainedModel:
@@ -47,7 +48,7 @@ def load(directory: Path, dtype: str | None, run: Run) -> PreTrainedModel:
     if (directory / quant.FILE).is_file():  # layers of a head
         quant.load(model, directory / quant.FILE)
     with loading("model", name):
-        model = run(model, MappedLayers(model, file))
+        model = run(model, MappedLayers(model, file), file.facts.dtype)
     if empty := [key for key, parameter in model.named_parameters() if parameter.is_meta]:
         raise ModelError(f"{file.path}: {empty[0]}: is packed, and no matrix of the encoder")
     try_out(model, name, (1, 2, FEW_TOKENS) if head == "MultipleChoice" else (1, FEW_TOKENS))

@@ -24,7 +24,7 @@ from opfa.runtime.library import DTYPES
 from opfa.runtime.mapped import prefix_of
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.foreign import CONFIG, PACKED, QUANTIZED, read_object
-from opfa.storage.runs import shortened
+from opfa.storage.runs import RECIPE, shortened
 
 
 class PackResult(Outcome):
@@ -60,9 +60,15 @@ class PackResult(Outcome):
         """The model."""
         return {"model": self.directory}
 
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """What the kernels do with it."""
+        return [("inspect", self.directory, "--runtime")]
 
-def pack(name: str, output: Path, dtype: str | None) -> PackResult:
-    """Write the new directory `output`: configuration, tokenizer and one packed file."""
+
+def pack(name: str, output: Path, dtype: str | None, recipe: str | None = None) -> PackResult:
+    """Write the new directory `output`: configuration, tokenizer and one packed file, and the text
+    of the `recipe` that says how its inputs are read.
+    """
     check_new(output)
     if dtype is not None and dtype not in DTYPES:
         raise RunError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -75,6 +81,8 @@ def pack(name: str, output: Path, dtype: str | None) -> PackResult:
         with quiet_transformers():
             tokenizer.save_pretrained(work)
         copy_files(source, work)
+        if recipe is not None:
+            write_text(work / RECIPE, recipe)
         _write_config(source, type(model).__name__, shortened(name), work)
         if outside := set(quant.quant_layers(model)) - inside:  # torch computes them
             quant.save(model, work / quant.FILE, outside)

@@ -34,6 +34,12 @@ def check_new(path: Path, what: str = "directory") -> None:
     _check_name(path)
 
 
+def check_there(directory: Path) -> None:
+    """Raise `RunError` unless a directory is here, to read from."""
+    if not directory.is_dir():
+        raise RunError(f"{directory}: no such directory")
+
+
 def check_file(path: Path) -> None:
     """Raise `RunError` unless a file can be written here, over an older one if there is one."""
     found = _status(path)

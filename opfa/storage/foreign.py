@@ -212,7 +212,8 @@ def packed_problem(config: bytes) -> str:
         values = json.loads(config)
     made_from = values.get("packed_from") if isinstance(values, dict) else None
     whole = f"the model that it was made from ({brief(made_from)})" if made_from else "its model"
-    return f"is packed for the runtime, and only opfa.runtime.load reads it; give {whole}"
+    readers = "opfa.runtime.load, `opfa predict` and `opfa inspect --runtime`"
+    return f"is packed for the runtime, and only {readers} read it; give {whole}"
 
 
 def weight_files(

@@ -120,23 +120,24 @@ def _decode(task: Task, logits: tuple[Tensor, ...], split: Split) -> list[_Best]
     assert contexts is not None, "the recipe asks for text_pair"
     found = [_Best() for _ in contexts]
     columns = (split.features[name] for name in ("example", "context", "offsets", "cls"))
-    starts, ends = (tensor.numpy() for tensor in logits)
-    for start, end, example, context, offsets, cls in zip(starts, ends, *columns, strict=True):
-        best, num_tokens = found[example], len(offsets)
+    windows = zip(*(tensor.numpy() for tensor in logits), strict=True)
+    for window, example, context, offsets, cls in zip(windows, *columns, strict=True):
+        best = found[example]
+        start, end = (padded[: len(offsets)] for padded in window)
         none = float(start[cls] + end[cls])
         if none < best.none:
-            best.none, best.none_score = none, _score(start, end, num_tokens, cls, cls)
+            best.none, best.none_score = none, _score(start, end, cls, cls)
         total, first, last = _best_span(start, end, context, task.n_best, task.answer_tokens)
         if total > best.total:
             best.total, best.place = total, (offsets[first][0], offsets[last][1])
             best.text = contexts[example][slice(*best.place)]
-            best.score = _score(start, end, num_tokens, first, last)
+            best.score = _score(start, end, first, last)
     return found
 
 
-def _score(start: np.ndarray, end: np.ndarray, num_tokens: int, first: int, last: int) -> float:
-    """p(start) * p(end) over the tokens of a window; what is padded is none."""
-    return float(softmax(start[:num_tokens])[first] * softmax(end[:num_tokens])[last])
+def _score(start: np.ndarray, end: np.ndarray, first: int, last: int) -> float:
+    """p(start) * p(end) over the tokens of a window."""
+    return float(softmax(start)[first] * softmax(end)[last])
 
 
 def _best_span(

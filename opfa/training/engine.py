@@ -206,6 +206,12 @@ class Engine(Weights):
         run, start = self._masters.run(parameter)
         return whole.view(-1)[start : start + run.numel()].to(run.device)
 
+    def write(self, parameter: Tensor, whole: Tensor) -> None:
+        """Give a parameter another fp32 value: its master, and what the forward pass uses."""
+        run, start = self._masters.run(parameter)
+        run.copy_(self.cut(parameter, whole))
+        self._set_working_copy(parameter, whole.reshape(-1), start, run.numel())
+
     def whole(self, parameter: Tensor) -> Tensor:
         """The full fp32 value of a parameter. Collective."""
         return self.join(parameter, self.read(parameter))
@@ -250,12 +256,10 @@ class Engine(Weights):
         self._masters.make_moments(self._parameters.values())
         for name, parameter in self._parameters.items():
             size = getattr(parameter, "ds_numel", parameter.numel())
-            for moment in (None, *MOMENTS):
+            self.write(parameter, saved.whole(f"master/{name}", size))
+            for moment in MOMENTS:
                 run, start = self._masters.run(parameter, moment)
-                value = saved.whole(f"{moment or 'master'}/{name}", size)
-                run.copy_(value[start : start + run.numel()])
-                if moment is None:
-                    self._set_working_copy(parameter, value, start, run.numel())
+                run.copy_(saved.whole(f"{moment}/{name}", size)[start : start + run.numel()])
         self._masters.num_steps = saved.facts["adam_step"]
         for key, value in saved.facts["scale"].items():
             setattr(self._engine.optimizer.loss_scaler, key, value)

@@ -20,9 +20,19 @@ from transformers import PreTrainedTokenizerBase
 from opfa.data.order import HELD_OUT, generator
 from opfa.errors import DataError, blaming
 from opfa.extras import importing
-from opfa.models.configs import load_tokenizer, quiet_transformers, wordpiece_tokenizer
+from opfa.models.configs import (
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+    wordpiece_tokenizer,
+)
+from opfa.models.encoders import skeleton
+from opfa.models.fit import check_fit
+from opfa.models.skeleton import check_positions
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
+from opfa.storage.foreign import CONFIG
+from opfa.storage.runs import MODEL
 from opfa.upstream.documents import documents_of
 from opfa.upstream.recipe import Corpus, TokenizerTraining
 from opfa.upstream.results import PrepareResult
@@ -43,12 +53,31 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 log = logging.getLogger(__name__)
 
 
-def prepare(corpus: Corpus, output: Path) -> PrepareResult:
-    """Write a corpus's examples and tokenizer to a new directory; returns its summary."""
+def prepare(corpus: Corpus, output: Path, init: str | None = None) -> PrepareResult:
+    """Write a corpus's examples and tokenizer to a new directory; returns its summary.
+
+    Raises `ModelError` first where they wouldn't fit the model `init` that is to learn from them.
+    """
     check_new(output)
+    if init is not None:
+        _check_model(corpus, init)
     with _bars(), new_directory(output) as work:
         summary = _prepare(corpus, work)
     return PrepareResult.model_validate({"directory": output, **summary})
+
+
+def _check_model(corpus: Corpus, init: str) -> None:
+    """Refuse what `opfa pretrain` would, unless that model is only made from these examples."""
+    is_here = any((Path(init) / place / CONFIG).is_file() for place in ("", MODEL))
+    if not (is_here or init == corpus.tokenizer):
+        return
+    with blaming("model.init", init):
+        config = load_config(init)
+    tokens, key = corpus.sequence_tokens, "corpus.sequence_tokens"
+    if corpus.tokenizer is None:  # it is trained on the documents
+        check_positions(skeleton(config), config, tokens, key)
+    else:
+        check_fit(config, _given_tokenizer(corpus.tokenizer), tokens, key)
 
 
 @contextlib.contextmanager
@@ -121,11 +150,15 @@ def write_summary(
 def _tokenizer(corpus: Corpus, documents: Dataset) -> PreTrainedTokenizerBase:
     if corpus.train_tokenizer is None:
         assert corpus.tokenizer is not None
-        with blaming("corpus.tokenizer", corpus.tokenizer):
-            return load_tokenizer(corpus.tokenizer)
+        return _given_tokenizer(corpus.tokenizer)
     wanted, tokens = corpus.train_tokenizer, corpus.sequence_tokens
     vocabulary = _vocabulary(wanted, documents)
     return wordpiece_tokenizer(vocabulary, lowercase=wanted.lowercase, tokens=tokens)
+
+
+def _given_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    with blaming("corpus.tokenizer", name):
+        return load_tokenizer(name)
 
 
 def _vocabulary(wanted: TokenizerTraining, documents: Dataset) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """What a launch needs: memory of each GPU, bytes on the wire, time. README.md has the formulas."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from opfa.compression.distill import rows_of_a_chunk
+from opfa.compression.pattern import bind
+from opfa.compression.scores import FromText
 from opfa.errors import ModelError, RecipeError, blaming
 from opfa.models.configs import load_config, new_config
 from opfa.models.pretraining import pretraining_skeleton
@@ -56,6 +58,8 @@ class Plan(Result):
     days: float | None
     configurations: list[Configuration]
     recommended: str | None
+    measured_sequences: int = 0  # of text, by scores, at a time
+    measured_seconds: float = 0.0
 
     def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
         """The table, and what to use."""
@@ -70,6 +74,9 @@ class Plan(Result):
         yield f"use: launch.deepspeed={file} launch.micro_batch={best.micro_batch}"
         time = f"{self.days:.1f} days" if self.days >= 1 else f"{24 * self.days:.1f} hours"
         yield f"about {time}, if sending never overlaps with computing"
+        if self.measured_sequences:
+            what = f"scores are measured on {self.measured_sequences:,} sequences"
+            yield f"{what}, about {self.measured_seconds:.0f} s on every GPU at a time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,8 @@ class Shape:
     parameters: int
     pruned: int  # weights
     pruned_tensors: int
+    kept: int  # fp32 values that scores keep
+    measured: int  # sequences on which scores are measured at a time
     teacher: int  # parameters; 0 without one
     layers: int
     hidden: int
@@ -115,15 +124,19 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
             teacher = sum(p.numel() for p in skeleton.parameters())
         except ModelError:
             teacher = parameters
-    pruned = list(recipe.pruning.layers(model).values()) if recipe.pruning else []
+    bound = bind(model, recipe.pruning.patterns) if recipe.pruning else []
+    sizes = [[layer.weight.numel() for layer in each.layers.values()] for each in bound]
+    scores = [each.pattern.score for each in bound]
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     is_everywhere = distillation is not None and distillation.tokens == "all"
     predicted = 1.0 if is_everywhere else recipe.masking.probability
     predicted = 0.0 if recipe.metric == "hidden_loss" else predicted
     return Shape(
         parameters=parameters,
-        pruned=sum(layer.weight.numel() for layer in pruned),
-        pruned_tensors=len(pruned),
+        pruned=sum(map(sum, sizes)),
+        pruned_tensors=sum(map(len, sizes)),
+        kept=sum(score.kept * sum(size) for score, size in zip(scores, sizes, strict=True)),
+        measured=sum(score.sequences for score in scores if isinstance(score, FromText)),
         teacher=teacher,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -149,11 +162,13 @@ def memory_bytes(
     activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
     chunk = rows_of_a_chunk(tokens, shape.hidden, shape.vocabulary) * shape.vocabulary
     loss = (2 * width + 5 * 4) * chunk + (4 + width) * shape.vocabulary * shape.hidden
+    measuring = 4 * (size + 2 * shape.pruned) if shape.measured else 0.0  # a copy, and gradients
     return {
         "weights": width * size / (gpus if stage >= 3 else 1),
         "gradients": 4 * size / (gpus if stage >= 2 else 1),
         "optimizer": 0.0 if zero.offload_optimizer else 12 * size / (gpus if stage >= 1 else 1),
         "masks": (1 + width) * shape.pruned,
+        "scores": 4 * shape.kept / (gpus if stage >= 1 else 1) + measuring,
         "teacher": width * shape.teacher,
         "activations": activations * width / 2 + loss,
     }
@@ -189,6 +204,11 @@ def operations(shape: Shape, batch: int) -> float:
 
     teacher = products(shape.teacher) if shape.teacher else 0.0
     return batch * shape.tokens * (6 * products(shape.parameters) + 2 * teacher)
+
+
+def measuring_operations(shape: Shape) -> float:
+    """Floating-point operations on each rank when scores are measured on text."""
+    return operations(replace(shape, teacher=0, predicted=0.0), shape.measured)
 
 
 def plan(
@@ -227,6 +247,8 @@ def plan(
         days=best.seconds_per_step * recipe.training.steps / 86400 if best else None,
         configurations=rows,
         recommended=best.configuration if best else None,
+        measured_sequences=shape.measured,
+        measured_seconds=measuring_operations(shape) / speeds["rate"],
     )
 
 

@@ -18,7 +18,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "pretrain": ("pretrain up.toml --output {}", "run"),
     "finetune": ("finetune down.toml --output {}", "run"),
     "finetune, seeds": ("finetune down.toml --seeds 2 --output {}", "run"),
-    "evaluate": ("evaluate ./nowhere --recipe down.toml --output {}", "file"),
+    "evaluate": ("evaluate ./nowhere --recipe down.toml --output {}", "new file"),
     "predictions": ("evaluate ./nowhere --recipe down.toml --predictions {}", "file"),
     "calibrate": ("calibrate ./nowhere --recipe down.toml --output {}", "directory"),
     "export": ("export ./nowhere --output {}", "new file"),

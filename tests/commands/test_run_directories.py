@@ -85,6 +85,19 @@ def test_a_model_without_a_recipe_needs_one(sparse: Path, tmp_path: Path, capsys
     for command in (["evaluate"], ["calibrate", "--output", tmp_path / "x"]):
         said = refused(capsys, command[0], tmp_path / "plain", *command[1:])
         assert f"--recipe: is needed, since {tmp_path / 'plain'} is no run" in said
+        said = refused(capsys, command[0], "runs/mein", *command[1:])
+        assert said == "opfa: --recipe: is needed, since runs/mein is no directory here\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["release runs/mein --output x", "push runs/mein me/mine", "unpack runs/mein --output x"],
+)
+def test_a_directory_that_is_not_there_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, *words.split()) == "opfa: runs/mein: no such directory\n"
 
 
 def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path, run: Path, capsys: Any) -> None:

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from opfa.compression import calibration
+from opfa.compression import blocks, calibration
 from opfa.compression.calibration import Batch, Calibration, Call, Text
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Activation, Curvature, Part, Score
+from opfa.compression.scores import Activation, Curvature, Fisher, Part, Score
 from opfa.errors import RunError
 from opfa.sparsity.layers import fuse
 from opfa.sparsity.masks import fingerprint
@@ -31,9 +31,10 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.ModuleList([nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)])
+        self.dropout = nn.Dropout(0.5)  # none while it is measured
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        first = torch.tanh(self.layer[0](x))
+        first = self.dropout(torch.tanh(self.layer[0](x)))
         return [first, torch.tanh(self.layer[1](first))]
 
 
@@ -50,11 +51,12 @@ def outputs(call: Call, batch: Batch) -> list[Tensor]:
     return [state[batch["attention_mask"].bool()] for state in call(**batch)]
 
 
-def made(score: Score, **schedule: Any) -> tuple[Net, Pruner]:
+def made(score: Score, monotone: bool = False, **schedule: Any) -> tuple[Net, Pruner]:
     model = Net()
     found = Calibration(model, Text(batches, outputs))
     ramp = Gradual(**{"end": 0, "target": 0.5, **schedule})
-    return model, Pruner(model, ramp, Pattern(include=("layer",), score=score), calibration=found)
+    pattern = Pattern(include=("layer",), monotone=monotone)
+    return model, Pruner(model, ramp, pattern, score=score, calibration=found)
 
 
 def values_of(model: Net, pruner: Pruner) -> tuple[Tensor, ...]:
@@ -64,7 +66,7 @@ def values_of(model: Net, pruner: Pruner) -> tuple[Tensor, ...]:
 
 def jacobians(model: Net, weights: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
     """Of all outputs of real tokens, by each weight: [outputs, out, in]."""
-    biases = [layer.bias.detach() for layer in model.layer]  # pyright: ignore[reportAttributeAccessIssue]
+    biases = [model.get_parameter(f"layer.{index}.bias").detach() for index in (0, 1)]
 
     def all_of_it(first: Tensor, second: Tensor) -> Tensor:
         real = batch["x"][batch["attention_mask"].bool()]
@@ -78,13 +80,20 @@ def measured(pruner: Pruner) -> dict[str, Tensor]:
     return {name: state["text"].view(SIZE, SIZE) for name, state in pruner._states.items()}
 
 
+def check_lowest(pruner: Pruner, name: str, worth: Tensor) -> None:
+    """The half that is worth least is pruned."""
+    lowest = worth.flatten().argsort(stable=True)[: SIZE * SIZE // 2]
+    pruned = (~pruner.masks()[name]).flatten().nonzero().view(-1)
+    assert sorted(lowest.tolist()) == pruned.tolist()
+
+
 def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
     model, pruner = made(Curvature(sequences=4))
-    model.layer[0].weight.data[0, 0] = 0.0
+    model.get_parameter(NAMES[0]).data[0, 0] = 0.0
     pruner.after_step(0)
     seed = torch.Generator().manual_seed(0)
     expected = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
-    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    weights = tuple(model.get_parameter(name).detach() for name in NAMES)
     for batch in batches(4):
         rows = int(batch["attention_mask"].sum())
         v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
@@ -92,17 +101,13 @@ def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
             total.add_(torch.einsum("k,koi->oi", v, found) ** 2)
     for name, total in zip(NAMES, expected, strict=True):
         torch.testing.assert_close(measured(pruner)[name], total)
-        worth = (pruner.layers[name].weight.abs() * total.sqrt()).flatten()
-        lowest = worth.argsort(stable=True)[: SIZE * SIZE // 2]
-        assert (
-            sorted(lowest.tolist()) == (~pruner.masks()[name]).flatten().nonzero().view(-1).tolist()
-        )
+        check_lowest(pruner, name, pruner.layers[name].weight.abs() * total.sqrt())
 
 
 def test_its_mean_is_the_diagonal_of_gauss_and_newton() -> None:
     model, pruner = made(Curvature(sequences=4000))
     pruner.after_step(0)
-    weights = tuple(layer.weight.detach() for layer in model.layer)  # pyright: ignore
+    weights = tuple(model.get_parameter(name).detach() for name in NAMES)
     exact = [torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)]
     for batch in batches(500):
         for total, found in zip(exact, jacobians(model, weights, batch), strict=True):
@@ -126,16 +131,90 @@ def test_it_is_measured_with_the_masks_of_the_moment_and_pruned_weights_have_som
     assert not torch.equal(before[NAMES[0]], expected) and bool((expected > 0).all())
 
 
+def fisher_blocks(model: Net, weights: tuple[Tensor, ...], size: int, damping: float) -> Any:
+    """Of each matrix, block by block: places, and the mean outer product of gradients, damped."""
+    seed, samples = torch.Generator().manual_seed(0), [[], []]
+    for batch in batches(40):
+        rows = int(batch["attention_mask"].sum())
+        v = torch.cat([torch.randn(rows, SIZE, generator=seed).flatten() for _ in range(2)])
+        for found, jacobi in zip(samples, jacobians(model, weights, batch), strict=True):
+            found.append(torch.einsum("k,koi->oi", v, jacobi).flatten())
+    for found in samples:
+        gradients = torch.stack(found).double()
+        whole = gradients.T @ gradients / len(found)
+        own = SIZE * SIZE + -(SIZE * SIZE) % size  # with what fills up the last block
+        whole += damping * whole.diagonal().sum() / own * torch.eye(SIZE * SIZE)
+        places = range(0, SIZE * SIZE, size)
+        yield [(slice(p, p + size), whole[p : p + size, p : p + size]) for p in places]
+
+
+@pytest.mark.parametrize("monotone", [False, True])
+def test_fisher_is_the_inverse_in_blocks_and_what_is_kept_makes_up_for_what_goes(
+    monotone: bool,
+) -> None:
+    score = Fisher(sequences=40, block=5, damping=0.1)
+    model, pruner = made(score, monotone, hold_until=1, every=1, initial=0.2)
+    for step, share in ((0, 0.5), (1, 0.5)):
+        before = {name: mask.clone() for name, mask in pruner.masks().items()}
+        stored = {name: model.get_parameter(name).detach().clone() for name in NAMES}
+        weights = tuple(stored[name] * before[name] for name in NAMES)
+        expected = list(fisher_blocks(model, weights, 5, 0.1))
+        pruner.after_step(step)
+        for name, weight, parts in zip(NAMES, weights, expected, strict=True):
+            after, found = pruner.masks()[name].flatten(), model.get_parameter(name).detach()
+            worth, flat = torch.empty(SIZE * SIZE), weight.flatten().double()
+            for place, block in parts:
+                own = stored[name].flatten()[place].double()
+                worth[place] = (own**2 / 2 / block.inverse().diagonal()).float()
+                kept, gone = after[place], ~after[place]
+                gain = torch.linalg.solve(
+                    block[kept][:, kept], block[kept][:, gone] @ flat[place][gone]
+                )
+                torch.testing.assert_close(
+                    found.flatten()[place][kept].double(), own[kept] + gain, rtol=1e-3, atol=1e-5
+                )
+                assert torch.equal(found.flatten()[place][gone].double(), own[gone])
+            if monotone:
+                worth[~before[name].flatten()] = -1.0
+            lowest = worth.argsort(stable=True)[: round(share * SIZE * SIZE)]
+            assert sorted(lowest.tolist()) == (~after).nonzero().view(-1).tolist()
+
+
+def test_a_singular_block_and_memory_that_is_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, pruner = made(Fisher(sequences=4))
+    for parameter in model.layer[1].parameters():
+        parameter.data.zero_()
+    model.get_parameter("layer.1.bias").data += 100.0  # tanh is flat there
+    with pytest.raises(RunError, match=r"layer.1.weight: a block .* is singular on this text"):
+        pruner.after_step(0)
+    monkeypatch.setattr(blocks, "_free_bytes", lambda _: 18_000)
+    with pytest.raises(
+        RunError, match=r"fisher: needs 0.0 GB, and 0.0 GB are free; smaller blocks"
+    ):
+        made(Fisher(sequences=4))[1].after_step(0)
+    model, pruner = made(Fisher(sequences=4, block=2))  # fits
+    pruner.after_step(0)
+    assert blocks._free_bytes(torch.device("cpu")) == 18_000 and pruner.sparsity() == 0.5
+
+
+def test_the_free_memory_of_this_machine_is_known() -> None:
+    free = blocks._free_bytes(torch.device("cpu"))
+    assert free is None or 1e8 < free < 1e14
+
+
 def test_activation_is_the_norm_of_real_inputs() -> None:
     model, pruner = made(Activation(sequences=4))
     pruner.after_step(0)
     rows = [batch["x"][batch["attention_mask"].bool()] for batch in batches(4)]
     first = torch.cat(rows)
-    layer = model.layer[0]
-    second = torch.tanh(first @ layer.weight.detach().T + layer.bias.detach())  # pyright: ignore
+    weight, bias = (model.get_parameter(f"layer.0.{name}").detach() for name in ("weight", "bias"))
+    second = torch.tanh(first @ weight.T + bias)
     for name, inputs in zip(NAMES, (first, second), strict=True):
         expected = inputs.square().sum(0).sqrt().expand(SIZE, SIZE)
         torch.testing.assert_close(measured(pruner)[name], expected)
+        check_lowest(pruner, name, pruner.layers[name].weight.abs() * expected)
     assert not any(module._forward_pre_hooks for module in pruner._calibration._skeleton.modules())  # pyright: ignore
 
 
@@ -171,8 +250,8 @@ def test_a_resumed_run_does_not_measure_again(
 ) -> None:
     def trained(pruner: Pruner, model: Net, step: int) -> str:
         with torch.no_grad():
-            for layer in model.layer:
-                layer.weight *= 1 + 0.1 * torch.arange(SIZE)  # pyright: ignore
+            for name in NAMES:
+                model.get_parameter(name).mul_(1 + 0.1 * torch.arange(SIZE))
         pruner.after_step(step)
         return fingerprint(pruner.masks())
 
@@ -203,7 +282,7 @@ def test_a_model_without_text_and_a_curvature_that_is_not_finite_are_refused() -
     with pytest.raises(RunError, match="curvature: needs text"):
         pruner.after_step(0)
     model, pruner = made(Curvature(sequences=2))
-    model.layer[1].bias.data[0] = float("nan")  # pyright: ignore
+    model.get_parameter("layer.1.bias").data[0] = float("nan")
     with pytest.raises(RunError, match=r"layer.0.weight: its curvature on this text is not finite"):
         pruner.after_step(0)
     assert pruner.sparsity() == 0.0

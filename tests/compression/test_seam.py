@@ -7,10 +7,11 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 from torch import Size, Tensor, nn
 from torch.nn import functional
 
+from opfa.compression.calibration import Calibration, Text
 from opfa.compression.grains import Grain
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import FILE, Pruner
 from opfa.compression.schedules import Gradual
-from opfa.compression.scores import Magnitude, Part, Score, State
+from opfa.compression.scores import Curvature, Fisher, Magnitude, Part, Score, State
 from opfa.compression.selection import keep
 from opfa.errors import ModelError, RunError
 from opfa.sparsity.layers import set_masks
@@ -115,12 +117,20 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, 8, generator=random), torch.randn(ROWS, 8, generator=random)
 
 
+def sequences(count: int) -> Iterator[dict[str, Tensor]]:
+    """What text is here: its outputs are losses."""
+    for step in range(count):
+        yield dict(zip("xy", batch(step), strict=True))
+
+
 def made(
     score: Score | None = None, grain: Grain | None = None, **choice: Any
 ) -> tuple[Net, Pruner]:
     """A model of which half of all weights are pruned at step 0, and again after every step."""
     model, schedule = Net(), Gradual(end=0, hold_until=STEPS, every=1, target=0.5)
-    return model, Pruner(model, schedule, Pattern(**choice), score=score, grain=grain)
+    text = Calibration(model, Text(sequences, lambda call, inputs: [call(**inputs)]))
+    pattern = Pattern(**choice)
+    return model, Pruner(model, schedule, pattern, score=score, grain=grain, calibration=text)
 
 
 def pruned(*parts: Any, **choice: Any) -> Pruner:
@@ -354,7 +364,7 @@ def test_on_two_ranks_a_score_observes_the_dense_gradient(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", ["Saliency", "Saliency-Blocks"])
+@pytest.mark.parametrize("choice", ["Saliency", "Saliency-Blocks", "Curvature", "Fisher"])
 def test_scores_and_grains_make_the_same_masks_at_every_stage(ranks: Path, choice: str) -> None:
     for precision in ("fp32", "bf16"):
         runs = [
@@ -364,6 +374,9 @@ def test_scores_and_grains_make_the_same_masks_at_every_stage(ranks: Path, choic
         ]
         assert len(set(runs[0]["masks"])) == STEPS + 1
         assert all(run["masks"] == runs[0]["masks"] for run in runs)
+        for run in runs if choice == "Fisher" else []:  # which changes weights too
+            for found, expected in zip(run["weights"], runs[0]["weights"], strict=True):
+                assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "stage"), CASES)
@@ -423,7 +436,8 @@ def main() -> None:
     """Every case on this launch's ranks."""
     torch.set_num_threads(1)
     start_distributed(60)
-    choices: list[tuple[Score, Grain | None]] = [(Saliency(), None), (Saliency(), Blocks())]
+    scores = [Saliency(), Curvature(sequences=2, every=1), Fisher(sequences=20, block=7)]
+    choices = [(Saliency(), Blocks()), *((score, None) for score in scores)]
     for precision, stage in CASES:
         for score, grain in [*choices, (Observer(), None), (Magnitude(), None)]:
             name = "-".join(type(part).__name__ for part in (score, grain) if part is not None)

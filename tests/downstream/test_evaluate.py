@@ -203,6 +203,13 @@ def test_no_possible_span_among_the_n_best_is_no_answer(
     assert evaluate.score(task, (starts, starts), split) == {"exact_match": 0.0, "squad_f1": 0.0}
 
 
+def test_what_is_padded_is_not_among_the_n_best(tmp_path: Path, tokenizer: BertTokenizer) -> None:
+    task, split = answering(tmp_path, tokenizer, "Rome", n_best=1)
+    starts, ends = peaks((0, 5, 4.0), (1, 6, 3.0)), peaks((0, 7, 4.0), (1, 7, 3.0))
+    padded = [torch.nn.functional.pad(logits, (0, 3), value=9.0) for logits in (starts, ends)]
+    assert squad.decode(task, (padded[0], padded[1]), split)[0] == ["Rome beat Paris"]
+
+
 def test_the_best_of_several_answers_counts(tmp_path: Path, tokenizer: BertTokenizer) -> None:
     task, split = answering(tmp_path, tokenizer, "May", "Rome beat Paris", "beat Paris")
     logits = peaks((0, 6, 9.0)), peaks((0, 7, 9.0))

@@ -431,6 +431,8 @@ def test_the_commands_print_figures_and_json(
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == [model.name for model in index.released()]
     assert cli.run(["list"]) == 0
-    assert "pruneofa" in capsys.readouterr().out.replace("\n", "")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [model.name for model in index.released()]  # whole, to be copied
+    assert "    masked language modelling, 85% zeros" in lines
     assert cli.run(["download", "./nowhere", "--output", str(tmp_path / "x")]) == 2
     assert "no such directory" in capsys.readouterr().err

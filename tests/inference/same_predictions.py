@@ -200,11 +200,13 @@ def compare(work: Path, kind: str, task: dict[str, Any], run: Path, asked: Rows)
     compact = work / f"{run.name}-compact"
     release(run, compact, form="compact-int8" if is_8bit else "compact")
     export(str(run), work / f"{run.name}-onnx/model.onnx")
+    opfa.pack(run, work / f"{run.name}-packed")
     ours = opfa.predict(run, asked)
     forms = {
         "RUN/model": run / "model",
         "compact": compact,
         "ONNX": work / f"{run.name}-onnx/model.onnx",
+        "packed": work / f"{run.name}-packed",
     }
     columns = {"text": task["text"], "text_pair": task.get("text_pair")}
     found = []

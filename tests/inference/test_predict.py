@@ -14,7 +14,7 @@ import pandas
 import pytest
 import torch
 from conftest import finetune_recipe, sentences
-from same_predictions import compare, run_of, tags_by_pipeline
+from same_predictions import compare, differences, run_of, tags_by_pipeline
 from snippets import run_snippets
 from transformers import BertModel, BertTokenizer
 from words import WORDS, tiny
@@ -504,10 +504,49 @@ def test_every_form_and_program_says_the_same(
         ours = opfa.predict(run, named["asked"])
         assert named["classes"] == [each.prediction for each in ours]
     others = ["onnxruntime by hand", "pipeline"] if kind == "classification" else []
-    assert list(found) == ["RUN/model", "compact", "ONNX", *others]
+    assert list(found) == ["RUN/model", "compact", "ONNX", "packed", *others]
     for row in found.values():
         assert row["equal"] == row["of"] == len(asked)
         assert row["largest"] < (1e-5 if bits == 32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "embedding"])
+def test_a_packed_model_says_the_same(models: Path, tmp_path: Path, kind: str) -> None:
+    name = "classes" if kind == "embedding" else kind  # the encoder below its head
+    examples = [{"text": "who won ?"}] if kind == "embedding" else EXAMPLES[kind][1]
+    file = write_lines(tmp_path / "a.jsonl", *examples)
+    columns = {"answers": {"text": "text", "text_pair": "c"}, "tags": {"text": "text"}}
+    options: dict[str, Any] = columns.get(kind, {"kind": "embedding"} if name != kind else {})
+    opfa.pack(models / name, tmp_path / "packed")
+    expected = opfa.predict(models / name, file, **options)
+    found = opfa.predict(tmp_path / "packed", file, **options)
+    if kind == "embedding":
+        vectors = [torch.tensor(each.prediction) for each in (*found, *expected)]
+        torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=0)
+        return
+    equal, largest = differences(found, expected)
+    assert equal == len(examples) and largest < 1e-5
+
+
+def test_a_packed_run_keeps_its_recipe_and_says_how_it_computes(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(models / "classes")
+    task = {"text": "review", "sequence_tokens": 9}
+    (run / "recipe.toml").write_text(finetune_recipe(run, tmp_path, task=task).to_toml())
+    opfa.pack(run, tmp_path / "packed")
+    assert str(tmp_path) not in (tmp_path / "packed/recipe.toml").read_text()
+    (tmp_path / "a.csv").write_text("review\ngood film\n")
+    result = predict_file(tmp_path / "packed", tmp_path / "a.csv", tmp_path / "b.csv")
+    assert result.sequence_tokens == 9
+    assert result.runs_in.startswith("opfa's kernels (fp32, ")
+    capsys.readouterr()
+    assert cli.run(["inspect", str(tmp_path / "packed")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "give the model that it was made from" in said
+    assert "`opfa predict`" in said and "`opfa inspect --runtime`" in said
 
 
 def test_tags_are_those_of_pipeline(models: Path) -> None:

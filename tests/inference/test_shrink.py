@@ -1,11 +1,13 @@
 """Exact removal of dead heads and neurons, and the forms in which a smaller model is written."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import opfa
 from opfa import runtime
 from opfa.downstream.finetune import finetune
 from opfa.errors import ModelError, RunError
+from opfa.inference import shrink as shrinking
 from opfa.models.configs import load_tokenizer, wordpiece_tokenizer
 from opfa.models.encoders import write_model
 from opfa.models.removal import find_dead, fold, layers_of, remove
@@ -135,6 +138,21 @@ def test_an_uneven_model_loads_in_transformers_bit_for_bit(family: str, tmp_path
     assert (logits(in_kernels) - expected).abs().max() < 1e-4
     opfa.pack(tmp_path / "small", tmp_path / "packed")
     assert torch.equal(logits(runtime.load(tmp_path / "packed", threads=1)), logits(in_kernels))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_of_few_positions_is_compared_on_as_many_tokens(
+    family: str, tmp_path: Path
+) -> None:
+    positions = {"bert": 8, "roberta": 10}[family]  # RoBERTa's begin behind two
+    config = copy.deepcopy(CONFIGS[family])
+    config.max_position_embeddings = positions
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    kill(model, {(1, HEADS, 1): "values"})
+    path = written(model, tmp_path / "dead")
+    with mock.patch.object(shrinking, "_states", wraps=shrinking._states) as states:
+        opfa.shrink(path, tmp_path / "small")
+    assert [call.args[1]["input_ids"].shape for call in states.call_args_list] == [(2, 8)] * 2
 
 
 def test_a_model_without_neurons_is_even_too(tmp_path: Path) -> None:

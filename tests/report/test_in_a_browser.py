@@ -20,7 +20,7 @@ from opfa.storage import seal
 from opfa.weights.inspection import inspect_masks
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -217,4 +217,50 @@ def test_the_pointer_and_the_keys_read_curves(
     assert rate.locator(".where").inner_text() == ""
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    opened.check(run_page)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_curves_are_zoomed_by_keys_buttons_wheel_and_dragging(
+    browser: "Browser", run_page: Path, width: int, scheme: str
+) -> None:
+    opened = Opened(browser, run_page, width, scheme)
+    page = opened.page
+    loss = page.get_by_role("group", name="Training loss")
+    rate = page.get_by_role("group", name="Learning rate")
+    shown, where = page.locator("#shown"), loss.locator(".where")
+
+    def labels(chart: "Locator") -> list[str]:
+        """Of the x axis."""
+        return chart.locator("> svg > text[text-anchor=middle]").all_text_contents()[:-1]
+
+    every_label, every_line = labels(loss), loss.locator("> svg").inner_html()
+    loss.focus()
+    for key in ("Home", "ArrowRight", "+", "+", "+"):  # around step 2, down to two gaps
+        page.keyboard.press(key)
+    assert shown.inner_text() == "steps 2 to 3" and where.inner_text() == "step 2"
+    assert set(labels(loss)) == set(labels(rate)) == {"2", "3"}
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight"):  # the picture follows
+        page.keyboard.press(key)
+    assert shown.inner_text() == "steps 3 to 5" and where.inner_text() == "step 5"
+    assert float(loss.locator(".legend b").inner_text()) == LOSSES[4]
+    box = loss.locator("> svg").bounding_box()
+    assert box is not None
+    left, across = box["x"] + 62, box["width"] - 62 - 12
+    page.mouse.move(left, box["y"] + 60)
+    assert where.inner_text() == "step 3" and rate.locator(".where").inner_text() == "step 3"
+    page.mouse.down()
+    page.mouse.move(left + across / 2, box["y"] + 60)
+    page.mouse.up()
+    assert shown.inner_text() == "steps 2 to 4"
+    page.mouse.wheel(0, 2_000)  # away
+    page.wait_for_function("document.getElementById('shown').innerText == ''")
+    page.keyboard.press("Escape")
+    page.mouse.move(1, 1)
+    assert labels(loss) == every_label and loss.locator("> svg").inner_html() == every_line
+    for name, expected in (("Zoom in", "steps 2 to 5"), ("Zoom out", ""), ("Zoom in", "steps 2")):
+        page.get_by_role("button", name=name).click()
+        assert shown.inner_text().startswith(expected)
+    page.get_by_role("button", name="All steps").press("Enter")
+    assert shown.inner_text() == "" and labels(loss) == every_label
     opened.check(run_page)

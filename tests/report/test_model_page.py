@@ -113,6 +113,23 @@ def test_what_is_inserted_is_escaped_and_nothing_else_may_run(model: Path, tmp_p
     assert (matrix["name"], matrix["shape"], matrix["zeros"]) == (OUTPUT, [16, 32], 480)
 
 
+def test_the_page_of_a_run_links_the_page_of_its_training(model: Path, tmp_path: Path) -> None:
+    run, page = tmp_path / "runs/50 %", tmp_path / "pages/page.html"
+    (run / "report").mkdir(parents=True)
+    (run / "model").symlink_to(model)
+    (run / "recipe.toml").write_text("")
+    page.parent.mkdir()
+
+    def links(name: Path) -> list[str]:
+        assert cli.run(["inspect", str(name), "--page", str(page)]) == 0
+        return re.findall(r'<a href="([^"]+)">', page.read_text())
+
+    assert links(run) == []  # there is no such page
+    (run / "report/index.html").write_text("")
+    assert links(run) == links(run / "model") == ["../runs/50%20%25/report/index.html"]
+    assert f">{run}/report/index.html</a>" in page.read_text()
+
+
 def test_a_dense_model_has_a_page_without_pictures(tmp_path: Path) -> None:
     save_file({OUTPUT: torch.ones(4, 4)}, tmp_path / "model.safetensors")
     assert cli.run(["inspect", str(tmp_path), "--page", str(tmp_path / "page.html")]) == 0

@@ -14,7 +14,7 @@ import pytest
 from conftest import finetune_recipe, pretrain_recipe
 
 from opfa.commands import app as cli
-from opfa.downstream import calibrate as calibrating
+from opfa.downstream import evaluate as evaluating
 from opfa.errors import RunError
 from opfa.hub import download as downloading
 from opfa.inference import export as exporting
@@ -254,7 +254,7 @@ STALLED = {  # where a command is in the middle; `prepare` in worker processes o
     "prepare": (corpus, "_cut_group"),
     "release": (releasing, "inspect_checkpoint"),
     "unpack": (releasing, "verify"),
-    "calibrate": (calibrating, "fill_finished"),
+    "calibrate": (evaluating, "fill_finished"),
     "export": (exporting.onnx_graph, "trace"),
     "download": (downloading, "_check_code"),
 }

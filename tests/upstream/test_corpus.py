@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import pretrain_values
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from words import tiny
 
+import opfa
 from opfa.data.order import PAIRS, generator
-from opfa.errors import DataError, RunError
+from opfa.errors import DataError, ModelError, RunError
 from opfa.upstream import corpus as corpus_module
 from opfa.upstream import documents as documents_module
 from opfa.upstream.corpus import prepare
@@ -440,6 +443,28 @@ def test_an_output_directory_that_exists_is_refused_and_kept(tmp_path: Path) -> 
     with pytest.raises(RunError, match="out: exists already; give a new directory"):
         prepare(corpus, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_examples_that_the_model_has_no_positions_for_are_refused_before_documents_are_read(
+    tmp_path: Path, tokenizer: BertTokenizer, has_tokenizer: bool
+) -> None:
+    model = tmp_path / "run/model"  # that of a run, for which the run stands
+    tiny().save_pretrained(model)  # no weights
+    tokenizer.save_pretrained(model)
+    values = pretrain_values(tmp_path / "nowhere", corpus={"sequence_tokens": 33})
+    if has_tokenizer:
+        del values["corpus"]["train_tokenizer"]  # so it is the model's
+    expected = "^corpus.sequence_tokens = 33: this model has only 32 positions$"
+    for init in (model, model.parent):
+        with pytest.raises(ModelError, match=expected):
+            opfa.prepare({**values, "model": {"init": str(init)}}, tmp_path / "out")
+
+
+def test_examples_can_be_prepared_before_their_model_is_made(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "a.jsonl", *texts(12))
+    prepare(corpus, tmp_path / "out", str(tmp_path / "runs/teacher/model"))
+    assert (tmp_path / "out/corpus.json").is_file()
 
 
 def failing(error: BaseException) -> Callable[..., Any]:

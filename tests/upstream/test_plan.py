@@ -1,6 +1,7 @@
 """The formulas of `opfa plan`, against counts made by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TOY = Shape(
     parameters=1_000,
     pruned=600,
     pruned_tensors=2,
+    kept=0,
+    measured=0,
     teacher=1_000,
     layers=2,
     hidden=10,
@@ -55,6 +58,24 @@ def test_memory_by_stage(stage: int, state: int) -> None:
     assert memory["teacher"] == 2_000
     loss = (2 * 2 + 5 * 4) * 24 * 30 + (4 + 2) * 30 * 10  # logits, gradient of the projection
     assert memory["activations"] == 24 * 2 * (180 + 160) + loss
+
+
+def test_a_score_by_curvature_needs_a_value_a_weight_and_a_copy_for_a_while() -> None:
+    toy = replace(TOY, kept=600, measured=384)
+    for stage, state in ((0, 2_400), (1, 600)):
+        memory = memory_bytes(toy, FILES[f"zero{stage}"], gpus=4, micro_batch=3)
+        assert memory["scores"] == state + 4 * (1_000 + 2 * 600)
+    assert memory_bytes(TOY, FILES["zero1"], gpus=4, micro_batch=3)["scores"] == 0
+    speeds = {"memory_gb": 80, "bandwidth_gbps": 400, "teraflops": 50}
+    recipe = bert("pruning.pattern.score=curvature")
+    found, shape = plan(recipe, gpus=8, **speeds), shape_of(recipe)
+    assert (shape.kept, shape.measured) == (shape.pruned, 384)
+    tokens = recipe.corpus.sequence_tokens
+    per_sequence = 6 * tokens * (shape.parameters - 30_522 * 768 + 2 * 12 * 768 * tokens)
+    assert found.measured_seconds == pytest.approx(384 * per_sequence / 50e12)
+    said = [part for part in found.parts() if isinstance(part, str)]
+    assert said[-1].startswith("scores are measured on 384 sequences, about ")
+    assert plan(bert(), gpus=8, **speeds).measured_sequences == 0
 
 
 def test_offloading_takes_the_optimizer_away() -> None:

@@ -1,7 +1,8 @@
 // Line charts with one cursor for all that have the same x axis. Each is drawn as SVG by its width;
-// the pointer and the keyboard move the cursor from one logged step to the next.
+// the pointer and the keyboard move the cursor from one logged step to the next. On a page with the
+// buttons of zooming all of them show the same part of that axis, and its values from top to bottom.
 
-const HEIGHT = 232, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 40, FEW = 40;
+const HEIGHT = 232, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 40, FEW = 40, EDGE = 6, FASTER = 1.6;
 
 function ticks(low, high, most) {
   const rough = (high - low) / most, power = 10 ** Math.floor(Math.log10(rough));
@@ -10,6 +11,8 @@ function ticks(low, high, most) {
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step);
   return found.map(value => Number(value.toPrecision(12)));
 }
+
+const $ = id => document.getElementById(id);
 
 function range(values, hasZero) {
   let low = Infinity, high = -Infinity;
@@ -33,8 +36,16 @@ function valueAt(curve, at) {
   if (i < 0) return null;
   if (curve.x[i] === at || curve.how === "steps") return curve.y[i];
   if (curve.how !== "exact" || i + 1 >= curve.x.length) return null;
+  if (curve.y[i] === null || curve.y[i + 1] === null) return null;
   const share = (at - curve.x[i]) / (curve.x[i + 1] - curve.x[i]);
   return curve.y[i] + share * (curve.y[i + 1] - curve.y[i]);
+}
+
+// The values of a curve in a part of the axis, with those of its line at both ends.
+function between(curve, low, high) {
+  const inside = curve.y.filter((_, i) => low <= curve.x[i] && curve.x[i] <= high);
+  const line = { ...curve, how: curve.how === "steps" ? "steps" : "exact" };
+  return [...inside, valueAt(line, low), valueAt(line, high)];
 }
 
 class Chart {
@@ -49,10 +60,12 @@ class Chart {
     const title = data.unit ? `${data.title}, ${data.unit}` : data.title;
     this.figure = element("figure", {
       class: "chart", tabindex: "0", role: "group", "aria-roledescription": "line chart",
-      "aria-label": `${title}. ${this.summary()} Left and right arrow keys move through it.`,
+      "aria-label": `${title}. ${this.summary()} Left and right arrow keys move through it.${$("fit") ? " Plus and minus zoom, 0 shows all." : ""}`,
     }, element("div", { class: "heading" }, element("h3", {}, title), this.where), this.legend(), this.svg, this.said);
-    this.svg.addEventListener("pointermove", event => this.point(event));
-    this.svg.addEventListener("pointerdown", event => this.point(event));
+    this.svg.addEventListener("pointermove", event => this.move(event));
+    this.svg.addEventListener("pointerdown", event => this.press(event));
+    for (const name of ["pointerup", "pointercancel"]) this.svg.addEventListener(name, () => { this.dragged = null; });
+    this.svg.addEventListener("wheel", event => this.wheel(event), { passive: false });
     this.svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") this.share(null); });
     this.figure.addEventListener("keydown", event => this.key(event));
     this.figure.addEventListener("blur", () => this.share(null));
@@ -85,16 +98,40 @@ class Chart {
     const scaled = this.data.has_log_x ? Math.log : value => value;
     const places = this.all.places[this.data.x_label]; // the same axis for all of them
     const [x0, x1] = this.data.has_log_x || places.length === 1
-      ? range(places.map(scaled), false) : [places[0], places.at(-1)];
-    const [y0, y1] = range(curves.flatMap(curve => curve.y), this.data.has_zero);
+      ? range(places.map(scaled), false) : this.view;
+    const all = curves.flatMap(curve => curve.y), shown = this.all.view ? curves.flatMap(curve => between(curve, x0, x1)) : all;
+    const [y0, y1] = range(shown.some(value => value !== null) ? shown : all, this.data.has_zero);
     this.step = place => x0 + (place - LEFT) / (width - LEFT - RIGHT) * (x1 - x0);
     this.x = value => LEFT + (scaled(value) - x0) / (x1 - x0) * (width - LEFT - RIGHT);
     this.y = value => HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.svg.setAttribute("height", HEIGHT);
     this.marks = element("g");
-    this.svg.replaceChildren(...this.axes(x0, x1, y0, y1), ...curves.flatMap(curve => this.drawn(curve)), this.marks);
+    const box = { x: LEFT - EDGE, y: 0, width: width - LEFT - RIGHT + 2 * EDGE, height: HEIGHT - BOTTOM + EDGE };
+    const plot = element("svg", { ...box, viewBox: Object.values(box).join(" ") }); // cuts what is outside
+    plot.append(...curves.flatMap(curve => this.drawn(curve)), this.marks);
+    this.svg.replaceChildren(...this.axes(x0, x1, y0, y1), plot);
     this.show(this.at);
+  }
+
+  get whole() { const places = this.all.places[this.data.x_label]; return [places[0], places.at(-1)]; }
+  get view() { return this.all.view ?? this.whole; }
+
+  // Zoom around a place of the axis: by default around the cursor, else the middle.
+  zoom(by, at) {
+    const [low, high] = this.view, [first, last] = this.whole, gaps = this.all.places[this.data.x_label].length - 1;
+    at ??= this.at !== null && low <= this.at && this.at <= high ? this.at : (low + high) / 2;
+    const span = clamp((high - low) / by, (last - first) * Math.min(1, 2 / gaps), last - first);
+    this.look(at - (at - low) * span / (high - low), span);
+  }
+
+  // Show so much of the axis from a place on, in all charts.
+  look(from, span) {
+    if (!$("fit") || this.whole[0] === this.whole[1]) return;
+    const [first, last] = this.whole, low = clamp(from, first, last - span), isAll = span >= last - first;
+    this.all.view = isAll ? null : [low, low + span];
+    for (const chart of this.all) chart.draw();
+    $("shown").textContent = isAll ? "" : `${this.data.x_label}s ${number(Math.ceil(low - 1e-9))} to ${number(Math.floor(low + span + 1e-9))}`;
   }
 
   axes(x0, x1, y0, y1) {
@@ -131,6 +168,27 @@ class Chart {
     return found;
   }
 
+  press(event) {
+    if (this.all.view) {
+      this.svg.setPointerCapture(event.pointerId);
+      this.dragged = { x: event.clientX, from: this.view[0] };
+    }
+    this.point(event);
+  }
+
+  move(event) {
+    if (!this.dragged) return this.point(event);
+    const [low, high] = this.view, { x, from } = this.dragged;
+    this.look(from - (event.clientX - x) / (this.width - LEFT - RIGHT) * (high - low), high - low);
+  }
+
+  wheel(event) {
+    if (!$("fit") || !this.x || (!event.ctrlKey && !event.metaKey && document.activeElement !== this.figure)) return;
+    event.preventDefault();
+    const place = event.clientX - this.svg.getBoundingClientRect().left;
+    this.zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.002)), clamp(this.step(place), ...this.view));
+  }
+
   point(event) {
     if (!this.x) return;
     const place = event.clientX - this.svg.getBoundingClientRect().left, { length } = this.places;
@@ -152,9 +210,13 @@ class Chart {
     const far = Math.max(1, Math.round(last / 20));
     const next = { ArrowLeft: i - 1, ArrowRight: i + 1, PageUp: i - far, PageDown: i + far, Home: 0, End: last }[event.key];
     if (event.key === "Escape") this.share(null);
+    const by = { "+": FASTER, "=": FASTER, "-": 1 / FASTER, 0: 0 }[event.key];
+    if (by !== undefined && !event.ctrlKey && !event.metaKey) return this.zoom(by);
     if (next === undefined) return;
     event.preventDefault();
-    this.share(places[clamp(next, 0, last)], true);
+    const place = places[clamp(next, 0, last)], [low, high] = this.view;
+    if (this.all.view && (place < low || place > high)) this.look(place - (high - low) / 2, high - low);
+    this.share(place, true);
   }
 
   share(at, isSpoken = false) {
@@ -179,6 +241,7 @@ class Chart {
 
 const charts = [];
 charts.places = {}; // by x axis, of all charts together
+charts.view = null; // the part of the x axis that is shown; null for all of it
 for (const data of DATA.charts) {
   const chart = new Chart(data, charts);
   charts.push(chart);
@@ -188,4 +251,9 @@ for (const data of DATA.charts) {
 for (const { data, places } of charts) {
   const known = charts.places[data.x_label] ?? [];
   charts.places[data.x_label] = [...new Set([...known, ...places])].sort((a, b) => a - b);
+}
+if ($("fit")) {
+  $("in").onclick = () => charts[0].zoom(FASTER);
+  $("out").onclick = () => charts[0].zoom(1 / FASTER);
+  $("fit").onclick = () => charts[0].zoom(0);
 }
