@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from opfa.inference.texts import Texts
 
 Scope = Literal["layer", "global"]
-ScoreName = Literal["magnitude", "activation", "curvature", "admm"]
+ScoreName = Literal["magnitude", "activation", "curvature", "fisher", "admm"]
 SEQUENCES = 512  # of texts: nine tenths are for measuring and fitting
 GrainName = str  # "weight", "neurons", "heads", or the size of blocks, such as "32x32"
 
@@ -103,10 +103,10 @@ def prune(
     `texts` are as in `opfa.trim`: texts (str), files (`Path`) with texts in `columns`, or `hub`. A
     model in memory needs its `tokenizer` too. So many `sequences` of up to 128 tokens are drawn of
     them. The last tenth is held out, and the result says how far hidden states moved on it. With
-    texts, `score` may be "curvature" or "activation", and with `reconstruct` what is left is fitted
-    by least squares, layer by layer, to what the dense model computes. "admm" finds the mask while
-    it fits, and always reconstructs. Raises `RecipeError` for settings, `ModelError` for models,
-    `DataError` for texts; then a model in memory is as it was, and nothing is written.
+    texts, `score` may be "curvature", "activation" or "fisher"; with `reconstruct` what is left is
+    fitted by least squares, layer by layer, to what the dense model computes. "admm" finds the mask
+    while it fits, and always reconstructs. Raises `RecipeError` for settings, `ModelError` for
+    models, `DataError` for texts; then a model in memory is as it was, and nothing is written.
     """
     from opfa.compression.layerwise import Admm
     from opfa.compression.oneshot import OneShot

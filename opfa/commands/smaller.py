@@ -77,7 +77,7 @@ def prune(
         Literal["magnitude", "activation", "curvature", "admm", "fisher"] | None,
         Option(
             help="What each is worth; default: magnitude, with --keep fisher. With --text, "
-            "activation, curvature or admm."
+            "activation, curvature, fisher or admm."
         ),
     ] = None,
     grain: Annotated[

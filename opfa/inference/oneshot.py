@@ -6,7 +6,7 @@ far hidden states move on texts that were held out.
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +79,7 @@ def prune_by_text(
             score=_measuring(own, settings, len(sequences.fitted)),
             grain=grain,
             calibration=Calibration(model, Text(partial(sequences.first, size=ROWS), _states)),
-            fit=partial(_fit, model, sequences, admm, settings.sparsity)
+            fit=partial(_fit, model, sequences, admm, settings.sparsity, before)
             if reading.reconstruct
             else None,
         )
@@ -125,8 +125,11 @@ def _fit(
     sequences: Sequences,
     admm: Admm | None,
     sparsity: float,
+    dense: Mapping[int, Tensor],
     targets: Layers,
 ) -> None:
+    for layer in targets.values():  # a score may have changed them
+        layer.weight.data.copy_(dense[id(layer.weight)])
     texts = []
     for batch in sequences.batches(sequences.fitted):
         texts.append((batch["attention_mask"], partial(model.base_model, **batch)))

@@ -16,7 +16,7 @@ import opfa
 from opfa.api.results import PruneResult
 from opfa.commands import app as cli
 from opfa.compression.layerwise import RIDGE, Admm
-from opfa.compression.scores import Curvature
+from opfa.compression.scores import Curvature, Fisher
 from opfa.errors import DataError, ModelError, OpfaError, RecipeError, RunError
 from opfa.inference.sequences import read_sequences
 from opfa.inference.texts import Texts
@@ -68,7 +68,7 @@ def fed(model: PreTrainedModel, name: str, texts: list[str]) -> np.ndarray:
 LAYER = "bert.encoder.layer"
 
 
-@pytest.mark.parametrize("score", ["curvature", FEW], ids=str)
+@pytest.mark.parametrize("score", ["curvature", FEW, Fisher(block=4, sequences=18)], ids=str)
 @pytest.mark.parametrize("name", [f"{LAYER}.0.attention.self.key", f"{LAYER}.1.output.dense"])
 def test_a_matrix_is_fitted_on_what_the_pruned_model_feeds_it(score: str, name: str) -> None:
     dense = model_of("bert")
@@ -233,7 +233,7 @@ MISTAKES: list[tuple[dict[str, Any], type[OpfaError], str]] = [
     ),
     ({"score": "admm", "scope": "global"}, RecipeError, r'"admm" counts by matrix'),
     ({"score": "admm", "grain": "heads"}, RecipeError, '"admm" finds single weights'),
-    ({"score": "fisher"}, RecipeError, "score"),
+    ({"score": "saliency"}, RecipeError, "score"),
     (
         {"reconstruct": True, "include": ["pooler|layer"]},
         ModelError,
