@@ -303,7 +303,7 @@ def test_what_is_no_encoder_of_transformers_or_in_8_bits_is_refused(
     with pytest.raises(ModelError, match="Sequential: texts are for a model of transformers"):
         plain = nn.Sequential(nn.Linear(4, 4))
         opfa.prune(plain, 0.5, include=["0"], texts=TEXTS, tokenizer=tokenizer_of())
-    config = BartConfig(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=len(WORDS))
+    config = BartConfig(d_model=16, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=len(WORDS))
     with pytest.raises(ModelError, match="BartModel: texts are for an encoder, without a decoder"):
         opfa.prune(BartModel(config), 0.5, texts=TEXTS, tokenizer=tokenizer_of())
     with pytest.raises(RunError, match="has its own tokenizer"):
