@@ -132,6 +132,28 @@ def test_admm_counts_exactly_and_beats_the_mask_of_magnitude(sparsity: float) ->
     assert torch.equal(mask, Admm().mask(system, dense, sparsity))
 
 
+def test_admm_is_its_formula() -> None:
+    dense = draw(20, 30)
+    theirs = correlated(width=30)
+    system = inputs_of(theirs, theirs).system(dense, has_bias=True)
+    gram, wanted = system.gram.numpy(), system.wanted.numpy()
+    scale = np.sqrt(gram.diagonal())
+    h, hw = gram / scale / scale[:, None], (wanted / scale).T
+    w, u = dense.double().numpy().T * scale[:, None], np.zeros((30, 20))
+    kept = np.ones(w.shape, dtype=bool)
+    for iteration in range(1, 21):  # the dual, the projection, the ridge regression
+        if iteration <= 15:
+            zeros = round(0.8 * (1 - (1 - iteration / 15) ** 3) * w.size)
+            lowest = np.argsort(np.abs(w + u), axis=None)[:zeros]
+            kept = np.ones(w.size, dtype=bool)
+            kept[lowest] = False
+            kept = kept.reshape(w.shape)
+        z = (w + u) * kept
+        u = u + w - z
+        w = np.linalg.solve(h + np.eye(30), hw + (z - u))
+    assert np.array_equal(Admm().mask(system, dense, 0.8).numpy(), kept.T)
+
+
 def test_admm_of_independent_inputs_is_weight_times_size_of_input() -> None:
     scale = torch.linspace(0.1, 3, 30, dtype=torch.float64)
     dense = draw(20, 30).double()

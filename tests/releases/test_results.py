@@ -78,7 +78,7 @@ def test_the_table_of_pruning_in_one_shot_is_that_of_its_results(
     script = importlib.import_module("oneshot")
     readme = (ROOT / "opfa/compression/README.md").read_text()
     assert f"-->\n{script.table(rows)}\n<!-- /oneshot -->" in readme
-    assert all(row["sparsity"] == pytest.approx(row["asked"], abs=1e-6) for row in rows)
+    assert all(row["sparsity"] == pytest.approx(row["asked"], abs=1e-5) for row in rows)
     assert f"All rows are of {script.SEQUENCES} sequences" in readme
     assert f"{rows[0]['held_out']} of them held out" in readme
 
