@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         unpack,
     )
     from opfa.api.own import list_recipes, new_recipe
-    from opfa.api.prune import prune, prune_layers, prune_structured
+    from opfa.api.prune import prune
+    from opfa.api.structured import prune_layers, prune_structured
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.api.trim import trim
     from opfa.inference.predict import predict
@@ -73,8 +74,8 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "prepare": "opfa.api.train",
     "pretrain": "opfa.api.train",
     "prune": "opfa.api.prune",
-    "prune_layers": "opfa.api.prune",
-    "prune_structured": "opfa.api.prune",
+    "prune_layers": "opfa.api.structured",
+    "prune_structured": "opfa.api.structured",
     "push": "opfa.api.models",
     "release": "opfa.api.models",
     "shrink": "opfa.api.models",

@@ -38,6 +38,7 @@ SLOW = [
     "inference/test_export.py",
     "inference/test_shrink.py",
     "inference/test_trim.py",
+    "inference/test_oneshot.py",
     "training/test_ranks.py",
     "integrations/test_loops.py",
     "bench/test_bench_train.py",

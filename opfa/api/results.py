@@ -1,10 +1,9 @@
 """The types that the functions of `opfa` return, for annotations."""
 
-from opfa.api.prune import PruneResult
 from opfa.downstream.results import CalibrateResult, EvaluateResult, FinetuneResult, SweepResult
 from opfa.hub.index import Released
 from opfa.hub.results import DownloadResult, PushResult
-from opfa.inference.results import ExportResult
+from opfa.inference.results import ExportResult, PruneResult
 from opfa.inference.shrink import ShrinkResult
 from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opfa.api.progress import progress
-from opfa.errors import RunError
+from opfa.api.texts import texts_of
 from opfa.storage.files import check_new
 
 if TYPE_CHECKING:
@@ -38,16 +38,7 @@ def trim(
     then.
     """
     check_new(Path(output))
-    if isinstance(texts, str):
-        raise RunError(f"texts = {texts!r}: could be a text or a file; give [text] or Path(file)")
-    given = [texts] if isinstance(texts, Path) else list(texts)
-    from opfa.inference.texts import HubTexts, Texts
+    found = texts_of(texts, columns, hub, hub_config, hub_split)
     from opfa.inference.trim import trim as execute
 
-    found = Texts(
-        in_memory=tuple(each for each in given if isinstance(each, str)),
-        files=tuple(each for each in given if isinstance(each, Path)),
-        hub=None if hub is None else HubTexts(name=hub, config=hub_config, split=hub_split),
-        columns=(columns,) if isinstance(columns, str) else tuple(columns),
-    )
     return execute(str(model), found, Path(output), min_count=min_count)

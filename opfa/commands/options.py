@@ -52,3 +52,16 @@ def check_files(options: dict[str, Path | None]) -> None:
             raise RunError(f"{option} {error}") from None
     if len({path.absolute() for path in given.values()}) < len(given):
         raise RunError(f"{' and '.join(given)}: are the same file; give two")
+
+
+Texts = Annotated[
+    list[str] | None,
+    Option(help="A file of texts, or a glob pattern, as in corpus.documents; repeatable."),
+]
+Columns = Annotated[
+    list[str] | None,
+    Option(help="A column of texts, or of lists of them; repeatable. Default: text."),
+]
+HubTexts = Annotated[str | None, Option(help="A data set of the Hub.")]
+HubConfig = Annotated[str | None, Option(help="The data set's configuration.")]
+HubSplit = Annotated[str, Option(help="The data set's split.")]

@@ -1,15 +1,28 @@
 """Commands that make a model smaller without training: prune, shrink, pack."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer import Option
 
 from opfa.api import models as api
-from opfa.api.prune import CostName, Scope, prune_layers, prune_structured
+from opfa.api.prune import SEQUENCES, Scope
 from opfa.api.prune import prune as execute_prune
-from opfa.commands.options import AsJson, ModelName, Output, Overrides, TaskRecipe
+from opfa.api.structured import CostName, prune_layers, prune_structured
+from opfa.commands.options import (
+    AsJson,
+    Columns,
+    HubConfig,
+    HubSplit,
+    HubTexts,
+    ModelName,
+    Output,
+    Overrides,
+    TaskRecipe,
+    Texts,
+)
 from opfa.errors import RunError
 
 app = typer.Typer()
@@ -61,8 +74,11 @@ def prune(
     ] = None,
     of: Annotated[CostName | None, Option(help="With --keep, of what; default: macs.")] = None,
     score: Annotated[
-        Literal["magnitude", "fisher"] | None,
-        Option(help="What each is worth; default: magnitude, with --keep fisher."),
+        Literal["magnitude", "activation", "curvature", "admm", "fisher"] | None,
+        Option(
+            help="What each is worth; default: magnitude, with --keep fisher. With --text, "
+            "activation, curvature, fisher or admm."
+        ),
     ] = None,
     grain: Annotated[
         str | None,
@@ -77,6 +93,20 @@ def prune(
         Option(help="With --sparsity: a regular expression for names of layers; repeatable."),
     ] = None,
     exclude: Annotated[list[str] | None, Option(help="Of those, what stays dense.")] = None,
+    reconstruct: Annotated[
+        bool, Option("--reconstruct", help="With --text: fit what is left by least squares.")
+    ] = False,
+    text: Texts = None,
+    column: Columns = None,
+    hub: HubTexts = None,
+    hub_config: HubConfig = None,
+    hub_split: HubSplit = "train",
+    sequences: Annotated[
+        int | None,
+        Option(
+            help=f"Of the texts, of up to 128 tokens; a tenth is held out; default: {SEQUENCES}."
+        ),
+    ] = None,
     recipe: TaskRecipe = None,
     examples: Annotated[
         int | None,
@@ -96,6 +126,8 @@ def prune(
     --keep and --layers need a fine-tuned model and its task: the run's own recipe, or --recipe.
     """
     of_weights = {"grain": grain, "scope": scope, "include": include, "exclude": exclude}
+    of_weights |= {"reconstruct": reconstruct or None, "hub": hub, "hub-config": hub_config}
+    of_weights |= {"text": text, "column": column, "sequences": sequences}
     of_units = {"of": of, "batch": batch, "tokens": tokens}
     of_task = {"examples": examples, "recipe": recipe, "[section.key=value]": overrides}
     if sum(each is not None for each in (sparsity, keep, layers)) != 1:
@@ -105,8 +137,11 @@ def prune(
         _refuse("--sparsity", {**of_units, **of_task})
         if not 0 <= sparsity < 1:
             raise RunError(f"--sparsity {sparsity:g}: must be a share below 1, such as 0.9")
-        options = _given({**of_weights, "score": score})
-        execute_prune(model, sparsity, output, **options).show(as_json=as_json)
+        options = {"score": score, "grain": grain, "scope": scope, "sequences": sequences}
+        options |= {"include": include, "exclude": exclude, "columns": column, "hub": hub}
+        options |= {"hub_config": hub_config, "hub_split": hub_split, "reconstruct": reconstruct}
+        options |= {"texts": [Path(each) for each in text or ()]}
+        execute_prune(model, sparsity, output, **_given(options)).show(as_json=as_json)
     task = (recipe, overrides or ())
     if keep is not None:
         _refuse("--keep", of_weights)

@@ -7,7 +7,16 @@ import typer
 from typer import Option
 
 from opfa.api.trim import trim as execute
-from opfa.commands.options import AsJson, ModelName, Output
+from opfa.commands.options import (
+    AsJson,
+    Columns,
+    HubConfig,
+    HubSplit,
+    HubTexts,
+    ModelName,
+    Output,
+    Texts,
+)
 from opfa.errors import RunError
 
 app = typer.Typer()
@@ -17,17 +26,11 @@ app = typer.Typer()
 def trim(
     model: ModelName,
     output: Output,
-    text: Annotated[
-        list[str] | None,
-        Option(help="A file of texts, or a glob pattern, as in corpus.documents; repeatable."),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        Option(help="A column of texts, or of lists of them; repeatable. Default: text."),
-    ] = None,
-    hub: Annotated[str | None, Option(help="A data set of the Hub.")] = None,
-    hub_config: Annotated[str | None, Option(help="The data set's configuration.")] = None,
-    hub_split: Annotated[str, Option(help="The data set's split.")] = "train",
+    text: Texts = None,
+    column: Columns = None,
+    hub: HubTexts = None,
+    hub_config: HubConfig = None,
+    hub_split: HubSplit = "train",
     min_count: Annotated[
         int, Option(min=1, help="Cut what stands fewer times; above 1 some texts change.")
     ] = 1,

@@ -1,10 +1,11 @@
 """One-shot pruning: the seam once, without a schedule and without training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from opfa.compression.calibration import Calibration
 from opfa.compression.grains import Grain
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import Pruner
@@ -36,13 +37,17 @@ def prune_once(
     *,
     score: Score | None = None,
     grain: Grain | None = None,
+    calibration: Calibration | None = None,
+    fit: Callable[[Mapping[str, MaskedLinear]], None] | None = None,
 ) -> dict[str, Any]:
     """Make the units that are worth least +0.0, in place: exactly round(sparsity * size) of them.
 
-    `score` and `grain` replace the pattern's. The model stays plain, so it can be saved, or locked
-    and trained. Returns the sparsity report, and in `left` how many units are left, and of how
-    many. Raises `ModelError`, with the model as it was, where it is locked, partitioned, not
-    finite, or has more zeros already, or zeros in units that are kept.
+    `score` and `grain` replace the pattern's; some scores need a `calibration`. `fit` may change
+    the masked layers, by the names of their weights, before their zeros are written. The model
+    stays plain, so it can be saved, or locked and trained. Returns the sparsity report, and in
+    `left` how many units are left, and of how many. Raises `ModelError`, with the model as it was
+    before `fit`, where it is locked, partitioned, not finite, or has more zeros already, or zeros
+    in units that are kept.
     """
     if masked_layers(model):
         raise ModelError("this model is locked; prune it after opfa.fuse(model)")
@@ -53,15 +58,19 @@ def prune_once(
     if (score or settings.score).observes(0):
         raise ModelError("this score needs gradients, and one-shot pruning has none; train with it")
     schedule = Gradual(end=0, target=settings.sparsity)
-    pruner = Pruner(model, schedule, settings, score=score, grain=grain)
+    pruner = Pruner(model, schedule, settings, score=score, grain=grain, calibration=calibration)
     try:
         pruner.after_step(0)
         _check_units(pruner.layers)
+        if fit is not None:
+            fit(pruner.layers)
         return {"left": pruner.left(), **fuse(model)}
-    except (ModelError, RunError) as error:
+    except BaseException as error:  # also Ctrl-C: the model is plain again
         for layer in masked_layers(model).values():
             layer.unmask()
-        raise ModelError(str(error).removeprefix("step 0: ")) from error
+        if isinstance(error, (ModelError, RunError)):
+            raise ModelError(str(error).removeprefix("step 0: ")) from error
+        raise
 
 
 def _check_zeros(weights: Mapping[str, Tensor], settings: OneShot) -> None:

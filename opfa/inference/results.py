@@ -1,10 +1,12 @@
-"""What an export gives: a result that prints itself, with the keys of its report file."""
+"""What an export and a pruning give: results that print themselves; the first has the keys of its
+report file.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from opfa.report.outcome import Outcome, Unprinted
+from opfa.report.outcome import Outcome, Place, Unprinted, percent
 from opfa.report.tables import Row, Table
 
 
@@ -84,3 +86,62 @@ class ExportResult(Outcome):
     def commands(self) -> Sequence[Sequence[Path | str]]:
         """Its zeros."""
         return [("inspect", self.file)]
+
+
+class PruneResult(Outcome):
+    """What was pruned, counted; the last keys are those of `sparsity.json`."""
+
+    directory: Place | None  # None for a model in memory
+    score: str
+    grain: str
+    scope: Literal["layer", "global"]
+    left: dict[str, tuple[int, int]]  # heads, neurons or blocks: how many, and of how many
+    zeros: int
+    size: int  # of the pruned tensors together
+    sparsity: float
+    fingerprint: str
+    tensors: dict[str, dict[str, Any]]  # by name: shape, zeros, sparsity
+    # with texts
+    is_reconstructed: bool = False
+    final_distance: float | None = None  # mean squared difference of a value of hidden states
+    mean_distance: float | None = None  # the same, of all layers and the embeddings
+    held_out: int | None = None  # sequences that distances are of
+    seconds: float | None = None
+
+    def table(self) -> Table:
+        """How many weights of how many."""
+        rows = [
+            ("zeros", f"{self.zeros:,}"),
+            ("weights", f"{self.size:,}"),
+            ("sparsity", percent(self.sparsity)),
+            ("matrices", f"{len(self.tensors):,}"),
+            *((f"{units} left", f"{kept:,} of {of:,}") for units, (kept, of) in self.left.items()),
+        ]
+        name = "model" if self.directory is None else self.directory.name
+        how = f"{self.score}, {'least squares' if self.is_reconstructed else 'one shot'}"
+        if self.held_out is not None:
+            rows += [
+                ("final hidden states, squared distance", f"{self.final_distance:.4f}"),
+                ("hidden states of all layers", f"{self.mean_distance:.4f}"),
+                ("seconds", f"{self.seconds:,.1f}"),
+            ]
+        return Table((name, how), rows, numbers_from=1)
+
+    def notes(self) -> Sequence[str]:
+        """What the distances are of."""
+        if self.held_out is None:
+            return []
+        return [f"distance from the dense model's, on {self.held_out:,} sequences held out"]
+
+    def places(self) -> Mapping[str, Path | str]:
+        """The model, if it was written."""
+        return {} if self.directory is None else {"model": self.directory}
+
+    def commands(self) -> Sequence[Sequence[Path | str]]:
+        """To look at it, to make it smaller, and to fine-tune it with its zeros held."""
+        if self.directory is None:
+            return []
+        tune = ("finetune", "RECIPE", "--output", "RUN", f"model.init={self.directory}")
+        small = ("shrink", self.directory, "--output", f"{self.directory}-small")
+        can_shrink = not self.left.keys().isdisjoint({"heads", "neurons"})
+        return [("inspect", self.directory), *([small] if can_shrink else []), tune]

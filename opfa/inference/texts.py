@@ -32,6 +32,10 @@ class Texts:
     hub: HubTexts | None = None
     columns: tuple[str, ...] = ("text",)
 
+    def __bool__(self) -> bool:
+        """Whether any were given; nothing is read."""
+        return bool(self.in_memory or self.files or self.hub)
+
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Each text with where it stands; raises `DataError` where there is none."""
         for number, text in enumerate(self.in_memory, 1):

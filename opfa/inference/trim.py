@@ -95,7 +95,7 @@ def trim(name: str, texts: Texts, output: Path, *, min_count: int = 1) -> TrimRe
     check_new(output)
     if min_count < 1:
         raise RunError(f"min_count = {min_count}: must be 1 or more")
-    if not (texts.in_memory or texts.files or texts.hub):
+    if not texts:
         raise RunError("no texts: give files, texts or a data set of the Hub")
     if trained.ranges_of(name) is not None:
         raise ModelError(f"{name}: is in 8 bits; trim the model that it was made from")

@@ -81,7 +81,8 @@ def milliseconds(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
     config: Any = model.config  # of a family
     ids = torch.randint(FIRST_ID, config.vocab_size, (batch, tokens))
     whole = partial(model.base_model, input_ids=ids)
-    (states, calls), layers = calls_of(model, whole), list(layers_of(model))
+    layers = list(layers_of(model))
+    states, calls = calls_of([layer for layer, _ in layers], whole)
     shapes = [tuple(units.count for units in by_kind.values()) for _, by_kind in layers]
     tasks: dict[Any, Callable[[], Any]] = {"model": whole}
     for shape in set(shapes):

@@ -56,9 +56,9 @@ def refit(
     zero stay so. Both models are in evaluation mode.
     """
     residual = {HEADS: "", NEURONS: family_of(dense).residual}  # "" is the layer itself
-    ongoing = []
+    ongoing, layers = [], [layer for layer, _ in layers_of(dense)]
     for is_token, run in texts:
-        states, calls = calls_of(dense, lambda run=run: run(dense))
+        states, calls = calls_of(layers, lambda run=run: run(dense))
         ongoing.append(Text(is_token.bool(), calls, states, states, {}))
     for number, pair in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
         (_, theirs), (layer, ours) = pair

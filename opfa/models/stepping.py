@@ -1,14 +1,13 @@
 """An encoder, layer by layer: what each layer is called with, and calling it again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from opfa.models.removal import layers_of
+from opfa.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -24,20 +23,20 @@ class Call:
         return found[0] if isinstance(found, tuple) else found
 
 
-def calls_of(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[Tensor, list[Call]]:
+def calls_of(layers: Iterable[nn.Module], run: Callable[[], Any]) -> tuple[Tensor, list[Call]]:
     """The hidden states that come into the first layer, and how each layer is called, while `run`
-    calls the model once.
+    calls their model once. Raises `ModelError` for layers that get no hidden states in first place.
     """
     calls, states = list[Call](), list[Tensor]()
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            raise ModelError(f"{type(layer).__name__}: is not called with hidden states first")
         calls.append(Call(args[1:], kwargs))
         states.append(args[0])
         del states[1:]
 
-    handles = [
-        layer.register_forward_pre_hook(note, with_kwargs=True) for layer, _ in layers_of(model)
-    ]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         run()
     finally:
@@ -51,6 +50,21 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """The first argument of each call of a module, while the context lasts."""
     found: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states after each call of a layer, while the context lasts."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(note)
     try:
         yield found
     finally:

@@ -70,6 +70,19 @@ def test_the_table_of_a_trimmed_vocabulary_is_that_of_its_results(
     assert f"-->\n{importlib.import_module('trimmed').table(found)}\n<!-- /trimmed -->" in readme
 
 
+def test_the_table_of_pruning_in_one_shot_is_that_of_its_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    rows = json.loads((RESULTS / "oneshot.json").read_text())
+    script = importlib.import_module("oneshot")
+    readme = (ROOT / "opfa/compression/README.md").read_text()
+    assert f"-->\n{script.table(rows)}\n<!-- /oneshot -->" in readme
+    assert all(row["sparsity"] == pytest.approx(row["asked"], abs=1e-5) for row in rows)
+    assert f"All rows are of {script.SEQUENCES} sequences" in readme
+    assert f"{rows[0]['held_out']} of them held out" in readme
+
+
 @pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["run"])
 def test_a_row_is_what_its_runs_found(row: dict[str, Any], table: Any, tmp_path: Path) -> None:
     percent, values = row["percent"], []
