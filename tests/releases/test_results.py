@@ -61,6 +61,16 @@ def test_the_table_of_structured_pruning_is_that_of_its_results(
     assert said in (ROOT / "README.md").read_text()
 
 
+def test_the_table_of_what_is_trained_on_is_that_of_its_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    rows = json.loads((RESULTS / "trained_on.json").read_text())
+    expected = importlib.import_module("trained_on").table(rows)
+    readme = (RECIPES / "README.md").read_text()
+    assert f"<!-- minilm-trained-on -->\n\n{expected}\n\n<!-- /minilm-trained-on -->" in readme
+
+
 def test_the_table_of_a_trimmed_vocabulary_is_that_of_its_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
