@@ -9,7 +9,6 @@ keys and values, share them.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,23 +19,13 @@ from transformers import PreTrainedModel
 
 from opfa.compression.layerwise import Inputs
 from opfa.errors import ModelError
-from opfa.models.stepping import Call, calls_of, outputs_of
+from opfa.models.stepping import Call, Text, begun, outputs_of
 from opfa.sparsity.anatomy import layer_of
 from opfa.sparsity.layers import MaskedLinear
 
 Layers = Mapping[str, MaskedLinear]  # by the names of their weights
 Run = Callable[[], Any]  # calls the model on some text
 Fit = Callable[[Layers, Inputs], None]  # sets weights, biases and masks of those that share inputs
-
-
-@dataclass
-class Text:
-    """A batch on its way through both models."""
-
-    is_token: Tensor  # [B, T], False where it is padding
-    calls: list[Call]  # of the layers
-    theirs: Tensor  # hidden states of the dense model, [B, T, hidden]
-    ours: Tensor  # of the pruned one
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -79,10 +68,7 @@ def reconstruct(
     """
     layers = list(check_stack(model, list(targets)).children())
     names = {id(layer): name for name, layer in targets.items()}
-    ongoing = []
-    for is_token, run in texts:
-        states, calls = calls_of(layers, run)
-        ongoing.append(Text(is_token.bool(), calls, states, states))
+    ongoing = begun(layers, texts)
     _check(layers, ongoing[0], texts[0][1])
     for number, layer in enumerate(layers):
         dense = _dense(layer)

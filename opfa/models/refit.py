@@ -12,7 +12,7 @@ that its zeros stay.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opfa.models.removal import family_of, layers_of
-from opfa.models.stepping import Call, calls_of, inputs_of
+from opfa.models.stepping import Call, Text, begun, inputs_of
 from opfa.sparsity.layers import SPARSE_FROM
 from opfa.sparsity.units import HEADS, NEURONS, Units
 
@@ -35,17 +35,6 @@ class Passed(NamedTuple):
     stream: Tensor
 
 
-@dataclass
-class Text:
-    """A batch on its way through both models."""
-
-    is_token: Tensor  # [B, T], False where it is padding
-    calls: list[Call]  # of the layers
-    theirs: Tensor  # hidden states of the dense model, [B, T, hidden]
-    ours: Tensor  # of the pruned one
-    wanted: dict[str, Tensor]  # the streams in the dense layer
-
-
 @torch.no_grad()
 def refit(
     pruned: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[tuple[Tensor, Run]]
@@ -56,32 +45,36 @@ def refit(
     zero stay so. Both models are in evaluation mode.
     """
     residual = {HEADS: "", NEURONS: family_of(dense).residual}  # "" is the layer itself
-    ongoing, layers = [], [layer for layer, _ in layers_of(dense)]
-    for is_token, run in texts:
-        states, calls = calls_of(layers, lambda run=run: run(dense))
-        ongoing.append(Text(is_token.bool(), calls, states, states, {}))
+    layers = [layer for layer, _ in layers_of(dense)]
+    ongoing = begun(layers, [(is_token, partial(run, dense)) for is_token, run in texts])
     for number, pair in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
         (_, theirs), (layer, ours) = pair
+        wanted: list[dict[str, Tensor]] = []  # the streams of each text in the dense layer
         for text in ongoing:
             text.theirs, passed = _run(theirs, residual, text.calls[number], text.theirs)
-            text.wanted = {kind: each.stream for kind, each in passed.items()}
+            wanted.append({kind: each.stream for kind, each in passed.items()})
         for kind, units in ours.items():
-            _fit(units, _missing(number, ongoing, kind, units, residual))
+            streams = [each.pop(kind) for each in wanted]
+            _fit(units, _missing(number, ongoing, streams, {kind: units}, residual))
         for text in ongoing:
             text.ours = text.calls[number].again(layer, text.ours)
         yield number
 
 
 def _missing(
-    number: int, texts: Sequence[Text], kind: str, units: Units, residual: Mapping[str, str]
+    number: int,
+    texts: Sequence[Text],
+    wanted: Sequence[Tensor],
+    units: Mapping[str, Units],
+    residual: Mapping[str, str],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What comes into the output matrix [tokens, width], and what is missing behind it
     [tokens, hidden], for each text.
     """
-    for text in texts:
-        _, found = _run({kind: units}, residual, text.calls[number], text.ours)
-        missing = text.wanted.pop(kind) - found[kind].stream
-        yield found[kind].given[text.is_token], missing[text.is_token]
+    for text, stream in zip(texts, wanted, strict=True):
+        _, passed = _run(units, residual, text.calls[number], text.ours)
+        (found,) = passed.values()
+        yield found.given[text.is_token], (stream - found.stream)[text.is_token]
 
 
 def _run(

@@ -1,6 +1,6 @@
 """An encoder, layer by layer: what each layer is called with, and calling it again."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,27 @@ def calls_of(layers: Iterable[nn.Module], run: Callable[[], Any]) -> tuple[Tenso
         for handle in handles:
             handle.remove()
     return states[0], calls
+
+
+@dataclass
+class Text:
+    """A batch on its way through a dense model and a pruned one."""
+
+    is_token: Tensor  # [B, T], False where it is padding
+    calls: list[Call]  # of the layers
+    theirs: Tensor  # hidden states of the dense model, [B, T, hidden]
+    ours: Tensor  # of the pruned one
+
+
+def begun(
+    layers: Sequence[nn.Module], texts: Iterable[tuple[Tensor, Callable[[], Any]]]
+) -> list[Text]:
+    """Texts before the first layer: for each a mask of tokens [B, T], and what calls the model."""
+    found = []
+    for is_token, run in texts:
+        states, calls = calls_of(layers, run)
+        found.append(Text(is_token.bool(), calls, states, states))
+    return found
 
 
 @contextmanager
