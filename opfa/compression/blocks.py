@@ -8,7 +8,7 @@ Q the weights that go:
     what those that stay gain   -H^-1[:, Q] (H^-1[Q, Q])^-1 w_Q
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,7 @@ class Blocks:
 
     def _sum(self) -> None:
         for matrix, *found in zip(self.matrices.values(), *self._seen, strict=True):
-            for some in torch.arange(len(matrix)).split(AT_ONCE):
-                part = slice(int(some[0]), int(some[-1]) + 1)
+            for part in _parts(len(matrix)):
                 samples = torch.stack([each[part] for each in found], 1)  # [blocks, samples, size]
                 matrix[part].baddbmm_(samples.mT, samples)
         self._seen = []
@@ -81,13 +80,17 @@ class Blocks:
         """
         rows, gone = _rows(weight * before, self.size), _rows((~after).float(), self.size)
         change = torch.empty_like(rows)
-        for start in range(0, len(rows), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
+        for part in _parts(len(rows)):
             inverse, w, q = self.matrices[name][part], rows[part], gone[part]
             among = q[:, :, None] * inverse * q[:, None] + torch.diag_embed(1 - q)
             share = torch.linalg.solve(among.double(), (q * w).double()).to(w.dtype)
             change[part] = -(inverse @ share[..., None])[..., 0]
         return torch.where(after, weight + _whole(change, weight.shape), weight)
+
+
+def _parts(num_blocks: int) -> Iterator[slice]:
+    for start in range(0, num_blocks, AT_ONCE):
+        yield slice(start, start + AT_ONCE)
 
 
 def _rows(whole: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from opfa.compression.blocks import GRADIENTS, Blocks
 from opfa.compression.runs import Weights
 from opfa.compression.scores import Ask
-from opfa.errors import RunError
+from opfa.errors import DataError, RunError
 from opfa.sparsity.layers import MaskedLinear
 
 Quantity = Literal["curvature", "activation", "fisher"]
@@ -39,6 +40,20 @@ class Text:
     outputs: Callable[[Call, Batch], Sequence[Tensor]]  # nothing of padding
 
 
+def hidden_states(encoder: Call, batch: Batch) -> Sequence[Tensor]:
+    """Of all layers, on real tokens."""
+    real = batch["attention_mask"].bool()
+    states = encoder(**batch, output_hidden_states=True).hidden_states
+    return [state[real] for state in states[1:]]
+
+
+def check_enough(key: str, sequences: int, there: int) -> None:
+    """Raise `DataError` where a score measures more sequences than there are."""
+    if sequences > there:
+        what = f"the score measures {sequences:,} sequences, and {there:,} are there"
+        raise DataError(f"{key}: {what}")
+
+
 class Calibration:
     """Measures a model on text. Make it before layers are masked or an engine wraps the model."""
 
@@ -47,7 +62,7 @@ class Calibration:
         self._parameters = dict(model.named_parameters())
         empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in self._parameters.values()}
         self._skeleton, self._text = copy.deepcopy(model, empty).eval(), text
-        self.blocks: Blocks | None = None  # of Fisher information, until masks were chosen by it
+        self.blocks: list[Blocks] = []  # of Fisher information, until masks were chosen by it
 
     def measure(
         self, ask: Ask, layers: Mapping[str, MaskedLinear], weights: Weights
@@ -62,7 +77,8 @@ class Calibration:
         Raises `RunError` where they are not finite.
         """
         quantity, sequences = ask.quantity, ask.sequences
-        floats = (ask.block + GRADIENTS if ask.block else 2) * sum(map(_size, layers.values()))
+        num_weights = sum(layer.mask.numel() for layer in layers.values())
+        floats = (ask.block + GRADIENTS if ask.block else 2) * num_weights
         what = f"{quantity} of {len(layers)} matrices on {sequences:,} sequences"
         log.info("%s: needs %.0f MB beside a copy of all weights", what, 4e-6 * floats)
         values = {n: weights.join(p, weights.read(p)) for n, p in self._parameters.items()}
@@ -76,17 +92,17 @@ class Calibration:
         if quantity == "activation":
             found = self._activation(values, places, batches)
         elif quantity == "curvature":
-            sums = {name: torch.zeros_like(values[place]) for name, place in places.items()}
+            found = {name: torch.zeros_like(values[place]) for name, place in places.items()}
             for gradients in self._gradients(values, places, batches):
-                for total, gradient in zip(sums.values(), gradients, strict=True):
+                for total, gradient in zip(found.values(), gradients, strict=True):
                     total.addcmul_(gradient, gradient)
-            found = sums
         else:
             shapes = {name: layer.mask.shape for name, layer in layers.items()}
-            self.blocks = Blocks(shapes, ask.block, device)
+            blocks = Blocks(shapes, ask.block, device)
             for gradients in self._gradients(values, places, batches):
-                self.blocks.add(gradients)
-            found = self.blocks.invert(ask.damping)
+                blocks.add(gradients)
+            found = blocks.invert(ask.damping)
+            self.blocks.append(blocks)
         for name, each in found.items():
             if not bool(each.isfinite().all()):
                 raise RunError(f"{name}: its {quantity} on this text is not finite")
@@ -104,14 +120,21 @@ class Calibration:
     def _gradients(
         self, values: dict[str, Tensor], places: Mapping[str, str], batches: Iterator[Batch]
     ) -> Iterator[Sequence[Tensor]]:
-        """For each batch one of <v, outputs>, v ~ N(0, I), by each weight."""
+        """For each batch one of <v, outputs>, v ~ N(0, I), by each weight. Raises `RunError` for a
+        weight on which no output depends.
+        """
         seed = torch.Generator().manual_seed(0)  # of the CPU, so that devices agree
         weights = [values[place] for place in places.values()]
         for batch in batches:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the same bits on every rank
                 outputs = self._text.outputs(partial(self._call, values), batch)
                 seeds = [torch.randn(each.shape, generator=seed).to(each) for each in outputs]
-                gradients = torch.autograd.grad(outputs, weights, seeds)
+                pairs = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
+                ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())  # no earlier layers
+                gradients = torch.autograd.grad(ours, weights, theirs, allow_unused=True)
+            for name, gradient in zip(places, gradients, strict=True):
+                if gradient is None:
+                    raise RunError(f"{name}: no output that is measured depends on it; exclude it")
             yield gradients
 
     @torch.no_grad()
@@ -125,20 +148,16 @@ class Calibration:
             found = inputs[0][mask] if inputs[0].dim() == 3 else inputs[0]  # a pooler has no tokens
             sums[place] += found.square().sum(0)
 
-        for place in sums:
-            layer = self._skeleton.get_submodule(place.removesuffix(".weight"))
-            layer.register_forward_pre_hook(partial(see, place))
-        for batch in batches:
-            mask = batch["attention_mask"].flatten(0, -2).bool()
-            self._text.outputs(partial(self._call, values), batch)
-        for module in self._skeleton.modules():
-            module._forward_pre_hooks.clear()
+        with ExitStack() as watching:
+            for place in sums:
+                layer = self._skeleton.get_submodule(place.removesuffix(".weight"))
+                hook = layer.register_forward_pre_hook(partial(see, place))
+                watching.callback(hook.remove)
+            for batch in batches:
+                mask = batch["attention_mask"].flatten(0, -2).bool()
+                self._text.outputs(partial(self._call, values), batch)
         rows = {name: len(values[place]) for name, place in places.items()}
         return {n: sums[places[n]].sqrt().repeat(rows[n], 1) for n in places}
-
-
-def _size(layer: MaskedLinear) -> int:
-    return layer.mask.numel()
 
 
 def _timed(batches: Iterable[Batch], sequences: int, what: str) -> Iterator[Batch]:

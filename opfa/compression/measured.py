@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FromText(Score):
-    """Base of scores of which text says something, before the first mask update or at several."""
+    """Base of scores that are measured on text, before the first mask update or at several."""
 
     sequences: Count
     quantity: "ClassVar[Quantity]"
@@ -52,7 +52,9 @@ class Curvature(FromText):
 
 
 class Activation(FromText):
-    """|w| times the norm of the weight's inputs: Sun et al. (2023), eq. 1, with its own scope."""
+    """|w| times the norm of the weight's inputs: Sun et al. (2023), eq. 1. The pattern's scope says
+    which weights compete; there it is each output row.
+    """
 
     kind: Literal["activation"] = "activation"
     """Its name in a recipe."""
@@ -89,5 +91,5 @@ class Fisher(FromText):
         return ask and ask._replace(block=self.block, damping=self.damping)
 
     def of(self, part: Part) -> "Tensor":
-        """What the loss gains by the weight alone, half of it by a quadratic model."""
+        """How much the loss grows if this weight alone goes, by a quadratic model."""
         return part.weight.square() / (2 * part.state["text"])

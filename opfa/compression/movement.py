@@ -26,44 +26,44 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of AdamW
 MOST = 0.995  # of a matrix that a threshold may prune: the authors' code keeps half a percent
 
 
-class Movement(Score):
-    """Hard movement: the k lowest scores go; each score learns with its weight."""
+class Learnt(Score):
+    """Base of both: scores S, which AdamW changes at every step."""
 
     kept: ClassVar[int] = 3
-
-    kind: Literal["movement"] = "movement"
-    """Its name in a recipe."""
     learning_rate: Positive = 1e-2
     """The highest learning rate of the scores."""
-
-    def check(self, schedule: "Gradual | Ramp") -> None:
-        """Refuse to prune before the first step, when all scores are zero."""
-        _check_start(self.kind, schedule)
 
     def observes(self, step: int) -> bool:
         """At every step of training."""
         return step > 0
-
-    def observe(self, part: Part, gradient: "Tensor") -> State:
-        """AdamW's step."""
-        return _learnt(part, gradient * part.weight, self.learning_rate)
 
     def of(self, part: Part) -> "Tensor":
         """S, unbounded; all 0 before the first step."""
         return _run(part, "score")
 
 
-class SoftMovement(Score):
+class Movement(Learnt):
+    """Hard movement: the k lowest scores go; each score learns with its weight."""
+
+    kind: Literal["movement"] = "movement"
+    """Its name in a recipe."""
+
+    def check(self, schedule: "Gradual | Ramp") -> None:
+        """Refuse to prune before the first step, when all scores are zero."""
+        _check_start(self.kind, schedule)
+
+    def observe(self, part: Part, gradient: "Tensor") -> State:
+        """AdamW's step."""
+        return _learnt(part, gradient * part.weight, self.learning_rate)
+
+
+class SoftMovement(Learnt):
     """Soft movement: what is at or below a threshold goes, and a penalty decides how much that is.
     `pruning.schedule.target` is the most that may go: 0.995 at most.
     """
 
-    kept: ClassVar[int] = 3
-
     kind: Literal["soft_movement"] = "soft_movement"
     """Its name in a recipe."""
-    learning_rate: Positive = 1e-2
-    """The highest learning rate of the scores."""
     initial_threshold: float = Field(default=0.0, ge=0.0, lt=0.5)
     """The threshold of sigmoid(S) up to the ramp's start; scores start at 0.5."""
     threshold: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -88,10 +88,6 @@ class SoftMovement(Score):
             limit = f"target is the most that may go, and can be {MOST} at most"
             raise ValueError(f"target = {schedule.target}: {what}; {limit}")
 
-    def observes(self, step: int) -> bool:
-        """At every step of training."""
-        return step > 0
-
     def observe(self, part: Part, gradient: "Tensor") -> State:
         """AdamW's step, with the gradient of lambda * mean(sigmoid(S)) over the matrices' means.
 
@@ -103,10 +99,6 @@ class SoftMovement(Score):
         share /= part.matrices * part.shape.numel()
         pressed = (kept * (1 - kept) * share).float()
         return _learnt(part, gradient * part.weight + pressed, self.learning_rate)
-
-    def of(self, part: Part) -> "Tensor":
-        """S, unbounded; all 0 before the first step."""
-        return _run(part, "score")
 
     def threshold_at(self, ramp: float) -> float:
         """Of S, not of sigmoid(S), which can't tell low scores apart."""

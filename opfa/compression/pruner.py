@@ -135,13 +135,12 @@ class Pruner:
 
     def _correct(self, masks: Masks, weights: Weights) -> None:
         """Let what is kept make up for what goes, where Fisher information was measured now."""
-        if self._calibration is None or (blocks := self._calibration.blocks) is None:
-            return
-        self._calibration.blocks = None
-        for name in blocks.matrices:
-            layer = self.layers[name]
-            whole = weights.join(layer.weight, weights.read(layer.weight))
-            weights.write(layer.weight, blocks.corrected(name, whole, layer.mask, masks[name]))
+        while self._calibration is not None and self._calibration.blocks:
+            blocks = self._calibration.blocks.pop()
+            for name in blocks.matrices:
+                layer = self.layers[name]
+                whole = weights.join(layer.weight, weights.read(layer.weight))
+                weights.write(layer.weight, blocks.corrected(name, whole, layer.mask, masks[name]))
 
     def _select(self, group: Group, step: int, weights: Weights) -> Masks:
         """New masks, from the runs of scores, or from whole tensors where the grain needs them."""

@@ -1,4 +1,4 @@
-"""Fisher information of a finished model's gates, on training examples of its task."""
+"""What training examples say: Fisher information of gates, and measurements for scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from opfa.compression.calibration import ROWS, Calibration, Call, Text
+from opfa.compression.calibration import ROWS, Calibration, Call, Text, check_enough
 from opfa.downstream.evaluate import Ready
-from opfa.errors import DataError
 from opfa.models.gates import Gates
 from opfa.report.bars import Bar
 from opfa.tasks import kinds as tasks
@@ -35,12 +34,11 @@ def batches_of(ready: Ready) -> list[Batch]:
 def calibration_of(
     model: nn.Module, task: Task, split: Split, device: torch.device, seed: int
 ) -> Calibration:
-    """Of scores, on a sample of the training examples: the logits or vectors of a model."""
+    """Measures scores on a sample of the training examples, by a model's logits or vectors."""
 
     def batches(sequences: int) -> Iterator[Batch]:
-        if sequences > (size := len(split.features)):
-            what = f"the score measures {sequences:,} sequences, and {size:,} are there"
-            raise DataError(f"pruning.pattern.score.sequences: {what}")
+        size = len(split.features)
+        check_enough("pruning.pattern.score.sequences", sequences, size)
         drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:sequences]
         rows = Subset(split.features, drawn.tolist())
         for batch in DataLoader(rows, batch_size=ROWS, collate_fn=split.collate):

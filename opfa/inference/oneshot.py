@@ -6,7 +6,7 @@ far hidden states move on texts that were held out.
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opfa.compression.calibration import ROWS, Batch, Calibration, Call, Text
+from opfa.compression.calibration import ROWS, Calibration, Text, hidden_states
 from opfa.compression.grains import Grain, Weight
 from opfa.compression.layerwise import Admm, fit
 from opfa.compression.measured import FromText
@@ -79,7 +79,9 @@ def prune_by_text(
             settings,
             score=_measuring(own, settings, len(sequences.fitted)),
             grain=grain,
-            calibration=Calibration(model, Text(partial(sequences.first, size=ROWS), _states)),
+            calibration=Calibration(
+                model, Text(partial(sequences.first, size=ROWS), hidden_states)
+            ),
             fit=partial(_fit, model, sequences, admm, settings.sparsity, before)
             if reading.reconstruct
             else None,
@@ -150,10 +152,3 @@ def _admm(score: Score | Admm | None, settings: OneShot, grain: Grain | None) ->
         what = 'score = "admm" finds single weights: "weight"'
         raise RecipeError(f"prune: grain: {what}")
     return score
-
-
-def _states(model: Call, batch: Batch) -> Sequence[Tensor]:
-    """The hidden states of all layers on real tokens."""
-    real = batch["attention_mask"].bool()
-    states = model(**batch, output_hidden_states=True).hidden_states
-    return [state[real] for state in states[1:]]

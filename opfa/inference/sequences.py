@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opfa.compression.calibration import check_enough
 from opfa.errors import DataError, RunError, blaming
 from opfa.inference.texts import Texts
 from opfa.models.configs import quiet_transformers
@@ -46,9 +47,7 @@ class Sequences:
 
     def first(self, num: int, size: int) -> Iterator[Mapping[str, Tensor]]:
         """Batches of the first ones to measure on; raises `DataError` where there are fewer."""
-        if num > len(self.fitted):
-            what = f"the score measures {num:,} sequences, and {len(self.fitted):,} are there"
-            raise DataError(f"score.sequences: {what}")
+        check_enough("score.sequences", num, len(self.fitted))
         yield from self.batches(self.fitted[:num], size)
 
 

@@ -16,14 +16,20 @@ import opfa
 
 RECIPE = Path(__file__).with_name("minilm-sparse-90.toml")
 MASKED = {"masking.probability": 0.15}
-SCORES: dict[str, dict[str, Any]] = {  # by a row's name: what differs from the recipe
-    "magnitude": {"pruning.pattern.score": "magnitude"},
-    "activation": {"pruning.pattern.score": "activation"},
-    "curvature": {"pruning.pattern.score": "curvature"},
-    "curvature, again": {"pruning.pattern.score": {"kind": "curvature", "decay": 0.5}},
-    "curvature, masked text": {"pruning.pattern.score": "curvature", **MASKED},
-}
 TARGETS, SEEDS = (0.9, 0.97), (42, 43)
+
+
+def scores(steps: int) -> dict[str, dict[str, Any]]:
+    """By a row's name what differs from the recipe in a run of so many steps."""
+    curvature = {"kind": "curvature"}
+    again = {**curvature, "every": max(1, steps // 80), "decay": 0.5}  # ten times in the ramp
+    return {
+        "magnitude": {},
+        "activation": {"pruning.pattern.score": "activation"},
+        "curvature": {"pruning.pattern.score": curvature},
+        "curvature, again": {"pruning.pattern.score": again},
+        "curvature, masked text": {"pruning.pattern.score": curvature, **MASKED},
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +55,7 @@ def main(prepared: str, runs: str, results: str, *lengths: str) -> None:
     for steps in map(int, lengths or ("480", "4800")):
         for seed in SEEDS:
             for target in TARGETS:
-                for score in SCORES:
+                for score in scores(steps):
                     wanted = (score, target, steps, seed)
                     if wanted not in done:
                         distance = _distance(prepared, Path(runs), *wanted)
@@ -62,17 +68,11 @@ def _distance(prepared: str, runs: Path, score: str, target: float, steps: int, 
     """Of a student: the mean squared difference of hidden states on the held-out text."""
     output = runs / f"{score.replace(', ', '-')}-{target:g}-{steps}-{seed}"
     changes: dict[str, Any] = {
-        **{"data": prepared, "seed": seed, "training.steps": steps, **SCORES[score]},
+        **{"data": prepared, "seed": seed, "training.steps": steps, **scores(steps)[score]},
         **{"pruning.schedule.target": target, "pruning.schedule.end": steps // 2},
         **{"pruning.schedule.hold_until": 4 * steps // 5, "logging.evaluate_steps": steps},
         "training.warmup_steps": max(10, steps // 60),
     }
-    if "again" in score:  # ten times in the ramp
-        every = max(1, steps // 2 // 4 // 10)
-        changes["pruning.pattern.score"] = {
-            **SCORES[score]["pruning.pattern.score"],
-            "every": every,
-        }
     opfa.pretrain(RECIPE, output, changes, resume=output.exists())
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row["hidden_loss"] for row in rows if row.get("eval")][-1]

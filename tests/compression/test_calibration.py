@@ -13,7 +13,7 @@ from torch.autograd.functional import jacobian
 from opfa.compression import blocks, calibration
 from opfa.compression.calibration import Batch, Calibration, Call, Text
 from opfa.compression.measured import Activation, Curvature, Fisher
-from opfa.compression.pattern import Pattern
+from opfa.compression.pattern import PartPattern, Pattern
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Part, Score
@@ -105,6 +105,22 @@ def test_curvature_is_the_squared_gradient_of_random_cotangents() -> None:
         check_lowest(pruner, name, pruner.layers[name].weight.abs() * total.sqrt())
 
 
+def test_a_pattern_may_leave_out_the_first_layers_and_not_name_what_no_output_needs() -> None:
+    def pruned(outputs_of: Any, *layers: int) -> Pruner:
+        model = Net()
+        text = Calibration(model, Text(batches, outputs_of))
+        pattern = Pattern(include=tuple(rf"layer.{n}$" for n in layers), score=Curvature())
+        pruner = Pruner(model, Gradual(end=0, target=0.5), pattern, calibration=text)
+        pruner.after_step(0)
+        return pruner
+
+    both, last = pruned(outputs, 0, 1), pruned(outputs, 1)
+    torch.testing.assert_close(measured(last)[NAMES[1]], measured(both)[NAMES[1]])
+    for layers in ((1,), (0, 1)):
+        with pytest.raises(RunError, match=r"layer.1.weight: no output .* depends on it; exclude"):
+            pruned(lambda call, batch: outputs(call, batch)[:1], *layers)
+
+
 def test_its_mean_is_the_diagonal_of_gauss_and_newton() -> None:
     model, pruner = made(Curvature(sequences=4000))
     pruner.after_step(0)
@@ -179,6 +195,22 @@ def test_fisher_is_the_inverse_in_blocks_and_what_is_kept_makes_up_for_what_goes
                 worth[~before[name].flatten()] = -1.0
             lowest = worth.argsort(stable=True)[: round(share * SIZE * SIZE)]
             assert sorted(lowest.tolist()) == (~after).nonzero().view(-1).tolist()
+
+
+def test_each_part_is_made_up_for_by_blocks_of_its_own() -> None:
+    def changed(*blocks: int) -> list[bool]:
+        model = Net()
+        before = [model.get_parameter(name).detach().clone() for name in NAMES]
+        parts = [
+            PartPattern(include=(rf"layer.{n}$",), score=Fisher(sequences=40, block=size))
+            for n, size in enumerate(blocks)
+        ]
+        text = Calibration(model, Text(batches, outputs))
+        Pruner(model, Gradual(end=0, target=0.5), parts, calibration=text).after_step(0)
+        after = [model.get_parameter(name) for name in NAMES]
+        return [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+
+    assert changed(5, 5) == changed(5, 6) == changed(6, 5) == [True, True]
 
 
 def test_a_singular_block_and_memory_that_is_not_there_are_refused(

@@ -24,6 +24,7 @@ from torch.nn import functional
 from opfa.compression.calibration import Calibration, Text
 from opfa.compression.grains import Grain
 from opfa.compression.measured import Curvature, Fisher
+from opfa.compression.movement import Movement
 from opfa.compression.pattern import Pattern
 from opfa.compression.pruner import FILE, Pruner
 from opfa.compression.schedules import Gradual
@@ -128,7 +129,9 @@ def made(
     score: Score | None = None, grain: Grain | None = None, **choice: Any
 ) -> tuple[Net, Pruner]:
     """A model of which half of all weights are pruned at step 0, and again after every step."""
-    model, schedule = Net(), Gradual(end=0, hold_until=STEPS, every=1, target=0.5)
+    start = int(isinstance(score, Movement))  # which has learnt nothing before
+    ramp = {"start": start, "end": start, "hold_until": STEPS, "every": 1, "target": 0.5}
+    model, schedule = Net(), Gradual(**ramp)
     text = Calibration(model, Text(sequences, lambda call, inputs: [call(**inputs)]))
     pattern = Pattern(**choice)
     return model, Pruner(model, schedule, pattern, score=score, grain=grain, calibration=text)
@@ -365,7 +368,9 @@ def test_on_two_ranks_a_score_observes_the_dense_gradient(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", ["Saliency", "Saliency-Blocks", "Curvature", "Fisher"])
+@pytest.mark.parametrize(
+    "choice", ["Saliency", "Saliency-Blocks", "Curvature", "Fisher", "Movement"]
+)
 def test_scores_and_grains_make_the_same_masks_at_every_stage(ranks: Path, choice: str) -> None:
     for precision in ("fp32", "bf16"):
         runs = [
@@ -438,7 +443,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start_distributed(60)
     scores = [Saliency(), Curvature(sequences=2, every=1), Fisher(sequences=20, block=7)]
-    choices = [(Saliency(), Blocks()), *((score, None) for score in scores)]
+    choices = [(Saliency(), Blocks()), *((score, None) for score in (*scores, Movement()))]
     for precision, stage in CASES:
         for score, grain in [*choices, (Observer(), None), (Magnitude(), None)]:
             name = "-".join(type(part).__name__ for part in (score, grain) if part is not None)

@@ -22,7 +22,7 @@ def recipe(init: Path, examples: Path, score: Any, **sections: Any) -> Any:
     return finetune_recipe(init, examples, model={"zeros": "free"}, pruning=pruning, **sections)
 
 
-@pytest.mark.parametrize("kind", ["curvature", "activation"])
+@pytest.mark.parametrize("kind", ["curvature", "activation", "fisher"])
 def test_a_model_is_pruned_exactly_and_resumed_bit_for_bit(
     kind: str, sparse: Path, examples: Path, tmp_path: Path
 ) -> None:
