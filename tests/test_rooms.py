@@ -18,6 +18,7 @@ FLOORS = [  # rooms of one floor don't know each other; a file at the top is a r
     {"training", "tasks", "runtime"},
     {"upstream", "downstream"},
     {"releases", "inference", "quickstart"},
+    {"search", "serving"},
     {"api", "bench"},
     {"commands"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""Sub-networks by several aims."""
