@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from opfa.integrations.lora import masked_lora
     from opfa.integrations.pruning import PruningCallback
     from opfa.models.trained import load
-    from opfa.sparsity.layers import fuse, lock
+    from opfa.runtime.training import lock
+    from opfa.sparsity.layers import fuse
     from opfa.weights.inspection import inspect
 
 __version__ = version("opfa")
@@ -65,7 +66,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "list_models": "opfa.api.models",
     "list_recipes": "opfa.api.own",
     "load": "opfa.models.trained",
-    "lock": "opfa.sparsity.layers",
+    "lock": "opfa.runtime.training",
     "masked_lora": "opfa.integrations.lora",
     "new_recipe": "opfa.api.own",
     "pack": "opfa.api.models",

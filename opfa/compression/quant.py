@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from opfa.errors import ModelError, opening
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masked_layers
@@ -46,6 +45,12 @@ class QuantLinear(MaskedLinear):
             return weight
         return rounded(weight, weight_scale(weight.detach(), self.scheme))
 
+    def effective_values(self, values: Tensor, rows: Tensor) -> Tensor:
+        """The same rounding of live weights [live]; no scale depends on zeros."""
+        if not self.is_quantizing:
+            return values
+        return rounded_live(values, rows, self.out_features, self.scheme)
+
     def forward(self, input: Tensor) -> Tensor:
         """Observe the input's range in training; round input and weight when quantizing."""
         if self.training and self.is_observing:
@@ -53,7 +58,7 @@ class QuantLinear(MaskedLinear):
         if self.is_quantizing:
             scale, zero_point = activation_scale(self.low, self.high)
             input = torch.fake_quantize_per_tensor_affine(input, scale, zero_point, 0, LEVELS)
-        return functional.linear(input, self.effective_weight(), self.bias)
+        return self.multiply(input)
 
     @torch.no_grad()
     def _observe(self, input: Tensor) -> None:
@@ -85,6 +90,10 @@ class QuantEmbedding(nn.Embedding):
 def weight_scale(weight: Tensor, scheme: Scheme = "channel") -> Tensor:
     """The scales of a weight [out, in]: one for each output channel, [out], or one for all, []."""
     largest = weight.abs().amax(dim=1) if scheme == "channel" else weight.abs().amax()
+    return _scale_of(largest)
+
+
+def _scale_of(largest: Tensor) -> Tensor:
     return (largest.float() / LIMIT).clamp(min=TINY)  # 1 / scale must be finite
 
 
@@ -94,6 +103,18 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim:
         return torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -LIMIT, LIMIT)
     return torch.fake_quantize_per_tensor_affine(weight, scale, zero_points, -LIMIT, LIMIT)
+
+
+def rounded_live(values: Tensor, rows: Tensor, num_rows: int, scheme: Scheme) -> Tensor:
+    """`rounded` of a matrix' live weights [live] in rows [live]: the same numbers, bit for bit."""
+    sizes = values.detach().abs()
+    if scheme == "channel":
+        zeros = torch.zeros(num_rows, dtype=values.dtype)
+        scale = _scale_of(zeros.scatter_reduce_(0, rows, sizes, "amax"))[rows]
+    else:
+        scale = _scale_of(sizes.amax() if len(sizes) else sizes.new_zeros(()))
+    steps = (values.detach() * (1 / scale)).round().clamp(-LIMIT, LIMIT)
+    return values + (steps * scale - values).detach()
 
 
 def extremes(input: Tensor, percentile: float | None) -> tuple[Tensor, Tensor]:

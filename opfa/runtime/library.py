@@ -11,12 +11,22 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from opfa.errors import RunError
 from opfa.runtime.build import loaded
 
-ABI = 3
+ABI = 4
 GROUP, PANEL, TABLES = 16, 6, 3  # as in kernels/opfa_runtime.h
 MOST_HEAD = 256  # channels of a head, as in kernels/ops.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
-KINDS = ("embed", "load", "store", "norm", "linear", "attention", "rotary", "gate", "narrow")
+KINDS = (
+    "embed",
+    "load",
+    "store",
+    "norm",
+    "linear",
+    "attention",
+    "rotary",
+    "gate",
+    "narrow",
+)  # of programs
 DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -48,7 +58,7 @@ class Step(Structure):
         *((name, c_int32) for name in ("channels", "heads", "window", "form")),
         *((name, c_float) for name in ("inverse", "zero", "epsilon", "scale")),
         ("matrix", POINTER(Matrix)),
-        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_void_p) for name in ("weight", "bias", "product")),
         ("tables", c_void_p * TABLES),
     ]
 
@@ -61,6 +71,18 @@ class Program(Structure):
         ("steps", POINTER(Step)),
         ("buffers", POINTER(Buffer)),
         ("channels", c_int64),
+        *((name, c_int64) for name in ("scratch_start", "scratch")),
+    ]
+
+
+class Product(Structure):
+    """`opfa_product`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "dtype")),
+        *((name, POINTER(Matrix)) for name in ("matrix", "across")),
+        *((name, c_void_p) for name in ("input", "output", "input_gradient")),
+        *((name, c_void_p) for name in ("gradient", "bias_gradient", "workspace")),
     ]
 
 
@@ -91,6 +113,9 @@ def library() -> ctypes.CDLL:
     found.opfa_workspace.restype = c_int64
     found.opfa_run.argtypes = [POINTER(Program), POINTER(Call), c_void_p]
     found.opfa_check.argtypes = [POINTER(Matrix), ctypes.c_uint64, ctypes.c_uint64]
+    found.opfa_product_workspace.restype = c_int64
+    found.opfa_product_workspace.argtypes = [POINTER(Product), c_int32, c_void_p]
+    found.opfa_forward.argtypes = found.opfa_backward.argtypes = [POINTER(Product), c_void_p]
     if found.opfa_abi() != ABI:
         raise RunError(f"{found._name}: has interface {found.opfa_abi()}, not {ABI}")
     level = os.environ.get(LEVEL)

@@ -72,7 +72,7 @@ def pack(weight: NDArray) -> Packed:
         return Packed(**sizes, block=0, tile=0, arrays={"values": _panels(weight)})
     if dtype != "fp32" and level() == "amx":
         return Packed(**sizes, block=BLOCK, tile=ROW // weight.itemsize, arrays=_masks(weight))
-    return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=_visits(weight))
+    return Packed(**sizes, block=BLOCK, tile=COLUMNS, arrays=visits(weight, BLOCK, COLUMNS))
 
 
 def for_this_cpu(matrix: Packed) -> Packed:
@@ -131,26 +131,27 @@ def _panels(weight: Floats) -> Floats:
     return np.ascontiguousarray(padded.transpose(0, 2, 1))
 
 
-def _visits(weight: NDArray) -> dict[str, NDArray]:
+def visits(weight: NDArray, block: int, tile: int) -> dict[str, NDArray]:
+    """Live weights in rows of `block` and columns of `tile`, at most 255 of each."""
     num_rows, num_columns = weight.shape
-    blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // COLUMNS)
+    blocks, tiles = -(-num_rows // block), -(-num_columns // tile)
     is_live = weight != 0
     places = np.flatnonzero(is_live)  # a visit's weights stand together here, by rising column
-    first = np.arange(0, num_columns, COLUMNS)
+    first = np.arange(0, num_columns, tile)
     counts = np.add.reduceat(is_live, first, axis=1, dtype=np.int64).reshape(-1)
     begins = np.cumsum(counts) - counts
-    row, tile = np.divmod(np.arange(num_rows * tiles), tiles)
-    order = np.lexsort((row, -counts, tile, row // BLOCK))
+    row, place = np.divmod(np.arange(num_rows * tiles), tiles)
+    order = np.lexsort((row, -counts, place, row // block))
     order = order[counts[order] > 0]
-    row, tile, counts, begins = row[order], tile[order], counts[order], begins[order]
+    row, place, counts, begins = row[order], place[order], counts[order], begins[order]
     moved = np.repeat(begins - (np.cumsum(counts) - counts), counts)
     places = places[moved + np.arange(len(places))]
-    per_block = np.bincount(row // BLOCK, counts, minlength=blocks).astype(np.int64)
+    per_block = np.bincount(row // block, counts, minlength=blocks).astype(np.int64)
     return {
-        "starts": _sums(np.bincount(row // BLOCK * tiles + tile, minlength=blocks * tiles)),
+        "starts": _sums(np.bincount(row // block * tiles + place, minlength=blocks * tiles)),
         "entries": _sums(per_block),
-        "visits": np.stack([row % BLOCK, counts], 1).astype(np.uint8),
-        "indices": (places % num_columns % COLUMNS).astype(np.uint8),
+        "visits": np.stack([row % block, counts], 1).astype(np.uint8),
+        "indices": (places % num_columns % tile).astype(np.uint8),
         "values": weight.reshape(-1)[places],
     }
 

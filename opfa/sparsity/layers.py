@@ -6,6 +6,7 @@ in any loop. `weight` keeps its name and identity; the mask is a buffer that is 
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,18 @@ def _product(values: Tensor, mask: Tensor) -> Tensor:
     return (values.view(integer) * mask.to(integer)).view(values.dtype)
 
 
+class Product(Protocol):
+    """Another way to multiply by a masked weight, put under a layer by a room above."""
+
+    def __call__(self, layer: "MaskedLinear", input: Tensor) -> Tensor | None:
+        """The layer's output, or None where `functional.linear` is to be used."""
+        ...
+
+    def check(self, layer: "MaskedLinear", name: str) -> None:
+        """Raise `ModelError` if the layer's mask is not the one that was multiplied with."""
+        ...
+
+
 class MaskedLinear(nn.Linear):
     """`nn.Linear` whose masked weights take no part in the forward or the backward pass."""
 
@@ -50,6 +63,7 @@ class MaskedLinear(nn.Linear):
     is_pruned = True  # not a layer that keeps all weights and is only to be quantized
     is_held = False  # inside of `hold_weights`
     keeps_gradient = False  # of the effective weight, where masked weights have one too
+    product: Product | None = None  # instead of `functional.linear` with the effective weight
     _known: Tensor | None = None
     _gradient: Tensor | None = None
 
@@ -81,12 +95,24 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer with its masked weight."""
+        return self.multiply(input)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """W x + b, by the `product` if there is one that takes this input."""
+        if self.product is not None and not self.keeps_gradient:
+            found = self.product(self, input)
+            if found is not None:
+                return found
         return functional.linear(input, self.effective_weight(), self.bias)
+
+    def effective_values(self, values: Tensor, rows: Tensor) -> Tensor:
+        """What `effective_weight` makes of live weights [live], whose rows are `rows`."""
+        return values
 
     def unmask(self) -> None:
         """Become a plain `nn.Linear`, in place; the weight stays as it is."""
         del self.mask
-        for name in ("is_pruned", "keeps_gradient", "_gradient"):
+        for name in ("is_pruned", "keeps_gradient", "_gradient", "product"):
             self.__dict__.pop(name, None)
         object.__setattr__(self, "__class__", nn.Linear)
 
@@ -260,6 +286,8 @@ def fuse(model: nn.Module) -> dict:
     for name, layer in layers.items():  # all of them, before any is changed
         if not torch.isfinite(whole_weight(name, layer)).all():
             raise ModelError(f"{name}.weight: holds a non-finite value; this model can't be saved")
+        if layer.product is not None:
+            layer.product.check(layer, name)
     for layer in layers.values():
         weight, mask = layer.weight, layer.mask
         if layer.is_pruned:

@@ -14,7 +14,7 @@
 #error "packed weights are little-endian"
 #endif
 
-#define OPFA_ABI 3
+#define OPFA_ABI 4
 #define OPFA_TILE 64
 #define OPFA_GROUP 16
 #define OPFA_PANEL 6 /* rows of a dense matrix that stand together */
@@ -31,9 +31,12 @@ enum opfa_kind {
   OPFA_ROTARY,
   OPFA_GATE,
   OPFA_NARROW,
+  OPFA_TIMES, /* of training: what opfa_forward and opfa_backward run */
+  OPFA_ACROSS,
+  OPFA_JOIN,
   OPFA_KINDS
 };
-enum opfa_dtype { OPFA_FP32, OPFA_BF16, OPFA_INT8 };
+enum opfa_dtype { OPFA_FP32, OPFA_BF16, OPFA_INT8, OPFA_FP64 }; /* the last only in training */
 
 /* A matrix [rows, columns] times tokens. Sparse: rows in blocks, columns in tiles; in a block and
  * tile each row that lives has one visit (row in the block, live weights), by falling count.
@@ -53,6 +56,21 @@ typedef struct {
   const float *bias;       /* [rows], or NULL */
 } opfa_matrix;
 
+/* A sparse linear layer in a training step. Rows of tokens are fp32 or bf16; sums and what belongs
+ * to weights are fp32. With OPFA_FP64 all are, values and bias of the matrix too, in plain loops
+ * that others can be compared with. */
+typedef struct {
+  int32_t tokens, dtype;       /* dtype of rows */
+  const opfa_matrix *matrix;   /* [rows, columns] by visits in fp32, with its bias */
+  const opfa_matrix *across;   /* its transpose, without bias; only to go back */
+  const void *input;           /* [tokens, columns] */
+  void *output;                /* [tokens, rows]; going back its gradient, which is only read */
+  void *input_gradient;        /* [tokens, columns], or NULL */
+  void *gradient;              /* [live] of the weights, in their order, or NULL */
+  void *bias_gradient;         /* [rows], or NULL */
+  float *workspace;            /* aligned to 64 bytes, of opfa_product_workspace floats */
+} opfa_product;
+
 typedef struct {
   int64_t offset; /* in channels, from the beginning of the workspace */
   int32_t channels;
@@ -68,6 +86,7 @@ typedef struct {
   float epsilon, scale;
   const opfa_matrix *matrix;
   const float *weight, *bias;       /* of a norm */
+  const opfa_product *product;      /* of training */
   const float *tables[OPFA_TABLES]; /* of embeddings [entries, channels]; rotary: cos and sin */
 } opfa_step;
 
@@ -77,6 +96,7 @@ typedef struct {
   const opfa_step *steps;
   const opfa_buffer *buffers;
   int64_t channels; /* of all buffers */
+  int64_t scratch_start, scratch; /* floats: where each thread's own begin, and how many */
 } opfa_program;
 
 typedef struct {
@@ -99,6 +119,9 @@ opfa_pool *opfa_pool_new(int32_t threads);
 void opfa_pool_free(opfa_pool *);
 int64_t opfa_workspace(const opfa_program *, int32_t tokens);       /* in floats */
 int opfa_run(const opfa_program *, const opfa_call *, opfa_pool *); /* 0, or -1: no memory */
+int64_t opfa_product_workspace(const opfa_product *, int is_back, const opfa_pool *);
+int opfa_forward(const opfa_product *, opfa_pool *);  /* 0, or -1: no memory */
+int opfa_backward(const opfa_product *, opfa_pool *); /* the same */
 /* 0, or what is wrong with a packed matrix. */
 int opfa_check(const opfa_matrix *, uint64_t visits, uint64_t live);
 double opfa_peak(void); /* GFLOP/s of multiply-adds in registers, one core */

@@ -3,7 +3,7 @@
  * OPFA_LEVEL names the level, and VB is the bytes of a vector. All loops are C on the compiler's
  * vectors; the few intrinsics are in vectors.h and products.h.
  */
-#include "products.h"
+#include "training.h"
 
 #define TILE OPFA_TILE
 #define GROUP OPFA_GROUP
@@ -328,6 +328,9 @@ const opfa_ops NAME(OPFA_LEVEL) = {
              [OPFA_ATTENTION] = attention,
              [OPFA_ROTARY] = rotary,
              [OPFA_GATE] = gate,
-             [OPFA_NARROW] = narrow},
+             [OPFA_NARROW] = narrow,
+             [OPFA_TIMES] = times,
+             [OPFA_ACROSS] = times_across,
+             [OPFA_JOIN] = join},
     .peak = peak,
 };

@@ -18,6 +18,7 @@ typedef struct {
   int32_t num_queries;
   const opfa_queries *queries;
   const int32_t *positions; /* of tokens in their sequences */
+  int32_t thread;           /* which one works */
 } opfa_work;
 
 typedef struct {
@@ -31,6 +32,20 @@ static inline int32_t opfa_height(const opfa_matrix *m) {
 }
 static inline int32_t opfa_blocks(const opfa_matrix *m) {
   return (m->rows + opfa_height(m) - 1) / opfa_height(m);
+}
+
+/* Gradients of weights are summed in so many parts of the tiles of tokens. */
+#define OPFA_PARTIALS 8
+#define OPFA_JOINED 4096 /* weights whose parts are added as one item of work */
+static inline int32_t opfa_partials(int32_t tiles) {
+  return tiles < OPFA_PARTIALS ? tiles : OPFA_PARTIALS;
+}
+static inline int64_t opfa_live(const opfa_product *p) {
+  return p->gradient ? p->matrix->entries[opfa_blocks(p->matrix)] : 0;
+}
+/* Floats of a part: its sums for weights and biases, in whole lines. */
+static inline int64_t opfa_partial(const opfa_product *p) {
+  return (opfa_live(p) + p->matrix->rows + 15) / 16 * 16;
 }
 
 double opfa_now(void);

@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 
-#include "ops.h"
+#include "exact.h"
 
 #define SPIN_SECONDS 50e-6
 
@@ -191,6 +191,8 @@ static void await(atomic_int *value, int wanted) {
 
 /* Each thread has a part of a step's items, and helps the others when it is done. */
 static void take_part(job *j, int index) {
+  opfa_work work = j->work;
+  work.thread = index;
   for (int n = 0; n < j->work.program->num_steps; n++) {
     const opfa_step *step = j->work.program->steps + n;
     range *ranges = j->ranges + (size_t)n * j->threads;
@@ -199,7 +201,7 @@ static void take_part(job *j, int index) {
       for (;;) {
         const int64_t item = atomic_fetch_add_explicit(&r->next, 1, memory_order_relaxed);
         if (item >= r->end) break;
-        j->ops->work[step->kind](&j->work, step, item);
+        j->ops->work[step->kind](&work, step, item);
       }
     }
     atomic_fetch_add_explicit(j->arrived + n, 1, memory_order_acq_rel);
@@ -282,7 +284,11 @@ static int64_t num_items(const opfa_work *w, const opfa_step *s) {
   switch (s->kind) {
     case OPFA_LINEAR: return (int64_t)opfa_blocks(s->matrix) * w->tiles;
     case OPFA_ATTENTION: return (int64_t)w->num_queries * s->heads;
-    case OPFA_NORM: return w->tiles;
+    case OPFA_NORM:
+    case OPFA_TIMES: return w->tiles;
+    case OPFA_ACROSS: return opfa_partials(w->tiles);
+    case OPFA_JOIN:
+      return (opfa_live(s->product) + s->product->matrix->rows + OPFA_JOINED - 1) / OPFA_JOINED;
     case OPFA_NARROW: return (int64_t)w->tiles * OPFA_PARTS;
     case OPFA_ROTARY: return (int64_t)w->tiles * s->heads;
     default: return w->padded / OPFA_GROUP;
@@ -292,7 +298,7 @@ static int64_t num_items(const opfa_work *w, const opfa_step *s) {
 /* The queries of each sequence by tiles, and the position of each token. */
 static void split(opfa_work *w, opfa_queries *queries, int32_t *positions) {
   int n = 0;
-  for (int s = 0; s < w->call->sequences; s++)
+  for (int s = 0; s < w->call->sequences; s++) /* none in training */
     for (int token = w->call->starts[s], end = w->call->starts[s + 1]; token < end;) {
       const int lane = token % OPFA_TILE;
       const int count = end - token < OPFA_TILE - lane ? end - token : OPFA_TILE - lane;
@@ -343,6 +349,50 @@ int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool
   free(arrived);
   return is_there ? 0 : -1;
 }
+
+/* ---- Training ------------------------------------------------------------------------------ */
+
+/* Threads have room for a tile of the input, going back also for one of the output's gradient. The
+ * parts of sums are at the beginning of the workspace, as if they were a buffer's. */
+static int64_t scratch_of(const opfa_product *p, int is_back) {
+  const int64_t channels = p->matrix->columns + (is_back ? p->matrix->rows : 0);
+  return channels * OPFA_TILE;
+}
+
+static int64_t parts_of(const opfa_product *p, int is_back) {
+  const int32_t tiles = (p->tokens + OPFA_TILE - 1) / OPFA_TILE;
+  return is_back ? opfa_partial(p) * opfa_partials(tiles) : 0;
+}
+
+int64_t opfa_product_workspace(const opfa_product *p, int is_back, const opfa_pool *pool) {
+  return parts_of(p, is_back) + scratch_of(p, is_back) * pool->threads;
+}
+
+static int run_product(const opfa_product *p, int is_back, opfa_pool *pool) {
+  const opfa_step forward[] = {{.kind = OPFA_TIMES, .product = p}};
+  const opfa_step back[] = {{.kind = OPFA_ACROSS, .product = p}, {.kind = OPFA_JOIN, .product = p}};
+  const opfa_program program = {.num_steps = is_back ? 2 : 1,
+                                .group = OPFA_GROUP,
+                                .steps = is_back ? back : forward,
+                                .scratch_start = parts_of(p, is_back),
+                                .scratch = scratch_of(p, is_back)};
+  const opfa_call call = {.tokens = p->tokens, .workspace = p->workspace};
+  return opfa_run(&program, &call, pool);
+}
+
+int opfa_forward(const opfa_product *p, opfa_pool *pool) {
+  if (p->dtype != OPFA_FP64) return run_product(p, 0, pool);
+  opfa_forward_exact(p);
+  return 0;
+}
+
+int opfa_backward(const opfa_product *p, opfa_pool *pool) {
+  if (p->dtype != OPFA_FP64) return run_product(p, 1, pool);
+  opfa_backward_exact(p);
+  return 0;
+}
+
+/* ---- What is packed ------------------------------------------------------------------------ */
 
 /* The masks of each group of rows have as many bits as it has weights. */
 static int check_masks(const opfa_matrix *m, uint64_t live) {
