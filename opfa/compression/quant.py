@@ -8,7 +8,7 @@ compute with rounded values, gradients pass straight through, and zero maps to z
 activations are moving averages over batches.
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Literal
 
@@ -45,11 +45,11 @@ class QuantLinear(MaskedLinear):
             return weight
         return rounded(weight, weight_scale(weight.detach(), self.scheme))
 
-    def effective_values(self, values: Tensor, rows: Tensor) -> Tensor:
+    def effective_values(self, values: Tensor, rows: Callable[[], Tensor]) -> Tensor:
         """The same rounding of live weights [live]; no scale depends on zeros."""
         if not self.is_quantizing:
             return values
-        return rounded_live(values, rows, self.out_features, self.scheme)
+        return rounded_live(values, rows(), self.out_features, self.scheme)
 
     def forward(self, input: Tensor) -> Tensor:
         """Observe the input's range in training; round input and weight when quantizing."""

@@ -25,6 +25,8 @@ from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError, blaming
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.pretraining import decay_groups
+from opfa.runtime.training import use_kernels
+from opfa.sparsity.layers import masked_layers
 from opfa.storage import seal
 from opfa.storage.files import write_json
 from opfa.tasks import kinds as tasks
@@ -112,12 +114,19 @@ class Trainer:
                 hold_zeros(self.student, init)
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
+        self._use_kernels()
         self.teacher = None
         if (settings := recipe.distillation) is not None:
             student, tokenizer = self.student, self.tokenizer
             self.teacher = Teacher(settings, task, classes, student, tokenizer=tokenizer)
         groups = decay_groups(self.student, training.weight_decay)
         self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
+
+    def _use_kernels(self) -> None:
+        """Under masked layers on a CPU; where masks don't move, live weights alone are trained."""
+        kernels = self.recipe.training.sparse_kernels
+        if kernels and self.device.type == "cpu" and masked_layers(self.student):
+            use_kernels(self.student, kernels, train_live=self.pruner is None)
 
     def _make_concerns(self, steps: int) -> list[Concern]:
         """Those that change the student; its layers are made for them."""

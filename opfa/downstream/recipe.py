@@ -59,10 +59,12 @@ class Training(Section):
     """Numbers of the forward and backward pass."""
     group_by_length: bool = False
     """Batch examples of similar length: less padding, less random."""
+    sparse_kernels: Literal["auto"] | bool | None = None
+    """Compute live weights only, on a CPU: "auto" where that is faster; by default no."""
 
-    @field_validator("rewind_learning_rate")
+    @field_validator("rewind_learning_rate", "sparse_kernels")
     @classmethod
-    def _shortest(cls, value: bool | None) -> bool | None:
+    def _shortest(cls, value: bool | str | None) -> bool | str | None:
         return value or None  # so that recipes of before this key keep their digest
 
     @model_validator(mode="after")
@@ -182,6 +184,9 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
+        if self.training.sparse_kernels is True and not self.pruning and self.model.zeros == "free":
+            what = "needs zeros that are held (model.zeros = 'held') or made ([pruning])"
+            raise ValueError(f"training.sparse_kernels = true: {what}")
         check_rewinding(self.pruning, self.training.rewind_learning_rate)
         if self.task.kind == "embedding":
             _check_embedding(self)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opfa.runtime.library import Matrix
+from opfa.runtime.library import Matrix, library
 from opfa.runtime.packing import Packed, visits
 
 BLOCK, COLUMNS = 128, 96  # rows of a block, columns of a tile
@@ -57,6 +57,20 @@ class Pattern:
             transposed=transposed,
         )
 
+    def take(self, whole: Tensor) -> Tensor:
+        """The live numbers [live] of a matrix."""
+        return take(whole, self.places)
+
+    def put(self, values: Tensor, whole: Tensor) -> None:
+        """Write live numbers [live] to their places in a matrix."""
+        if whole.element_size() != 4 or not whole.is_contiguous():
+            whole.view(-1).index_copy_(0, self.places.long(), values.to(whole.dtype))
+            return
+        values = values.contiguous()
+        library().opfa_put(
+            whole.data_ptr(), self.places.data_ptr(), self.num_live, values.data_ptr()
+        )
+
     @property
     def num_live(self) -> int:
         """How many weights live."""
@@ -77,6 +91,15 @@ def _packed(numbers: NDArray[np.int32]) -> tuple[Packed, NDArray[np.int32]]:
     order = arrays.pop("values")
     sizes = {"rows": numbers.shape[0], "columns": numbers.shape[1], "num_live": len(order)}
     return Packed(**sizes, block=BLOCK, tile=COLUMNS, dtype=0, arrays=arrays), order
+
+
+def take(whole: Tensor, places: Tensor) -> Tensor:
+    """The numbers at places (int32) of a tensor that is read as one row."""
+    if whole.element_size() != 4 or not whole.is_contiguous():
+        return whole.reshape(-1).index_select(0, places)
+    found = whole.new_empty(len(places))
+    library().opfa_take(whole.data_ptr(), places.data_ptr(), len(places), found.data_ptr())
+    return found
 
 
 def struct_of(matrix: Packed, values: Tensor, bias: Tensor | None = None) -> Matrix:

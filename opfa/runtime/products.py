@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opfa.errors import RunError
 from opfa.runtime.library import Product, library
-from opfa.runtime.patterns import PATTERNS, Pattern, struct_of
+from opfa.runtime.patterns import PATTERNS, Pattern, struct_of, take
 from opfa.runtime.threads import Pool, num_threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 3}  # of rows of tokens
@@ -120,7 +120,7 @@ def _product(
     product = _Product(len(input), DTYPES[input.dtype], matrix, input=input.data_ptr())
     product.kept = [input, values, *([] if bias is None else [bias])]
     if is_back and exact == torch.float32:
-        across = values.index_select(0, where.across)
+        across = take(values, where.across)
         product.across = ctypes.pointer(struct_of(where.transposed, across))
         product.kept.append(across)
     return product
@@ -147,14 +147,14 @@ class _Live(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, pattern: Pattern) -> Tensor:  # noqa: D102 - torch's protocol
-        ctx.places, ctx.shape = pattern.places, weight.shape
-        return weight.reshape(-1).index_select(0, pattern.places)
+        ctx.pattern, ctx.shape = pattern, weight.shape
+        return pattern.take(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: D102 - torch's protocol
-        (gradient,) = gradients
-        whole = gradient.new_zeros(ctx.shape.numel()).index_copy_(0, ctx.places.long(), gradient)
-        return whole.view(ctx.shape), None
+        whole = gradients[0].new_zeros(ctx.shape)
+        ctx.pattern.put(gradients[0], whole)
+        return whole, None
 
 
 def live_of(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -9,7 +9,7 @@ and ZeRO see what they saw before. A mask that changed gets a new pattern at the
 
 import logging
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from opfa.sparsity.layers import MaskedLinear, masked_layers
 
 Kernels = Literal["auto"] | bool
 log = logging.getLogger(__name__)
+MANY = 1024  # tokens of a step, if nobody says how many
+MOVED = "a mask changed while only the live weights are trained; opfa.fuse the model first"
 _said: set[str] = set()  # each reason is told once in a process
 
 
@@ -36,6 +38,28 @@ class SparseProduct:
         self._pattern: Pattern | None = None
         self._rows: Tensor | None = None
         self._held: tuple[Tensor, int] | None = None  # a mask, and its version then
+        self.live: nn.Parameter | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pattern, which a copy builds anew from its own mask."""
+        return {**vars(self), "_pattern": None, "_rows": None, "_held": None}
+
+    def train_live(self, layer: MaskedLinear) -> None:
+        """From now on the live weights are what is trained; the mask may not change any more."""
+        self.live = nn.Parameter(self.take(layer, layer.weight.detach()))
+
+    def suits(self, layer: MaskedLinear) -> bool:
+        """Whether batches of some size gain."""
+        many = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+        return many and (not self.is_free or gains(self.pattern(layer), MANY, torch.float32))
+
+    def take(self, layer: MaskedLinear, whole: Tensor) -> Tensor:
+        """The numbers [live] of a tensor like the weight, in the order of `live`."""
+        return self.pattern(layer).take(whole)
+
+    def put(self, layer: MaskedLinear, values: Tensor, whole: Tensor) -> None:
+        """Write numbers [live] to their places in a tensor like the weight."""
+        self.pattern(layer).put(values, whole)
 
     def __call__(self, layer: MaskedLinear, input: Tensor) -> Tensor | None:
         """The layer's output; None for what the kernels can't do, or with `is_free` don't gain."""
@@ -49,14 +73,15 @@ class SparseProduct:
             return None  # of a wrong shape too: torch says what is wrong
         pattern = self.pattern(layer)
         num_tokens = input.numel() // max(1, layer.in_features)
-        if self.is_free and not gains(pattern, num_tokens, input.dtype):
+        if self.is_free and self.live is None and not gains(pattern, num_tokens, input.dtype):
             return None
         return self._multiply(layer, input, pattern)
 
     def _multiply(self, layer: MaskedLinear, input: Tensor, pattern: Pattern) -> Tensor:
         exact = torch.float64 if input.dtype == torch.float64 else torch.float32
-        values = live_of(layer.weight, pattern).to(exact)
-        values = layer.effective_values(values, self._rows_of(pattern))
+        values = live_of(layer.weight, pattern) if self.live is None else self.live
+        values = values.to(exact)
+        values = layer.effective_values(values, self._rows_of)
         bias = None if layer.bias is None else layer.bias.to(exact)
         return sparse_linear(input, values, bias, pattern)
 
@@ -64,33 +89,48 @@ class SparseProduct:
         """The pattern of the layer's mask, built anew if that is another one than before."""
         mask = layer.mask
         version = 0 if mask.is_inference() else mask._version
-        if self._pattern is None or self._held != (mask, version):
-            self._pattern, self._held, self._rows = Pattern.of(mask), (mask, version), None
+        if self._held is not None and self._held[0] is mask and self._held[1] == version:
+            assert self._pattern is not None
+            return self._pattern
+        if self._pattern is None or not self._fits(mask):
+            if self._pattern is not None and self.live is not None:
+                raise ModelError(MOVED)
+            self._pattern, self._rows = Pattern.of(mask), None
+        self._held = (mask, version)
         return self._pattern
 
-    def _rows_of(self, pattern: Pattern) -> Tensor:
+    def _fits(self, mask: Tensor) -> bool:
+        """Whether the pattern is that of a mask, weight by weight."""
+        assert self._pattern is not None
+        places = self._pattern.places.long()
+        is_in = mask.shape == (self._pattern.rows, self._pattern.columns)
+        is_all = is_in and int(mask.count_nonzero()) == len(places)
+        return is_all and bool(mask.reshape(-1)[places].all())
+
+    def _rows_of(self) -> Tensor:
+        assert self._pattern is not None
         if self._rows is None:
-            self._rows = pattern.places.long() // max(1, pattern.columns)
+            self._rows = self._pattern.places.long() // max(1, self._pattern.columns)
         return self._rows
 
     def check(self, layer: MaskedLinear, name: str) -> None:
         """Raise `ModelError` if the mask was changed in a way that torch doesn't count."""
-        if self._pattern is None:
-            return
-        mask, places = layer.mask.reshape(-1), self.pattern(layer).places
-        if int(mask.count_nonzero()) != len(places) or not bool(mask[places.long()].all()):
+        if self._pattern is not None and not self._fits(layer.mask):
             raise ModelError(
                 f"{name}.mask: was changed behind torch's back (.data?) while the sparse kernels "
                 "multiplied by another one; change masks by mask.copy_(...)"
             )
 
 
-def use_kernels(model: nn.Module, kernels: Kernels = "auto") -> list[str]:
+def use_kernels(
+    model: nn.Module, kernels: Kernels = "auto", *, train_live: bool = False
+) -> list[str]:
     """Put sparse kernels under a model's masked layers, or with False take them away.
 
     "auto" computes in them what gains, by a measured table, and on a machine without kernels
-    nothing. Gives the names of the layers. Raises `ModelError` for a model without masked layers,
-    and with True `RunError` where the kernels can't run.
+    nothing. With `train_live` an engine that knows `Product.live` trains live weights alone. Gives
+    the names of the layers. Raises `ModelError` for a model without masked layers, and with True
+    `RunError` where the kernels can't run.
     """
     if kernels not in ("auto", True, False):
         raise ModelError(f"kernels = {kernels!r}: must be 'auto', True or False")
@@ -103,7 +143,9 @@ def use_kernels(model: nn.Module, kernels: Kernels = "auto") -> list[str]:
         _say(f"models train without the sparse kernels: {problem}")
         kernels = False
     for layer in found.values():
-        layer.product = SparseProduct(is_free=kernels == "auto") if kernels else None
+        layer.product = product = SparseProduct(is_free=kernels == "auto") if kernels else None
+        if product is not None and train_live and product.suits(layer):
+            product.train_live(layer)
     return list(found) if kernels else []
 
 

@@ -5,7 +5,7 @@ in any loop. `weight` keeps its name and identity; the mask is a buffer that is 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -45,10 +45,24 @@ def _product(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class Product(Protocol):
-    """Another way to multiply by a masked weight, put under a layer by a room above."""
+    """Another way to multiply by a masked weight, put under a layer by a room above.
+
+    With `live`, the live weights [live] are what is trained, as one vector, and the layer's weight
+    follows: an optimizer holds `live` instead of it, and puts it there after each step.
+    """
+
+    live: nn.Parameter | None
 
     def __call__(self, layer: "MaskedLinear", input: Tensor) -> Tensor | None:
         """The layer's output, or None where `functional.linear` is to be used."""
+        ...
+
+    def take(self, layer: "MaskedLinear", whole: Tensor) -> Tensor:
+        """The numbers [live] of a tensor like the weight, in the order of `live`."""
+        ...
+
+    def put(self, layer: "MaskedLinear", values: Tensor, whole: Tensor) -> None:
+        """Write numbers [live] to their places in a tensor like the weight."""
         ...
 
     def check(self, layer: "MaskedLinear", name: str) -> None:
@@ -105,8 +119,8 @@ class MaskedLinear(nn.Linear):
                 return found
         return functional.linear(input, self.effective_weight(), self.bias)
 
-    def effective_values(self, values: Tensor, rows: Tensor) -> Tensor:
-        """What `effective_weight` makes of live weights [live], whose rows are `rows`."""
+    def effective_values(self, values: Tensor, rows: Callable[[], Tensor]) -> Tensor:
+        """What `effective_weight` makes of live weights [live]; `rows` gives their rows [live]."""
         return values
 
     def unmask(self) -> None:

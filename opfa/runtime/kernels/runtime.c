@@ -392,6 +392,14 @@ int opfa_backward(const opfa_product *p, opfa_pool *pool) {
   return 0;
 }
 
+void opfa_take(const uint32_t *whole, const int32_t *places, int64_t count, uint32_t *values) {
+  for (int64_t i = 0; i < count; i++) values[i] = whole[places[i]];
+}
+
+void opfa_put(uint32_t *whole, const int32_t *places, int64_t count, const uint32_t *values) {
+  for (int64_t i = 0; i < count; i++) whole[places[i]] = values[i];
+}
+
 /* ---- What is packed ------------------------------------------------------------------------ */
 
 /* The masks of each group of rows have as many bits as it has weights. */
