@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -91,6 +91,26 @@ def bench_train(
     if write is not None:
         write_between(write, BENCH_MARK, result.markdown())
     result.show(as_json=True) if as_json else print(result.markdown())
+
+
+@bench.command("finetune", epilog="Example: opfa bench finetune minilm --sparsity 0.85")
+def bench_finetune(
+    shape: Annotated[
+        Literal["bert-base", "minilm"], Argument(metavar="[SHAPE]", help="bert-base or minilm.")
+    ] = "bert-base",
+    sparsity: Annotated[
+        float, Option(min=0.1, max=0.99, help="Zeros in the encoder's matrices.")
+    ] = 0.9,
+    batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 16,
+    tokens: Annotated[int, Option(min=1, max=512, help="Tokens of a sequence.")] = 128,
+    rounds: Annotated[int, Option(min=1, help="How often all is measured.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a fine-tuning step in the sparse kernels by part, against torch's dense ones."""
+    from opfa.bench.finetune import bench_finetune as execute
+
+    sizes = {"batch": batch, "tokens": tokens}
+    execute(shape, sparsity=sparsity, rounds=rounds, **sizes).show(as_json=as_json)
 
 
 @bench.command("distillation", epilog="Example: opfa bench distillation")
