@@ -115,7 +115,8 @@ def library() -> ctypes.CDLL:
     found.opfa_check.argtypes = [POINTER(Matrix), ctypes.c_uint64, ctypes.c_uint64]
     found.opfa_product_workspace.restype = c_int64
     found.opfa_product_workspace.argtypes = [POINTER(Product), c_int32, c_void_p]
-    found.opfa_take.argtypes = found.opfa_put.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
+    pointers = [c_int32, c_void_p, c_void_p, c_int64, c_void_p]
+    found.opfa_take.argtypes = found.opfa_put.argtypes = pointers
     found.opfa_take.restype = found.opfa_put.restype = None
     found.opfa_forward.argtypes = found.opfa_backward.argtypes = [POINTER(Product), c_void_p]
     if found.opfa_abi() != ABI:

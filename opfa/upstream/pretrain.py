@@ -20,6 +20,7 @@ from opfa.errors import RecipeError, RunError
 from opfa.models.configs import load_config
 from opfa.models.pretraining import compile_models, decay_groups
 from opfa.models.sentences import files_of, write_files
+from opfa.runtime.training import use_kernels
 from opfa.sparsity.layers import hold_weights
 from opfa.training import began, distributed, finished, launch
 from opfa.training.checkpoint import model_digest, write_finished
@@ -101,6 +102,8 @@ class Trainer:
         self.mask = masker(prepared.tokenizer, recipe.masking, recipe.seed)
         self.pruner = self._make_pruner()
         training = recipe.training
+        if training.sparse_kernels and self.device.type == "cpu" and self.pruner is not None:
+            use_kernels(self.student, training.sparse_kernels)
         if compiles := recipe.launch.compile:
             compile_models(self.student, *([self.teacher.model] if self.teacher else []))
         self.launched = {"world_size": self.order.world_size, "deepspeed": file.values()}

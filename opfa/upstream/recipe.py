@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Moment, in_steps
 from opfa.errors import RecipeError
@@ -126,6 +126,13 @@ class Training(Section):
     """Dropout while training; by default the model's own."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Numbers of the forward and backward pass; the optimizer keeps fp32 weights."""
+    sparse_kernels: Literal["auto"] | bool | None = None
+    """Compute live weights only, on a CPU: "auto" where that is faster; by default no."""
+
+    @field_validator("sparse_kernels")
+    @classmethod
+    def _shortest(cls, value: bool | str | None) -> bool | str | None:
+        return value or None  # so that recipes of before this key keep their digest
 
 
 class Distillation(Teacher):

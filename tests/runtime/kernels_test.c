@@ -570,6 +570,136 @@ static void check(const network *n, char *level_names, opfa_pool **pools, double
   number++;
 }
 
+/* ---- Training ------------------------------------------------------------------------------- */
+
+/* Numbers of a type as rows have them; `wide` gets what they are. */
+static void *rows_of(int dtype, size_t count, double *wide) {
+  void *found = take(count, dtype == OPFA_FP64 ? 8 : dtype == OPFA_FP32 ? 4 : 2);
+  for (size_t i = 0; i < count; i++) {
+    const float x = dtype == OPFA_BF16 ? to_bf16(value()) : value();
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    wide[i] = x;
+    if (dtype == OPFA_FP64) ((double *)found)[i] = x;
+    else if (dtype == OPFA_FP32) ((float *)found)[i] = x;
+    else ((uint16_t *)found)[i] = (uint16_t)(bits >> 16);
+  }
+  return found;
+}
+static double number_at(int dtype, const void *from, size_t i) {
+  if (dtype == OPFA_FP64) return ((const double *)from)[i];
+  if (dtype == OPFA_FP32) return ((const float *)from)[i];
+  const uint32_t bits = (uint32_t)((const uint16_t *)from)[i] << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+static double distance_of(int dtype, const void *got, const double *wanted, size_t count) {
+  double largest = 1e-30, worst = 0;
+  for (size_t i = 0; i < count; i++) {
+    const double error = fabs(number_at(dtype, got, i) - wanted[i]);
+    largest = fmax(largest, fabs(wanted[i]));
+    if (!(error <= worst)) worst = error;
+  }
+  return worst / largest;
+}
+
+/* Places [live] of the weights of a packed matrix, in their order. */
+static uint32_t *places_of(const opfa_matrix *m, size_t *live) {
+  const int blocks = (m->rows + m->block - 1) / m->block, tiles = (m->columns + m->tile - 1) / m->tile;
+  uint32_t *found = take(m->entries[blocks], sizeof *found);
+  size_t entry = 0;
+  for (int place = 0; place < blocks * tiles; place++)
+    for (uint32_t v = m->starts[place]; v < m->starts[place + 1]; v++)
+      for (int i = 0; i < m->visits[2 * v + 1]; i++, entry++)
+        found[entry] = (uint32_t)((place / tiles * m->block + m->visits[2 * v]) * m->columns +
+                                  place % tiles * m->tile + m->indices[entry]);
+  *live = entry;
+  return found;
+}
+
+/* A sparse layer's pass forward and back, at every level, with any of the gradients. */
+static void check_product(int tokens, char *level_names, opfa_pool **pools, double *worst) {
+  static const float densities[] = {0, 0.02f, 0.1f, 0.1f, 0.3f, 1};
+  static const int dtypes[] = {OPFA_FP32, OPFA_FP32, OPFA_BF16, OPFA_FP64};
+  const int dtype = dtypes[chance(4)], rows = from_to(1, 200), columns = from_to(1, 200);
+  const float density = densities[chance(6)];
+  matrix m = {.packed = {.rows = rows, .columns = columns, .block = from_to(1, 255), .tile = from_to(1, 255)}};
+  matrix back = {.packed = {.rows = columns, .columns = rows, .block = from_to(1, 255), .tile = from_to(1, 255)}};
+  const size_t size = (size_t)rows * columns, ins = (size_t)tokens * columns, outs = (size_t)tokens * rows;
+  m.plain = take(size, 4), back.plain = take(size, 4);
+  for (size_t i = 0; i < size; i++) {
+    m.plain[i] = (float)chance(1000) < density * 1000 ? value() + 3 : 0; /* never 0 by chance */
+    back.plain[i % columns * rows + i / columns] = m.plain[i];
+  }
+  pack_sparse(&m), pack_sparse(&back);
+  size_t live;
+  const uint32_t *places = places_of(&m.packed, &live);
+  double *x = take(ins, 8), *g = take(outs, 8), *bias = take(rows, 8), *y = take(outs, 8), *dx = take(ins, 8),
+         *dw = take(live, 8), *db = take(rows, 8);
+  const int exact = dtype == OPFA_FP64 ? OPFA_FP64 : OPFA_FP32;
+  const void *rows_in = rows_of(dtype, ins, x), *rows_g = rows_of(dtype, outs, g), *biases = rows_of(exact, rows, bias);
+  memset(dx, 0, 8 * ins), memset(db, 0, 8 * (size_t)rows), memset(dw, 0, 8 * live);
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++) y[(size_t)t * rows + r] = bias[r], db[r] += g[(size_t)t * rows + r];
+  double *wide = take(live, 8);
+  for (size_t i = 0; i < live; i++) {
+    const int r = (int)places[i] / columns, c = (int)places[i] % columns;
+    wide[i] = m.plain[places[i]];
+    for (int t = 0; t < tokens; t++) {
+      y[(size_t)t * rows + r] += wide[i] * x[(size_t)t * columns + c];
+      dx[(size_t)t * columns + c] += wide[i] * g[(size_t)t * rows + r];
+      dw[i] += g[(size_t)t * rows + r] * x[(size_t)t * columns + c];
+    }
+  }
+  opfa_matrix forward = m.packed;
+  if (exact == OPFA_FP64) forward.values = wide;
+  const int wanted = from_to(1, 7), bytes = dtype == OPFA_FP64 ? 8 : dtype == OPFA_FP32 ? 4 : 2;
+  const size_t one = exact == OPFA_FP64 ? 8 : 4;
+  const size_t sizes[] = {outs * bytes, ins * bytes, live * one, rows * one};
+  char names[128], *rest = NULL;
+  strcpy(names, level_names);
+  int i = 0;
+  for (char *level = strtok_r(names, " ", &rest); level; level = strtok_r(NULL, " ", &rest), i++) {
+    opfa_choose(level);
+    void *first[4] = {0};
+    for (int p = 0; p < 3; p++) {
+      void *got[4];
+      for (int k = 0; k < 4; k++) got[k] = malloc(sizes[k] ? sizes[k] : 1);
+      for (int is_back = 0; is_back < 2; is_back++) {
+        opfa_matrix with_bias = forward;
+        with_bias.bias = is_back ? NULL : biases;
+        opfa_product product = {.tokens = tokens, .dtype = dtype, .matrix = &with_bias, .across = &back.packed, .input = rows_in,
+                                .output = is_back ? (void *)rows_g : got[0]};
+        if (is_back && wanted & 1) product.input_gradient = got[1];
+        if (is_back && wanted & 2) product.gradient = got[2];
+        if (is_back && wanted & 4) product.bias_gradient = got[3];
+        const size_t floats = (size_t)opfa_product_workspace(&product, is_back, pools[p]);
+        char *memory = malloc(floats * 4 + 64);
+        product.workspace = (float *)(memory + (64 - (uintptr_t)memory % 64) % 64);
+        if ((is_back ? opfa_backward : opfa_forward)(&product, pools[p])) abort();
+        free(memory);
+      }
+      const double *right[] = {y, dx, dw, db};
+      const size_t counts[] = {outs, ins, live, (size_t)rows};
+      for (int k = 0; k < 4; k++) {
+        if (k && !(wanted >> (k - 1) & 1)) continue;
+        const int kind = k < 2 ? dtype : exact;
+        const double limit = kind == OPFA_BF16 ? 1e-2 : kind == OPFA_FP64 ? 1e-12 : TOLERANCE;
+        const double error = distance_of(kind, got[k], right[k], counts[k]);
+        if (!(error <= limit)) printf("%s: training, number %d of dtype %d: error %g\n", level, k, dtype, error), exit(1);
+        if (kind == OPFA_FP32 && error > worst[i]) worst[i] = error;
+        if (p && memcmp(got[k], first[k], sizes[k])) printf("%s: training, other threads, other bits\n", level), exit(1);
+      }
+      for (int k = 0; k < 4; k++) {
+        if (p) free(got[k]);
+        else first[k] = got[k];
+      }
+    }
+    for (int k = 0; k < 4; k++) free(first[k]);
+  }
+}
+
 static long resident_pages(void) {
   long all = 0, resident = 0;
   FILE *file = fopen("/proc/self/statm", "r");
@@ -608,6 +738,8 @@ int main(int argc, char **argv) {
     network n;
     random_network(&n, i % 40 == 39 ? 4096 : sizes[chance(16)]);
     check(&n, levels, pools, worst);
+    drop_all();
+    check_product(i % 40 == 39 ? 1500 : sizes[chance(16)], levels, pools, worst);
     drop_all();
   }
   if (!opfa_choose("no such level")) printf("an unknown level is accepted\n"), exit(1);

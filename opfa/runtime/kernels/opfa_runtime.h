@@ -122,9 +122,9 @@ int opfa_run(const opfa_program *, const opfa_call *, opfa_pool *); /* 0, or -1:
 int64_t opfa_product_workspace(const opfa_product *, int is_back, const opfa_pool *);
 int opfa_forward(const opfa_product *, opfa_pool *);  /* 0, or -1: no memory */
 int opfa_backward(const opfa_product *, opfa_pool *); /* the same */
-/* values[i] = whole[places[i]], and the other way round; of 4-byte numbers. */
-void opfa_take(const uint32_t *whole, const int32_t *places, int64_t count, uint32_t *values);
-void opfa_put(uint32_t *whole, const int32_t *places, int64_t count, const uint32_t *values);
+/* values[i] = whole[places[i]], and the other way round, of numbers of 2, 4 or 8 bytes. */
+void opfa_take(int32_t bytes, const void *whole, const int32_t *places, int64_t count, void *values);
+void opfa_put(int32_t bytes, void *whole, const int32_t *places, int64_t count, const void *values);
 /* 0, or what is wrong with a packed matrix. */
 int opfa_check(const opfa_matrix *, uint64_t visits, uint64_t live);
 double opfa_peak(void); /* GFLOP/s of multiply-adds in registers, one core */

@@ -392,12 +392,23 @@ int opfa_backward(const opfa_product *p, opfa_pool *pool) {
   return 0;
 }
 
-void opfa_take(const uint32_t *whole, const int32_t *places, int64_t count, uint32_t *values) {
-  for (int64_t i = 0; i < count; i++) values[i] = whole[places[i]];
+#define TAKE(BYTES, TYPE) \
+  case BYTES: \
+    for (int64_t i = 0; i < count; i++) ((TYPE *)values)[i] = ((const TYPE *)whole)[places[i]]; \
+    break;
+#define PUT(BYTES, TYPE) \
+  case BYTES: \
+    for (int64_t i = 0; i < count; i++) ((TYPE *)whole)[places[i]] = ((const TYPE *)values)[i]; \
+    break;
+
+void opfa_take(int32_t bytes, const void *whole, const int32_t *places, int64_t count,
+               void *values) {
+  switch (bytes) { TAKE(2, uint16_t) TAKE(4, uint32_t) TAKE(8, uint64_t) }
 }
 
-void opfa_put(uint32_t *whole, const int32_t *places, int64_t count, const uint32_t *values) {
-  for (int64_t i = 0; i < count; i++) whole[places[i]] = values[i];
+void opfa_put(int32_t bytes, void *whole, const int32_t *places, int64_t count,
+              const void *values) {
+  switch (bytes) { PUT(2, uint16_t) PUT(4, uint32_t) PUT(8, uint64_t) }
 }
 
 /* ---- What is packed ------------------------------------------------------------------------ */
