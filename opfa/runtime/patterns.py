@@ -57,7 +57,41 @@ class Pattern:
             transposed=transposed,
         )
 
-    def take(whole: Tensor, places: Tensor) -> Tensor:
+    def take(self, whole: Tensor) -> Tensor:
+        """The live numbers [live] of a matrix."""
+        assert whole.numel() == self.rows * self.columns, "another matrix"
+        return take(whole, self.places)
+
+    def put(self, values: Tensor, whole: Tensor) -> None:
+        """Write live numbers [live] to their places in a matrix, which must be contiguous."""
+        assert whole.is_contiguous() and whole.numel() == self.rows * self.columns, "another matrix"
+        values = values.to(whole.dtype).contiguous()
+        pointers = (whole.data_ptr(), self.places.data_ptr(), self.num_live, values.data_ptr())
+        library().opfa_put(whole.element_size(), *pointers)
+
+    @property
+    def num_live(self) -> int:
+        """How many weights live."""
+        return len(self.places)
+
+    @property
+    def density(self) -> float:
+        """Their share."""
+        return self.num_live / (self.rows * self.columns)
+
+
+PATTERNS: weakref.WeakValueDictionary[int, Pattern] = weakref.WeakValueDictionary()  # by number
+
+
+def _packed(numbers: NDArray[np.int32]) -> tuple[Packed, NDArray[np.int32]]:
+    """A matrix without values, and its numbers in the order of its live places."""
+    arrays = visits(numbers, BLOCK, COLUMNS)
+    order = arrays.pop("values")
+    sizes = {"rows": numbers.shape[0], "columns": numbers.shape[1], "num_live": len(order)}
+    return Packed(**sizes, block=BLOCK, tile=COLUMNS, dtype=0, arrays=arrays), order
+
+
+def take(whole: Tensor, places: Tensor) -> Tensor:
     """The numbers at places (int32) of a tensor that is read as one row."""
     whole = whole.contiguous()
     found = whole.new_empty(len(places))
