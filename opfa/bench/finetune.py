@@ -162,7 +162,7 @@ class OneStep:
 
     def take(self) -> tuple[float, float, float]:
         """One step; the seconds of forward pass, backward pass and optimizer."""
-        return timed(self._forward), timed(lambda: self._loss.backward()), timed(self._optimize)
+        return timed(self._forward), timed(self._loss.backward), timed(self._optimize)
 
     def _forward(self) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._is_bf16):

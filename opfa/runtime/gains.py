@@ -1,16 +1,25 @@
-"""Where the sparse kernels of training gain over torch's dense product, by measurement."""
+"""Where the sparse kernels of training gain over torch's dense products, by measurement.
+
+A step of a layer is forward, back and the gradient of its weights, with the dense gradient written
+out. Its time against a dense layer's depends on how many live, and on weights times tokens, which
+is what the way into the kernels is paid with. README.md has the measurement.
+"""
 
 import torch
 
 from opfa.runtime.patterns import Pattern
 
-LEAST_SIZE = 1 << 14  # weights of a matrix; below, the way into the kernels costs more
-LEAST_TOKENS = 64
-MOST_DENSITY = {torch.float32: 0.3, torch.bfloat16: 0.15}
+# The least weights times tokens by the highest density, below which dense products may be faster.
+LEAST_WORK: dict[torch.dtype, tuple[tuple[float, int], ...]] = {
+    torch.float32: ((0.12, 1 << 25), (0.22, 1 << 26), (0.32, 1 << 27), (0.5, 1 << 29)),
+    torch.bfloat16: ((0.12, 1 << 27), (0.22, 1 << 28)),
+}
 
 
 def gains(pattern: Pattern, num_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a step is faster in the kernels: forward, back and the gradient of weights."""
-    size = pattern.rows * pattern.columns
-    is_large = size >= LEAST_SIZE and num_tokens >= LEAST_TOKENS
-    return is_large and pattern.density <= MOST_DENSITY.get(dtype, 0.0)
+    """Whether a step of so many tokens of a type is faster in the kernels."""
+    work = pattern.rows * pattern.columns * num_tokens
+    for density, least in LEAST_WORK.get(dtype, ()):
+        if pattern.density <= density:
+            return work >= least
+    return False

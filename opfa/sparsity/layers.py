@@ -6,7 +6,6 @@ in any loop. `weight` keeps its name and identity; the mask is a buffer that is 
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from opfa.errors import ModelError
 from opfa.sparsity import masks as mask_functions
 from opfa.sparsity.anatomy import is_matrix, is_pruned, layer_of
 from opfa.sparsity.masks import Masks
+from opfa.sparsity.product import Product
 
 SPARSE_FROM = 0.01  # a model with fewer zeros than this has none to speak of: rounding leaves a few
 
@@ -42,32 +42,6 @@ def _product(values: Tensor, mask: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():  # on CUDA its compiler can't view a mask as integers
         mask = mask.view(torch.int8)
     return (values.view(integer) * mask.to(integer)).view(values.dtype)
-
-
-class Product(Protocol):
-    """Another way to multiply by a masked weight, put under a layer by a room above.
-
-    With `live`, the live weights [live] are what is trained, as one vector, and the layer's weight
-    follows: an optimizer holds `live` instead of it, and puts it there after each step.
-    """
-
-    live: nn.Parameter | None
-
-    def __call__(self, layer: "MaskedLinear", input: Tensor) -> Tensor | None:
-        """The layer's output, or None where `functional.linear` is to be used."""
-        ...
-
-    def take(self, layer: "MaskedLinear", whole: Tensor) -> Tensor:
-        """The numbers [live] of a tensor like the weight, in the order of `live`."""
-        ...
-
-    def put(self, layer: "MaskedLinear", values: Tensor, whole: Tensor) -> None:
-        """Write numbers [live] to their places in a tensor like the weight."""
-        ...
-
-    def check(self, layer: "MaskedLinear", name: str) -> None:
-        """Raise `ModelError` if the layer's mask is not the one that was multiplied with."""
-        ...
 
 
 class MaskedLinear(nn.Linear):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from opfa.compression.runs import Weights
 from opfa.errors import DivergedError
-from opfa.sparsity.layers import MaskedLinear, Product, masked_layers
+from opfa.sparsity.layers import MaskedLinear, masked_layers
+from opfa.sparsity.product import Product
 from opfa.training.state import Piece, Pieces, save_pieces
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight that had a gradient
