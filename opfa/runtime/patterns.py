@@ -16,7 +16,7 @@ from torch import Tensor
 from opfa.runtime.library import Matrix, library
 from opfa.runtime.packing import Packed, visits
 
-BLOCK, COLUMNS = 128, 96  # rows of a block, columns of a tile
+BLOCK, COLUMNS = 128, 192  # rows of a block, columns of a tile
 _numbers = itertools.count()
 
 
