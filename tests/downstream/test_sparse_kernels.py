@@ -100,6 +100,9 @@ def test_the_optimizer_holds_live_weights_and_its_state_is_saved_whole(
         torch.testing.assert_close(files[0][key] / scale, wanted / scale, rtol=0, atol=2e-2)
     plain.engine.load(tmp_path / "ours")  # either reads the other's
     ours.engine.load(tmp_path / "plain")
+    for name, product in products.items():
+        assert product is not None and product.live is not None
+        assert torch.equal(product.take(layers[name], layers[name].weight), product.live)
     ours.engine.save(tmp_path / "ours")
     again = load_file(tmp_path / "ours/state-00000.safetensors")
     assert all(torch.equal(again[key], value) for key, value in files[1].items())
