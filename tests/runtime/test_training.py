@@ -53,13 +53,13 @@ def dense_and_sparse(
     return found[0], found[1]
 
 
-def distance(wanted: Tensor, found: Tensor, tokens: int = 0) -> float:
-    """The largest difference, relative to the largest value; of sums over tokens at least to what
-    such a sum usually is, for one that happens to cancel has the rounding of its parts.
+def distance(wanted: Tensor, found: Tensor, summands: float = 0) -> float:
+    """The largest difference, relative to the largest value, or to what
+    a sum of so many products usually is: one that happens to cancel has its parts' rounding.
     """
     if not wanted.numel():
         return 0.0
-    largest = wanted.abs().max().clamp(min=max(1e-30, tokens**0.5))
+    largest = wanted.abs().max().clamp(min=max(1e-30, summands**0.5))
     return float((wanted - found.double()).abs().max() / largest)
 
 
@@ -86,7 +86,7 @@ def test_output_and_gradients_are_those_of_the_dense_path(
     x = torch.randn(columns, tokens).T if is_strided else torch.randn(tokens, columns)
     wanted, found = dense_and_sparse(random_mask(rows, columns, density), x, dtype)
     limit = FP32 if dtype == torch.float32 else BF16
-    summed = (0, 0, tokens, tokens)
+    summed = (columns * density, rows * density, tokens, tokens)
     assert max(map(distance, wanted, found, summed)) < limit
     assert found[0].dtype == found[1].dtype == dtype
     assert found[2].dtype == torch.float32
