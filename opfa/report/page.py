@@ -19,7 +19,12 @@ from markupsafe import Markup
 from opfa.errors import redacted
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = {"run": ["charts.js"], "sweep": ["charts.js"], "model": ["matrix.js", "matrices.js"]}
+SCRIPTS = {
+    "run": ["charts.js"],
+    "sweep": ["charts.js"],
+    "search": ["front.js"],
+    "model": ["matrix.js", "matrices.js"],
+}
 
 
 def render(

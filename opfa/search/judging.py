@@ -1,0 +1,68 @@
+"""Candidates judged: each one cut out and answered for the held-out examples, by one thread.
+
+Several are judged at a time in processes of their own. A judgement depends on its shape alone, so
+neither their number nor their order changes what a search finds.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from opfa.downstream.evaluate import evaluate
+from opfa.errors import RunError
+from opfa.extras import importing
+from opfa.models.costs import threads
+from opfa.search.material import CPU, Material
+from opfa.search.prepared import Prepared
+from opfa.search.recipe import SearchRecipe
+from opfa.search.shapes import Shape
+from opfa.search.slices import Slices
+from opfa.storage.runs import RECIPE
+
+BATCH = 64
+
+
+class Judge:
+    """Judges shapes by the examples of a search."""
+
+    def __init__(self, output: Path) -> None:
+        """Read what the search in this directory prepared."""
+        recipe = SearchRecipe.read(output / RECIPE)
+        prepared = Prepared.read(recipe, output)
+        self._material = Material(recipe, str(prepared.model))
+        model = self._material.load(self._material.held_out.classes)
+        self._slices = Slices(model, prepared.space, prepared.fits)
+
+    def metrics(self, shape: Shape, *, is_fresh: bool = False) -> dict[str, float]:
+        """The task's metrics of a slice, on the held-out examples or on fresh ones."""
+        material = self._material
+        split = material.fresh if is_fresh else material.held_out
+        with threads(1):  # so the last bits of sums don't depend on the machine's cores
+            return evaluate(self._slices.cut(shape), material.task, split, batch=BATCH, device=CPU)
+
+
+def judged(
+    output: Path, shapes: Sequence[Shape], workers: int, *, is_fresh: bool = False
+) -> Iterator[dict[str, float]]:
+    """The metrics of shapes, in their order, by so many processes at a time."""
+    if workers == 1:
+        yield from (_judged(output, shape, is_fresh) for shape in shapes)
+        return
+    with importing("several workers", "opfa[search]"):
+        from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+    parallel = Parallel(n_jobs=workers, return_as="generator", batch_size=1)
+    try:
+        yield from parallel(delayed(_judged)(output, shape, is_fresh) for shape in shapes)
+    except TerminatedWorkerError as error:
+        what = "a worker was ended, perhaps for its memory; --resume goes on, with fewer --workers"
+        raise RunError(f"{output}: {what}") from error
+
+
+def _judged(output: Path, shape: Shape, is_fresh: bool) -> dict[str, float]:
+    return _judge(output).metrics(shape, is_fresh=is_fresh)
+
+
+@lru_cache(maxsize=1)  # of a process
+def _judge(output: Path) -> Judge:
+    return Judge(output)
