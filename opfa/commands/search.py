@@ -29,5 +29,7 @@ def search(
 
     A recipe of DIR/front makes that point's model.
     """
-    found = api.search_models(recipe, output, overrides or (), take=take, workers=workers, resume=resume)
+    found = api.search_models(
+        recipe, output, overrides or (), take=take, workers=workers, resume=resume
+    )
     found.show(as_json=as_json)

@@ -30,8 +30,10 @@ def hypervolume(points: Sequence[Values], reference: Values) -> float:
     the aims before (Zitzler 1999, by slicing objectives).
     """
     inside = [p for p in points if all(a < b for a, b in zip(p, reference, strict=True))]
+    if not inside:
+        return 0.0
     if len(reference) == 1:
-        return max((reference[0] - point[0] for point in inside), default=0.0)
+        return reference[0] - min(point[0] for point in inside)
     inside.sort(key=lambda point: point[-1])
     ends = [*(point[-1] for point in inside[1:]), reference[-1]]
     return sum(

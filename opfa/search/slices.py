@@ -80,10 +80,10 @@ def _grams(
             with ExitStack() as watching:
                 given = [watching.enter_context(inputs_of(units.out)) for units in groups]
                 tasks.call(task, model, batch)
-            for number, (states,) in enumerate(given):
+            for group, (states,) in enumerate(given):
                 inputs = states[is_token]
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-                found[number] += inputs.T @ inputs
+                found[group] += inputs.T @ inputs
             num_tokens += int(is_token.sum())
             bar.advance(1)
             if num_tokens >= FITTED_TOKENS:

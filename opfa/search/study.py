@@ -8,9 +8,11 @@ An evaluation is a shape that is judged. One that came up before is not judged a
 drawn in its place.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,9 @@ from opfa.search.shapes import Shape, Space
 with importing("opfa search", "opfa[search]"):
     import optuna
     from optuna.distributions import BaseDistribution, IntDistribution
+    from optuna.exceptions import ExperimentalWarning
     from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
+    from optuna.samplers.nsgaii import PolynomialMutation
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, Trial, TrialState
@@ -30,8 +34,11 @@ with importing("opfa search", "opfa[search]"):
 JOURNAL = "journal.log"
 NAME = "search"
 PLACE, METRICS = "place", "metrics"  # what a trial notes: which evaluation it is, and its metrics
+MUTATED = 3  # numbers of a shape, on average
+SPREAD = 5.0  # of mutations, Deb's eta; more is nearer to where it was
 DRAWS = 50  # for one evaluation, until all shapes are taken to be known
 Metrics = Mapping[str, float]
+Params = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Evaluation:
 class Asked:
     """A shape that is to be judged."""
 
-    def __init__(self, trial: "Trial", place: int, shape: Shape) -> None:
+    def __init__(self, trial: Trial, place: int, shape: Shape) -> None:
         """For evaluation `place`."""
         self.trial, self.place, self.shape = trial, place, shape
 
@@ -89,10 +96,8 @@ class Study:
         """What a killed process left is asked for again, by the same numbers."""
         for trial in self._trials(TrialState.RUNNING):
             self._study.tell(trial.number, state=TrialState.FAIL)
-        while self._trials(TrialState.WAITING):
-            self._study.tell(self._study.ask(), state=TrialState.FAIL)
 
-    def _trials(self, state: "TrialState") -> list["FrozenTrial"]:
+    def _trials(self, state: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(state,))
 
     def done(self) -> dict[int, tuple[Shape, Metrics]]:
@@ -123,10 +128,8 @@ class Study:
 
     def _ask(self, place: int, known: set[Shape]) -> Asked | None:
         """A new shape; None where none comes up any more."""
-        if place < len(self._seeds):
-            self._study.enqueue_trial(self._space.params(self._seeds[place]))
         for draw in range(DRAWS):
-            self._study.sampler = _sampler(self._search, (self._seed, place, draw))
+            self._study.sampler = self._sampler(place, draw)
             trial = self._study.ask(self._distributions)
             shape = self._space.shape(trial.params)
             if shape not in known:
@@ -134,6 +137,16 @@ class Study:
                 return Asked(trial, place, shape)
             self._study.tell(trial, state=TrialState.FAIL)
         return None
+
+    def _sampler(self, place: int, draw: int) -> BaseSampler:
+        """One whose next draw depends on these numbers, and on the generations before."""
+        given = None
+        if place < len(self._seeds) and not draw:
+            given = self._space.params(self._seeds[place])
+        seed = int(np.random.SeedSequence((self._seed, place, draw)).generate_state(1)[0])
+        if self._search.sampler == "random" and given is None:
+            return RandomSampler(seed=seed)
+        return Breeding(self._search, len(self._distributions), seed, given)
 
     def tell(self, asked: Asked, found: Evaluation, metric: str) -> None:
         """Note what an evaluation found."""
@@ -143,12 +156,32 @@ class Study:
         self._study.tell(asked.trial, list(found.values(self._search, metric)))
 
 
-def _sampler(search: Search, seeds: tuple[int, ...]) -> "BaseSampler":
-    """A sampler whose next draw depends on these seeds, and on the generations before."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    if search.sampler == "random":
-        return RandomSampler(seed=seed)
-    return NSGAIISampler(population_size=search.population, seed=seed)
+class Breeding(NSGAIISampler):
+    """NSGA-II, whose first generation may have seeds among its members. (optuna's own queue would
+    leave them out of the population.)
+    """
+
+    def __init__(self, search: Search, num_params: int, seed: int, given: Params | None) -> None:
+        """For one draw: bred from the generations before, or `given`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # this mutation is new in optuna
+            mutation = PolynomialMutation(eta=SPREAD)
+        share = min(1.0, MUTATED / max(1, num_params))
+        size = search.population
+        super().__init__(population_size=size, mutation=mutation, mutation_prob=share, seed=seed)
+        self._given = given
+
+    def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        """By their numbers, as they are when they are read back from the journal."""
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:  # Any: as optuna has them
+        """A number that nothing is bred for."""
+        if self._given is not None:
+            return self._given[param_name]
+        return super().sample_independent(study, trial, param_name, param_distribution)
 
 
 def _mended(path: Path) -> None:
