@@ -11,6 +11,7 @@ import pytest
 from opfa.compression.grains import Block, Neurons
 from opfa.compression.movement import Movement, SoftMovement
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -42,6 +43,8 @@ GLUE = {
 def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
     """The class that must load a recipe, by its folder and name."""
     folder, name = recipe.split("/")
+    if name.endswith("-search.toml"):
+        return SearchRecipe
     is_finetuning = folder == "downstream" or name.startswith("finetune")
     if folder == "own":
         is_finetuning = name != "my-encoder.toml"

@@ -20,7 +20,12 @@ from opfa.storage.recipe_text import changed, commands_in, for_file, what_it_is
 from opfa.storage.shipped import find_recipe, recipe_files, shipped
 from opfa.upstream.recipe import PretrainRecipe
 
-GROUPS = {"own": "your own data", "downstream": "tasks", "upstream": "pre-training"}
+GROUPS = {
+    "own": "your own data",
+    "downstream": "tasks",
+    "search": "searches",
+    "upstream": "pre-training",
+}
 OWN = "own"  # the folder of the recipes for data and models of one's own
 CLASSES: dict[str, type[Recipe]] = {
     "pretrain": PretrainRecipe,

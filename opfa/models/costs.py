@@ -6,6 +6,7 @@ costs if 0, 1, ... of its units are kept.
 
 import contextlib
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from opfa.sparsity.units import HEADS, Units
 ROUNDS = 15  # of timing, whose median counts
 WIDTHS = 16  # that are timed; between two of them the larger one's time is taken
 FIRST_ID = 5  # of random tokens; those before may be special
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ def milliseconds(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
             curve = times[np.searchsorted(widths, np.arange(units.count + 1))] - times[0]
             curves.append(np.maximum.accumulate(curve))
         empty.append(max(0.0, whole_layer - sum(float(curve[-1]) for curve in curves[-2:])))
+    parts = sum(empty) + sum(float(curve[-1]) for curve in curves)
+    if (share := found["model"] / parts) < 1:
+        log.warning("layers took %.0f %% longer apart than together", 100 / share - 100)
+        curves, empty = [share * curve for curve in curves], [share * each for each in empty]
     rest = found["model"] - sum(float(curve[-1]) for curve in curves)
     return Costs(curves, rest, tuple(empty))
 
@@ -129,12 +135,15 @@ def _widths(count: int) -> list[int]:
 
 
 def medians(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Milliseconds of each task, which take turns."""
+    """Milliseconds of each task, which take turns. Of one thread it is the time that it computes,
+    so that other programs of the machine count less.
+    """
     found: dict[Any, list[float]] = {name: [] for name in tasks}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(ROUNDS + 1):
         for name, run in tasks.items():
-            before = time.perf_counter()
+            before = clock()
             run()
             if number:  # the first round warms up
-                found[name].append(1e3 * (time.perf_counter() - before))
+                found[name].append(1e3 * (clock() - before))
     return {name: statistics.median(times) for name, times in found.items()}

@@ -24,7 +24,6 @@ from opfa.storage.files import new_directory, write_json, write_text
 
 FRONT, RECIPES, TABLE = "front.json", "front", "table.md"
 PICTURE = "report/front.png"
-EVEN = 8  # even models have 1/8, 2/8, ... of everything
 
 
 def already_written(
@@ -50,11 +49,13 @@ def write_findings(
     """Judge the front by fresh examples, measure its times, and write everything."""
     metric = recipe.task.metrics[0]
     space = prepared.space
-    even = _even(prepared) if recipe.search.point is None else []
+    even = space.even if recipe.search.point is None else []
+    known = {each.shape: each.metrics[metric] for each in evaluations}
+    more = [shape for shape in even if shape not in known]
+    known |= zip(more, (found[metric] for found in judged(output, more, workers)), strict=True)
     shapes = [space.whole, *even, *(each.shape for each in best)]
     held_out = [prepared.whole[metric]]
-    held_out += [found[metric] for found in judged(output, even, workers)]
-    held_out += [each.metrics[metric] for each in best]
+    held_out += [known[shape] for shape in shapes[1:]]
     fresh = [found[metric] for found in judged(output, shapes, workers, is_fresh=True)]
     times = _times(recipe, prepared, shapes)
     numbers = [*[-1] * (1 + len(even)), *(each.place for each in best)]
@@ -93,21 +94,6 @@ def write_result(output: Path, values: Mapping[str, Any]) -> SearchResult:
     checked = SearchResult.model_validate({"directory": output, "sealed": "", **values})
     written = seal.write_sealed(output / FILE, checked.model_dump(mode="json"))
     return SearchResult.model_validate({"directory": output, **written})
-
-
-def _even(prepared: Prepared) -> list[Shape]:
-    """Models whose layers are all alike: the same share of heads and of neurons in each."""
-    steps = prepared.space.steps
-    found = []
-    for part in range(1, EVEN):
-        params = {
-            name: len(each) - 1
-            if name.startswith("layers")
-            else round(part / EVEN * (len(each) - 1))
-            for name, each in steps.items()
-        }
-        found.append(prepared.space.shape(params))
-    return list(dict.fromkeys(found))
 
 
 def _times(recipe: SearchRecipe, prepared: Prepared, shapes: Sequence[Shape]) -> list[float]:

@@ -97,7 +97,9 @@ class Search(Section):
     population: Annotated[int, Field(ge=4, le=1000)] = 20
     """Models of a generation."""
     seeds: Annotated[int, Field(ge=0, le=1000)] = 10
-    """Models of the first generation that are chosen by Fisher information, under budgets."""
+    """Models to begin with that Fisher information chooses, under as many budgets."""
+    even: bool = True
+    """Begin with even models too, which keep 1/8, 2/8, ... of everything in each layer."""
     aims: tuple[Aim, ...] = ("milliseconds",)
     """What should be low while the task's first metric is high; one or two."""
     examples: Count = 2048

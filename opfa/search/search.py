@@ -21,9 +21,9 @@ from opfa.search.material import Material
 from opfa.search.outputs import already_written, write_findings, write_result
 from opfa.search.prepared import Metrics, Prepared, prepare
 from opfa.search.recipe import SearchRecipe
-from opfa.search.results import SearchResult
+from opfa.search.results import FILE, SearchResult
 from opfa.search.shapes import Shape
-from opfa.search.study import Evaluation, Study
+from opfa.search.study import JOURNAL, Evaluation, Study
 from opfa.search.taken import take as take_point
 from opfa.search.taken import to_take
 from opfa.storage import seal
@@ -32,9 +32,9 @@ from opfa.storage.runs import RECIPE
 from opfa.storage.temporary import lock
 from opfa.training import began, launch, machine
 from opfa.training.distributed import Stopped, Supervisor
+from opfa.training.engine import choose_accelerator
 from opfa.training.run import check_output
 
-STARTS = {RECIPE, ".lock", began.FILE}
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +48,7 @@ def search(
     """
     launch.refuse_several("opfa search")
     check_output(output, recipe, resume)
+    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     material = Material(recipe, recipe.model.init)
     with _alone(output, is_new=not resume), Supervisor(math.inf) as supervisor:
         supervisor.beat("searching")
@@ -166,7 +167,7 @@ def check_limits(recipe: SearchRecipe, prepared: Prepared) -> None:
 
 @contextlib.contextmanager
 def _alone(output: Path, *, is_new: bool) -> Iterator[None]:
-    """Hold the directory. A new one goes again if an error comes before anything is found out."""
+    """Hold the directory. A new one goes again if an error comes before anything is judged."""
     output.mkdir(parents=True, exist_ok=True)
     try:
         file = lock(output / ".lock")
@@ -177,7 +178,7 @@ def _alone(output: Path, *, is_new: bool) -> Iterator[None]:
     except Stopped:
         raise
     except OpfaError:
-        if is_new and {path.name for path in output.iterdir()} <= STARTS:
+        if is_new and not any((output / name).exists() for name in (JOURNAL, FILE)):
             shutil.rmtree(output)
         raise
     finally:

@@ -17,6 +17,8 @@ from opfa.report.tables import Row
 from opfa.search.recipe import Space as Settings
 from opfa.sparsity.units import HEADS, NEURONS
 
+EVEN = 8
+
 
 class Shape(Row):
     """Heads and neurons that each layer keeps, zeros where it is gone, and which layers stay."""
@@ -126,6 +128,16 @@ class Space:
     def whole(self) -> Shape:
         """Everything."""
         return self.shape({})
+
+    @property
+    def even(self) -> list[Shape]:
+        """Shapes whose layers keep the same share of heads and neurons: 1/8, 2/8, ..., 7/8."""
+        found = []
+        for part in range(1, EVEN):
+            inside = {n: s for n, s in self.steps.items() if not n.startswith("layers")}
+            chosen = {name: round(part / EVEN * (len(s) - 1)) for name, s in inside.items()}
+            found.append(self.shape(chosen))
+        return list(dict.fromkeys(found))
 
     @property
     def least(self) -> Shape:

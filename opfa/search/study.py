@@ -34,7 +34,7 @@ with importing("opfa search", "opfa[search]"):
 JOURNAL = "journal.log"
 NAME = "search"
 PLACE, METRICS = "place", "metrics"  # what a trial notes: which evaluation it is, and its metrics
-MUTATED = 3  # numbers of a shape, on average
+MUTATED = 1  # number of a shape, on average
 SPREAD = 5.0  # of mutations, Deb's eta; more is nearer to where it was
 DRAWS = 50  # for one evaluation, until all shapes are taken to be known
 Metrics = Mapping[str, float]
@@ -77,7 +77,8 @@ class Study:
     ) -> None:
         """Open the journal in a directory, or begin one."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._search, self._space, self._seeds, self._seed = search, space, seeds, seed
+        self._search, self._space, self._seed = search, space, seed
+        self._seeds = [*seeds[: search.seeds], *(space.even if search.even else ())]
         path = output / JOURNAL
         _mended(path)
         self._study = optuna.create_study(

@@ -49,7 +49,7 @@ def tuned(sparse: Path, questions: Path, tmp_path_factory: pytest.TempPathFactor
 
 def search_recipe(model: Path, examples: Path, **search: Any) -> SearchRecipe:
     """A small search in it."""
-    sizes = {"evaluations": 12, "population": 6, "seeds": 3, "examples": 60}
+    sizes = {"evaluations": 12, "population": 6, "seeds": 3, "even": False, "examples": 60}
     parts = {"held_out": 100, "fresh": 100, "space": {"neuron_steps": 8}}
     values = finetune_recipe(
         model, examples, model={"zeros": "free"}, training={"epochs": 0.5}

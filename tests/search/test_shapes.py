@@ -62,3 +62,11 @@ def test_the_layer_that_is_worth_most_stays_and_the_first_one_of_modernbert() ->
 
 def test_a_shape_reads_as_one_line() -> None:
     assert str(SPACE.shape({"layers.0": 0, "heads.1": 0})) == "- 0+4"
+
+
+def test_even_shapes_have_the_same_share_of_everything() -> None:
+    space = Space((8, 8), (64, 64), 1, Settings(neuron_steps=8))
+    assert [shape.heads for shape in space.even] == [(n, n) for n in range(1, 8)]
+    assert [shape.neurons for shape in space.even] == [(8 * n, 8 * n) for n in range(1, 8)]
+    assert all(all(shape.layers) for shape in space.even)
+    assert 1 <= len(SPACE.even) < 7  # each one once

@@ -20,7 +20,16 @@ class StoppedError(Exception):
 
 
 def settings(**search: Any) -> Search:
-    return Search(**{"evaluations": 16, "population": 5, "seeds": 2, "aims": ("macs",), **search})
+    return Search(
+        **{
+            "evaluations": 16,
+            "population": 5,
+            "seeds": 2,
+            "aims": ("macs",),
+            "even": False,
+            **search,
+        }
+    )
 
 
 def judged(place: int, shape: Shape) -> Evaluation:

@@ -5,7 +5,7 @@ const HEIGHT = 360, LEFT = 56, RIGHT = 14, TOP = 12, BOTTOM = 42;
 const EXAMPLES = [["fresh", "fresh examples"], ["held_out", "held-out examples"]];
 const $ = id => document.getElementById(id);
 const plot = $("plot"), svg = plot.querySelector("svg"), { front, whole, even, tried } = DATA;
-const state = { cost: 0, value: "fresh", at: 0 };
+const state = { cost: 0, value: "fresh", at: front.length >> 1 };
 
 function ticks(low, high, most) {
   const rough = (high - low) / most, power = 10 ** Math.floor(Math.log10(rough));
