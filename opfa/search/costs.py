@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from opfa.models import costs as models
 from opfa.models.costs import FIRST_ID, Costs, threads
 from opfa.models.removal import groups_of, layers_of
-from opfa.search.recipe import Aim, Search
+from opfa.search.recipe import Search
 from opfa.search.shapes import Shape
 from opfa.search.slices import Slices
 
@@ -23,7 +23,7 @@ FP32 = 4  # bytes of a weight
 class Prices:
     """Costs of each kind, which are sums over groups and layers."""
 
-    costs: Mapping[Aim, Costs]
+    costs: Mapping[str, Costs]
 
     @classmethod
     def measured(cls, model: PreTrainedModel, search: Search, tokens: int) -> Self:
@@ -39,7 +39,7 @@ class Prices:
             }
         )
 
-    def of(self, shape: Shape) -> dict[Aim, float]:
+    def of(self, shape: Shape) -> dict[str, float]:
         """What a shape costs."""
         return {aim: costs.of(shape.groups, shape.gone) for aim, costs in self.costs.items()}
 
@@ -55,7 +55,7 @@ class Prices:
         }
 
     @classmethod
-    def read(cls, values: Mapping[Aim, Mapping[str, Any]]) -> Self:
+    def read(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
         """What `values` gave."""
         return cls(
             {

@@ -7,6 +7,7 @@ neither their number nor their order changes what a search finds.
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from opfa.downstream.evaluate import evaluate
 from opfa.errors import RunError
@@ -51,9 +52,11 @@ def judged(
     with importing("several workers", "opfa[search]"):
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
-    parallel = Parallel(n_jobs=workers, return_as="generator", batch_size=1)
+    parallel = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="n_jobs")
+    calls: Any = (delayed(_judged)(output, shape, is_fresh) for shape in shapes)
     try:
-        yield from parallel(delayed(_judged)(output, shape, is_fresh) for shape in shapes)
+        answers: Any = parallel(calls)  # its types don't know what is called
+        yield from answers
     except TerminatedWorkerError as error:
         what = "a worker was ended, perhaps for its memory; --resume goes on, with fewer --workers"
         raise RunError(f"{output}: {what}") from error

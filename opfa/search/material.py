@@ -88,6 +88,11 @@ class Material:
         """The examples that say what units are worth."""
         return self._split(self.task, self._parts.training, is_training=True, exact=False)
 
+    def everything(self) -> Split:
+        """All training examples but those of the other two parts."""
+        part = slice(self._parts.training.start, None)
+        return self._split(self.task, part, is_training=True, exact=False)
+
     @cached_property
     def held_out(self) -> Split:
         """The examples that candidates are judged by."""

@@ -25,6 +25,7 @@ from opfa.search.recipe import SearchRecipe
 from opfa.search.seeds import Worth, greedy_front
 from opfa.search.shapes import Shape, Space
 from opfa.search.slices import Slices, in_order, write_fits
+from opfa.search.supernet import train_supernet
 from opfa.storage import seal
 from opfa.storage.files import new_directory
 from opfa.tasks import kinds as tasks
@@ -81,11 +82,11 @@ def prepare(recipe: SearchRecipe, material: Material, output: Path) -> Prepared:
         model = material.load(held_out.classes)
         ready = material.ready(model, material.training, held_out)
         with new_directory(output / FOLDER) as work:
-            seal.write_sealed(work / FACTS, _found(ready, recipe, work))
+            seal.write_sealed(work / FACTS, _found(ready, recipe, material, work))
     return Prepared.read(recipe, output)
 
 
-def _found(ready: Ready, recipe: SearchRecipe, work: Path) -> dict[str, Any]:
+def _found(ready: Ready, recipe: SearchRecipe, material: Material, work: Path) -> dict[str, Any]:
     """Fill a directory; returns the facts."""
     model, search = ready.model, recipe.search
     prices = Prices.measured(model, search, ready.task.sequence_tokens)  # while nothing else runs
@@ -97,6 +98,8 @@ def _found(ready: Ready, recipe: SearchRecipe, work: Path) -> dict[str, Any]:
     gone, lost = removal(of_layers)
     space = Space.of(model, search.space, _worth(gone))
     in_order(model, orders)
+    if search.supernet is not None:
+        train_supernet(model, ready.task, material.everything(), space, recipe)
     whole = ready.evaluate()
     with torch.inference_mode():
         write_fits(model, ready.task, batches, space, work / FITS)

@@ -41,9 +41,9 @@ class Limits(Section):
     bytes: Positive | None = None
     """At most so large a file, in fp32."""
 
-    def of_costs(self) -> dict[Aim, float]:
+    def of_costs(self) -> dict[str, float]:
         """The limits that costs have."""
-        found: dict[Aim, float | None] = {
+        found = {
             "milliseconds": self.milliseconds,
             "macs": self.macs,
             "bytes": self.bytes,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from opfa.report.outcome import Outcome, Unprinted
 from opfa.report.tables import Row, Table, figure
-from opfa.search.recipe import Aim
 from opfa.search.shapes import Shape
 
 FILE = "results.json"
@@ -21,7 +20,7 @@ class Judged(Row):
     shape: Shape
     held_out: float
     fresh: float
-    costs: dict[Aim, float]
+    costs: dict[str, float]
     measured: float  # milliseconds
 
     def cells(self) -> tuple[str, ...]:

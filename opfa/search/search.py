@@ -22,7 +22,7 @@ from opfa.search.outputs import already_written, write_findings, write_result
 from opfa.search.prepared import Metrics, Prepared, prepare
 from opfa.search.recipe import SearchRecipe
 from opfa.search.results import FILE, SearchResult
-from opfa.search.shapes import Shape
+from opfa.search.shapes import Shape, Space
 from opfa.search.study import JOURNAL, Evaluation, Study
 from opfa.search.taken import take as take_point
 from opfa.search.taken import to_take
@@ -55,6 +55,7 @@ def search(
         _describe(recipe, material, output)
         prepared = prepare(recipe, material, output)
         check_limits(recipe, prepared)
+        check_point(recipe, prepared.space)
         evaluations = evaluate(recipe, prepared, output, workers)
         best = best_of(recipe, evaluations)
         volume = hypervolume_of(recipe, prepared, evaluations)
@@ -163,6 +164,22 @@ def check_limits(recipe: SearchRecipe, prepared: Prepared) -> None:
     if limits.metric is not None and limits.metric > prepared.whole[metric]:
         what = f"the whole model has only {prepared.whole[metric]:.4f} on the held-out examples"
         raise RunError(f"search.limits.metric = {limits.metric:g}: {metric}: {what}")
+
+
+def check_point(recipe: SearchRecipe, space: Space) -> None:
+    """Refuse a point that is none of this model's."""
+    if (point := recipe.search.point) is None:
+        return
+    for name, counts, most in (
+        ("heads", point.heads, space.heads),
+        ("neurons", point.neurons, space.neurons),
+    ):
+        if len(counts) != len(most):
+            raise RunError(f"search.point.{name}: has {len(counts)} layers, the model {len(most)}")
+        for layer, (count, there) in enumerate(zip(counts, most, strict=True)):
+            if count > there:
+                what = f"layer {layer} of the model has only {there}"
+                raise RunError(f"search.point.{name}.{layer} = {count}: {what}")
 
 
 @contextlib.contextmanager

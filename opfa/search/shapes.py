@@ -37,6 +37,10 @@ class Shape(Row):
         """The numbers of the layers that are gone."""
         return [number for number, stays in enumerate(self.layers) if not stays]
 
+    def __hash__(self) -> int:
+        """Equal shapes are one."""
+        return hash((self.heads, self.neurons, self.layers))
+
     def __str__(self) -> str:
         """Each layer as heads+neurons; a layer that is gone as a dash."""
         layers = zip(self.heads, self.neurons, self.layers, strict=True)

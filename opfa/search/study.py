@@ -18,7 +18,7 @@ import numpy as np
 
 from opfa.extras import importing
 from opfa.recipe import Seed
-from opfa.search.recipe import Aim, Search
+from opfa.search.recipe import Search
 from opfa.search.shapes import Shape, Space
 
 with importing("opfa search", "opfa[search]"):
@@ -29,6 +29,7 @@ with importing("opfa search", "opfa[search]"):
     from optuna.samplers.nsgaii import PolynomialMutation
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
+    from optuna.study import StudyDirection
     from optuna.trial import FrozenTrial, Trial, TrialState
 
 JOURNAL = "journal.log"
@@ -48,7 +49,7 @@ class Evaluation:
     place: int
     shape: Shape
     metrics: Metrics
-    costs: Mapping[Aim, float]
+    costs: Mapping[str, float]
     excess: Mapping[str, float]
 
     @property
@@ -84,7 +85,7 @@ class Study:
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
             study_name=NAME,
-            directions=["minimize"] * (len(search.aims) + 1),
+            directions=[StudyDirection.MINIMIZE] * (len(search.aims) + 1),
             load_if_exists=True,
         )
         self._distributions: dict[str, BaseDistribution] = {

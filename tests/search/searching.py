@@ -35,7 +35,7 @@ def tuned(sparse: Path, questions: Path, tmp_path_factory: pytest.TempPathFactor
     tokenizer = AutoTokenizer.from_pretrained(sparse)
     torch.manual_seed(0)
     values: dict[str, Any] = {k: v for k, v in TINY_BERT.items() if k != "model_type"}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=2, **values)
+    config = BertConfig(vocab_size=len(tokenizer), **values)
     BertForSequenceClassification(config).save_pretrained(place / "init")
     tokenizer.save_pretrained(place / "init")
     training = {"epochs": 20.0, "learning_rate": 5e-3, "batch": 16, "dropout": 0.0}

@@ -177,6 +177,10 @@ def test_a_points_recipe_makes_its_model(output: Path, found: SearchResult, tmp_
             r"search.limits.\w+ = [\d.e+]+: none of 12 models keeps to all limits; the nearest has",
         ),
         ({"held_out": 270}, r"270 held-out and 100 fresh examples don't fit into the 280 of"),
+        (
+            {"point": {"heads": [3, 1], "neurons": [8, 8], "layers": [True, True]}},
+            r"search.point.heads.0 = 3: layer 0 of the model has only 2",
+        ),
         ({"tokens": 99}, r"search.tokens = 99: this model has only 32 positions"),
     ],
 )

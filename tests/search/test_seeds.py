@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from opfa.compression.budget import Curve
 from opfa.models.costs import Costs
 from opfa.search.recipe import Space as Settings
 from opfa.search.seeds import Worth, greedy_front
@@ -12,7 +13,7 @@ from opfa.search.shapes import Shape, Space
 
 SPACE = Space((2, 2, 2), (4, 4, 4), 1, Settings(neuron_steps=2))
 RANDOM = np.random.default_rng(0)
-CURVES = [np.arange(3) * 3.0 if i % 2 == 0 else np.arange(5) * 2.0 for i in range(6)]
+CURVES: list[Curve] = [np.array([0.0, 3.0, 6.0]), np.array([0.0, 2.0, 4.0, 6.0, 8.0])] * 3
 COSTS = Costs(CURVES, 10.0, (2.0, 2.0, 2.0))
 WORTH = Worth(
     [np.sort(RANDOM.uniform(0, 2, len(curve)))[::-1].copy() for curve in CURVES],
