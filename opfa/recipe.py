@@ -39,8 +39,7 @@ DOTTED = re.compile(
 )
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # half of a surrogate pair is a byte that was no UTF-8
 
-# The section that only one command's have; a search is of a task too.
-KINDS = {"pretrain": "corpus", "finetune": "task", "search": "search"}
+KINDS = {"pretrain": "corpus", "finetune": "task", "search": "search"}  # sections that tell
 
 Name = Annotated[str, Field(max_length=200)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]  # --seeds counts on from it, within 64 bits

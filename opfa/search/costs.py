@@ -17,6 +17,7 @@ from opfa.search.shapes import Shape
 from opfa.search.slices import Slices
 
 FP32 = 4  # bytes of a weight
+TOGETHER = 8  # models that take turns
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,20 @@ class Prices:
 
 
 def measured(slices: Slices, shapes: Sequence[Shape], search: Search, tokens: int) -> list[float]:
-    """Milliseconds of the models of shapes, which take turns, for inputs as the recipe says."""
-    size, tasks = (search.batch, search.tokens or tokens), {}
-    for number, shape in enumerate(shapes):
-        encoder = slices.cut(shape).base_model
-        config: Any = encoder.config  # of a family
-        ids = torch.randint(FIRST_ID, config.vocab_size, size)
-        tasks[number] = partial(encoder, input_ids=ids)
-    with threads(search.threads), torch.inference_mode():
-        found = models.medians(tasks)
-    return [found[number] for number in range(len(shapes))]
+    """Milliseconds of the models of shapes, for inputs as the recipe says. A few are in memory at
+    once, and take turns.
+    """
+    size, found = (search.batch, search.tokens or tokens), list[float]()
+    for start in range(0, len(shapes), TOGETHER):
+        tasks = {}
+        for number, shape in enumerate(shapes[start : start + TOGETHER]):
+            encoder = slices.cut(shape).base_model
+            config: Any = encoder.config  # of a family
+            ids = torch.randint(FIRST_ID, config.vocab_size, size)
+            tasks[number] = partial(encoder, input_ids=ids)
+        with threads(search.threads), torch.inference_mode():
+            found += models.medians(tasks).values()
+    return found
 
 
 def _bytes(model: PreTrainedModel) -> Costs:

@@ -83,17 +83,19 @@ def write_findings(
         "taken": [],
         "recipe_sha256": recipe.sha256(),
     }
-    result = write_result(output, found)
     if recipe.search.point is None:
-        _write_front(recipe, output, result, evaluations)
-    return result
+        _write_front(recipe, output, _checked(output, found), evaluations)
+    return write_result(output, found)  # the last one: what is there is complete
 
 
 def write_result(output: Path, values: Mapping[str, Any]) -> SearchResult:
     """Write results.json."""
-    checked = SearchResult.model_validate({"directory": output, "sealed": "", **values})
-    written = seal.write_sealed(output / FILE, checked.model_dump(mode="json"))
+    written = seal.write_sealed(output / FILE, _checked(output, values).model_dump(mode="json"))
     return SearchResult.model_validate({"directory": output, **written})
+
+
+def _checked(output: Path, values: Mapping[str, Any]) -> SearchResult:
+    return SearchResult.model_validate({"directory": output, "sealed": "", **values})
 
 
 def _times(recipe: SearchRecipe, prepared: Prepared, shapes: Sequence[Shape]) -> list[float]:
