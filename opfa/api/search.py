@@ -1,6 +1,5 @@
 """Search for sub-networks of a fine-tuned model by several aims."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,5 +43,4 @@ def search_models(
             raise RunError(f"{name} = {value}: must be {least} or more")
     from opfa.search.search import search as execute
 
-    num = workers or len(os.sched_getaffinity(0))
-    return execute(checked, Path(output), workers=num, take=take, resume=resume)
+    return execute(checked, Path(output), workers=workers, take=take, resume=resume)

@@ -14,13 +14,24 @@ from opfa.errors import RunError
 from opfa.extras import importing
 from opfa.models.costs import threads
 from opfa.search.material import CPU, Material
-from opfa.search.prepared import Prepared
+from opfa.search.prepared import FACTS, FOLDER, Prepared
 from opfa.search.recipe import SearchRecipe
 from opfa.search.shapes import Shape
 from opfa.search.slices import Slices
+from opfa.storage import seal
 from opfa.storage.runs import RECIPE
 
+with importing("opfa search", "opfa[search]"):
+    import joblib
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
 BATCH = 64
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return joblib.cpu_count()
 
 
 class Judge:
@@ -46,14 +57,12 @@ def judged(
     output: Path, shapes: Sequence[Shape], workers: int, *, is_fresh: bool = False
 ) -> Iterator[dict[str, float]]:
     """The metrics of shapes, in their order, by so many processes at a time."""
+    stamp = seal.digest(output / FOLDER / FACTS)
     if workers == 1:
-        yield from (_judged(output, shape, is_fresh) for shape in shapes)
+        yield from (_judged(output, stamp, shape, is_fresh) for shape in shapes)
         return
-    with importing("several workers", "opfa[search]"):
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
     parallel = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="n_jobs")
-    calls: Any = (delayed(_judged)(output, shape, is_fresh) for shape in shapes)
+    calls: Any = (delayed(_judged)(output, stamp, shape, is_fresh) for shape in shapes)
     try:
         answers: Any = parallel(calls)  # its types don't know what is called
         yield from answers
@@ -62,10 +71,11 @@ def judged(
         raise RunError(f"{output}: {what}") from error
 
 
-def _judged(output: Path, shape: Shape, is_fresh: bool) -> dict[str, float]:
-    return _judge(output).metrics(shape, is_fresh=is_fresh)
+def _judged(output: Path, stamp: str, shape: Shape, is_fresh: bool) -> dict[str, float]:
+    return _judge(output, stamp).metrics(shape, is_fresh=is_fresh)
 
 
 @lru_cache(maxsize=1)  # of a process
-def _judge(output: Path) -> Judge:
+def _judge(output: Path, stamp: str) -> Judge:
+    """Of the search that is in this directory now, which the stamp of its facts tells."""
     return Judge(output)

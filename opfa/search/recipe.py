@@ -9,7 +9,6 @@ from opfa.extras import require
 from opfa.recipe import Count, Positive, Section
 
 Aim = Literal["milliseconds", "macs", "bytes"]
-ROUNDS = 15  # of the table of times
 
 
 class Space(Section):
@@ -142,8 +141,7 @@ class SearchRecipe(FinetuneRecipe):
     def check_packages(self) -> None:
         """Raise `RunError` if a package is missing that this search needs."""
         super().check_packages()
-        if self.search.point is None:
-            require("opfa search", "opfa[search]", "optuna", "joblib")
+        require("opfa search", "opfa[search]", "optuna", "joblib")
 
     def finetuning(self, init: str) -> FinetuneRecipe:
         """The recipe that trains a model of this search on."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from opfa.errors import OpfaError, RunError
 from opfa.report.bars import Bar
 from opfa.search.front import front, hypervolume
-from opfa.search.judging import judged
+from opfa.search.judging import cores, judged
 from opfa.search.material import Material
 from opfa.search.outputs import already_written, write_findings, write_result
 from opfa.search.prepared import Metrics, Prepared, prepare
@@ -39,15 +39,22 @@ log = logging.getLogger(__name__)
 
 
 def search(
-    recipe: SearchRecipe, output: Path, *, workers: int = 1, take: int = 0, resume: bool = False
+    recipe: SearchRecipe,
+    output: Path,
+    *,
+    workers: int | None = None,
+    take: int = 0,
+    resume: bool = False,
 ) -> SearchResult:
     """Search, write the front, and train `take` of its points on. Each step is done once, whatever
-    interrupts it. A recipe with a point makes this point's model.
+    interrupts it. A recipe with a point makes this point's model. By default as many workers judge
+    as there are cores.
 
     Raises `RunError` where no shape keeps to the limits.
     """
     launch.refuse_several("opfa search")
     check_output(output, recipe, resume)
+    workers = workers or cores()
     choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     material = Material(recipe, recipe.model.init)
     with _alone(output, is_new=not resume), Supervisor(math.inf) as supervisor:

@@ -21,7 +21,6 @@ from opfa.search.results import SearchResult
 
 RECIPE = Path(__file__).with_name("minilm-search.toml")
 SEEDS = (1, 2, 3)
-PREPARED = ("environment.json", "prepared")
 SAMPLERS: dict[str, dict[str, Any]] = {  # the first one of each seed is what the others compare to
     "NSGA-II": {},
     "random": {"search.sampler": "random", "search.seeds": 0, "search.even": False},
