@@ -34,6 +34,8 @@ def test_each_shape_has_steps_that_stand_for_it() -> None:
     assert all(SPACE.shape(SPACE.params(shape)) == shape for shape in shapes)
     gone = [shape for shape in shapes if not shape.layers[0]]
     assert all(shape.heads[0] == shape.neurons[0] == 0 for shape in gone)
+    steps = [SPACE.params(shape) for shape in gone]  # it comes back with all of its units
+    assert all((each["heads.0"], each["neurons.0"]) == (2, 2) for each in steps)
 
 
 @pytest.mark.parametrize(
