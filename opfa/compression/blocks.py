@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from opfa.compression.measured import GRADIENTS
 from opfa.errors import RunError
 
-GRADIENTS = 16  # that are added together
 AT_ONCE = 1 << 14  # blocks of a product, of an inverse
 
 

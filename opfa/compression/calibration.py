@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opfa.compression.blocks import GRADIENTS, Blocks
+from opfa.compression.blocks import Blocks
+from opfa.compression.measured import GRADIENTS
 from opfa.compression.runs import Weights
 from opfa.compression.scores import Ask
 from opfa.errors import DataError, RunError

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from opfa.compression.measured import FromText
 from opfa.compression.pattern import PartPattern, Pattern, bind
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Ramp
 from opfa.extras import require
@@ -62,6 +63,13 @@ class Pruning(Section):
             return self.schedule.over(steps)
         except ValueError as error:
             raise ValueError(f"pruning.schedule: {error}") from None
+
+    def measurements(self, steps: int) -> int:
+        """How often text is measured in a run of `steps`, for the score that asks most often."""
+        ramp, scores = self.ramp(steps), [each.score for each in self.patterns]
+        updates = ramp.updates_before(ramp.last_update) + 1
+        found = (each.measurements(updates) for each in scores if isinstance(each, FromText))
+        return max(found, default=0)
 
 
 class Teacher(Section):
