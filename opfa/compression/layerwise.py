@@ -19,6 +19,7 @@ from torch import Tensor
 from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.errors import RunError
 from opfa.recipe import Count, Positive, Section
+from opfa.sparsity.chosen import Chosen
 from opfa.sparsity.layers import MaskedLinear
 
 RIDGE = 1e-2  # of the mean square of an input
@@ -134,6 +135,10 @@ class Admm(Section):
             what = f"ramp = {self.ramp}: must be at most iterations = {self.iterations}"
             raise ValueError(what)
         return self
+
+    def facts(self) -> Chosen:
+        """Its kind and its numbers."""
+        return self.model_dump(mode="json")
 
     def mask(self, system: System, weight: Tensor, sparsity: float) -> Tensor:
         """A mask [out, in] with exactly round(sparsity * size) zeros, for a dense weight."""
