@@ -34,7 +34,7 @@ from opfa.upstream.plan import FILES, measuring_operations, memory_bytes, shape_
 from opfa.upstream.recipe import PretrainRecipe
 
 RECIPES = Path(__file__).parents[1]
-SCORES = ("magnitude", "activation", "curvature", "fisher", "movement", "soft_movement")
+SCORES = ("magnitude", "activation", "curvature", "fisher", "movement")
 BERT = ("model.init=", 'model.config={model_type="bert"}')  # as a configuration, it is BERT-base
 RATE = 100e12  # operations a second of the planned GPU
 TARGET = 0.9
@@ -63,9 +63,8 @@ def table(found: Found) -> str:
     return f"{shown}\n\nMeasured with {found['threads']} thread(s) of {found['processor']}."
 
 
-def measured(name: str, model: PreTrainedModel, sequences: Sequences) -> dict[str, Any]:
+def measured(score: Any, model: PreTrainedModel, sequences: Sequences) -> dict[str, Any]:
     """Seconds and bytes of one update by this score, or of one step of one that learns."""
-    score = Pattern.model_validate({"score": name}).score
     is_learnt = score.observes(1)
     text = Text(partial(sequences.first, size=ROWS), hidden_states)
     if is_learnt:
@@ -82,7 +81,7 @@ def measured(name: str, model: PreTrainedModel, sequences: Sequences) -> dict[st
         pruner.after_step(0)
     seconds = time.perf_counter() - start
     return {
-        "score": name,
+        "score": score.kind,
         "sequences": score.sequences if isinstance(score, FromText) else 0,
         "is_learnt": is_learnt,
         "seconds": seconds,
@@ -104,8 +103,8 @@ def _reset() -> int:
 def planned(name: str, recipe: str, *changes: str) -> tuple[float, float]:
     """Bytes on one GPU beside the training itself, and seconds of one measurement, by the plan."""
     score = f"pruning.pattern.score={name}"
-    moved = ("pruning.schedule.start=1000",) if name.endswith("movement") else ()
-    shape = shape_of(PretrainRecipe.read(RECIPES / recipe, [score, *moved, *changes]))
+    start = "pruning.schedule.start=1000"  # a score that learns has none before the first step
+    shape = shape_of(PretrainRecipe.read(RECIPES / recipe, [score, start, *changes]))
     held = memory_bytes(shape, FILES["zero1"], gpus=1, micro_batch=1)["scores"]
     return held, measuring_operations(shape) / RATE
 
@@ -121,14 +120,16 @@ def row_of(name: str, model: str, text: str) -> dict[str, Any]:
     return row
 
 
-def one(name: str, model: str, text: str) -> None:
-    """Measure in this process, and print a row."""
+def one(name: str, model: str, text: str, most: int | None = None) -> None:
+    """Measure in this process on `most` sequences, by default the score's own, and print a row."""
     score = Pattern.model_validate({"score": name}).score
+    if isinstance(score, FromText) and most is not None:
+        score = score.model_copy(update={"sequences": most})
     num = score.sequences if isinstance(score, FromText) else ROWS
     loaded = AutoModel.from_pretrained(model).eval()
     texts = texts_of(Path(text), "text", None, None, "train")
     sequences = read_sequences(texts, load_tokenizer(model), loaded, num + num // 8 + 2)
-    print(json.dumps(measured(name, loaded, sequences)))
+    print(json.dumps(measured(score, loaded, sequences)))
 
 
 def main(model: str, text: str, results: str, *scores: str) -> None:
