@@ -44,7 +44,7 @@ Found = Mapping[str, Any]
 def table(found: Found) -> str:
     """One line for each score, in Markdown."""
     head = ("score", "sequences", "MiniLM, seconds", "MiniLM, MB", "by plan", "BERT-base, seconds")
-    lines = [(*head, "BERT-base, MB")]
+    lines: list[tuple[str, ...]] = [(*head, "BERT-base, MB")]
     lines.append(("---", *["---:"] * 6))
     for row in found["rows"]:
         numbers = (f"{row['bytes'] / 1e6:,.0f}", f"{row['planned_bytes'] / 1e6:,.0f}")
@@ -144,6 +144,7 @@ def main(model: str, text: str, results: str, *scores: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:])
+        name, model, text = sys.argv[2:]
+        one(name, model, text)
     else:
         main(*sys.argv[1:])

@@ -188,5 +188,7 @@ def test_products_that_are_singular_are_named(
     system = System(gram, torch.ones(OUT, IN).double())
     monkeypatch.setattr(Inputs, "system", lambda *_, **__: system)
     theirs = correlated()
-    with pytest.raises(RunError, match=r"^w: the products of its inputs .* are singular; give more"):
+    with pytest.raises(
+        RunError, match=r"^w: the products of its inputs .* are singular; give more"
+    ):
         fit({"w": linear()}, inputs_of(theirs, theirs), admm, 0.5)
