@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from opfa.search.recipe import Search
 from opfa.search.recipe import Space as Settings
@@ -59,6 +60,7 @@ def run(
             study.tell(asked, judged(asked.place, asked.shape), "accuracy")
             told += 1
     done = study.done()
+    assert not study._study.get_trials(states=(TrialState.RUNNING,))
     assert sorted(done) == list(range(len(done)))
     return [done[place][0] for place in range(len(done))]
 
