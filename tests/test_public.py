@@ -44,6 +44,7 @@ PUBLIC = [
     "prune_structured",
     "push",
     "release",
+    "serve",
     "shrink",
     "trim",
     "unpack",

@@ -9,6 +9,7 @@ from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
+from opfa.serving.run import Served
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ReleaseResult",
     "Released",
     "Result",
+    "Served",
     "ShrinkResult",
     "SweepResult",
     "TrimResult",
