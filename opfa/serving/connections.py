@@ -86,8 +86,9 @@ class TimedProtocol(H11Protocol):
     def _end_with_answer(self) -> None:
         """As if the client had asked for it, so that it is told."""
         self.cycle.keep_alive = False
-        if CLOSE not in self.headers:
-            self.headers.append(CLOSE)
+        headers: list[Any] = self.cycle.scope["headers"]  # pyright: ignore[reportAssignmentType] - Any: Starlette's copy
+        if CLOSE not in headers:
+            headers.append(CLOSE)
 
     def _is_quiet(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

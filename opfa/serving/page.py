@@ -18,9 +18,11 @@ from opfa.serving.asking import example
 from opfa.tasks.recipe import Task
 
 WEB = Path(__file__).parent / "web"
+LIMIT = "texts are cut at {} tokens"
+LIMITS = {"question-answering": "a long context is read in windows of {} tokens"}
 POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src '{style}'; script-src '{script}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src '{style}'; "
+    "script-src '{script}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -36,6 +38,7 @@ def render(task: Task, about: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     page = environment.get_template("try.html").render(
         about=about,
         fields=fields,
+        limit=LIMITS.get(task.kind, LIMIT).format(task.sequence_tokens),
         data={"kind": task.kind, "text": task.text, "pair": task.text_pair},
         version=version("opfa"),
         style=Markup(style),  # ours
