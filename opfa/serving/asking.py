@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from opfa.errors import DataError, OpfaError, brief, first_line
 from opfa.inference import rows as rowing
@@ -32,6 +31,7 @@ ANSWERS: dict[str, type[Prediction]] = {
     "multiple-choice": answers.ChoicePrediction,
     "embedding": answers.VectorPrediction,
 }
+WRITER = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="null"))  # Any: JSON
 SHAPE = 'give {"inputs": ...}, or a list of inputs'
 
 
@@ -69,7 +69,7 @@ class Asking:
     def answered(self, predictions: Sequence[Prediction]) -> bytes:
         """The JSON for predictions in the order of the rows; null for what is not finite."""
         found = [each.columns(has_all=self.has_all) for each in predictions]
-        return to_json(found[0] if self.is_single else found, inf_nan_mode="null")
+        return WRITER.dump_json(found[0] if self.is_single else found)
 
 
 def read(task: Task, body: bytes) -> Asking:

@@ -65,12 +65,16 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(model: Path, options: Options | None = None, **limits: Any) -> Iterator[Live]:
-    """Serve a model until the block ends."""
+def serving(
+    model: Path, options: Options | None = None, *, send_bytes: int | None = None, **limits: Any
+) -> Iterator[Live]:
+    """Serve a model until the block ends; the system holds so many bytes for a client."""
     chosen = Limits.of(**{"port": 0, "read_seconds": 5, "answer_seconds": 10, **limits})
     service = Service(str(model), Predictor(str(model), options or Options()), chosen)
     server = Server(config_of(service))
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        if send_bytes is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         port = listening.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
