@@ -6,7 +6,6 @@ every request that was taken, exit code 0. A second Ctrl-C doesn't wait.
 """
 
 import contextlib
-import ipaddress
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ from opfa.inference.predictor import Options, Predictor
 from opfa.report.tables import Result, Table
 from opfa.serving.asking import example
 from opfa.serving.connections import timed
+from opfa.serving.hosts import for_this_machine, is_loopback
 from opfa.serving.limits import Limits
 from opfa.serving.server import app_of
 from opfa.serving.service import JSON, Service
@@ -85,7 +85,7 @@ def serve(model: str, options: Options, limits: Limits) -> Served:
     with _bound(limits) as listening:
         service = Service(model, Predictor(model, options), limits)
         address = _address(listening, limits.host)
-        if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        if not is_loopback(listening.getsockname()[0]):
             log.warning("--host %s: others can reach it, and it has no login", limits.host)
         start = time.monotonic()
         config = config_of(service)
@@ -102,9 +102,9 @@ def serve(model: str, options: Options, limits: Limits) -> Served:
 
 def config_of(service: Service) -> Config:
     """uvicorn's configuration for a service; messages go where this program's go."""
-    limits = service.limits
+    limits, app = service.limits, app_of(service)
     return Config(
-        app_of(service),
+        for_this_machine(app) if is_loopback(limits.host) else app,
         http=timed(limits.read_seconds, limits.answer_seconds),
         ws="none",
         lifespan="on",

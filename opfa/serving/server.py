@@ -1,8 +1,8 @@
 """The routes of a service: FastAPI's, described for OpenAPI, and a page to try it.
 
 Every refusal is {"error": one message}: 400 what is no JSON, 408 too slow, 413 too large, 415 not
-JSON by its header, 422 what can't be answered, 503 a full queue (with Retry-After), 504 no answer
-in time. There is no login and no TLS: a proxy in front has them.
+JSON by its header, 421 another machine's name, 422 what can't be answered, 503 a full queue (with
+Retry-After), 504 no answer in time. There is no login and no TLS: a proxy in front has them.
 """
 
 from typing import Any, Literal
@@ -24,6 +24,7 @@ STATUSES = {
     408: "The body did not arrive in time.",
     413: "The body is too large, or has more inputs than the queue can hold.",
     415: f"The Content-Type is not {JSON}.",
+    421: "The Host header names another machine, and the server is for this one alone.",
     422: "The inputs can't be answered; the message says which one, and why.",
     500: "A fault of the server.",
     503: "The queue is full; Retry-After says when to come back.",

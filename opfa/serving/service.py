@@ -1,6 +1,8 @@
 """One model, its queue and its numbers: from a request to an answer, or to why there is none.
 
-read the body, bounded -> check it as `opfa predict` checks rows -> queue -> answer
+    read the body, bounded -> check it as `opfa predict` checks rows -> queue -> answer
+
+All of this is in the event loop, but for the model, which has a thread of its own.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from opfa.errors import DataError, OpfaError
+from opfa.errors import DataError
 from opfa.extras import importing
 from opfa.inference.predictor import Predictor
 from opfa.serving import asking
@@ -173,6 +175,6 @@ class Service:
             what = "the client left" if has_left else f"no answer within {seconds:g} s"
             raise Refused(GONE if has_left else 504, what)
         error = answers.exception()
-        if isinstance(error, OpfaError):
+        if isinstance(error, DataError):  # only the tokenizer saw it
             raise Refused(422, str(error))
         return answers.result()

@@ -1,5 +1,6 @@
 """A server on loopback: the answers of `opfa predict`, and a right refusal of everything else."""
 
+import contextlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live import Live, held, serving
+from live import JSON, Live, held, serving
 from onnx import TensorProto, helper, numpy_helper, save
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import BertModel, BertTokenizer
@@ -245,6 +246,35 @@ def test_other_headers_paths_and_methods_are_refused(live: Live) -> None:
         assert client.recv(100).startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:9", 200),
+        ("[::1]:80", 200),
+        ("10.0.0.1", 200),  # an address can't be rebound
+        ("evil.example", 421),
+        ("evil.example:8000", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[::1", 421),
+    ],
+)
+def test_a_server_on_loopback_is_not_there_for_names_of_others(
+    live: Live, host: str, status: int
+) -> None:
+    for method, path in (("POST", "/predict"), ("GET", "/")):
+        found, _, _ = live.send(method, path, b'["good"]', {**JSON, "Host": host})
+        assert found == status
+
+
+def test_a_server_for_others_is_there_for_any_name(models: Path) -> None:
+    with serving(models / "classes", host="0.0.0.0") as live:
+        found, _, _ = live.send("GET", "/health", None, {"Host": "models.example"})
+    assert found == 200
+
+
 def test_a_question_too_long_for_its_windows_spoils_no_other(answering: Live) -> None:
     good, wrong = [["who won ?", "rome beat paris"]], [["who " * 40, "rome"]]
     expected = answering.ask(good)
@@ -322,7 +352,7 @@ def test_a_body_of_100_mb_gets_its_refusal_also_by_a_client_that_sends_it_all(li
 
 def test_a_client_that_asks_first_sends_no_body_that_is_too_large(live: Live) -> None:
     with live.socket() as client:
-        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 413")
 
@@ -332,7 +362,7 @@ def resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -370,6 +400,23 @@ def test_a_slow_client_is_answered_and_let_go(
         assert received.startswith(answer) and bool(received) == bool(answer)
         assert time.monotonic() < end
         assert live.wait_until(2, lambda: not live.server.server_state.connections)
+
+
+@pytest.mark.parametrize("more", [HEAD, HEAD + b"Content-Length: 900000000\r\n\r\n"])
+def test_a_second_request_of_a_connection_has_a_time_too(models: Path, more: bytes) -> None:
+    good = HEAD + b"Content-Length: 8\r\n\r\n" + b'["good"]'
+    for together in (True, False):
+        with serving(models / "classes", read_seconds=0.4) as live, live.socket() as client:
+            client.sendall(good + more if together else good)
+            received = client.recv(1_000)
+            assert received.startswith(b"HTTP/1.1 200")
+            client.sendall(b"" if together else more)
+            end = time.monotonic() + 5
+            with contextlib.suppress(ConnectionError):
+                while piece := client.recv(1_000):
+                    received += piece
+            assert time.monotonic() < end
+            assert (b"HTTP/1.1 408" if more == HEAD else b"HTTP/1.1 413") in received
 
 
 def test_a_client_that_does_not_read_is_let_go(models: Path) -> None:

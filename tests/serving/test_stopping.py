@@ -63,7 +63,7 @@ def test_a_stop_answers_what_was_taken_and_is_a_success(started: Started) -> Non
         socket.create_connection(("127.0.0.1", started.port), 30) as half,
         socket.create_connection(("127.0.0.1", started.port), 30) as idle,
     ):
-        half.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        half.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         half.sendall(b'Content-Length: 8\r\n\r\n["go')
         answers = [clients.submit(ask, started.port, asked) for _ in range(NUM_CLIENTS)]
         while waiting(started.port) < NUM_TEXTS:
