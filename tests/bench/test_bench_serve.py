@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from transformers import BertTokenizer
 from words import WORDS, tiny
 
-from opfa.bench.roads import ServerRoad
+from opfa.bench import roads
 from opfa.bench.serve import bench_serve, bodies_of, cost_of_a_million
 from opfa.commands import app as cli
 from opfa.errors import RunError
@@ -124,7 +123,7 @@ def test_a_model_that_stands_twice_is_refused() -> None:
         bench_serve(["a", "a"], roads=[SlowRoad({"a": 0.0})])
 
 
-def test_a_real_server_is_measured_and_a_model_that_it_can_t_load_is_named(tmp_path: Path) -> None:
+def test_a_real_server_is_measured(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
@@ -132,7 +131,16 @@ def test_a_real_server_is_measured_and_a_model_that_it_can_t_load_is_named(tmp_p
     found = bench_serve([str(tmp_path / "model")], clients=(1, 4), requests=20, rounds=1)
     assert [load.clients for load in found.loads] == [1, 4]
     assert all(load.num_requests == 20 and load.road == "server" for load in found.loads)
-    wrong = str(tmp_path / "nothing")
-    message = f"opfa serve {re.escape(wrong)}: opfa: .*no such"
-    with pytest.raises(RunError, match=message), ServerRoad().open(wrong):
+
+
+def test_a_server_that_ends_before_it_answers_is_told_by_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\necho 'loading' >&2; echo 'no such model' >&2; exit 2\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(roads.sys, "executable", str(tmp_path / "python"))
+    message = "^opfa serve nothing: no such model$"
+    with pytest.raises(RunError, match=message), roads.ServerRoad().open("nothing"):
         pass
