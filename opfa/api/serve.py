@@ -8,7 +8,7 @@ from opfa.api.progress import progress
 from opfa.extras import require
 
 if TYPE_CHECKING:  # it waits for torch
-    from opfa.serving.run import Served
+    from opfa.serving.results import Served
 
 HOST, PORT = "127.0.0.1", 8000
 

@@ -9,20 +9,19 @@ import contextlib
 import json
 import logging
 import math
-import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from opfa.errors import RunError
 from opfa.extras import importing
 from opfa.inference.predictor import Options, Predictor
-from opfa.report.tables import Result, Table
 from opfa.serving.asking import example
 from opfa.serving.connections import timed
 from opfa.serving.hosts import for_this_machine, is_loopback
 from opfa.serving.limits import Limits
+from opfa.serving.results import Served
 from opfa.serving.server import app_of
 from opfa.serving.service import JSON, Service
 from opfa.storage.files import named
@@ -33,28 +32,6 @@ with importing("opfa serve", "opfa[serve]"):
 STOPS = (signal.SIGINT, signal.SIGTERM)
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a client of this machine finds it
 log = logging.getLogger(__name__)
-
-
-class Served(Result):
-    """What a server did until it was stopped."""
-
-    model: str
-    address: str
-    requests: int
-    answered: int  # with status 200
-    examples: int
-    seconds: float
-
-    def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
-        """One line for each number."""
-        rows = [
-            ("requests", f"{self.requests:,}"),
-            ("answered", f"{self.answered:,}"),
-            ("examples", f"{self.examples:,}"),
-            ("seconds", f"{self.seconds:,.0f}"),
-        ]
-        yield Table((self.model, ""), rows, numbers_from=1)
-        yield f"    next  {shlex.join(['opfa', 'bench', 'serve', self.model])}"
 
 
 class _Server(Server):

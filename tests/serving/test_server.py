@@ -1,10 +1,12 @@
 """A server on loopback: the answers of `opfa predict`, and a right refusal of everything else."""
 
 import contextlib
+import importlib
 import json
 import math
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -559,3 +561,16 @@ def test_an_address_that_is_taken_or_unknown_is_refused_before_the_model_is_load
             opfa.serve("no-such-model", port=port)
     with pytest.raises(RunError, match="--host nowhere.invalid --port 0: no such address"):
         opfa.serve("no-such-model", host="nowhere.invalid", port=0)
+
+
+def test_without_its_packages_the_server_says_how_to_get_them_and_the_rest_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "opfa.serving.results", raising=False)
+    monkeypatch.delitem(sys.modules, "opfa.serving.service", raising=False)
+    importlib.import_module("opfa.serving.results")  # which opfa.api.results imports
+    assert "opfa.serving.service" not in sys.modules
+    message = r'^opfa serve needs fastapi: pip install "opfa\[serve\]"$'
+    with pytest.raises(RunError, match=message):
+        opfa.serve("no-such-model")
