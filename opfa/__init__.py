@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
     from opfa.api.search import search_models
+    from opfa.api.serve import serve
     from opfa.api.structured import prune_layers, prune_structured
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.api.trim import trim
@@ -80,6 +81,7 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "push": "opfa.api.models",
     "release": "opfa.api.models",
     "search_models": "opfa.api.search",
+    "serve": "opfa.api.serve",
     "shrink": "opfa.api.models",
     "trim": "opfa.api.trim",
     "unpack": "opfa.api.models",
@@ -120,6 +122,7 @@ __all__ = [
     "push",
     "release",
     "search_models",
+    "serve",
     "shrink",
     "trim",
     "unpack",

@@ -45,6 +45,7 @@ PUBLIC = [
     "push",
     "release",
     "search_models",
+    "serve",
     "shrink",
     "trim",
     "unpack",

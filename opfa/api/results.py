@@ -10,6 +10,7 @@ from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
 from opfa.search.results import SearchResult
+from opfa.serving.results import Served
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Released",
     "Result",
     "SearchResult",
+    "Served",
     "ShrinkResult",
     "SweepResult",
     "TrimResult",
