@@ -16,7 +16,9 @@ from typing import Any
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError, RunError, brief
+from opfa.hub.place import place_of
 from opfa.recipe import KINDS, Recipe, RecipeType, override_value, read_values
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.runs import recipe_beside
 from opfa.storage.shipped import find_recipe
 from opfa.toml import toml_value
@@ -43,7 +45,7 @@ def task_recipe_of(
     model: str | Path, recipe: AnyRecipe | None, overrides: Overrides
 ) -> FinetuneRecipe:
     """The recipe that is given, or else that of the model's run."""
-    found = recipe_beside(model) if recipe is None else recipe
+    found = recipe_beside(place_of(str(model))) if recipe is None else recipe
     if found is None:
         is_here = Path(model).exists()
         what = "is no run, whose recipe would be used" if is_here else "is no directory here"
@@ -52,7 +54,7 @@ def task_recipe_of(
 
 
 def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | FinetuneRecipe:
-    """The same for a recipe of either kind, which its sections tell."""
+    """The same for a recipe of any kind, which its sections tell."""
     words, where = words_of(overrides), "recipe"
     if isinstance(recipe, (str, Path)):
         values, where = read_values(find_recipe(recipe), words), brief(recipe, 300)
@@ -62,6 +64,7 @@ def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | F
         what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
         raise RecipeError(f"{where}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
+    kind = SearchRecipe if "search" in values else kind
     return kind.checked(values, where, words)
 
 

@@ -9,6 +9,8 @@ from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
+from opfa.search.results import SearchResult
+from opfa.serving.results import Served
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "ReleaseResult",
     "Released",
     "Result",
+    "SearchResult",
+    "Served",
     "ShrinkResult",
     "SweepResult",
     "TrimResult",

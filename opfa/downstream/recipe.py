@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opfa.compression.schedules import Interval, LearningRate
 from opfa.errors import RecipeError
+from opfa.hub.place import place_of
 from opfa.recipe import (
     Batch,
     Count,
@@ -20,7 +21,7 @@ from opfa.recipe import (
 )
 from opfa.storage.runs import recipe_beside, shortened
 from opfa.tasks.recipe import WHOLE_BATCH, Task
-from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
+from opfa.training.sections import Pruning, Saving, Teacher, check_rates, learning_rate
 
 
 class Model(Section):
@@ -45,10 +46,15 @@ class Training(Section):
     """Examples per pass, which must divide `batch`; by default all at once."""
     learning_rate: Positive
     """The highest learning rate."""
+    lowest_learning_rate: Positive | None = None
+    """Where the decay of the learning rate ends; by default at zero."""
     warmup: Fraction = 0.1
     """Share of all steps that are linear warm-up."""
     rewind_learning_rate: bool | None = None
     """Set the decay back to its beginning at each mask update of the ramp; by default no."""
+    # Its default is not written, so that recipes without it keep their digests.
+    cyclic_learning_rate: bool = Field(default=False, exclude_if=lambda is_cyclic: not is_cyclic)
+    """Go down to the lowest rate before each mask update of the ramp, and begin anew there."""
     weight_decay: Weight = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Positive = 1.0
@@ -187,7 +193,11 @@ class FinetuneRecipe(Recipe):
         if self.training.sparse_kernels is True and not self.pruning and self.model.zeros == "free":
             what = "needs zeros that are held (model.zeros = 'held') or made ([pruning])"
             raise ValueError(f"training.sparse_kernels = true: {what}")
-        check_rewinding(self.pruning, self.training.rewind_learning_rate)
+        check_rates(self.training, self.pruning)
+        lowest = self.training.lowest_learning_rate
+        if self.sweep and lowest and lowest >= (least := min(self.sweep.learning_rate)):
+            what = f"must be below each of sweep.learning_rate, such as {least}"
+            raise ValueError(f"training.lowest_learning_rate = {lowest}: {what}")
         if self.task.kind == "embedding":
             _check_embedding(self)
         if self.quantization is not None and self.training.precision != "fp32":
@@ -221,14 +231,13 @@ class FinetuneRecipe(Recipe):
 
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
-        rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
         warmup = int(self.training.warmup * steps)
-        return learning_rate(rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup)
+        return learning_rate(self.training, self.pruning, steps=steps, warmup_steps=warmup)
 
 
 def recipe_of(model: str) -> FinetuneRecipe | None:
     """The recipe of fine-tuning that a run, its model or a release has; None without one."""
-    path = recipe_beside(model)
+    path = recipe_beside(place_of(model))
     if path is None or "task" not in read_values(path):  # of pre-training
         return None
     return FinetuneRecipe.read(path)

@@ -23,6 +23,7 @@ from opfa.downstream.evaluate import load_ready, predict
 from opfa.downstream.recipe import FinetuneRecipe, recipe_of
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub.cache import downloaded
+from opfa.hub.place import place_of
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.encoders import has_head, skeleton
 from opfa.models.fit import fit_padding
@@ -105,13 +106,20 @@ class Predictor:
             self.runs_in = runtime.speed_up(self._model) if is_cpu else str(self._device)
 
     def answers(
-        self, source: str, rows: Numbered, advance: Callable[[float], object]
+        self,
+        source: str,
+        rows: Numbered,
+        advance: Callable[[float], object],
+        *,
+        is_language_checked: bool = True,
     ) -> Iterator[tuple[Chunk, Sequence[Prediction]]]:
-        """Chunks of rows with their predictions, in order; `advance` hears of examples done."""
+        """Chunks of rows with their predictions, in order; `advance` hears of examples done. Where
+        the language is checked, texts that the tokenizer doesn't know get a warning.
+        """
         for index, chunk in enumerate(
             chunks(self.task, self._tokenizer, self._classes, source, rows)
         ):
-            if index == 0:
+            if index == 0 and is_language_checked:
                 check_language(self.task, self._tokenizer, chunk.split.examples)
 
             def watch(batches: DataLoader, num_rows: int = len(chunk.rows)) -> Iterator[Batch]:
@@ -174,7 +182,8 @@ def _task_of_recipe(name: str, given: Path | None) -> Task | None:
     """The task of a given recipe, or of the one that a run or release has; None without any."""
     if given is not None:
         return FinetuneRecipe.read(given).task
-    place = name if Path(name).is_dir() else str(downloaded(name, [RECIPE]))
+    place = place_of(name)
+    place = place if Path(place).is_dir() else str(downloaded(place, [RECIPE]))
     found = recipe_of(place)
     return None if found is None else found.task
 

@@ -128,7 +128,7 @@ class Trainer:
         if pruning is None or ramp is None:
             return None
         encoder = self.student.base_model
-        text = calibration_of(encoder, self.prepared, self.mask, self.device)
+        text = calibration_of(encoder, self.prepared, self.mask, self.device, self.supervisor.beat)
         return Pruner(self.student, ramp, pruning.patterns, calibration=text)
 
     def facts(self) -> dict[str, Any]:
@@ -238,6 +238,7 @@ class Trainer:
                 self.prepared.tokenizer,
                 directory / "model",
                 lambda work: write_files(self.sentence_files, work),
+                self.pruner.chosen_by() if self.pruner else (),
             )
             write_report(at.run, self.schedule, self.pruner, result, self.recipe.metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]

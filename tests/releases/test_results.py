@@ -4,6 +4,7 @@ comes from a run whose files say so.
 
 import importlib
 import json
+import os
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -46,6 +47,35 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
     assert trace.count("\n") == 2 + sum(path.endswith("/done.json") for path in RUNS)
 
 
+WRITTEN = {  # by script: the page, and what its table stands between; results are of its name
+    "scores": (RECIPES / "README.md", "<!-- minilm-scores -->", "<!-- /minilm-scores -->"),
+    "score_costs": (
+        ROOT / "opfa/compression/README.md",
+        "<!-- score-costs -->",
+        "<!-- /score-costs -->",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN)
+def test_a_table_of_scores_is_that_of_its_results(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPFA_REWRITE=1 writes it from results/SCRIPT.json."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    path, begin, end = WRITTEN[script]
+    results = RESULTS / f"{script}.json"
+    expected = "Not measured yet."
+    if results.exists():
+        expected = importlib.import_module(script).table(json.loads(results.read_text()))
+    before, _, rest = path.read_text().partition(f"{begin}\n")
+    shown, _, after = rest.partition(f"\n{end}")
+    if os.environ.get("OPFA_REWRITE"):
+        path.write_text(f"{before}{begin}\n\n{expected}\n\n{end}{after}")
+    else:
+        assert shown == f"\n{expected}\n"
+
+
 def test_the_table_of_structured_pruning_is_that_of_its_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -59,6 +89,17 @@ def test_the_table_of_structured_pruning_is_that_of_its_results(
     share = row["validation"]["after"] / row["validation"]["before"]
     said = f"(MiniLM on SST-2: {100 * share:.1f} % of its accuracy at 40 %)"
     assert said in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not (RESULTS / "search.json").exists(), reason="not measured yet")
+def test_the_tables_of_searches_are_those_of_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    results = json.loads((RESULTS / "search.json").read_text())
+    search = importlib.import_module("search")
+    readme = (RECIPES / "README.md").read_text()
+    expected = search.tables(results)
+    assert f"<!-- minilm-search -->\n\n{expected}\n\n<!-- /minilm-search -->" in readme
+    assert search.largest_error(results) < 0.1
 
 
 def test_the_table_of_what_is_trained_on_is_that_of_its_results(
