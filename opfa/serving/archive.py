@@ -127,7 +127,7 @@ def write_archive(directory: Path, output: Path, most_gb: float = MOST_GB) -> li
     unpacked = sum((directory / each).stat().st_size for each in files)
     if unpacked > most_gb * GB:
         what = f"the files for it have {unpacked / GB:,.3g} GB, and most_gb is {most_gb:g}"
-        raise RunError(f"{output}: not written: {what}; a model with keep, shrink or 8 bits may fit")
+        raise RunError(f"{output}: not written: {what}; keep, shrink or 8 bits make it less")
     with new_file(output) as file:
         _write(directory, files, file)
     return files

@@ -17,8 +17,9 @@ import botocore.client
 import requests
 from jobs import SAGEMAKER
 
-assert SAGEMAKER.is_dir()
 import submit  # isort: skip - jobs says where it is
+
+assert SAGEMAKER.is_dir()
 
 ANSWERS: dict[str, Any] = {
     "GetCallerIdentity": {"Account": "111122223333", "Arn": "arn:aws:iam::111122223333:user/me"},

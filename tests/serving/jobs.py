@@ -13,7 +13,10 @@ sys.path.insert(0, str(SAGEMAKER))
 
 
 def environment(
-    root: Path, hyperparameters: dict[str, Any], channels: dict[str, Path] | None = None, **more: Any
+    root: Path,
+    hyperparameters: dict[str, Any],
+    channels: dict[str, Path] | None = None,
+    **more: Any,
 ) -> dict[str, str]:
     """The variables of a container whose /opt/ml is `root`; `more` are others, or replace some."""
     (root / "model").mkdir(parents=True, exist_ok=True)

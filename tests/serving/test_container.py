@@ -58,4 +58,6 @@ def test_the_real_handler_answers_every_kind_of_task(name: str, tmp_path: Path) 
     assert (json.loads(whole[0]), whole[1]) == (expected, "application/json")
     assert [json.loads(line) for line in by_line[0].splitlines()] == expected
     assert by_line[1] == "application/jsonlines"
-    assert refused.startswith("inputs[0]: ") and "no column" in refused or "is not a list" in refused
+    assert (
+        refused.startswith("inputs[0]: ") and "no column" in refused or "is not a list" in refused
+    )

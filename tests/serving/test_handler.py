@@ -33,7 +33,10 @@ ROWS: dict[str, list[Any]] = {
         ["good", " film "] * 20,
         {"words": ["…", "\u200b", "rome-paris", "x" * 3_000]},
     ],
-    "choices": [["who won ?", ["rome", LONG, "bad"]], {"question": "in", "choices": ["may", "?", "."]}],
+    "choices": [
+        ["who won ?", ["rome", LONG, "bad"]],
+        {"question": "in", "choices": ["may", "?", "."]},
+    ],
     "columns of choices": [{"q": "who", "begin": "good", "a": "rome", "b": "paris won"}],
     "vectors": ["good film", LONG, "may", "who won ?"],
 }
@@ -91,11 +94,16 @@ def same(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_are_those_of_opfa_predict(toys: Toys, name: str, family: str) -> None:
     directory = toys(name, family)
-    ours, theirs = asked(directory, ROWS[name], probabilities=True), predicted(directory, ROWS[name])
+    ours, theirs = (
+        asked(directory, ROWS[name], probabilities=True),
+        predicted(directory, ROWS[name]),
+    )
     assert same(ours, theirs), (ours, theirs)
     few = asked(directory, ROWS[name])
     assert few == [{k: v for k, v in row.items() if k != "probabilities"} for row in ours]
-    assert len({str(row["prediction"]) for row in ours}) > 1 or len(ours) == 1 or family == "roberta"
+    assert (
+        len({str(row["prediction"]) for row in ours}) > 1 or len(ours) == 1 or family == "roberta"
+    )
 
 
 def test_any_number_of_inputs_is_answered_in_their_order(toys: Toys) -> None:
