@@ -3,7 +3,8 @@
 # Usage: bash launch/test.sh [pytest options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh dev
+unset PYTHONDONTWRITEBYTECODE # each of some hundred processes would compile what it imports anew
+PIP_COMPILE=0 bash launch/install.sh dev # only what is imported is compiled, when it is
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/codespell

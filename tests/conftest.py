@@ -75,6 +75,7 @@ SLOW = [
     "hub/test_download.py::test_of_two_processes_the_second_waits_and_finds_it_complete",
     "hub/test_hub_origin.py",
     "releases/test_release.py",
+    "releases/test_by_name.py",
     "inference/test_predict.py::test_every_form_and_program_says_the_same",
     "commands/test_run_directories.py",
     "report/test_in_a_browser.py",

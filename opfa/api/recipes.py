@@ -16,6 +16,7 @@ from typing import Any
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError, RunError, brief
+from opfa.hub.place import place_of
 from opfa.recipe import KINDS, Recipe, RecipeType, override_value, read_values
 from opfa.storage.runs import recipe_beside
 from opfa.storage.shipped import find_recipe
@@ -43,7 +44,7 @@ def task_recipe_of(
     model: str | Path, recipe: AnyRecipe | None, overrides: Overrides
 ) -> FinetuneRecipe:
     """The recipe that is given, or else that of the model's run."""
-    found = recipe_beside(model) if recipe is None else recipe
+    found = recipe_beside(place_of(str(model))) if recipe is None else recipe
     if found is None:
         is_here = Path(model).exists()
         what = "is no run, whose recipe would be used" if is_here else "is no directory here"

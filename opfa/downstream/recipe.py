@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opfa.compression.schedules import Interval, LearningRate
 from opfa.errors import RecipeError
+from opfa.hub.place import place_of
 from opfa.recipe import (
     Batch,
     Count,
@@ -223,7 +224,7 @@ class FinetuneRecipe(Recipe):
 
 def recipe_of(model: str) -> FinetuneRecipe | None:
     """The recipe of fine-tuning that a run, its model or a release has; None without one."""
-    path = recipe_beside(model)
+    path = recipe_beside(place_of(model))
     if path is None or "task" not in read_values(path):  # of pre-training
         return None
     return FinetuneRecipe.read(path)

@@ -12,7 +12,7 @@ import httpx2
 from opfa.errors import ModelError, RunError
 from opfa.hub import manifest
 from opfa.hub.cache import NO_DIRECTORY, refuse_path
-from opfa.hub.index import released
+from opfa.hub.index import known
 from opfa.hub.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from opfa.hub.repository import HubModel, Source
 from opfa.hub.transfer import fetch, reaching
@@ -58,20 +58,24 @@ class Website(Source):
 
 def source_of(name: str, revision: str | None, endpoint: str | None) -> Source:
     """Find out what a name means, and ask there what the model consists of."""
-    is_directory = Path(name).is_dir()
-    known = None if is_directory else next((m for m in released() if m.name == name), None)
-    place = name if known is None else known.source
+    model = None if Path(name).is_dir() else known(name)
+    place = name if model is None else str(model.directory or model.source or "")
+    if not place:
+        what = f"is in a clone of opfa, as model_cards/{name}, and has no address yet"
+        raise ModelError(f"{name}: {what}")
+    is_directory = Path(place).is_dir()
     is_url = "://" in place
     if (is_directory or is_url) and (revision or endpoint):
         raise RunError(f"{name}: --revision and --endpoint are for names of the Hub")
     if endpoint is not None and not endpoint.startswith(("https://", "http://")):
         raise RunError(f"--endpoint {endpoint}: not the URL of a Hub; it begins with https://")
     if is_directory:
-        return Directory(Path(name))
-    if not is_url:
-        refuse_path(place, NO_DIRECTORY)
-    source = Website(place) if is_url else HubModel(place, revision, endpoint)
-    wanted = known and known.manifest_sha256
+        source: Source = Directory(Path(place))
+    else:
+        if not is_url:
+            refuse_path(place, NO_DIRECTORY)
+        source = Website(place) if is_url else HubModel(place, revision, endpoint)
+    wanted = model and model.manifest_sha256
     if wanted and hashlib.sha256(source.manifest or b"").hexdigest() != wanted:
         what = f"the {MANIFEST} of {place} is not the one that opfa knows ({wanted[:12]}...)"
         raise ModelError(f"{name}: {what}; a newer opfa may know it, or someone has changed it")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from opfa.compression import quant
 from opfa.downstream.recipe import recipe_of
 from opfa.errors import ModelError, RunError
+from opfa.hub.place import place_of
 from opfa.inference import onnx_graph
 from opfa.inference.parity import parity, problems
 from opfa.inference.results import ExportResult, Fingerprints, Sides, Zeros
@@ -106,7 +107,7 @@ def export(
 
 def _write_recipe(name: str, aside: Path, output: Path) -> None:
     """The recipe of the model's run, which tells `opfa predict` columns and lengths."""
-    recipe, there = recipe_of(name), recipe_beside(name)
+    recipe, there = recipe_of(name), recipe_beside(place_of(name))
     is_beside = there is not None and there.absolute().parent == output.absolute().parent
     if recipe is not None and not is_beside:
         write_text(aside / RECIPE, recipe.to_public_toml())

@@ -23,6 +23,7 @@ from opfa.downstream.evaluate import load_ready, predict
 from opfa.downstream.recipe import FinetuneRecipe, recipe_of
 from opfa.errors import ModelError, RunError, opening
 from opfa.hub.cache import downloaded
+from opfa.hub.place import place_of
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.encoders import has_head, skeleton
 from opfa.models.fit import fit_padding
@@ -174,7 +175,8 @@ def _task_of_recipe(name: str, given: Path | None) -> Task | None:
     """The task of a given recipe, or of the one that a run or release has; None without any."""
     if given is not None:
         return FinetuneRecipe.read(given).task
-    place = name if Path(name).is_dir() else str(downloaded(name, [RECIPE]))
+    place = place_of(name)
+    place = place if Path(place).is_dir() else str(downloaded(place, [RECIPE]))
     found = recipe_of(place)
     return None if found is None else found.task
 

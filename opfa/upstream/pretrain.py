@@ -125,7 +125,7 @@ class Trainer:
         if pruning is None or ramp is None:
             return None
         encoder = self.student.base_model
-        text = calibration_of(encoder, self.prepared, self.mask, self.device)
+        text = calibration_of(encoder, self.prepared, self.mask, self.device, self.supervisor.beat)
         return Pruner(self.student, ramp, pruning.patterns, calibration=text)
 
     def facts(self) -> dict[str, Any]:

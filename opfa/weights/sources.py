@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opfa.errors import ModelError, opening
 from opfa.hub.cache import cached_directory, downloaded, missing_in_cache, refuse_path
+from opfa.hub.place import place_of
 from opfa.hub.tensors import RemoteFiles
 from opfa.sparsity.anatomy import MASK, problem_of_storage
 from opfa.storage import foreign
@@ -83,6 +84,7 @@ def check_masks(masks: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
 
 
 def _source(name: str) -> Source:
+    name = place_of(name)
     path = Path(name)
     if path.is_file():
         return _files([path], is_whole=False)
@@ -111,7 +113,10 @@ def _source(name: str) -> Source:
 
 
 def directory_of(name: str) -> Path:
-    """The directory of a checkpoint, RUN/model for a run; one of the Hub is downloaded."""
+    """The directory of a checkpoint, RUN/model for a run; one of the Hub or of `opfa list` is
+    downloaded.
+    """
+    name = place_of(name)
     found = _downloaded(name, ["*.safetensors", "*.json"])
     if not Path(name).is_dir() and not list(found.glob("*.safetensors")):
         found = _downloaded(name, ["pytorch_model*.bin", "*.json"])
@@ -120,7 +125,7 @@ def directory_of(name: str) -> Path:
 
 def small_files_of(name: str) -> Path:
     """The directory of a model's configurations and tokenizer. Only these are downloaded."""
-    return _downloaded(name, list(foreign.TOKENIZER_FILES))
+    return _downloaded(place_of(name), list(foreign.TOKENIZER_FILES))
 
 
 def _downloaded(name: str, patterns: list[str]) -> Path:

@@ -52,10 +52,19 @@ def test_too_few_sequences_are_refused(prepared: Path, tmp_path: Path) -> None:
         pretrain(recipe(prepared, sequences=100_000), tmp_path / "run")
 
 
+def test_the_watchdog_hears_of_each_batch(prepared: Path) -> None:
+    found = Prepared.open(prepared, recipe(prepared).corpus)
+    mask = masker(found.tokenizer, Masking(probability=0.0), 0)
+    heard: list[str] = []
+    text = calibration_of(torch.nn.Identity(), found, mask, torch.device("cpu"), heard.append)._text
+    list(text.batches(6))
+    assert heard == [f"measuring the score, sequence {n} of 6" for n in (1, 5)]
+
+
 def test_outputs_are_the_hidden_states_of_real_tokens(prepared: Path) -> None:
     found = Prepared.open(prepared, recipe(prepared).corpus)
     mask = masker(found.tokenizer, Masking(probability=0.0), 0)
-    text = calibration_of(torch.nn.Identity(), found, mask, torch.device("cpu"))._text
+    text = calibration_of(torch.nn.Identity(), found, mask, torch.device("cpu"), print)._text
     first, *rest = text.batches(6)
     assert len(first["input_ids"]) == 4 and len(rest[0]["input_ids"]) == 2
     real = int(first["attention_mask"].sum())
