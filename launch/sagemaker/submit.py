@@ -132,6 +132,9 @@ def _check_place(given: argparse.Namespace, command: str, channels: Mapping[str,
     if given.instances > 1 and not channels.get(SHARED, "").startswith(("fsx://", "efs://")):
         what = "all instances write resume points to one directory; give --channel run=fsx://..."
         raise RunError(f"--instances {given.instances}: {what}")
+    if not given.image and not re.match(r"ml\.[gp]\d", given.instance):
+        what = "Hugging Face's training images are for GPUs; give such an instance, or --image"
+        raise RunError(f"--instance {given.instance}: {what}")
     if given.instances < 1 or not given.hours > 0:
         raise RunError("--instances, --hours: must be above 0")
     if given.spot and not given.checkpoints and SHARED not in channels:

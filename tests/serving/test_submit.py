@@ -66,6 +66,10 @@ def test_a_dry_run_prints_the_job_and_needs_no_sdk(capsys: pytest.CaptureFixture
         (["sst2", "--instances", "2"], "--instances 2: fine-tuning is one process; give 1"),
         (["bert-base-90", "--instances", "2"], "give --channel run=fsx://"),
         (["bert-base-90", "--channel", "train=s3://b"], "opfa pretrain has data, model, teacher"),
+        (
+            ["sst2", "--instance", "ml.m5.xlarge"],
+            "--instance ml.m5.xlarge: Hugging Face's training",
+        ),
         (["sst2", "--instances", "0"], "--instances, --hours: must be above 0"),
         (["sst2", "task.text='it'", "--sdk", "3"], "can't carry a single quote; write it with d"),
         (["sst2", f"task.text={'x' * 2501}"], "task.text: has 2,501 characters; SageMaker takes 2"),
@@ -76,7 +80,7 @@ def test_what_would_fail_is_one_message_before_anything_is_uploaded(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        submit.main([*words, *PLACE])
+        submit.main([*PLACE, *words])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("submit.py: ") and re.sub(r"\s+", " ", said).count(message) == 1, said
