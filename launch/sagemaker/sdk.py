@@ -1,6 +1,7 @@
 """A job of submit.py as the objects of Amazon's SDK, version 3 or 2, which are imported here alone.
 
-`session` is the SDK's; by default it makes a new one.
+`session` is the SDK's; by default it makes a new one. No type checker sees the SDK: it is no
+package that opfa asks for.
 """
 
 from collections.abc import Mapping
@@ -21,11 +22,11 @@ WATCH = (
 
 def by_version_3(job: Mapping[str, Any], source: Path, session: Any = None) -> Any:
     """A `ModelTrainer` and its channels. `session` is the SDK's, by default a new one."""
-    from sagemaker.core import image_uris
-    from sagemaker.core.helper.session_helper import Session
-    from sagemaker.core.shapes import FileSystemDataSource
-    from sagemaker.core.training import configs
-    from sagemaker.train import ModelTrainer
+    from sagemaker.core import image_uris  # pyright: ignore[reportMissingImports]
+    from sagemaker.core.helper.session_helper import Session  # pyright: ignore[reportMissingImports]
+    from sagemaker.core.shapes import FileSystemDataSource  # pyright: ignore[reportMissingImports]
+    from sagemaker.core.training import configs  # pyright: ignore[reportMissingImports]
+    from sagemaker.train import ModelTrainer  # pyright: ignore[reportMissingImports]
 
     session = session or Session()
     image = job["image"]
@@ -84,8 +85,8 @@ def by_version_3(job: Mapping[str, Any], source: Path, session: Any = None) -> A
 
 def by_version_2(job: Mapping[str, Any], source: Path, session: Any = None) -> Any:
     """A `HuggingFace` estimator and its channels. `session` is the SDK's, by default a new one."""
-    from sagemaker.huggingface import HuggingFace
-    from sagemaker.inputs import FileSystemInput
+    from sagemaker.huggingface import HuggingFace  # pyright: ignore[reportMissingImports]
+    from sagemaker.inputs import FileSystemInput  # pyright: ignore[reportMissingImports]
 
     image = job["image"]
     versions = {"image_uri": image} if isinstance(image, str) else {

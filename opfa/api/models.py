@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these wait for torch, or for huggingface_hub
     from opfa.inference.shrink import ShrinkResult
     from opfa.releases.results import ReleaseResult, UnpackResult
     from opfa.runtime.packer import PackResult
-    from opfa.serving.archive import ArchiveResult
+    from opfa.serving.results import ArchiveResult
     from opfa.weights.comparison import Comparison
 
 ARCHIVE = ".tar.gz"  # of an output for SageMaker

@@ -9,7 +9,7 @@ from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
-from opfa.serving.archive import ArchiveResult
+from opfa.serving.results import ArchiveResult
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [

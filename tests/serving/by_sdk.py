@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import boto3
-import botocore.client
-import requests
+import boto3  # pyright: ignore[reportMissingImports]
+import botocore.client  # pyright: ignore[reportMissingImports]
+import requests.adapters
 from jobs import SAGEMAKER
 
 import submit  # isort: skip - jobs says where it is
@@ -73,9 +73,9 @@ def main() -> None:
     given = submit.parser().parse_intermixed_args(sys.argv[1:])
     job = submit.plan(given)
     if job["sdk"] == 3:
-        from sagemaker.core.helper.session_helper import Session
+        from sagemaker.core.helper.session_helper import Session  # pyright: ignore[reportMissingImports]
     else:
-        from sagemaker.session import Session
+        from sagemaker.session import Session  # pyright: ignore[reportMissingImports]
     submit.start(job, given.recipe, wait=False, session=Session(boto_session=boto))
     print(json.dumps({"asked": asked, "keys": keys}))
 

@@ -17,10 +17,10 @@ import transformers.file_utils
 def main() -> None:
     """Print what each request is answered with: [body, content type], or the error alone."""
     setattr(transformers.file_utils, "is_tf_available", lambda: False)  # noqa: B010
-    from mms.context import Context, RequestProcessor
-    from mms.metrics.metrics_store import MetricsStore
-    from mms.service import PredictionException
-    from sagemaker_huggingface_inference_toolkit import handler_service
+    from mms.context import Context, RequestProcessor  # pyright: ignore[reportMissingImports]
+    from mms.metrics.metrics_store import MetricsStore  # pyright: ignore[reportMissingImports]
+    from mms.service import PredictionException  # pyright: ignore[reportMissingImports]
+    from sagemaker_huggingface_inference_toolkit import handler_service  # pyright: ignore[reportMissingImports]
 
     service = handler_service.HuggingFaceHandlerService()
     found: list[Any] = []

@@ -68,7 +68,7 @@ def test_a_dry_run_prints_the_job_and_needs_no_sdk(capsys: pytest.CaptureFixture
         (["bert-base-90", "--channel", "train=s3://b"], "opfa pretrain has data, model, teacher"),
         (
             ["sst2", "--instance", "ml.m5.xlarge"],
-            "--instance ml.m5.xlarge: Hugging Face's training",
+            "--instance ml.m5.xlarge: Hugging Face's",
         ),
         (["sst2", "--instances", "0"], "--instances, --hours: must be above 0"),
         (["sst2", "task.text='it'", "--sdk", "3"], "can't carry a single quote; write it with d"),

@@ -63,7 +63,7 @@ def toy(directory: Path, name: str, family: str = "bert") -> Path:
     config.architectures = [type(model).__name__ if model else "BertModel"]
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    num = 1 if head in ("MultipleChoice", "") else config.num_labels
+    num = 1 if head in ("MultipleChoice", "") else len(config.id2label or ())
     has_types = "token_type_ids" in tokenizer.model_input_names
     onnx.save(_graph(head, len(tokenizer), num, has_types=has_types), directory / "model.onnx")
     values = {"train": "train.jsonl", "validation": "validation.jsonl", "sequence_tokens": 24}
@@ -85,9 +85,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     entries = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġg", "Ġgo", "oo", "od"]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
-    return RobertaTokenizer(
-        vocab=vocabulary, merges=[("Ġ", "g"), ("Ġg", "o"), ("o", "o"), ("o", "d")]
-    )
+    return RobertaTokenizer(vocab=vocabulary, merges=["Ġ g", "Ġg o", "o o", "o d"])
 
 
 def _graph(head: str, entries: int, num: int, *, has_types: bool) -> onnx.ModelProto:

@@ -1,6 +1,6 @@
 """Answers by kind of task, as opfa/tasks/predictions.py and squad.py make them of logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shares / shares.sum(-1, keepdims=True)
 
 
-def _named(names: Sequence[str], logits: np.ndarray, has_all: bool) -> Mapping[str, Any]:
+def _named(names: Sequence[str], logits: np.ndarray, has_all: bool) -> Answer:
     """The likeliest class, its probability, and perhaps those of all."""
     best, shares = int(logits.argmax()), softmax(logits).tolist()
     answer = {"prediction": names[best], "score": shares[best]}

@@ -112,8 +112,8 @@ class Model:
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             arrays = self.session.run(list(names), self._batch([groups[i] for i in places]))
-            for place, *rows in zip(places, *arrays, strict=True):
-                found[place] = rows
+            for row, place in enumerate(places):
+                found[place] = [np.asarray(array)[row] for array in arrays]
         return [found[place] for place in range(len(groups))]
 
     def _batch(self, groups: Sequence[Sequence[Encoding]]) -> dict[str, np.ndarray]:
