@@ -11,8 +11,8 @@ from typing import Any
 
 from opfa.api.recipes import any_recipe_of, words_of
 from opfa.errors import OpfaError, RunError
+from opfa.recipe import command_of, read_values
 from opfa.storage.shipped import find_recipe
-from opfa.upstream.recipe import PretrainRecipe
 
 CHANNELS = {  # by recipe, which key of it a channel is for
     "pretrain": {"data": "data", "model": "model.init", "teacher": "distillation.teacher"},
@@ -96,12 +96,7 @@ class Task:
         name = given.pop("recipe", None)
         if not isinstance(name, str):
             raise RunError("hyperparameter recipe: is missing; a file or a name of opfa recipes")
-        recipe = find_recipe(name)
-        try:
-            kind = any_recipe_of(name, _words(given))
-        except OpfaError as error:
-            raise RunError(f"hyperparameters: {error}") from None
-        command = "pretrain" if isinstance(kind, PretrainRecipe) else "finetune"
+        command = command_for(name, _words(given))
         if len(job.hosts) > 1 and command == "finetune":
             what = "fine-tuning is one process; give it one instance"
             raise RunError(f"{name}: is for {len(job.hosts)} hosts, and {what}")
@@ -113,7 +108,19 @@ class Task:
             if channel != SHARED:
                 key = _key(command, channel)
                 given[key] = _inside(channel, path, key, given.get(key), job.model.parent)
-        return cls(command=command, recipe=recipe, words=_words(given))
+        try:
+            any_recipe_of(name, _words(given))
+        except OpfaError as error:
+            raise RunError(f"hyperparameters: {error}") from None
+        return cls(command=command, recipe=find_recipe(name), words=_words(given))
+
+
+def command_for(recipe: str, words: Sequence[str]) -> str:
+    """Which command of opfa a recipe is for, by its sections; the rest of it isn't checked."""
+    found = command_of(read_values(find_recipe(recipe), words))
+    if found is None:
+        any_recipe_of(recipe, words)  # says so
+    return found or "finetune"
 
 
 def _words(given: Mapping[str, Any]) -> list[str]:
@@ -134,6 +141,8 @@ def _key(command: str, channel: str) -> str:
 
 def _inside(channel: str, path: Path, key: str, given: object, root: Path) -> str:
     """The file or directory of a channel that a key of the recipe means."""
+    if not path.is_dir():
+        raise RunError(f"channel {channel!r}: {path} is no directory")
     if given is not None:
         found = path / str(given)
         if not found.exists():

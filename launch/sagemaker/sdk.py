@@ -26,7 +26,7 @@ def by_version_3(job: Mapping[str, Any], source: Path, session: Any = None) -> A
     from sagemaker.core.helper.session_helper import Session  # pyright: ignore[reportMissingImports]
     from sagemaker.core.shapes import FileSystemDataSource  # pyright: ignore[reportMissingImports]
     from sagemaker.core.training import configs  # pyright: ignore[reportMissingImports]
-    from sagemaker.train import ModelTrainer  # pyright: ignore[reportMissingImports]
+    from sagemaker.train import ModelTrainer  # pyright: ignore
 
     session = session or Session()
     image = job["image"]

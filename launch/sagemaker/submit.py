@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import sdk
-from container import CHANNELS, SHARED
+from container import CHANNELS, SHARED, command_for
 
 from opfa.api.recipes import any_recipe_of
 from opfa.errors import OpfaError, RunError
+from opfa.extras import importing
 from opfa.storage.shipped import find_recipe
-from opfa.upstream.recipe import PretrainRecipe
 
+WHAT = "Starts train.py as a SageMaker training job. README.md beside it says more."
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPTS = (HERE / "train.py", HERE / "container.py")
@@ -44,7 +45,7 @@ TRAINING = ("loss", "mlm_loss", "distill_loss", "learning_rate", "sparsity", "to
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    found = argparse.ArgumentParser(prog="submit.py", description=__doc__.split("\n\n")[0])
+    found = argparse.ArgumentParser(prog="submit.py", description=WHAT)
     add = found.add_argument
     add("recipe", help="a file, or a name of opfa recipes")
     add("overrides", nargs="*", metavar="section.key=value", help="single values of the recipe")
@@ -72,10 +73,12 @@ def parser() -> argparse.ArgumentParser:
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """The job as plain values; raises `OpfaError` for whatever can be known to fail."""
     major = given.sdk or _installed()
-    recipe = any_recipe_of(given.recipe, given.overrides)
-    command = "pretrain" if isinstance(recipe, PretrainRecipe) else "finetune"
     channels = dict(_pairs("--channel", given.channel))
+    command = command_for(given.recipe, given.overrides)
     _check_place(given, command, channels)
+    # What channels give is known in the container alone.
+    filled = [f"{CHANNELS[command][name]}=channel" for name in channels if name != SHARED]
+    recipe = any_recipe_of(given.recipe, [*filled, *given.overrides])
     is_file = find_recipe(given.recipe).is_relative_to(ROOT / "recipes") is False
     name = RECIPE if is_file else given.recipe
     hyperparameters = {"recipe": name, **dict(_pairs("override", given.overrides))}
@@ -176,8 +179,10 @@ def stage(recipe: str, directory: Path) -> None:
         shutil.copy(script, directory / script.name)
     for name in PACKAGE:
         source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, directory / name, **({"ignore": ignore} if source.is_dir() else {}))
+        if source.is_dir():
+            shutil.copytree(source, directory / name, ignore=ignore)
+        else:
+            shutil.copy(source, directory / name)
     (directory / "requirements.txt").write_text(REQUIREMENTS)
     file = find_recipe(recipe)
     if not file.is_relative_to(ROOT / "recipes"):
@@ -185,8 +190,9 @@ def stage(recipe: str, directory: Path) -> None:
 
 
 def start(job: Mapping[str, Any], recipe: str, *, wait: bool, session: Any = None) -> None:
-    """Upload and start a job."""
-    with tempfile.TemporaryDirectory() as aside:
+    """Upload and start a job; `RunError` where the SDK is missing."""
+    package = "sagemaker" if job["sdk"] == 3 else "sagemaker<3"
+    with tempfile.TemporaryDirectory() as aside, importing("submit.py", package):
         stage(recipe, Path(aside))
         if job["sdk"] == 3:
             trainer, channels = sdk.by_version_3(job, Path(aside), session)
@@ -203,14 +209,10 @@ def main(words: Sequence[str] | None = None) -> None:
         job = plan(given)
         if given.dry_run:
             print(json.dumps(job, indent=2))
-            return
-        start(job, given.recipe, wait=given.wait)
+        else:
+            start(job, given.recipe, wait=given.wait)
     except OpfaError as error:
         print(f"submit.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ModuleNotFoundError as error:
-        package = "sagemaker" if job["sdk"] == 3 else "'sagemaker<3'"
-        print(f"submit.py: needs {error.name}: pip install {package}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

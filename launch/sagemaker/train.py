@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 LONGEST = 1000  # characters of a failure's text that SageMaker shows
 
 
-def command_of(task: Task, job: Job) -> tuple[list[str], dict[str, str]]:
+def process_of(task: Task, job: Job) -> tuple[list[str], dict[str, str]]:
     """The words that train, and variables for them."""
     python = [sys.executable, "-m", "opfa", task.command, str(task.recipe)]
     words = ["--output", str(job.run), *task.words]
@@ -166,7 +166,7 @@ def main() -> None:
         task = Task.of(job)
         for name in ("stop", "stopped"):  # what S3 brought back of an earlier interruption
             (job.run / name).unlink(missing_ok=True)
-        status = child.run(*command_of(task, job))
+        status = child.run(*process_of(task, job))
         is_done = _is_done(job.run)
         if is_done and job.is_first:
             finish(task, job)

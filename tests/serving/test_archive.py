@@ -121,12 +121,12 @@ def test_a_model_s_archive_answers_as_it_does_and_has_the_same_bytes_in_any_proc
 
 def test_keep_prunes_measures_shrinks_and_packs(model: Path, tmp_path: Path) -> None:
     found = opfa.pack(model, tmp_path / "model.tar.gz", keep=0.5)
-    assert isinstance(found, ArchiveResult)
+    assert isinstance(found, ArchiveResult) and found.heads and found.neurons
     pruned = opfa.prune_structured(model, tmp_path / "pruned", keep=0.5)
     assert found.metrics == {"accuracy": (pruned.before["accuracy"], pruned.after["accuracy"])}
     assert found.heads == (sum(k.heads for k in pruned.layers), 12)
     assert found.neurons == (sum(k.neurons for k in pruned.layers), 60)
-    assert found.heads[0] < 12 or found.neurons[0] < 60
+    assert sum(found.heads + found.neurons) < 2 * (12 + 60)
     assert close(answers(unpacked(found.file, tmp_path / "there"), TEXTS), tmp_path / "pruned")
 
 

@@ -92,10 +92,9 @@ def test_a_spot_interruption_loses_nothing(
     assert found.train == "train/rows.jsonl"  # as in a release, without the place
 
 
-def test_a_failure_is_a_text_where_sagemaker_looks_for_it(job: Any, tmp_path: Path) -> None:
-    _, channels = job
+def test_a_failure_is_a_text_where_sagemaker_looks_for_it(tmp_path: Path) -> None:
     wrong = {"recipe": "sst2", "epochs": 3, "training.epoch": 1}
-    with started(environment(tmp_path, wrong, channels)) as process:
+    with started(environment(tmp_path, wrong)) as process:
         said = process.communicate()[1]
     assert process.returncode == 2
     expected = "hyperparameters: sst2 with epochs=3 training.epoch=1:\n"
@@ -113,7 +112,7 @@ def test_what_ends_a_training_is_the_text_of_its_failure(
     variables = environment(tmp_path, hyperparameters, channels)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train, "command_of", lambda *_: (words, {}))
+    monkeypatch.setattr(train, "process_of", lambda *_: (words, {}))
     with pytest.raises(SystemExit) as ended:
         train.main()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -212,7 +211,7 @@ def test_pre_training_is_torchrun_over_all_hosts_into_one_directory(
     given = ({"recipe": str(tmp_path / "mine.toml")}, {"data": prepared, "run": shared})
     job = job_of(tmp_path, *given, **two)
     task = container.Task.of(job)
-    command, settings = train.command_of(task, job)
+    command, settings = train.process_of(task, job)
     script = SAGEMAKER.parent / "torchrun.sh"
     recipe, run = str(tmp_path / "mine.toml"), str(shared / "run")
     assert command == ["bash", str(script), recipe, run, f"data={prepared}"]
@@ -228,7 +227,7 @@ def test_pre_training_is_torchrun_over_all_hosts_into_one_directory(
     monkeypatch.setenv("WORLD_SIZE", "4")  # the SDK's torchrun has started this rank
     (shared / "run").mkdir()
     (shared / "run/recipe.toml").touch()
-    command, _ = train.command_of(task, job)
+    command, _ = train.process_of(task, job)
     assert command[:4] == [sys.executable, "-m", "opfa", "pretrain"] and command[-1] == "--resume"
     monkeypatch.setenv("LOCAL_RANK", "1")
     alone = job_of(tmp_path, *given)
