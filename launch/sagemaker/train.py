@@ -19,9 +19,11 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from container import Job, Task
 
@@ -143,40 +145,49 @@ def _best(run: Path) -> str | None:
     return json.loads(results.read_bytes()).get("best_run") if results.exists() else None
 
 
-@contextlib.contextmanager
-def _failures(environment: Mapping[str, str]) -> Iterator[None]:
+def tell_failure(text: str) -> None:
     """Write why it failed to where SageMaker looks for it."""
-    try:
-        yield
-    except OpfaError as error:
-        output = Path(environment.get("SM_OUTPUT_DIR", "/opt/ml/output"))
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            (output / "failure").write_text(str(error)[-LONGEST:], encoding="utf-8")
-        raise SystemExit(error.status) from None
+    output = Path(os.environ.get("SM_OUTPUT_DIR", "/opt/ml/output"))
+    with contextlib.suppress(OSError):
+        (output / "failure").write_text(text[-LONGEST:], encoding="utf-8")
+
+
+def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tell a failure that is no user's mistake, with its traceback."""
+    tell_failure("".join(traceback.format_exception(kind, error, trace)))
+    sys.__excepthook__(kind, error, trace)
 
 
 def main() -> None:
     """Train, and leave with 0 also where SIGTERM ended it: the job goes on, and did not fail."""
+    sys.excepthook = hook
     child = Child()
     signal.signal(signal.SIGTERM, child.tell)
     signal.signal(signal.SIGINT, child.tell)
-    with _failures(os.environ):
-        job = Job.of(os.environ)
-        task = Task.of(job)
-        for name in ("stop", "stopped"):  # what S3 brought back of an earlier interruption
-            (job.run / name).unlink(missing_ok=True)
-        status = child.run(*process_of(task, job))
-        is_done = _is_done(job.run)
-        if is_done and job.is_first:
-            finish(task, job)
-        was_told = child.was_told or (job.run / "stopped").exists()
-        if not is_done and was_told:
-            print("train.py: stopped; the job resumes where it starts again", file=sys.stderr)
-        elif not is_done or status:
-            error = RunError(f"opfa {task.command} ended with {status}: {child.said().strip()}")
-            error.status = status if status > 0 else 1
-            raise error
+    try:
+        _train(child)
+    except OpfaError as error:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        tell_failure(str(error))
+        raise SystemExit(error.status) from None
+
+
+def _train(child: Child) -> None:
+    job = Job.of(os.environ)
+    task = Task.of(job)
+    for name in ("stop", "stopped"):  # what S3 brought back of an earlier interruption
+        (job.run / name).unlink(missing_ok=True)
+    status = child.run(*process_of(task, job))
+    is_done = _is_done(job.run)
+    if is_done and job.is_first:
+        finish(task, job)
+    was_told = child.was_told or (job.run / "stopped").exists()
+    if not is_done and was_told:
+        print("train.py: stopped; the job resumes where it starts again", file=sys.stderr)
+    elif not is_done or status:
+        error = RunError(f"opfa {task.command} ended with {status}: {child.said().strip()}")
+        error.status = status if status > 0 else 1
+        raise error
 
 
 def _is_done(run: Path) -> bool:

@@ -106,6 +106,8 @@ def fill(
 ) -> dict[str, Any]:
     """Put what an archive holds into a new directory; returns what there is to tell of it."""
     facts: dict[str, Any] = {}
+    if precision == "int8" and (keep is not None or has_shrunk):
+        raise RunError("dtype = 'int8': a shrunk model has no 8 bits")
     with tempfile.TemporaryDirectory() as aside:
         if keep is not None:
             assert of is not None, "`keep` comes with the recipe of a task"
@@ -115,8 +117,6 @@ def fill(
             name = str(pruned.directory)
             facts["metrics"] = {k: (pruned.before[k], pruned.after[k]) for k in pruned.before}
         if keep is not None or has_shrunk:
-            if precision == "int8":
-                raise RunError("dtype = 'int8': a shrunk model has no 8 bits")
             log.info("%s: shrinking", name)
             layers = shrink(name, work, "onnx").layers
             facts["heads"] = sum(k.heads for k in layers), sum(k.of_heads for k in layers)

@@ -113,6 +113,7 @@ def test_what_ends_a_training_is_the_text_of_its_failure(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "process_of", lambda *_: (words, {}))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(SystemExit) as ended:
         train.main()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -121,6 +122,16 @@ def test_what_ends_a_training_is_the_text_of_its_failure(
     text = "opfa finetune ended with 9: opfa: no memory\n  of mine"
     assert (tmp_path / "output/failure").read_text() == text
     assert "one\nopfa: no memory\n" in capfd.readouterr().err
+
+
+def test_a_fault_is_told_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SM_OUTPUT_DIR", str(tmp_path))
+    error = ZeroDivisionError("by nothing")
+    train.hook(type(error), error, None)
+    assert (tmp_path / "failure").read_text().endswith("ZeroDivisionError: by nothing\n")
+    assert "by nothing" in capsys.readouterr().err
 
 
 def job_of(root: Path, *given: Any, **more: Any) -> container.Job:
