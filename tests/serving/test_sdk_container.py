@@ -108,14 +108,14 @@ class Container:
         )
 
     def interrupt(self, step: int, script: str, who: str = "", **more: str) -> tuple[int, str]:
-        """Start, wait for a step, and tell process 1 or the one with `who` in its words to end."""
+        """Start, wait for a step, and tell the first process, or `who`, to end."""
         with self.start(script, **more) as process:
             rows = self.run / "metrics.jsonl"
             while not (rows.exists() and len(rows.read_text().splitlines()) > step):
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.02)
             inside = psutil.Process(process.pid).children(recursive=True)
-            told = next(p for p in inside if any(who in word for word in p.cmdline()))
+            told = next(p for p in inside if any(word.endswith(who) for word in p.cmdline()))
             told.send_signal(signal.SIGTERM)
             said = process.communicate()[0]
         assert not (self.run / "done.json").exists() and list((self.run / "checkpoints").iterdir())
@@ -188,6 +188,7 @@ def test_pre_training_on_two_processes_loses_nothing_by_either_torchrun(
     status, said = ours.interrupt(5, OURS, GPUS="2")
     assert status == 0 and "train.py: stopped; the job resumes" in said, said
     digests.add(ours.finish(OURS, GPUS="2"))
+    assert len(digests) == 1
 
     torchrun = THEIRS.format(DRIVERS, ML, "torchrun_driver.py")
     theirs = Container(tmp_path / "theirs", drivers, recipe, {}, [data])
