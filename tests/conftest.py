@@ -68,6 +68,8 @@ SLOW = [
     "downstream/test_fine_pruning.py",
     "downstream/test_structured.py",
     "downstream/test_scores.py",
+    "upstream/test_score_scripts.py",
+    "sparsity/test_chosen.py",
     "upstream/test_text.py",
     "downstream/test_kinds.py",
     "downstream/test_teacher.py",

@@ -432,6 +432,16 @@ def test_an_impossible_pruning_schedule_is_refused(
         ),
         (("training.warmup_steps=20",), "training.warmup_steps = 20: must be below steps = 20"),
         (("training.rewind_learning_rate=true",), r"rewind_learning_rate: needs \[pruning\]"),
+        (("training.cyclic_learning_rate=true",), r"cyclic_learning_rate: needs \[pruning\]"),
+        (
+            ("training.cyclic_learning_rate=true", "training.rewind_learning_rate=true"),
+            "training.rewind_learning_rate, cyclic_learning_rate: give one of the two",
+        ),
+        (
+            ("training.learning_rate=1e-4", "training.lowest_learning_rate=1e-4"),
+            "lowest_learning_rate = 0.0001: must be below training.learning_rate = 0.0001",
+        ),
+        (("training.lowest_learning_rate=0.0",), "lowest_learning_rate: .* greater than 0"),
         (("corpus.hub=a/b",), "corpus: documents, hub: give exactly one of the two"),
         (("corpus.documents=[]",), "corpus: documents, hub: give exactly one of the two"),
         (("corpus.tokenizer=a",), "tokenizer, train_tokenizer: give exactly one of the two"),
@@ -471,6 +481,30 @@ def test_the_learning_rate_rewinds_only_when_the_recipe_says_so(tmp_path: Path) 
     assert pretrain(tmp_path, text=text).learning_rate().rewind_at is None
     assert rewinding.ramp() is not None
     assert rewinding.learning_rate().rewind_at == rewinding.ramp()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_rate_may_go_down_in_cycles_to_a_lowest_one(tmp_path: Path, command: str) -> None:
+    given = ("training.cyclic_learning_rate=true", "training.lowest_learning_rate=1e-5")
+    ramp = {"start": 2, "end": 10, "every": 4, "target": 0.5}
+    if command == "pretrain":
+        schedule = ("pruning.schedule.every=4", "pruning.schedule.target=0.5")
+        found = pretrain(tmp_path, *given, *schedule, text=PRETRAIN + PRUNING)
+        plain = pretrain(tmp_path, *schedule, text=PRETRAIN + PRUNING)
+        rates, peak = found.learning_rate(), found.training.learning_rate
+    else:
+        schedule = "pruning.schedule={start=2, end=10, every=4, target=0.5}"
+        found = finetune(tmp_path, *given, schedule, "model.zeros=free", "training.warmup=0.0")
+        plain = finetune(tmp_path, schedule, "model.zeros=free", "training.warmup=0.0")
+        rates, peak = found.learning_rate(20), found.training.learning_rate
+    wanted = Gradual(**ramp)
+    assert (rates.lowest, rates.is_cyclic, rates.peak) == (1e-5, True, peak)
+    assert rates.rewind_at is not None and rates.rewind_at.end == wanted.end
+    assert [rates.at(step) for step in (5, 9, 19)] == pytest.approx([1e-5] * 3)  # before updates
+    assert [rates.at(step) for step in (6, 10)] == [peak] * 2
+    again = type(found).check(tomllib.loads(found.to_toml()))
+    assert again == found and found.sha256() != plain.sha256()
+    assert "cyclic" not in plain.to_toml() and "lowest" not in plain.to_toml()  # as before the keys
 
 
 # shares of a run
@@ -611,6 +645,11 @@ def test_validation_is_a_name_or_a_share(tmp_path: Path, value: str) -> None:
             "freeze = 0.4: must not be less than start = 0.5",
         ),
         (("training.warmup=1.0",), "training.warmup: Input should be less than 1"),
+        (("training.cyclic_learning_rate=true",), r"cyclic_learning_rate: needs \[pruning\]"),
+        (
+            ("training.lowest_learning_rate=1e-5", "sweep.learning_rate=[1e-4, 1e-5]"),
+            "lowest_learning_rate = 1e-05: must be below each of sweep.learning_rate, such as",
+        ),
         ((ANSWERS[0], ANSWERS[2]), "text_pair: question answering needs the column"),
         ((*ANSWERS, "task.stride_tokens=384"), "stride_tokens = 384: windows of sequence_tokens"),
         (ANSWERS[:3], "stride_tokens = 128: windows of sequence_tokens = 128 can't overlap"),

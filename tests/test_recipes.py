@@ -1,15 +1,21 @@
 """The shipped recipes: they load, have the paper's numbers of BERT-base, and are described."""
 
 import json
+import os
 import re
 import shlex
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from opfa.compression.grains import Block, Neurons
+from opfa.compression.measured import Curvature, Fisher
 from opfa.compression.movement import Movement, SoftMovement
+from opfa.compression.scores import Magnitude
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
@@ -149,8 +155,9 @@ def test_training_has_the_papers_numbers_of_bert_base(family: str, kind: str) ->
 
 @pytest.mark.parametrize("recipe", [r for r in ALL if r.startswith("upstream/")])
 def test_a_recipe_says_whose_numbers_it_has(recipe: str) -> None:
-    text = (RECIPES / recipe).read_text()
-    assert ("they are ours." in text) == (not recipe.startswith("upstream/bert-base"))
+    text = " ".join((RECIPES / recipe).read_text().replace("\n#", "").split())
+    is_published = recipe.startswith("upstream/bert-base") and "curvature" not in recipe
+    assert ("they are ours." in text) == (not is_published)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,6 +201,135 @@ def test_student_repeats_the_training_of_its_teacher_from_its_teacher(
     assert (student.data, student.corpus) == (teacher.data, teacher.corpus)
     rewound = teacher.training.model_copy(update={"rewind_learning_rate": True})
     assert student.training == rewound
+
+
+# the paper's, oBERT's and ours, in the lines that differ
+
+THREE = {  # the paper's or its like, then oBERT's, then ours
+    "BERT-base": (
+        "upstream/bert-base-90",
+        "upstream/bert-base-obert",
+        "upstream/bert-base-curvature",
+    ),
+    "MiniLM": ("minilm/minilm-sparse-90", "minilm/minilm-obert", "minilm/minilm-curvature"),
+}
+
+
+def lines_of(section: BaseModel, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of a recipe with their values, defaults too; a score with its kind and numbers."""
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            yield from lines_of(value, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", value
+
+
+def differences(*names: str) -> str:
+    """What several recipes don't say alike, as a table."""
+    recipes = [PretrainRecipe.read(RECIPES / f"{name}.toml") for name in names]
+    found = [dict(lines_of(recipe)) for recipe in recipes]
+    keys = [key for each in found for key in each if key != "name"]
+    heads = [f"`{Path(name).stem}`" for name in names]
+    rows = [("key", *heads), ("---", *["---"] * len(names))]
+    for key in sorted(set(keys), key=keys.index):
+        values = [json.dumps(each[key]) if key in each else "" for each in found]
+        if len(set(values)) > 1:
+            rows.append((f"`{key}`", *("" if value == "null" else value for value in values)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@pytest.mark.parametrize("model", THREE)
+def test_the_readme_shows_the_lines_in_which_the_papers_oberts_and_ours_differ(model: str) -> None:
+    """OPFA_REWRITE=1 writes them."""
+    path = RECIPES / "upstream/README.md"
+    text, begin, end = path.read_text(), f"<!-- differences {model} -->\n", "<!-- /differences -->"
+    before, _, rest = text.partition(begin)
+    shown, _, after = rest.partition(end)
+    if os.environ.get("OPFA_REWRITE"):
+        path.write_text(f"{before}{begin}{differences(*THREE[model])}\n{end}{after}")
+        return
+    assert shown == f"{differences(*THREE[model])}\n"
+
+
+@pytest.mark.parametrize("model", THREE)
+def test_the_three_are_of_one_corpus_one_teacher_and_as_many_steps(model: str) -> None:
+    papers, *others = (PretrainRecipe.read(RECIPES / f"{name}.toml") for name in THREE[model])
+    assert papers.distillation is not None
+    for recipe in others:
+        assert (recipe.data, recipe.corpus, recipe.model) == (
+            papers.data,
+            papers.corpus,
+            papers.model,
+        )
+        assert recipe.distillation is not None and recipe.pruning is not None
+        assert recipe.distillation.teacher == papers.distillation.teacher
+        assert recipe.training.steps == papers.training.steps
+        assert recipe.training.batch == papers.training.batch
+
+
+@pytest.mark.parametrize("name", ["upstream/bert-base-curvature", "minilm/minilm-curvature"])
+def test_ours_differs_from_the_papers_in_the_score_alone(name: str) -> None:
+    ours = PretrainRecipe.read(RECIPES / f"{name}.toml")
+    before = THREE["MiniLM" if "minilm" in name else "BERT-base"][0]
+    papers = PretrainRecipe.read(RECIPES / f"{before}.toml")
+    assert ours.pruning is not None and papers.pruning is not None
+    assert (ours.pruning.pattern.score, papers.pruning.pattern.score) == (Curvature(), Magnitude())
+    pattern = ours.pruning.pattern.model_copy(update={"score": Magnitude()})
+    pruning = ours.pruning.model_copy(update={"pattern": pattern})
+    assert ours.model_copy(update={"name": papers.name, "pruning": pruning}) == papers
+
+
+@pytest.mark.parametrize("name", ["upstream/bert-base-obert", "minilm/minilm-obert"])
+def test_obert_prunes_twelve_times_in_cycles_of_one_length(name: str) -> None:
+    recipe = PretrainRecipe.read(RECIPES / f"{name}.toml")
+    ramp, rates = recipe.ramp(), recipe.learning_rate()
+    assert ramp is not None and recipe.pruning is not None and recipe.distillation is not None
+    updates = [step for step in range(ramp.end + 1) if ramp.is_update(step)]
+    lengths = [after - at for at, after in zip(updates, [*updates[1:], rates.steps], strict=True)]
+    assert len(updates) == 12 and max(lengths) - min(lengths) <= 4  # 100,000 is no multiple of 12
+    assert [ramp.sparsity_at(step) for step in (0, updates[-1])] == [0.7, 0.9]
+    for at, length in zip(updates, lengths, strict=True):
+        assert rates.at(at) == rates.peak == pytest.approx(100 * rates.at(at + length - 1))
+    pattern = recipe.pruning.pattern
+    assert (pattern.scope, pattern.monotone) == ("global", True)
+    score = pattern.score
+    assert isinstance(score, Fisher) and (score.block, score.every) == (50, 1)
+    if name.startswith("upstream/"):
+        settings = recipe.distillation
+        assert (rates.peak, rates.lowest, score.sequences) == (5e-4, 5e-6, 1024 * 16)
+        assert (settings.hard_weight, settings.soft_weight, settings.temperature) == (0, 1, 5.5)
+
+
+@pytest.mark.parametrize("task", ["squad", "mnli"])
+def test_gmp_begins_at_70_percent_and_prunes_seven_times_under_the_teacher_alone(task: str) -> None:
+    path = RECIPES / f"downstream/{task}-gmp.toml"
+    recipes = [FinetuneRecipe.read(path, words[5:]) for words in commands(path.read_text())]
+    assert [recipe.training.epochs for recipe in recipes] == [30, 30, 10]
+    for recipe, first in zip(recipes, (0.7, 0.7, 0.5), strict=True):
+        assert (recipe.task, recipe.model.zeros) == (downstream(task).task, "free")
+        assert recipe.distillation is not None and recipe.pruning is not None
+        assert recipe.distillation.hard_weight == 0
+        assert recipe.pruning.pattern.score == Magnitude()
+        for epoch in (2_766, 5_533, 12_272):  # steps of an epoch
+            steps = round(epoch * recipe.training.epochs)
+            ramp, rates = recipe.pruning.ramp(steps), recipe.learning_rate(steps)
+            updates = [step for step in range(ramp.end + 1) if ramp.is_update(step)]
+            assert len(updates) == 7 and ramp.sparsity_at(updates[0]) == first
+            assert updates[0] == pytest.approx(2 * epoch, rel=1e-3)
+            assert min(after - at for at, after in pairwise(updates)) > 0.9 * epoch
+            assert all(rates.at(at) > 9 * rates.at(at - 1) for at in updates)
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in ALL if r.partition("/")[0] in ("upstream", "minilm")]
+)
+def test_each_command_that_an_upstream_recipe_shows_is_accepted(recipe: str) -> None:
+    for _, verb, named, *rest in commands((RECIPES / recipe).read_text()):
+        path = find_recipe(ROOT / named if named.endswith(".toml") else named)
+        kind = kind_of(path.relative_to(RECIPES).as_posix())
+        assert (verb == "finetune") == (kind is FinetuneRecipe) and rest[0] == "--output"
+        kind.read(path, overrides=rest[2:])
 
 
 @pytest.mark.parametrize("task", GLUE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from opfa.compression.oneshot import OneShot
     from opfa.inference.oneshot import Reading
     from opfa.inference.texts import Texts
+    from opfa.sparsity.chosen import Chosen
 
 Scope = Literal["layer", "global"]
 ScoreName = Literal["magnitude", "activation", "curvature", "fisher", "admm"]
@@ -163,6 +165,12 @@ def _name(one: object) -> str:
     return getattr(one, "kind", type(one).__name__)  # one of your own may have none
 
 
+def _facts(chosen: "Score | Admm", *, is_fitted: bool) -> "Chosen":
+    """What is noted of how the zeros were chosen."""
+    facts = chosen.facts()
+    return {**facts, "least_squares": True} if is_fitted and facts["kind"] != "admm" else facts
+
+
 def _pruned(
     model: "nn.Module",
     job: _Job,
@@ -207,6 +215,8 @@ def _written(name: str, job: _Job, output: Path) -> PruneResult:
     tokenizer, model = load_tokenizer(name), load(name, exact=False)
     files = files_of(name, load_config(name))  # a sentence encoder stays one
     result = _pruned(model, job, output, tokenizer)
+    by = _facts(job.score or job.settings.score, is_fitted=result.is_reconstructed)
     with new_directory(output) as work:
-        fill_finished(model, tokenizer, work, lambda directory: write_files(files, directory))
+        more = partial(write_files, files)
+        fill_finished(model, tokenizer, work, more, [by])
     return result

@@ -160,6 +160,7 @@ def variant_of(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
     """The recipe of a variant, with masks at the target from the start."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     values["training"] |= {"steps": ENDLESS, "rewind_learning_rate": False}
+    values["training"].pop("cyclic_learning_rate", None)
     if name != "ours":
         values.pop("distillation", None)
         if recipe.masking.probability == 0:  # without a teacher something has to be masked

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from opfa.compression.measured import GRADIENTS
 from opfa.errors import RunError
 
-GRADIENTS = 16  # that are added together
 AT_ONCE = 1 << 14  # blocks of a product, of an inverse
 
 
@@ -30,10 +30,8 @@ class Blocks:
         self._seen: list[list[Tensor]] = []
         self._count = 0
         num_weights = sum(shape.numel() for shape in shapes.values())
-        needed, free = 4 * num_weights * (size + GRADIENTS), _free_bytes(device)
-        if free is not None and needed > free:
-            what = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-            raise RunError(f"fisher: {what}; smaller blocks, or another score, need less")
+        less = "smaller blocks, or another score, need less"
+        check_memory("fisher", 4 * num_weights * (size + GRADIENTS), device, less)
         self.matrices = {
             name: torch.zeros(-(-shape.numel() // size), size, size, device=device)
             for name, shape in shapes.items()
@@ -56,7 +54,7 @@ class Blocks:
     def invert(self, damping: float) -> dict[str, Tensor]:
         """Replace each matrix by its inverse, with `damping` times the mean of its tensor's
         diagonal added. Gives the inverses' diagonals [out, in]. Raises `RunError` for a singular
-        one.
+        one, and for one that isn't finite.
         """
         if self._seen:
             self._sum()
@@ -64,6 +62,8 @@ class Blocks:
         for name, matrix in self.matrices.items():
             matrix.div_(self._count)
             diagonal = matrix.diagonal(dim1=1, dim2=2)
+            if not bool(diagonal.isfinite().all()):
+                raise RunError(f"{name}: its fisher on this text is not finite")
             diagonal.add_(damping * diagonal.mean())
             for part in matrix.split(AT_ONCE):
                 factor, info = torch.linalg.cholesky_ex(part.double())
@@ -101,6 +101,14 @@ def _rows(whole: Tensor, size: int) -> Tensor:
 
 def _whole(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.reshape(-1)[: shape.numel()].view(shape)
+
+
+def check_memory(what: str, needed: int, device: torch.device, less: str) -> None:
+    """Raise `RunError` where so many bytes aren't free there; `less` says what needs less."""
+    free = _free_bytes(device)
+    if free is not None and needed > free:
+        found = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise RunError(f"{what}: {found}; {less}")
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opfa.compression.blocks import GRADIENTS, Blocks
+from opfa.compression.blocks import Blocks, check_memory
+from opfa.compression.measured import GRADIENTS
 from opfa.compression.runs import Weights
 from opfa.compression.scores import Ask
 from opfa.errors import DataError, RunError
@@ -74,7 +75,7 @@ class Calibration:
         <v, outputs> with v ~ N(0, I), summed over tokens (Martens, 2020, sections 6 and 8).
         "activation" is the norm of a column's inputs (Sun et al., 2023, eq. 1). "fisher" is the
         diagonal of the inverse of such a matrix in blocks; its blocks stay in `blocks`.
-        Raises `RunError` where they are not finite.
+        Raises `RunError` where they are not finite, and where the memory isn't there.
         """
         quantity, sequences = ask.quantity, ask.sequences
         num_weights = sum(layer.mask.numel() for layer in layers.values())
@@ -87,6 +88,8 @@ class Calibration:
         for name, place in places.items():
             values[place] = (values[place] * layers[name].mask).requires_grad_()
         device = next(iter(values.values())).device
+        if quantity != "fisher":  # its blocks look themselves
+            check_memory(quantity, 4 * floats, device, "fewer matrices, or magnitude, need less")
         self._to(device)
         batches = _timed(self._text.batches(sequences), sequences, what)
         if quantity == "activation":

@@ -19,6 +19,7 @@ from torch import Tensor
 from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.errors import RunError
 from opfa.recipe import Count, Positive, Section
+from opfa.sparsity.chosen import Chosen
 from opfa.sparsity.layers import MaskedLinear
 
 RIDGE = 1e-2  # of the mean square of an input
@@ -94,9 +95,17 @@ class System:
             gram *= is_real[:, :, None] & is_real[:, None, :]
             gram.diagonal(dim1=1, dim2=2).add_((~is_real).double())
             right = self.wanted[rows].gather(1, columns) * is_real
-            values = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(gram))[:, :, 0]
+            values = torch.cholesky_solve(right[:, :, None], _cholesky(gram))[:, :, 0]
             found[rows] = found[rows].scatter_add_(1, columns, values * is_real)
         return found
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The factor [..., in, in]; raises `ArithmeticError` where there is none."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if bool(info.any()):
+        raise ArithmeticError("the products of its inputs on this text are singular")
+    return factor
 
 
 def _supports(mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -135,12 +144,16 @@ class Admm(Section):
             raise ValueError(what)
         return self
 
+    def facts(self) -> Chosen:
+        """Its kind and its numbers."""
+        return self.model_dump(mode="json")
+
     def mask(self, system: System, weight: Tensor, sparsity: float) -> Tensor:
         """A mask [out, in] with exactly round(sparsity * size) zeros, for a dense weight."""
         scale = system.gram.diagonal().sqrt()
         gram, wanted = system.gram / scale.outer(scale), system.wanted / scale
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + self.penalty * eye))
+        inverse = torch.cholesky_inverse(_cholesky(gram + self.penalty * eye))
         ours = weight.detach().double() * scale
         dual = torch.zeros_like(ours)
         mask = torch.ones_like(ours, dtype=torch.bool)
@@ -160,17 +173,21 @@ def fit(
     layers: Mapping[str, MaskedLinear], inputs: Inputs, admm: Admm | None, sparsity: float
 ) -> None:
     """Set the weights and biases of dense layers that share their inputs, with `admm` also their
-    masks, by the names of their weights. Raises `RunError` for inputs that are not finite.
+    masks, by the names of their weights. Raises `RunError` for inputs that are not finite, and for
+    products that are singular.
     """
     if not inputs.is_finite():
         raise RunError(f"{next(iter(layers))}: its inputs on this text are not finite")
     ours, theirs = inputs.means()
-    for layer in layers.values():
+    for name, layer in layers.items():
         dense, bias = layer.weight.detach().double(), layer.bias
         system = inputs.system(dense, has_bias=bias is not None)
-        if admm is not None:
-            layer.mask.copy_(admm.mask(system, dense, sparsity))
-        found = system.solve(layer.mask)
+        try:
+            if admm is not None:
+                layer.mask.copy_(admm.mask(system, dense, sparsity))
+            found = system.solve(layer.mask)
+        except ArithmeticError as error:
+            raise RunError(f"{name}: {error}; give more text, or exclude it") from error
         layer.weight.copy_(found)
         if bias is not None:
             bias.copy_(bias.double() + dense @ theirs - found @ ours)

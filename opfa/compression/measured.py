@@ -7,6 +7,8 @@ from pydantic import Field
 from opfa.compression.scores import Ask, Part, Score, State
 from opfa.recipe import Count, Fraction, Positive
 
+GRADIENTS = 16  # of Fisher information, that are added together
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,15 @@ class FromText(Score):
         """At the first update, and at every `every`-th."""
         is_due = not part.state or (self.every is not None and part.update % self.every == 0)
         return Ask(self.quantity, self.sequences) if is_due else None
+
+    def measurements(self, updates: int) -> int:
+        """How often text is measured in a run of so many mask updates."""
+        return 1 if self.every is None else -(-updates // self.every)
+
+    @property
+    def values(self) -> int:
+        """Fp32 values a pruned weight, beside a copy of all weights, while text is measured."""
+        return 2
 
     def calibrate(self, part: Part, found: "Tensor") -> State:
         """What was found, averaged with what is known."""
@@ -84,6 +95,11 @@ class Fisher(FromText):
     damping: Positive = 1e-4
     """Added to the diagonal, times the mean diagonal of the matrix."""
     quantity: "ClassVar[Quantity]" = "fisher"
+
+    @property
+    def values(self) -> int:
+        """A row of its block, and the gradients that are added together."""
+        return self.block + GRADIENTS
 
     def asks(self, part: Part) -> Ask | None:
         """With the size of blocks, and the damping."""

@@ -19,6 +19,7 @@ from opfa.compression.scores import Ask, Part, Score, State
 from opfa.compression.selection import ALONE, select
 from opfa.compression.thresholds import keep_above
 from opfa.errors import RecipeError, RunError
+from opfa.sparsity.chosen import Chosen
 from opfa.sparsity.layers import MaskedLinear, mask_layers, masks_of, set_masks
 from opfa.sparsity.masks import Masks, fingerprint
 
@@ -219,6 +220,10 @@ class Pruner:
     def masks(self) -> dict[str, Tensor]:
         """The masks in force."""
         return masks_of(self._model)
+
+    def chosen_by(self) -> list[Chosen]:
+        """The scores that choose the zeros, one for each pattern."""
+        return [group.score.facts() for group in self._groups]
 
     def sparsity(self) -> float:
         """The fraction of zeros in the pruned tensors, counted."""

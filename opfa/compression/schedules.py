@@ -3,7 +3,9 @@
 Sparsity follows Zhu & Gupta (2017), eq. 1, from `start` to `end`:
     s_t = s_f + (s_i - s_f) * (1 - (t - t0) / (t1 - t0)) ** 3
 Until `hold_until` a mask may exchange weights at constant sparsity. With rewinding (Renda et al.,
-2020) each mask update of the ramp sets the decay of the learning rate back to its beginning.
+2020) each mask update of the ramp sets the decay of the learning rate back to its beginning. In
+cycles (Kurtic et al., 2022, "The Optimal BERT Surgeon") the rate also ends there each time:
+    r_t = r_high + (r_low - r_high) * (t - a) / (b - 1 - a), from update a to the next one, b
 
 A recipe may say steps or shares of the run. They become steps once, where the run's length is known
 (`Ramp.over`, `in_steps`); everything else sees integers. transformers' Trainer reads `warmup_steps`
@@ -131,6 +133,14 @@ class Gradual(Section):
             return self.end
         return step - (step - self.start) % self.every
 
+    def next_ramp_update(self, step: int) -> int | None:
+        """The first mask update of the ramp after `step`; None after the last."""
+        if step < self.start:
+            return self.start
+        if step >= self.end:
+            return None
+        return min(self.end, step + self.every - (step - self.start) % self.every)
+
 
 class Ramp(Section):
     """Gradual sparsity: a cubic ramp, then mask updates at full sparsity, then fixed masks. Step t
@@ -174,12 +184,16 @@ class Ramp(Section):
 
 
 class LearningRate(Section):
-    """Linear warm-up to `peak`, then linear decay to zero at `steps`."""
+    """Linear warm-up to `peak`, then linear decay to `lowest` at `steps`; or in cycles, each of
+    which has `lowest` in its last step.
+    """
 
     peak: float = Field(gt=0.0)
+    lowest: float = Field(default=0.0, ge=0.0)
     warmup_steps: int = Field(ge=0)
     steps: int = Field(ge=1)
     rewind_at: Gradual | None = None
+    is_cyclic: bool = False  # down to `lowest` between the updates that rewind it
 
     def rates(self) -> list[float]:
         """The rate of each step."""
@@ -189,9 +203,16 @@ class LearningRate(Section):
         """The rate of the step that follows `step` finished ones."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        decay_start = self.warmup_steps
-        if self.rewind_at is not None:
-            decay_start = max(decay_start, self.rewind_at.last_ramp_update(step) or 0)
-        if decay_start >= self.steps:
+        start, end = self._decay(step)
+        if start >= end:
             return self.peak
-        return self.peak * max(0.0, (self.steps - step) / (self.steps - decay_start))
+        return self.lowest + (self.peak - self.lowest) * max(0.0, (end - step) / (end - start))
+
+    def _decay(self, step: int) -> tuple[int, int]:
+        """Where the decay began that `step` is in, and where it has reached `lowest`."""
+        start, end = self.warmup_steps, self.steps
+        if self.rewind_at is not None:
+            start = max(start, self.rewind_at.last_ramp_update(step) or 0)
+            if self.is_cyclic:
+                end = (self.rewind_at.next_ramp_update(step) or end) - 1
+        return start, end

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from opfa.recipe import Section
+from opfa.sparsity.chosen import Chosen
 
 if TYPE_CHECKING:  # recipes hold scores, and a recipe is read without waiting for torch
     from torch import Size, Tensor
@@ -50,6 +51,11 @@ class Score(Section):
     """
 
     kept: ClassVar[int] = 0  # fp32 values a weight in its state
+
+    def facts(self) -> Chosen:
+        """Its kind, or the name of its class, and its numbers."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {"kind": values.pop("kind", type(self).__name__), **values}
 
     def check(self, schedule: "Gradual | Ramp") -> None:
         """Raise `ValueError` for what a schedule can't ask of this score."""

@@ -48,8 +48,8 @@ def _calibrated(
 ) -> dict[str, Any]:
     ready = Ready.load(name, recipe, num_examples)
     task, model, device = ready.task, ready.model, ready.device
-    if inspect(name)["total"]["sparsity"] >= SPARSE_FROM:
-        hold_zeros(model, name)
+    is_sparse = inspect(name)["total"]["sparsity"] >= SPARSE_FROM
+    chosen_by = hold_zeros(model, name) if is_sparse else []
     before = ready.evaluate()
     prepare_8_bits(model, recipe.quantization or Quantization())
     num_seen = len(ready.training.examples.labels)
@@ -62,7 +62,9 @@ def _calibrated(
     _observe(task, model, loader, device)
     quant.start(model)
     after = ready.evaluate()
-    report = ready.write(model, directory, lambda path: quant.save(model, path / quant.FILE))
+    report = ready.write(
+        model, directory, lambda path: quant.save(model, path / quant.FILE), chosen_by
+    )
     metrics = {"task": recipe.name, "fp32": before, "int8": after}
     return {**metrics, "examples": num_seen, "sparsity": report["total"]["sparsity"]}
 

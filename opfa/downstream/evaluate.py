@@ -19,6 +19,7 @@ from opfa.downstream.results import EvaluateResult
 from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
 from opfa.models.trained import as_trained, ranges_of
+from opfa.sparsity.chosen import Chosen
 from opfa.storage import seal
 from opfa.storage.files import write_text
 from opfa.storage.runs import RECIPE
@@ -193,10 +194,11 @@ class Ready:
         model: PreTrainedModel,
         directory: Path,
         write_more: Callable[[Path], None] = lambda _: None,
+        chosen_by: Iterable[Chosen] = (),
     ) -> dict[str, Any]:
         """Fill an empty directory with what was made of the model; returns its sparsity report."""
         tasks.write_more(self.task, model, directory)
-        report = fill_finished(model.cpu(), self.tokenizer, directory, write_more)
+        report = fill_finished(model.cpu(), self.tokenizer, directory, write_more, chosen_by)
         recipe = self.recipe.to_public_toml()  # how other commands read its inputs
         write_text(directory / RECIPE, recipe)
         return report

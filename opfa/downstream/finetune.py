@@ -108,8 +108,8 @@ class Trainer:
         classes = self.data.train.classes
         with blaming("model.init", init):
             self.student = tasks.load_model(task, init, classes, dropout=training.dropout)
-            if recipe.model.zeros == "held":
-                hold_zeros(self.student, init)
+            is_held = recipe.model.zeros == "held"
+            self.chosen_by = hold_zeros(self.student, init) if is_held else []
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
         self.teacher = None
@@ -240,7 +240,9 @@ class Trainer:
             metrics = evaluate_splits(self.evaluate, self.data.validation, self.data.more)
         run.log({"step": done, "split": VALIDATION, "eval": True, "final": True, **metrics})
         directory = run.directory / "model"
-        result = write_finished(self.student, self.tokenizer, directory, self._write_more)
+        chosen_by = self.pruner.chosen_by() if self.pruner else self.chosen_by
+        args = self.student, self.tokenizer, directory, self._write_more, chosen_by
+        result = write_finished(*args)
         results = Results(
             task=self.recipe.name,
             metrics=metrics,

@@ -21,7 +21,7 @@ from opfa.recipe import (
 )
 from opfa.storage.runs import recipe_beside, shortened
 from opfa.tasks.recipe import WHOLE_BATCH, Task
-from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
+from opfa.training.sections import Pruning, Saving, Teacher, check_rates, learning_rate
 
 
 class Model(Section):
@@ -46,10 +46,15 @@ class Training(Section):
     """Examples per pass, which must divide `batch`; by default all at once."""
     learning_rate: Positive
     """The highest learning rate."""
+    lowest_learning_rate: Positive | None = None
+    """Where the decay of the learning rate ends; by default at zero."""
     warmup: Fraction = 0.1
     """Share of all steps that are linear warm-up."""
     rewind_learning_rate: bool | None = None
     """Set the decay back to its beginning at each mask update of the ramp; by default no."""
+    # Its default is not written, so that recipes without it keep their digests.
+    cyclic_learning_rate: bool = Field(default=False, exclude_if=lambda is_cyclic: not is_cyclic)
+    """Go down to the lowest rate before each mask update of the ramp, and begin anew there."""
     weight_decay: Weight = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Positive = 1.0
@@ -183,7 +188,11 @@ class FinetuneRecipe(Recipe):
     def _check(self) -> Self:
         if self.pruning is not None and self.model.zeros == "held":
             raise ValueError("pruning: needs model.zeros = 'free'; held zeros never change")
-        check_rewinding(self.pruning, self.training.rewind_learning_rate)
+        check_rates(self.training, self.pruning)
+        lowest = self.training.lowest_learning_rate
+        if self.sweep and lowest and lowest >= (least := min(self.sweep.learning_rate)):
+            what = f"must be below each of sweep.learning_rate, such as {least}"
+            raise ValueError(f"training.lowest_learning_rate = {lowest}: {what}")
         if self.task.kind == "embedding":
             _check_embedding(self)
         if self.quantization is not None and self.training.precision != "fp32":
@@ -217,9 +226,8 @@ class FinetuneRecipe(Recipe):
 
     def learning_rate(self, steps: int) -> LearningRate:
         """The schedule that [training] describes, for a run of `steps` steps."""
-        rate, rewinds = self.training.learning_rate, self.training.rewind_learning_rate
         warmup = int(self.training.warmup * steps)
-        return learning_rate(rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup)
+        return learning_rate(self.training, self.pruning, steps=steps, warmup_steps=warmup)
 
 
 def recipe_of(model: str) -> FinetuneRecipe | None:

@@ -13,6 +13,7 @@ from opfa.compression import quant
 from opfa.downstream.recipe import Quantization
 from opfa.errors import ModelError
 from opfa.sparsity.anatomy import layer_of, part_of
+from opfa.sparsity.chosen import KEY, Chosen
 from opfa.sparsity.layers import lock, mask_layers, masked_layers
 from opfa.training.loop import Concern, Progress
 from opfa.weights.inspection import inspect, stated_report
@@ -69,8 +70,9 @@ class Quantizing(Concern):
         self.before_step(at)
 
 
-def hold_zeros(model: PreTrainedModel, init: str) -> None:
-    """Lock a model's zeros: exactly those that its sparsity.json names, if it has one.
+def hold_zeros(model: PreTrainedModel, init: str) -> list[Chosen]:
+    """Lock a model's zeros: exactly those that its sparsity.json names, if it has one; returns what
+    that says of how they were chosen.
 
     Of layers outside the encoder, such as the pooler, the task's model may lack some.
     """
@@ -80,7 +82,7 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
         inspect(directory)  # refuses masks that lie beside their weights
         total = _lock(model, init, None)["total"]
         log.info("locked %d zeros, sparsity %.4f", total["zeros"], total["sparsity"])
-        return
+        return []
     names = _names_in(model, stated["tensors"])
     lost = [name for name in stated["tensors"] if name not in names]
     if layers := [name for name in lost if layer_of(name)]:
@@ -96,6 +98,7 @@ def hold_zeros(model: PreTrainedModel, init: str) -> None:
     if not is_same:
         what = "its zeros are not where its sparsity.json says; was it changed afterwards?"
         raise ModelError(f"{init}: {what}")
+    return stated.get(KEY, [])
 
 
 def _names_in(model: PreTrainedModel, stated: Mapping[str, Any]) -> dict[str, str]:

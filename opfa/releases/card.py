@@ -17,6 +17,7 @@ from opfa.releases.provenance import Facts, Measurement, Step
 from opfa.releases.shape import Shape
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import layer_of
+from opfa.sparsity.chosen import KEY, in_words
 from opfa.tasks.kinds import KINDS
 
 PICTURE = "sparsity.png"
@@ -83,6 +84,7 @@ class Release:
             "quantized": self.is_quantized,
             "sparsity": self.sparsity["total"]["sparsity"],
             "fingerprint": self.sparsity["fingerprint"],
+            **({KEY: self.sparsity[KEY]} if KEY in self.sparsity else {}),
             "bytes": self.num_bytes,
             "metrics": dict(self.rows[0].metrics),
             "metrics_of": "these files" if self.is_measured else "the weights before rounding",
@@ -107,6 +109,7 @@ def model_card(release: Release) -> str:
         layers=_layers(release.sparsity["tensors"]),
         picture=PICTURE if has("matplotlib") else "",
         flat=_flat,
+        in_words=in_words,
         figure=figure,
     )
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from opfa.report.outcome import Outcome, Place, Unprinted, percent
 from opfa.report.tables import Table, figure
 
@@ -20,6 +22,7 @@ class ReleaseResult(Outcome):
     quantized: bool
     sparsity: float
     fingerprint: str
+    chosen_by: list[dict[str, Any]] = Field(default=[], exclude_if=lambda found: not found)
     bytes: int  # of the weight files
     metrics: dict[str, float]
     metrics_of: str  # these files, or the weights before rounding

@@ -14,6 +14,7 @@ from opfa.report.page import megabytes, percent, render
 from opfa.report.run_page import FILE
 from opfa.report.tables import Result, Table
 from opfa.sparsity.anatomy import NumHeads, heads_of, layer_labels, layer_of, short_kinds
+from opfa.sparsity.chosen import KEY, in_words
 from opfa.sparsity.masks import Masks
 from opfa.storage.files import write_text
 from opfa.storage.runs import recipe_beside
@@ -87,6 +88,9 @@ def _cards(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if share["size"]:
             note = f"of {share['size']:,} weights are zero"
             yield label, percent(share["sparsity"]), note
+    if KEY in result:
+        kinds = ", ".join(dict.fromkeys(str(each["kind"]) for each in result[KEY]))
+        yield "zeros chosen by", kinds, in_words(result[KEY])
     yield "live weights", f"{result['whole']['size'] - result['whole']['zeros']:,}", "in everything"
     stated = {None: "has none", "matches": "says the same", "differs": "says something else"}
     yield "sparsity.json", stated[result["stated"]], f"fingerprint {result['fingerprint'][:12]}"

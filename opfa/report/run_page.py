@@ -11,6 +11,7 @@ from opfa.report.logged import NO_NUMBERS, Row, by_kind
 from opfa.report.page import percent, render
 from opfa.report.tables import figure
 from opfa.sparsity.anatomy import by_layer, layer_labels, short_kinds
+from opfa.sparsity.chosen import KEY, in_words
 from opfa.storage import seal
 from opfa.storage.files import write_text
 
@@ -79,6 +80,9 @@ def _cards(
     if total["zeros"]:
         note = f"{total['zeros']:,} of {total['size']:,} weights of pruned matrices"
         yield "zeros", percent(total["sparsity"]), note
+    if KEY in sparsity:
+        kinds = ", ".join(dict.fromkeys(str(each["kind"]) for each in sparsity[KEY]))
+        yield "zeros chosen by", kinds, in_words(sparsity[KEY])
     yield "steps", f"{len(plan.learning_rate):,}", f"seed {recipe.get('seed', '')}"
     yield "learning rate", f"{max(plan.learning_rate):g}", "the highest"
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from opfa.errors import ModelError, RunError
 from opfa.models.encoders import write_model
 from opfa.sparsity import masks
 from opfa.sparsity.anatomy import is_matrix
+from opfa.sparsity.chosen import Chosen, noted
 from opfa.sparsity.layers import fuse, masked_layers, masks_of, zero_masks
 from opfa.storage.files import new_directory, new_directory_at, sync, sync_all, write_json, writing
 from opfa.storage.seal import SEAL, digest, one_digest, read_json, sealed
@@ -126,10 +127,11 @@ def write_finished(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
+    chosen_by: Iterable[Chosen] = (),
 ) -> dict[str, Any]:
     """Write a run's finished model, in place of one that a stopped process left."""
     with new_directory(directory, is_new=False) as aside:
-        return fill_finished(model, tokenizer, aside, write_more)
+        return fill_finished(model, tokenizer, aside, write_more, chosen_by)
 
 
 def fill_finished(
@@ -137,17 +139,19 @@ def fill_finished(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     write_more: Callable[[Path], None] = lambda _: None,
+    chosen_by: Iterable[Chosen] = (),
 ) -> dict[str, Any]:
     """Fuse a model, save it in an empty directory with `sparsity.json`, and verify the files.
 
-    Returns the sparsity report: masked tensors, and others with zeros that nothing held.
+    `chosen_by` are the scores that its zeros are of. Returns the sparsity report: masked tensors,
+    and others with zeros that nothing held.
     """
     write_more(directory)  # before the layers are plain again
     held = masks_of(model)  # not what fuse made of them: the files are verified against this
     if masked_layers(model):
         fuse(model)
     others = {n: m for n, m in zero_masks(model).items() if n not in held and is_matrix(n, m.shape)}
-    report = masks.report({**held, **others})
+    report = {**masks.report({**held, **others}), **noted(chosen_by)}
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{name}: holds a non-finite value; this model is not saved")

@@ -1,9 +1,10 @@
 """What recipes of pre-training and of fine-tuning have in common."""
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from opfa.compression.measured import FromText
 from opfa.compression.pattern import PartPattern, Pattern, bind
 from opfa.compression.schedules import Gradual, Interval, LearningRate, Ramp
 from opfa.extras import require
@@ -63,6 +64,13 @@ class Pruning(Section):
         except ValueError as error:
             raise ValueError(f"pruning.schedule: {error}") from None
 
+    def measurements(self, steps: int) -> int:
+        """How often text is measured in a run of `steps`, for the score that asks most often."""
+        ramp, scores = self.ramp(steps), [each.score for each in self.patterns]
+        updates = ramp.updates_before(ramp.last_update) + 1
+        found = (each.measurements(updates) for each in scores if isinstance(each, FromText))
+        return max(found, default=0)
+
 
 class Teacher(Section):
     """What both kinds of distillation say."""
@@ -97,16 +105,57 @@ class Saving(Section):
             require(f"logging.wandb = {self.wandb!r}", "opfa[wandb]", "wandb")
 
 
+class Rates(Protocol):
+    """What both kinds of [training] say of the learning rate."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest."""
+        ...
+
+    @property
+    def lowest_learning_rate(self) -> float | None:
+        """Where its decay ends; None for zero."""
+        ...
+
+    @property
+    def rewind_learning_rate(self) -> bool | None:
+        """Whether the decay begins anew at each mask update of the ramp."""
+        ...
+
+    @property
+    def cyclic_learning_rate(self) -> bool:
+        """Whether it also ends before each of them."""
+        ...
+
+
 def learning_rate(
-    peak: float, pruning: Pruning | None, rewinds: bool | None, *, steps: int, warmup_steps: int
+    training: Rates, pruning: Pruning | None, *, steps: int, warmup_steps: int
 ) -> LearningRate:
-    """The schedule of [training]; `rewinds` is its `rewind_learning_rate`."""
-    rewind_at = pruning.ramp(steps) if pruning and rewinds else None
-    return LearningRate(peak=peak, warmup_steps=warmup_steps, steps=steps, rewind_at=rewind_at)
+    """The schedule of [training] in a run of `steps`."""
+    follows = training.rewind_learning_rate or training.cyclic_learning_rate
+    return LearningRate(
+        peak=training.learning_rate,
+        lowest=training.lowest_learning_rate or 0.0,
+        warmup_steps=warmup_steps,
+        steps=steps,
+        rewind_at=pruning.ramp(steps) if pruning and follows else None,
+        is_cyclic=training.cyclic_learning_rate,
+    )
 
 
-def check_rewinding(pruning: Pruning | None, rewinds: bool | None) -> None:
-    """Refuse `training.rewind_learning_rate` without updates to follow."""
-    if rewinds and pruning is None:
+def check_rates(training: Rates, pruning: Pruning | None) -> None:
+    """Refuse a lowest rate that isn't below the highest, and rates that follow mask updates where
+    there are none, or in two ways.
+    """
+    lowest, peak = training.lowest_learning_rate, training.learning_rate
+    if lowest is not None and lowest >= peak:
+        what = f"must be below training.learning_rate = {peak}"
+        raise ValueError(f"training.lowest_learning_rate = {lowest}: {what}")
+    if training.rewind_learning_rate and training.cyclic_learning_rate:
+        keys = "rewind_learning_rate, cyclic_learning_rate"
+        raise ValueError(f"training.{keys}: give one of the two")
+    if pruning is None and (training.rewind_learning_rate or training.cyclic_learning_rate):
+        key = "rewind" if training.rewind_learning_rate else "cyclic"
         what = "needs [pruning], whose updates it follows"
-        raise ValueError(f"training.rewind_learning_rate: {what}")
+        raise ValueError(f"training.{key}_learning_rate: {what}")

@@ -60,6 +60,7 @@ class Plan(Result):
     recommended: str | None
     measured_sequences: int = 0  # of text, by scores, at a time
     measured_seconds: float = 0.0
+    measured_times: int = 0  # in the whole run
 
     def parts(self, *, is_long: bool = False) -> Iterator[Table | str]:
         """The table, and what to use."""
@@ -76,7 +77,8 @@ class Plan(Result):
         yield f"about {time}, if sending never overlaps with computing"
         if self.measured_sequences:
             what = f"scores are measured on {self.measured_sequences:,} sequences"
-            yield f"{what}, about {self.measured_seconds:.0f} s on every GPU at a time"
+            seconds = f"about {self.measured_seconds:.0f} s on every GPU"
+            yield f"{what}, {seconds} at a time, {self.measured_times:,} time(s)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class Shape:
     pruned_tensors: int
     kept: int  # fp32 values that scores keep
     measured: int  # sequences on which scores are measured at a time
+    measuring: int  # fp32 values meanwhile, beside a copy of the weights
     teacher: int  # parameters; 0 without one
     layers: int
     hidden: int
@@ -126,7 +129,8 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
             teacher = parameters
     bound = bind(model, recipe.pruning.patterns) if recipe.pruning else []
     sizes = [[layer.weight.numel() for layer in each.layers.values()] for each in bound]
-    scores = [each.pattern.score for each in bound]
+    scores = [(each.pattern.score, sum(s)) for each, s in zip(bound, sizes, strict=True)]
+    read = [(score, size) for score, size in scores if isinstance(score, FromText)]
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     is_everywhere = distillation is not None and distillation.tokens == "all"
     predicted = 1.0 if is_everywhere else recipe.masking.probability
@@ -135,8 +139,9 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
         parameters=parameters,
         pruned=sum(map(sum, sizes)),
         pruned_tensors=sum(map(len, sizes)),
-        kept=sum(score.kept * sum(size) for score, size in zip(scores, sizes, strict=True)),
-        measured=sum(score.sequences for score in scores if isinstance(score, FromText)),
+        kept=sum(score.kept * size for score, size in scores),
+        measured=sum(score.sequences for score, _ in read),
+        measuring=sum(score.values * size for score, size in read),
         teacher=teacher,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -162,7 +167,7 @@ def memory_bytes(
     activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
     chunk = rows_of_a_chunk(tokens, shape.hidden, shape.vocabulary) * shape.vocabulary
     loss = (2 * width + 5 * 4) * chunk + (4 + width) * shape.vocabulary * shape.hidden
-    measuring = 4 * (size + 2 * shape.pruned) if shape.measured else 0.0  # a copy, and gradients
+    measuring = 4 * (size + shape.measuring) if shape.measured else 0.0
     return {
         "weights": width * size / (gpus if stage >= 3 else 1),
         "gradients": 4 * size / (gpus if stage >= 2 else 1),
@@ -227,11 +232,13 @@ def plan(
             f"--gpus {gpus}: must divide training.batch = {batch}, which defines the result; near "
             f"are {' and '.join(str(n) for n in sorted(near))}, or use a recipe of another batch"
         )
-    shape, given = shape_of(recipe), recipe.launch.deepspeed
+    shape, given, steps = shape_of(recipe), recipe.launch.deepspeed, recipe.training.steps
     files: Mapping[str, ZeroOptimization] = FILES
     if given is not None:
         files = {given: recipe.deepspeed_file(gpus).zero_optimization}
     every = ramp.every if (ramp := recipe.ramp()) else 0
+    times = recipe.pruning.measurements(steps) if recipe.pruning else 0
+    seconds = measuring_operations(shape) / (teraflops * 1e12)
     speeds = {"bandwidth": bandwidth_gbps * 1e9 / 8, "rate": teraflops * 1e12}
     rows = [
         _configuration(shape, name, zero, batch, gpus, memory_gb, every, **speeds)
@@ -244,11 +251,12 @@ def plan(
         model={"parameters": shape.parameters, "pruned": shape.pruned, "teacher": shape.teacher},
         gpus=gpus,
         batch=batch,
-        days=best.seconds_per_step * recipe.training.steps / 86400 if best else None,
+        days=(best.seconds_per_step * steps + times * seconds) / 86400 if best else None,
         configurations=rows,
         recommended=best.configuration if best else None,
         measured_sequences=shape.measured,
-        measured_seconds=measuring_operations(shape) / speeds["rate"],
+        measured_seconds=seconds,
+        measured_times=times,
     )
 
 

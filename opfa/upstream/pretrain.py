@@ -235,6 +235,7 @@ class Trainer:
                 self.prepared.tokenizer,
                 directory / "model",
                 lambda work: write_files(self.sentence_files, work),
+                self.pruner.chosen_by() if self.pruner else (),
             )
             write_report(at.run, self.schedule, self.pruner, result, self.recipe.metric)
             digest, sparsity = model_digest(directory / "model"), result["total"]["sparsity"]

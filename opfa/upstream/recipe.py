@@ -9,7 +9,7 @@ from opfa.compression.schedules import Gradual, Interval, LearningRate, Moment, 
 from opfa.errors import RecipeError
 from opfa.extras import require
 from opfa.recipe import Batch, Count, Fraction, Name, Positive, Recipe, Section, Seed, Steps, Weight
-from opfa.training.sections import Pruning, Saving, Teacher, check_rewinding, learning_rate
+from opfa.training.sections import Pruning, Saving, Teacher, check_rates, learning_rate
 from opfa.training.zero import DeepSpeedFile
 
 TOKENIZERS = {"tokenizer", "train_tokenizer"}
@@ -108,10 +108,15 @@ class Training(Section):
     """Sequences per step, over all micro-batches and ranks."""
     learning_rate: Positive
     """The highest learning rate."""
+    lowest_learning_rate: Positive | None = None
+    """Where the decay of the learning rate ends; by default at zero."""
     warmup_steps: Moment = 0
     """Steps of linear warm-up, or their share of the run."""
     rewind_learning_rate: bool = False
     """Set the decay back to its beginning at each mask update of the ramp."""
+    # Its default is not written, so that recipes without it keep their digests.
+    cyclic_learning_rate: bool = Field(default=False, exclude_if=lambda is_cyclic: not is_cyclic)
+    """Go down to the lowest rate before each mask update of the ramp, and begin anew there."""
     weight_decay: Weight = 0.01
     """AdamW's weight decay."""
     beta1: Fraction = 0.9
@@ -204,7 +209,7 @@ class PretrainRecipe(Recipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         steps, ramp = self.training.steps, self.ramp()
-        check_rewinding(self.pruning, self.training.rewind_learning_rate)
+        check_rates(self.training, self.pruning)
         warmup = self.training.warmup_steps
         if in_steps(warmup, steps) >= steps:
             raise ValueError(f"training.warmup_steps = {warmup}: must be below steps = {steps}")
@@ -251,11 +256,9 @@ class PretrainRecipe(Recipe):
 
     def learning_rate(self) -> LearningRate:
         """The schedule that the training section describes."""
-        given, rewinds = self.training, self.training.rewind_learning_rate
-        steps, warmup = given.steps, in_steps(given.warmup_steps, given.steps)
-        return learning_rate(
-            given.learning_rate, self.pruning, rewinds, steps=steps, warmup_steps=warmup
-        )
+        steps = self.training.steps
+        warmup = in_steps(self.training.warmup_steps, steps)
+        return learning_rate(self.training, self.pruning, steps=steps, warmup_steps=warmup)
 
 
 def _masks_nothing(found: Distillation | None) -> str:

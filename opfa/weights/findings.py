@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from opfa.report.tables import ALL, LayerKinds, Result, Row, Table, layer_table
+from opfa.sparsity.chosen import in_words
 from opfa.sparsity.structure import Structure
 
 DEAD = {"dead_rows": "output rows", "dead_columns": "input columns", "dead_heads": "heads"}
@@ -33,12 +34,24 @@ class Pruned(Row, strict=True, extra="ignore"):
     sparsity: float
 
 
+Word = Annotated[str, Field(pattern=r"^[\w .-]{1,60}$")]  # of someone's file; it is shown
+Chosen = dict[Word, int | float | bool | Word]
+
+
 class Stated(Row, strict=True, extra="ignore"):
-    """The part of a sparsity.json that is checked against the weights."""
+    """The part of a sparsity.json that is checked against the weights, and what chose its zeros."""
 
     tensors: dict[str, Pruned]
     fingerprint: str
     total: Share
+    chosen_by: list[Chosen] = Field(default=[], max_length=100, exclude_if=lambda found: not found)
+
+    @field_validator("chosen_by")
+    @classmethod
+    def _check(cls, found: list[Chosen]) -> list[Chosen]:
+        if any("kind" not in each for each in found):
+            raise ValueError("each needs its kind")
+        return found
 
 
 class Layer(LayerKinds, Share):
@@ -60,6 +73,8 @@ class Inspection(Result):
     dense: dict[str, int]  # linear matrices without zeros, and their sizes
     bytes: int  # of the weight files
     stated: Literal["matches", "differs"] | None  # its own sparsity.json
+    # scores and their numbers, where it says so and matches
+    chosen_by: list[Chosen] = Field(default=[], exclude_if=lambda found: not found)
     patterns: dict[str, Structure]
     layers: list[Layer]
     encoder: Share  # all numbered layers
@@ -78,6 +93,8 @@ class Inspection(Result):
             yield self._parts()
             share = f"{self.total.zeros:,} of {self.total.size:,} weights are zero"
             yield f"{self.name}: {share} ({self.total.sparsity:.4%})"
+            if self.chosen_by:
+                yield f"zeros chosen by: {in_words(self.chosen_by)}"
             yield from self._structure()
             yield f"fingerprint: {self.fingerprint}"
         else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opfa.errors import ModelError
 from opfa.sparsity.anatomy import PARTS, NumHeads, by_layer, heads_of, is_matrix, is_pruned, part_of
+from opfa.sparsity.chosen import KEY
 from opfa.sparsity.layers import masks_of, zero_masks
 from opfa.sparsity.masks import Masks, nonzero, report
 from opfa.sparsity.structure import Structure, structure_of
@@ -65,6 +66,7 @@ def inspect_masks(name: str, source: Source | None = None) -> Inspected:
     stated = _stated(source.read_json("sparsity.json"), name)
     read = _read(source, set(stated["tensors"]) if stated else set(), name)
     found = report(read.masks)
+    chosen_by = stated.pop(KEY, []) if stated else []
     is_equal = all(found[key] == value for key, value in (stated or {}).items())
     layers = _layers(found["tensors"], read.dense)
     zeros, size = found["total"]["zeros"], found["total"]["size"]
@@ -77,6 +79,7 @@ def inspect_masks(name: str, source: Source | None = None) -> Inspected:
         dense=read.dense,
         bytes=source.file_bytes,
         stated=None if stated is None else "matches" if is_equal else "differs",
+        chosen_by=chosen_by if is_equal else [],
         patterns=read.patterns,
         layers=layers,
         encoder=_sum(layers),
@@ -111,7 +114,7 @@ def _stated(values: Any, where: object) -> dict[str, Any] | None:  # Any: what J
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ModelError(f"{where}/sparsity.json: not a sparsity report: {what}") from error
-    return {key: values[key] for key in Stated.model_fields}
+    return {key: values[key] for key in Stated.model_fields if key in values}
 
 
 @dataclass

@@ -1,26 +1,41 @@
-"""Which score makes the better student: distance of hidden states on held-out text, equal steps.
+"""Which score makes the better student: how far its hidden states are from the dense model's on
+held-out text, after equal steps.
 
-python recipes/minilm/scores.py PREPARED RUNS RESULTS.json [STEPS ...]
+python recipes/minilm/scores.py PREPARED RUNS RESULTS.json [--scores NAME ...] [--targets 0.9 ...]
+    [--steps 480 ...] [--seeds 42 ...]
 
 PREPARED is what `opfa prepare minilm-sparse-90` wrote; the model is in `model`. The same command
-goes on after a stop. STEPS are lengths of runs; by default 480 and 4,800.
+goes on after a stop. Texts are measured without masked tokens, whatever the student read.
 """
 
+import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import opfa
+import torch
+from datasets import Dataset, load_from_disk
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
 
-RECIPE = Path(__file__).with_name("minilm-sparse-90.toml")
-MASKED = {"masking.probability": 0.15}
-TARGETS, SEEDS = (0.9, 0.97), (42, 43)
+import opfa
+from opfa.models.reconstruct import distance
+from opfa.upstream.recipe import PretrainRecipe
+
+HERE = Path(__file__).parent
+SEQUENCES, BATCH = 256, 16  # of held-out text, that students are measured on
+TARGETS, STEPS, SEEDS = (0.9, 0.97), (480, 4_800), (42, 43)
+OWN_RECIPES = {"oBERT": "minilm-obert.toml"}
+LAST = tuple(OWN_RECIPES)  # which take long, so they are made only if asked for
+Row = Mapping[str, Any]
 
 
 def scores(steps: int) -> dict[str, dict[str, Any]]:
-    """By a row's name what differs from the recipe in a run of so many steps."""
+    """By a row's name what differs from its recipe in a run of so many steps."""
     curvature = {"kind": "curvature"}
     again = {**curvature, "every": max(1, steps // 80), "decay": 0.5}  # ten times in the ramp
     return {
@@ -28,55 +43,122 @@ def scores(steps: int) -> dict[str, dict[str, Any]]:
         "activation": {"pruning.pattern.score": "activation"},
         "curvature": {"pruning.pattern.score": curvature},
         "curvature, again": {"pruning.pattern.score": again},
-        "curvature, masked text": {"pruning.pattern.score": curvature, **MASKED},
+        "curvature, clean text": {"pruning.pattern.score": curvature, "masking.probability": 0.0},
+        "oBERT": {},
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def changes(score: str, steps: int) -> dict[str, Any]:
+    """What is changed of the row's recipe: its moments keep their shares of the run."""
+    if score in OWN_RECIPES:
+        moments = {"end": 11 * steps // 12, "every": max(1, steps // 12)}
+        return {f"pruning.schedule.{key}": value for key, value in moments.items()}
+    moments = {"end": steps // 2, "hold_until": 4 * steps // 5}
+    return {
+        **{f"pruning.schedule.{key}": value for key, value in moments.items()},
+        "training.warmup_steps": min(steps - 1, max(10, steps // 60)),
+        **scores(steps)[score],
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
     """One line for each score and target, one column for each length, in Markdown."""
     lengths = sorted({row["steps"] for row in rows})
-    lines = [("score", "zeros", *(f"{steps:,} steps" for steps in lengths))]
+    lines = [("score", "zeros", *(f"{steps:,} steps, final / mean" for steps in lengths))]
     lines.append(("---", "---:", *["---:"] * len(lengths)))
-    for score, target in dict.fromkeys((row["score"], row["target"]) for row in rows):
+    places = sorted({(row["target"], row["score"]) for row in rows}, key=_place)
+    for target, score in places:
         cells = []
         for steps in lengths:
-            wanted = (score, target, steps)
-            found = [r for r in rows if (r["score"], r["target"], r["steps"]) == wanted]
-            cells.append(" ".join(f"{row['distance']:.4f}" for row in found))
+            place = {"score": score, "target": target, "steps": steps}
+            cells.append(_cell([row for row in rows if place.items() <= row.items()]))
         lines.append((score, f"{target:.0%}", *cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(prepared: str, runs: str, results: str, *lengths: str) -> None:
-    """Train what isn't trained yet, shortest runs first, and write how far each student is."""
-    file = Path(results)
-    rows = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["score"], row["target"], row["steps"], row["seed"]) for row in rows}
-    for steps in map(int, lengths or ("480", "4800")):
-        for seed in SEEDS:
-            for target in TARGETS:
-                for score in scores(steps):
-                    wanted = (score, target, steps, seed)
-                    if wanted not in done:
-                        distance = _distance(prepared, Path(runs), *wanted)
-                        keys = ("score", "target", "steps", "seed")
-                        rows.append({**dict(zip(keys, wanted, strict=True)), "distance": distance})
-                        file.write_text(json.dumps(rows, indent=2) + "\n")
+def _place(place: tuple[float, str]) -> tuple[float, int]:
+    return place[0], list(scores(1)).index(place[1])
 
 
-def _distance(prepared: str, runs: Path, score: str, target: float, steps: int, seed: int) -> float:
-    """Of a student: the mean squared difference of hidden states on the held-out text."""
-    output = runs / f"{score.replace(', ', '-')}-{target:g}-{steps}-{seed}"
-    changes: dict[str, Any] = {
-        **{"data": prepared, "seed": seed, "training.steps": steps, **scores(steps)[score]},
-        **{"pruning.schedule.target": target, "pruning.schedule.end": steps // 2},
-        **{"pruning.schedule.hold_until": 4 * steps // 5, "logging.evaluate_steps": steps},
-        "training.warmup_steps": max(10, steps // 60),
+def _cell(rows: Sequence[Row]) -> str:
+    """Means over seeds; with several also the sample deviation of the mean over all states."""
+    if not rows:
+        return ""
+    final, mean = ([row[f"{name}_distance"] for row in rows] for name in ("final", "mean"))
+    more = f" ± {stdev(mean):.4f}" if len(rows) > 1 else ", 1 seed"
+    return f"{fmean(final):.4f} / {fmean(mean):.4f}{more}"
+
+
+def measured(model: Path, dense: Path, prepared: Path) -> dict[str, float]:
+    """How far hidden states are on held-out text: in the last layer, and in all."""
+    student, teacher = (AutoModel.from_pretrained(each).eval() for each in (model, dense))
+    found = distance(student, dict(teacher.named_parameters()), _batches(prepared))
+    return dict(zip(("final_distance", "mean_distance"), found, strict=True))
+
+
+def _batches(prepared: Path) -> Iterator[dict[str, torch.Tensor]]:
+    examples = load_from_disk(str(prepared / "validation"))
+    assert isinstance(examples, Dataset)
+    ids = [torch.tensor(row) for row in examples[:SEQUENCES]["input_ids"]]
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start : start + BATCH]
+        real = pad_sequence([torch.ones_like(each) for each in batch], batch_first=True)
+        yield {"input_ids": pad_sequence(batch, batch_first=True), "attention_mask": real}
+
+
+def student(prepared: Path, runs: Path, score: str, target: float, steps: int, seed: int) -> Row:
+    """Train one, or go on with it, and say how far it is."""
+    recipe = HERE / OWN_RECIPES.get(score, "minilm-sparse-90.toml")
+    run = runs / f"{score.replace(', ', '-').replace(' ', '-')}-{target:g}-{steps}-{seed}"
+    start = time.monotonic()
+    result = opfa.pretrain(
+        recipe,
+        run,
+        {
+            **{"name": run.name, "data": str(prepared), "seed": seed, "training.steps": steps},
+            **{"pruning.schedule.target": target, "logging.evaluate_steps": steps},
+            **changes(score, steps),
+        },
+        resume=run.exists(),
+    )
+    dense = PretrainRecipe.read(recipe).model.init
+    return {
+        "score": score,
+        "target": target,
+        "steps": steps,
+        "seed": seed,
+        **measured(run / "model", Path(str(dense)), prepared),
+        "sparsity": result.sparsity,
+        "seconds": round(time.monotonic() - start),
     }
-    opfa.pretrain(RECIPE, output, changes, resume=output.exists())
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row["hidden_loss"] for row in rows if row.get("eval")][-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what isn't trained yet, shortest runs first, and write how far each student is."""
+    given = _given(arguments)
+    rows = json.loads(given.results.read_text()) if given.results.exists() else []
+    done = {(row["score"], row["target"], row["steps"], row["seed"]) for row in rows}
+    for steps, seed, target, score in product(
+        sorted(given.steps), given.seeds, given.targets, given.scores
+    ):
+        if (score, target, steps, seed) not in done:
+            rows.append(student(given.prepared, given.runs, score, target, steps, seed))
+            given.results.write_text(json.dumps(rows, indent=2) + "\n")
+    print(table(rows))
+
+
+def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = list(scores(1))
+    parser = argparse.ArgumentParser()
+    for name in ("prepared", "runs", "results"):
+        parser.add_argument(name, type=Path)
+    usual = [name for name in names if name not in LAST]
+    parser.add_argument("--scores", nargs="+", choices=names, default=usual)
+    parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -232,6 +232,26 @@ def test_a_singular_block_and_memory_that_is_not_there_are_refused(
     assert blocks._free_bytes(torch.device("cpu")) == 18_000 and pruner.sparsity() == 0.5
 
 
+@pytest.mark.parametrize("score", [Curvature(sequences=4), Activation(sequences=4)])
+def test_memory_that_is_not_there_is_refused_for_every_score_that_measures(
+    score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 4 * 2 * 2 * SIZE * SIZE  # two fp32 values for each weight of two matrices
+    monkeypatch.setattr(blocks, "_free_bytes", lambda _: needed)
+    made(score)[1].after_step(0)
+    monkeypatch.setattr(blocks, "_free_bytes", lambda _: needed - 1)
+    with pytest.raises(RunError, match=r"^(curvature|activation): needs 0.0 GB, and .* magnitude"):
+        made(score)[1].after_step(0)
+
+
+def test_gradients_that_are_not_finite_are_no_singular_block() -> None:
+    model, pruner = made(Fisher(sequences=4))
+    model.get_parameter("layer.1.bias").data[0] = float("inf")
+    model.get_parameter("layer.1.weight").data[0, 0] = float("nan")
+    with pytest.raises(RunError, match=r"layer.\d.weight: its fisher on this text is not finite"):
+        pruner.after_step(0)
+
+
 def test_the_free_memory_of_this_machine_is_known() -> None:
     free = blocks._free_bytes(torch.device("cpu"))
     assert free is None or 1e8 < free < 1e14

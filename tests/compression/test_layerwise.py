@@ -178,3 +178,17 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     theirs[7, 3] = float("inf")
     with pytest.raises(RunError, match=r"^w: its inputs on this text are not finite"):
         fit({"w": linear()}, inputs_of(theirs, theirs), None, 0.5)
+
+
+@pytest.mark.parametrize("admm", [None, Admm()])
+def test_products_that_are_singular_are_named(
+    admm: Admm | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gram = 2 * torch.eye(IN).double() - torch.ones(IN, IN).double()  # not positive definite
+    system = System(gram, torch.ones(OUT, IN).double())
+    monkeypatch.setattr(Inputs, "system", lambda *_, **__: system)
+    theirs = correlated()
+    with pytest.raises(
+        RunError, match=r"^w: the products of its inputs .* are singular; give more"
+    ):
+        fit({"w": linear()}, inputs_of(theirs, theirs), admm, 0.5)

@@ -130,6 +130,51 @@ def test_an_update_during_warm_up_does_not_rewind() -> None:
     assert rates(schedule) == pytest.approx(expected)
 
 
+def test_the_rate_falls_to_the_lowest_where_there_is_one() -> None:
+    schedule = LearningRate(peak=5.0, lowest=1.0, warmup_steps=1, steps=5)
+    assert rates(schedule) == [5.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_cycle_ends_at_the_lowest_rate_just_before_the_next_mask_update() -> None:
+    ramp = Gradual(start=0, end=6, every=3, hold_until=8, initial=0.7, target=0.9)
+    schedule = LearningRate(
+        peak=5.0, lowest=1.0, warmup_steps=0, steps=11, rewind_at=ramp, is_cyclic=True
+    )
+    # Updates after 0, 3 and 6 steps; the one at 8 is past the ramp. Each cycle's last step has 1.
+    expected = [5, 3, 1, 5, 3, 1, 5, 4, 3, 2, 1]
+    assert schedule.rates() == expected
+
+
+def test_before_the_ramp_there_is_a_cycle_of_its_own_and_its_end_is_an_update_too() -> None:
+    ramp = Gradual(start=4, end=7, every=2, target=0.9)
+    schedule = LearningRate(peak=3.0, warmup_steps=1, steps=9, rewind_at=ramp, is_cyclic=True)
+    # Warm-up, down until 4; 4 and 5; 6 alone, since the ramp ends at 7; then 7 and 8.
+    assert schedule.rates() == [3.0, 3.0, 1.5, 0.0, 3.0, 0.0, 3.0, 3.0, 0.0]
+
+
+def test_twelve_cycles_of_the_optimal_bert_surgeon() -> None:
+    # 3epochs_unstructured90_mlm.yaml: updates every quarter epoch from 0 to 2.75, of 3 epochs
+    ramp = Gradual(start=0, end=1100, every=100, initial=0.7, target=0.9)
+    schedule = LearningRate(
+        peak=5e-4, lowest=5e-6, warmup_steps=0, steps=1200, rewind_at=ramp, is_cyclic=True
+    )
+    cycle = [5e-4 - step % 100 / 99 * (5e-4 - 5e-6) for step in range(1200)]  # its formula
+    assert schedule.rates() == pytest.approx(cycle, rel=1e-12)
+    sparsities = [ramp.sparsity_at(step) for step in range(0, 1200, 100)]
+    assert len(sparsities) == 12 and sparsities[0] == 0.7 and sparsities[-1] == 0.9
+    assert sparsities[1] == pytest.approx(0.9 - 0.2 * (10 / 11) ** 3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_the_next_update_of_the_ramp_is_the_first_one_later(start: int, every: int) -> None:
+    schedule = Gradual(start=start, end=11, hold_until=20, every=every, target=0.5)
+    own = [step for step in updates(schedule, 20) if step <= 11]
+    for step in range(25):
+        later = [update for update in own if update > step]
+        assert schedule.next_ramp_update(step) == (later[0] if later else None)
+
+
 def test_a_ramp_that_starts_late_leaves_the_rate_alone_until_then() -> None:
     ramp = Gradual(start=2, end=3, target=0.5)
     rewound = LearningRate(peak=1.0, warmup_steps=0, steps=4, rewind_at=ramp)

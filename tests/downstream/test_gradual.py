@@ -151,3 +151,20 @@ def test_a_written_recipe_rewinds_again(dense: Path, examples: Path, tmp_path: P
     assert FinetuneRecipe.read(tmp_path / "recipe.toml") == recipe
     assert recipe.pruning is not None
     assert recipe.learning_rate(10).rewind_at == recipe.pruning.ramp(10)
+
+
+def test_a_rate_in_cycles_is_lowest_before_each_update_and_resumes_bit_for_bit(
+    dense: Path, examples: Path, tmp_path: Path
+) -> None:
+    training = {"warmup": 0.1, "cyclic_learning_rate": True, "lowest_learning_rate": 1e-4}
+    logging = {"every_steps": 1, "checkpoint_steps": 3}
+    recipe = gradual(dense, examples, dense, "no teacher", training=training, logging=logging)
+    finetune(recipe, tmp_path / "unbroken")
+    # Warm-up; down before the first update; two steps each; and after the ramp down to the end.
+    expected = [10, 10, 10, 1, 10, 1, 10, 7, 4, 1]
+    found = [row["learning_rate"] for row in rows_of(tmp_path / "unbroken")]
+    assert found == pytest.approx([1e-4 * rate for rate in expected], rel=1e-12)
+    break_off(5, finetune, recipe, tmp_path / "broken")
+    finetune(recipe, tmp_path / "broken", resume=True)
+    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "unbroken")
+    assert model_digest(tmp_path / "broken/model") == model_digest(tmp_path / "unbroken/model")

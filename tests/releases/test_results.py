@@ -4,6 +4,7 @@ comes from a run whose files say so.
 
 import importlib
 import json
+import os
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -44,6 +45,35 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
     assert whole == "\n\n".join([lines, *more])
     assert "| sst2 | 90 % | prune-once minus gradual | " in whole
     assert trace.count("\n") == 2 + sum(path.endswith("/done.json") for path in RUNS)
+
+
+WRITTEN = {  # by script: the page, and what its table stands between; results are of its name
+    "scores": (RECIPES / "README.md", "<!-- minilm-scores -->", "<!-- /minilm-scores -->"),
+    "score_costs": (
+        ROOT / "opfa/compression/README.md",
+        "<!-- score-costs -->",
+        "<!-- /score-costs -->",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN)
+def test_a_table_of_scores_is_that_of_its_results(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPFA_REWRITE=1 writes it from results/SCRIPT.json."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    path, begin, end = WRITTEN[script]
+    results = RESULTS / f"{script}.json"
+    expected = "Not measured yet."
+    if results.exists():
+        expected = importlib.import_module(script).table(json.loads(results.read_text()))
+    before, _, rest = path.read_text().partition(f"{begin}\n")
+    shown, _, after = rest.partition(f"\n{end}")
+    if os.environ.get("OPFA_REWRITE"):
+        path.write_text(f"{before}{begin}\n\n{expected}\n\n{end}{after}")
+    else:
+        assert shown == f"\n{expected}\n"
 
 
 def test_the_table_of_structured_pruning_is_that_of_its_results(

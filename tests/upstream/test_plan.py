@@ -31,6 +31,7 @@ TOY = Shape(
     pruned_tensors=2,
     kept=0,
     measured=0,
+    measuring=0,
     teacher=1_000,
     layers=2,
     hidden=10,
@@ -61,7 +62,7 @@ def test_memory_by_stage(stage: int, state: int) -> None:
 
 
 def test_a_score_by_curvature_needs_a_value_a_weight_and_a_copy_for_a_while() -> None:
-    toy = replace(TOY, kept=600, measured=384)
+    toy = replace(TOY, kept=600, measured=384, measuring=2 * 600)
     for stage, state in ((0, 2_400), (1, 600)):
         memory = memory_bytes(toy, FILES[f"zero{stage}"], gpus=4, micro_batch=3)
         assert memory["scores"] == state + 4 * (1_000 + 2 * 600)
@@ -69,13 +70,33 @@ def test_a_score_by_curvature_needs_a_value_a_weight_and_a_copy_for_a_while() ->
     speeds = {"memory_gb": 80, "bandwidth_gbps": 400, "teraflops": 50}
     recipe = bert("pruning.pattern.score=curvature")
     found, shape = plan(recipe, gpus=8, **speeds), shape_of(recipe)
-    assert (shape.kept, shape.measured) == (shape.pruned, 384)
+    assert (shape.kept, shape.measured, shape.measuring) == (shape.pruned, 384, 2 * shape.pruned)
     tokens = recipe.corpus.sequence_tokens
     per_sequence = 6 * tokens * (shape.parameters - 30_522 * 768 + 2 * 12 * 768 * tokens)
     assert found.measured_seconds == pytest.approx(384 * per_sequence / 50e12)
     said = [part for part in found.parts() if isinstance(part, str)]
     assert said[-1].startswith("scores are measured on 384 sequences, about ")
+    assert said[-1].endswith(" at a time, 1 time(s)")
     assert plan(bert(), gpus=8, **speeds).measured_sequences == 0
+
+
+def test_second_order_needs_its_blocks_and_gradients_at_each_update() -> None:
+    recipe = PretrainRecipe.read(RECIPE.with_name("bert-base-obert.toml"), BERT)
+    shape = shape_of(recipe)
+    assert shape.pruned == 12 * 12 * 768**2 and shape.measuring == (50 + 16) * shape.pruned
+    zero1 = memory_bytes(shape, FILES["zero1"], gpus=1, micro_batch=1)
+    assert zero1["scores"] == 4 * (shape.pruned + shape.parameters + 66 * shape.pruned)
+    speeds = {"gpus": 1, "memory_gb": 80, "bandwidth_gbps": 400, "teraflops": 100}
+    found = plan(recipe, **speeds)
+    assert (found.measured_sequences, found.measured_times) == (16_384, 12)
+    often = plan(
+        bert("pruning.pattern.score={kind='curvature',every=20}", "pruning.schedule.every=500"),
+        **speeds,
+    )
+    assert often.measured_times == 9  # of 161 updates, at 0, 20, ... 160
+    once = plan(bert("pruning.pattern.score=curvature"), **speeds)
+    assert found.days is not None and often.days is not None and once.days is not None
+    assert often.days - once.days == pytest.approx(8 * often.measured_seconds / 86400)
 
 
 def test_offloading_takes_the_optimizer_away() -> None:
