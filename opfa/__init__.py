@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     )
     from opfa.api.own import list_recipes, new_recipe
     from opfa.api.prune import prune
+    from opfa.api.search import search_models
+    from opfa.api.serve import serve
     from opfa.api.structured import prune_layers, prune_structured
     from opfa.api.train import calibrate, check, evaluate, finetune, plan, prepare, pretrain
     from opfa.api.trim import trim
@@ -78,6 +80,8 @@ LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "prune_structured": "opfa.api.structured",
     "push": "opfa.api.models",
     "release": "opfa.api.models",
+    "search_models": "opfa.api.search",
+    "serve": "opfa.api.serve",
     "shrink": "opfa.api.models",
     "trim": "opfa.api.trim",
     "unpack": "opfa.api.models",
@@ -117,6 +121,8 @@ __all__ = [
     "prune_structured",
     "push",
     "release",
+    "search_models",
+    "serve",
     "shrink",
     "trim",
     "unpack",

@@ -39,7 +39,7 @@ DOTTED = re.compile(
 )
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # half of a surrogate pair is a byte that was no UTF-8
 
-KINDS = {"pretrain": "corpus", "finetune": "task"}  # the section that only one command's have
+KINDS = {"pretrain": "corpus", "finetune": "task", "search": "search"}  # sections that tell
 
 Name = Annotated[str, Field(max_length=200)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]  # --seeds counts on from it, within 64 bits
@@ -132,7 +132,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
 def command_of(values: Mapping[str, Any]) -> str | None:
     """The command that a recipe is for, if one section tells."""
     found = [command for command, section in KINDS.items() if section in values]
-    return found[0] if len(found) == 1 else None
+    return found[-1] if len(found) == 1 or found == ["finetune", "search"] else None
 
 
 def read_small(path: Path | str, where: str, kind: str) -> str:

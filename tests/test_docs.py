@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from opfa.commands import app as cli
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -20,7 +21,12 @@ BENCH = "opfa/bench/README.md"
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "model_cards/README.md"]
 PAGES += [ROOT / "launch/sagemaker/README.md"]
 PAGES += sorted([*(ROOT / "recipes").rglob("README.md"), *(ROOT / "opfa").rglob("README.md")])
-RECIPES = {"prepare": PretrainRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+RECIPES = {
+    "prepare": PretrainRecipe,
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "search": SearchRecipe,
+}
 
 
 def commands() -> list[list[str]]:

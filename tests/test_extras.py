@@ -19,6 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 NAMES = {  # of packages that are imported by another name
     "huggingface_hub": "huggingface-hub",
     "jinja2": "jinja2",
+    "prometheus_client": "prometheus-client",
     "sentence_transformers": "sentence-transformers",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

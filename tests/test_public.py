@@ -44,6 +44,8 @@ PUBLIC = [
     "prune_structured",
     "push",
     "release",
+    "search_models",
+    "serve",
     "shrink",
     "trim",
     "unpack",
@@ -68,6 +70,7 @@ def test_each_command_is_a_function_of_its_name() -> None:
     """But for `bench` and `quickstart`, which measure and show; some names would say too little."""
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     named = {"list": "list_models", "recipes": "list_recipes", "new": "new_recipe"}
+    named["search"] = "search_models"  # `opfa.search` is a room
     functions = {named.get(name, name) for name in commands}
     assert functions - {"bench", "quickstart"} <= set(PUBLIC)
 

@@ -1,4 +1,4 @@
-"""The keys of both recipes, in recipes/README.md and as JSON schemas, are those of the code.
+"""The keys of all recipes, in recipes/README.md and as JSON schemas, are those of the code.
 
     OPFA_REWRITE=1 pytest tests/test_recipe_keys.py
 
@@ -17,10 +17,16 @@ from pydantic import BaseModel, Field
 from opfa.compression.scores import Magnitude
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.recipe import Recipe, Section
+from opfa.search.recipe import SearchRecipe
 from opfa.upstream.recipe import PretrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-KINDS: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+KINDS: dict[str, type[Recipe]] = {
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "search": SearchRecipe,
+}
+SAME = {"search": FinetuneRecipe}  # whose keys are listed already
 BEGIN, END = "<!-- keys: OPFA_REWRITE=1 pytest tests/test_recipe_keys.py -->", "<!-- /keys -->"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -90,8 +96,12 @@ def page() -> str:
     lines = []
     for command, kind in KINDS.items():
         lines += ["", f"### `opfa {command}`"]
+        known = [name for name, *_ in sections(SAME[command])] if command in SAME else []
+        if known:
+            lines += ["", f"All sections of `opfa finetune` but `[sweep]`, and `[{command}]`:"]
         for name, section, is_optional in sections(kind):
-            lines += table(name, section, is_optional=is_optional)
+            if name not in known:
+                lines += table(name, section, is_optional=is_optional)
     return "\n".join([*lines, ""])
 
 
@@ -158,3 +168,4 @@ def test_every_recipe_names_its_schema(path: Path) -> None:
     target = path.parent / first.removeprefix("#:schema ")
     keys = json.loads(target.read_text())["properties"]
     assert first.startswith("#:schema ") and ("corpus" in keys) == ("[corpus" in path.read_text())
+    assert ("search" in keys) == ("[search]" in path.read_text())

@@ -17,6 +17,7 @@ from opfa.compression.measured import Curvature, Fisher
 from opfa.compression.movement import Movement, SoftMovement
 from opfa.compression.scores import Magnitude
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
 
@@ -48,6 +49,8 @@ GLUE = {
 def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
     """The class that must load a recipe, by its folder and name."""
     folder, name = recipe.split("/")
+    if name.endswith("-search.toml"):
+        return SearchRecipe
     is_finetuning = folder == "downstream" or name.startswith("finetune")
     if folder == "own":
         is_finetuning = name != "my-encoder.toml"

@@ -14,14 +14,24 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError
 from opfa.recipe import Recipe, command_of, override_value, read_small, read_values
 from opfa.report.tables import Result, Row, Table
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.files import check_new, write_text
 from opfa.storage.recipe_text import changed, commands_in, for_file, what_it_is
 from opfa.storage.shipped import find_recipe, recipe_files, shipped
 from opfa.upstream.recipe import PretrainRecipe
 
-GROUPS = {"own": "your own data", "downstream": "tasks", "upstream": "pre-training"}
+GROUPS = {
+    "own": "your own data",
+    "downstream": "tasks",
+    "search": "searches",
+    "upstream": "pre-training",
+}
 OWN = "own"  # the folder of the recipes for data and models of one's own
-CLASSES: dict[str, type[Recipe]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+CLASSES: dict[str, type[Recipe]] = {
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "search": SearchRecipe,
+}
 
 
 class Listed(Row):

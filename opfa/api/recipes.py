@@ -18,6 +18,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.errors import RecipeError, RunError, brief
 from opfa.hub.place import place_of
 from opfa.recipe import KINDS, Recipe, RecipeType, override_value, read_values
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.runs import recipe_beside
 from opfa.storage.shipped import find_recipe
 from opfa.toml import toml_value
@@ -53,7 +54,7 @@ def task_recipe_of(
 
 
 def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | FinetuneRecipe:
-    """The same for a recipe of either kind, which its sections tell."""
+    """The same for a recipe of any kind, which its sections tell."""
     words, where = words_of(overrides), "recipe"
     if isinstance(recipe, (str, Path)):
         values, where = read_values(find_recipe(recipe), words), brief(recipe, 300)
@@ -63,6 +64,7 @@ def any_recipe_of(recipe: AnyRecipe, overrides: Overrides) -> PretrainRecipe | F
         what = "has neither [corpus], for opfa pretrain, nor [task], for opfa finetune"
         raise RecipeError(f"{where}: {what}")
     kind = PretrainRecipe if "corpus" in values else FinetuneRecipe
+    kind = SearchRecipe if "search" in values else kind
     return kind.checked(values, where, words)
 
 

@@ -9,7 +9,8 @@ from opfa.inference.trim import TrimResult
 from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
-from opfa.serving.results import ArchiveResult
+from opfa.search.results import SearchResult
+from opfa.serving.results import ArchiveResult, Served
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "ReleaseResult",
     "Released",
     "Result",
+    "SearchResult",
+    "Served",
     "ShrinkResult",
     "SweepResult",
     "TrimResult",

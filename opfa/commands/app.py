@@ -16,7 +16,17 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from opfa.commands import measure, models, predict, recipes, smaller, train, trim
+from opfa.commands import (
+    measure,
+    models,
+    predict,
+    recipes,
+    search,
+    serve,
+    smaller,
+    train,
+    trim,
+)
 from opfa.commands.streams import secure
 from opfa.errors import STOPPED, OpfaError, RecipeError, Redacting, RunError, redacted
 from opfa.report.bars import DISABLED
@@ -37,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Once prune for all: sparse pre-trained encoders, and fine-tuning that holds their zeros.",
 )
-for group in (recipes, train, predict, models, smaller, trim, measure):
+for group in (recipes, train, predict, serve, models, smaller, search, trim, measure):
     app.add_typer(group.app)
 
 

@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from opfa.api import train as api
 from opfa.commands.options import AsJson, Overrides, RecipeFile, check_files
+from opfa.extras import require
 from opfa.report.between import check_between, write_between
 from opfa.storage.shipped import find_recipe
 from opfa.upstream.recipe import PretrainRecipe
@@ -165,3 +166,30 @@ def bench_inference(
     if picture is not None:
         result.draw(picture)
     result.show(as_json=as_json)
+
+
+@bench.command("serve", epilog="Example: opfa bench serve runs/sst2 sst2-small --price 0.20")
+def bench_serve(
+    models: Annotated[
+        list[str], Argument(metavar="MODEL...", help="Runs, directories, ONNX files or Hub names.")
+    ],
+    clients: Annotated[
+        list[int] | None,
+        Option(min=1, max=1_000, help="Clients at once; repeatable. Default: 1, then 16."),
+    ] = None,
+    requests: Annotated[int, Option(min=2, help="Of each model in a round.")] = 1_000,
+    words: Annotated[int, Option(min=1, max=10_000, help="Words of a text.")] = 24,
+    rounds: Annotated[int, Option(min=1, help="How often each model has its turn.")] = 3,
+    price: Annotated[
+        float | None, Option(help="Of an hour of this machine, for the cost of a million requests.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a request to each model takes over HTTP, and what a million of them cost."""
+    require("opfa bench serve", "opfa[serve]", "fastapi", "uvicorn", "prometheus_client")
+    from opfa.bench.serve import bench_serve as execute
+
+    chosen = tuple(dict.fromkeys(clients or (1, 16)))
+    execute(
+        models, clients=chosen, requests=requests, words=words, rounds=rounds, price=price
+    ).show(as_json=as_json)

@@ -20,6 +20,7 @@ from opfa.commands.options import (
 )
 from opfa.extras import require
 from opfa.report.tables import print_json
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.files import check_directory
 from opfa.training import launch
 from opfa.training.run import check_output
@@ -33,6 +34,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     """Say whether a recipe would be accepted, and print it with all its defaults."""
     found = api.check(recipe, overrides or ())
     command = "pretrain" if isinstance(found, PretrainRecipe) else "finetune"
+    command = "search" if isinstance(found, SearchRecipe) else command
     if as_json:
         values = found.model_dump(mode="json", exclude_none=True)
         print_json({"command": command, "sha256": found.sha256(), "recipe": values})

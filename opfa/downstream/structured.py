@@ -6,7 +6,7 @@ under a budget. Least squares make up for those that went. The model keeps its s
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def prune_structured(
     lost = _choose(model, task, batches, costs, budget)
     for units, is_gone in zip(groups_of(pruned), lost, strict=True):
         units.erase(is_gone)
-    _refit(pruned, model, task, batches)
+    fit_again(pruned, model, task, batches)
     after = ready.evaluate(pruned)
     with new_directory(output) as work:
         report = ready.write(pruned, work)
@@ -106,9 +106,14 @@ def _choose(
     return [gone(*each) for each in zip(information, orders, kept, strict=True)]
 
 
-def _refit(
-    pruned: PreTrainedModel, model: PreTrainedModel, task: Task, batches: Sequence[Batch]
+def fit_again(
+    pruned: PreTrainedModel,
+    model: PreTrainedModel,
+    task: Task,
+    batches: Sequence[Batch],
+    gone: Collection[int] = (),
 ) -> None:
+    """Fit what is left of a model to the whole one, in place; layers of these numbers are gone."""
     texts, num_tokens = [], 0
     for number in torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist():
         batch = batches[number]
@@ -117,7 +122,7 @@ def _refit(
         if num_tokens >= FITTED_TOKENS:
             break
     with Bar("least squares", len(list(layers_of(model)))) as bar:
-        for layer in refit(pruned, model, texts):
+        for layer in refit(pruned, model, texts, gone):
             bar.move_to(layer + 1)
 
 

@@ -102,15 +102,7 @@ class Teacher:
     ) -> tuple[Tensor, Tensor | float]:
         """Mean soft loss over targets, and summed hidden loss over tokens, of these features."""
         targets, states = self._targets(batch, indices)
-        logits = in_context(self.task, logits_of(self.task, outputs), batch)
-        pairs = zip(logits, targets, strict=True)
-        if self.task.kind in MATCHED:
-            losses = [mse_loss(ours, theirs) for ours, theirs in pairs]
-        else:
-            rows = is_target(batch)
-            temperature, num_rows = self.settings.temperature, rows.sum().clamp(min=1)
-            losses = [soft_loss(s[rows], t[rows], temperature) / num_rows for s, t in pairs]
-        soft = torch.stack(losses).mean()
+        soft = soft_mean(self.task, outputs, targets, batch, self.settings.temperature)
         if not self.settings.hidden_weight:
             return soft, 0.0
         kept = batch["attention_mask"].bool().flatten(0, -2)
@@ -130,6 +122,23 @@ class Teacher:
         if self.task.kind in PER_TOKEN:
             logits = [tensor[:, : batch["input_ids"].shape[1]] for tensor in logits]
         return in_context(self.task, logits, batch), states
+
+
+def soft_mean(
+    task: Task, outputs: Any, targets: Sequence[Tensor], batch: Batch, temperature: float
+) -> Tensor:
+    """Mean loss over targets of a model's outputs, when it learns these logits, which are
+    `in_context`.
+    """
+    logits = in_context(task, logits_of(task, outputs), batch)
+    pairs = zip(logits, targets, strict=True)
+    if task.kind in MATCHED:
+        losses = [mse_loss(ours, theirs) for ours, theirs in pairs]
+    else:
+        rows = is_target(batch)
+        num_rows = rows.sum().clamp(min=1)
+        losses = [soft_loss(s[rows], t[rows], temperature) / num_rows for s, t in pairs]
+    return torch.stack(losses).mean()
 
 
 @dataclass

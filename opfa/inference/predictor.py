@@ -106,13 +106,20 @@ class Predictor:
             self.runs_in = runtime.speed_up(self._model) if is_cpu else str(self._device)
 
     def answers(
-        self, source: str, rows: Numbered, advance: Callable[[float], object]
+        self,
+        source: str,
+        rows: Numbered,
+        advance: Callable[[float], object],
+        *,
+        is_language_checked: bool = True,
     ) -> Iterator[tuple[Chunk, Sequence[Prediction]]]:
-        """Chunks of rows with their predictions, in order; `advance` hears of examples done."""
+        """Chunks of rows with their predictions, in order; `advance` hears of examples done. Where
+        the language is checked, texts that the tokenizer doesn't know get a warning.
+        """
         for index, chunk in enumerate(
             chunks(self.task, self.tokenizer, self.classes, source, rows)
         ):
-            if index == 0:
+            if index == 0 and is_language_checked:
                 check_language(self.task, self.tokenizer, chunk.split.examples)
 
             def watch(batches: DataLoader, num_rows: int = len(chunk.rows)) -> Iterator[Batch]:

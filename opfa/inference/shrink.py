@@ -25,18 +25,17 @@ from opfa.models.configs import checked_directory, load_tokenizer
 from opfa.models.encoders import write_model
 from opfa.models.removal import (
     Dead,
-    family_of,
     find_dead,
     fold,
-    layers_of,
     matrices_of,
     remove,
+    tell_shapes,
 )
 from opfa.models.sentences import copy_files
 from opfa.models.skeleton import num_positions
 from opfa.report.outcome import Outcome, Place
 from opfa.report.tables import Table
-from opfa.sparsity.units import HEADS, NEURONS, head_size, without_layers_of_their_own
+from opfa.sparsity.units import HEADS, NEURONS
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.training.engine import choose_accelerator
@@ -134,26 +133,10 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
 
 def _remove(model: PreTrainedModel, found: list[Dead], even_neurons: int | None) -> None:
     """Make matrices smaller, and the configuration say so; with `even_neurons` neurons alone."""
-    family, size = family_of(model), head_size(model.config)
     if even_neurons is not None:
         found = [replace(each, dead={NEURONS: each.dead[NEURONS]}) for each in found]
     remove(found, even_neurons or 0)
-    config: Any = model.config  # of a family
-    plain = without_layers_of_their_own(config)
-    counts = [{kind: units[kind].count for kind in units} for _, units in layers_of(model)]
-    heads_key, neurons_key = family.keys
-    if len({count[NEURONS] for count in counts}) == 1:
-        setattr(plain, neurons_key, counts[0][NEURONS])
-    own: dict[int, dict[str, int]] = {}
-    for number, count in enumerate(counts):
-        wanted = {heads_key: count[HEADS], neurons_key: count[NEURONS]}
-        own[number] = {key: n for key, n in wanted.items() if n != getattr(plain, key)}
-    config.per_layer_config = None
-    setattr(config, neurons_key, getattr(plain, neurons_key))
-    if any(heads_key in each for each in own.values()):
-        config.head_dim = size
-    if any(own.values()):
-        config.per_layer_config = own
+    tell_shapes(model)
 
 
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:

@@ -4,10 +4,12 @@ A cost is a curve for each group, which is the heads or the neurons of one layer
 costs if 0, 1, ... of its units are kept.
 """
 
+import contextlib
 import copy
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,18 +26,23 @@ from opfa.sparsity.units import HEADS, Units
 ROUNDS = 15  # of timing, whose median counts
 WIDTHS = 16  # that are timed; between two of them the larger one's time is taken
 FIRST_ID = 5  # of random tokens; those before may be special
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Curves of all groups, and what the model costs beside them."""
+    """Curves of all groups, and what the model costs beside them; of this rest, what each layer has
+    without any unit, where that is known.
+    """
 
     curves: list[Curve]
     rest: float = 0.0
+    layers: tuple[float, ...] = ()
 
-    def of(self, kept: list[int]) -> float:
-        """The cost of keeping so many units of each group."""
-        return self.rest + sum(float(c[k]) for c, k in zip(self.curves, kept, strict=True))
+    def of(self, kept: Sequence[int], gone: Collection[int] = ()) -> float:
+        """The cost of keeping so many units of each group, without the layers that are gone."""
+        units = sum(float(c[k]) for c, k in zip(self.curves, kept, strict=True))
+        return self.rest + units - sum(self.layers[n] for n in gone if self.layers)
 
     @property
     def whole(self) -> float:
@@ -94,14 +101,32 @@ def milliseconds(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
                 units.of(narrow).keep(torch.arange(width))
                 tasks[shape, kind, width] = partial(call.again, narrow, states)
     found = medians(tasks)
-    curves = []
+    curves, empty = [], []
     for shape, (_, by_kind) in zip(shapes, layers, strict=True):
+        whole_layer = statistics.fmean(found[shape, kind, u.count] for kind, u in by_kind.items())
         for kind, units in by_kind.items():
             widths = _widths(units.count)
             times = np.array([found[shape, kind, width] for width in widths])
             curve = times[np.searchsorted(widths, np.arange(units.count + 1))] - times[0]
             curves.append(np.maximum.accumulate(curve))
-    return Costs(curves, found["model"] - sum(float(curve[-1]) for curve in curves))
+        empty.append(max(0.0, whole_layer - sum(float(curve[-1]) for curve in curves[-2:])))
+    parts = sum(empty) + sum(float(curve[-1]) for curve in curves)
+    if (share := found["model"] / parts) < 1:
+        log.warning("layers took %.0f %% longer apart than together", 100 / share - 100)
+        curves, empty = [share * curve for curve in curves], [share * each for each in empty]
+    rest = found["model"] - sum(float(curve[-1]) for curve in curves)
+    return Costs(curves, rest, tuple(empty))
+
+
+@contextlib.contextmanager
+def threads(num: int) -> Iterator[None]:
+    """Let torch compute in so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _widths(count: int) -> list[int]:
@@ -110,12 +135,15 @@ def _widths(count: int) -> list[int]:
 
 
 def medians(tasks: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Milliseconds of each task, which take turns."""
+    """Milliseconds of each task, which take turns. Of one thread it is the time that it computes,
+    so that other programs of the machine count less.
+    """
     found: dict[Any, list[float]] = {name: [] for name in tasks}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(ROUNDS + 1):
         for name, run in tasks.items():
-            before = time.perf_counter()
+            before = clock()
             run()
             if number:  # the first round warms up
-                found[name].append(1e3 * (time.perf_counter() - before))
+                found[name].append(1e3 * (clock() - before))
     return {name: statistics.median(times) for name, times in found.items()}

@@ -10,7 +10,7 @@ with zeros of its own gets one factor for each unit instead, as in Kwon et al. 2
 that its zeros stay.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,27 +37,33 @@ class Passed(NamedTuple):
 
 @torch.no_grad()
 def refit(
-    pruned: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[tuple[Tensor, Run]]
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    texts: Sequence[tuple[Tensor, Run]],
+    gone: Collection[int] = (),
 ) -> Iterator[int]:
     """Fit the output matrices of `pruned`; yields the number of each layer that is done.
 
     Each text is a mask of tokens [B, T], and how a model is called on it. Units whose columns are
-    zero stay so. Both models are in evaluation mode.
+    zero stay so. Layers of these numbers are gone from `pruned`. Both models are in evaluation
+    mode.
     """
     residual = {HEADS: "", NEURONS: family_of(dense).residual}  # "" is the layer itself
     layers = [layer for layer, _ in layers_of(dense)]
     ongoing = begun(layers, [(is_token, partial(run, dense)) for is_token, run in texts])
-    for number, pair in enumerate(zip(layers_of(dense), layers_of(pruned), strict=True)):
-        (_, theirs), (layer, ours) = pair
+    left = layers_of(pruned)
+    for number, (_, theirs) in enumerate(layers_of(dense)):
         wanted: list[dict[str, Tensor]] = []  # the streams of each text in the dense layer
         for text in ongoing:
             text.theirs, passed = _run(theirs, residual, text.calls[number], text.theirs)
             wanted.append({kind: each.stream for kind, each in passed.items()})
-        for kind, units in ours.items():
-            streams = [each.pop(kind) for each in wanted]
-            _fit(units, _missing(number, ongoing, streams, {kind: units}, residual))
-        for text in ongoing:
-            text.ours = text.calls[number].again(layer, text.ours)
+        if number not in gone:
+            layer, ours = next(left)
+            for kind, units in ours.items():
+                streams = [each.pop(kind) for each in wanted]
+                _fit(units, _missing(number, ongoing, streams, {kind: units}, residual))
+            for text in ongoing:
+                text.ours = text.calls[number].again(layer, text.ours)
         yield number
 
 
@@ -105,15 +111,29 @@ def _fit(units: Units, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
         gram += inputs.T @ inputs
         missing += inputs.T @ error
     live = weight[:, is_live].double()
-    if bool((live == 0).double().mean() >= SPARSE_FROM):
-        change = _factors(live, gram[:-1, :-1], missing[:-1], units.size)
-    else:
-        num = width + (bias is not None)  # the last input, a one, is the bias'
-        change = _solve(gram[:num, :num], missing[:num], width)
-        if bias is not None:
-            bias.copy_(bias + change[-1])
-        change = change[:width].T
+    change, of_bias = fitted(live, gram, missing, units.size, has_bias=bias is not None)
+    if bias is not None:
+        bias.copy_(bias + of_bias)
     weight[:, is_live] = (live + change).to(weight.dtype)
+
+
+def fitted(
+    live: Tensor, gram: Tensor, missing: Tensor, size: int, *, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """How a matrix [hidden, width], fp64, and its bias [hidden] change so that they give what is
+    missing.
+
+    `gram` [width + 1, width + 1] is X' X, `missing` [width + 1, hidden] X' E, and the last input a
+    one, for the bias. A matrix with zeros of its own gets a factor for each unit of `size` columns,
+    and its bias stays.
+    """
+    width = live.shape[1]
+    if width and bool((live == 0).double().mean() >= SPARSE_FROM):
+        change = _factors(live, gram[:-1, :-1], missing[:-1], size)
+        return change, live.new_zeros(len(live))
+    num = width + has_bias
+    change = _solve(gram[:num, :num], missing[:num], width)
+    return change[:width].T, change[-1] if has_bias else live.new_zeros(len(live))
 
 
 def _factors(live: Tensor, gram: Tensor, missing: Tensor, size: int) -> Tensor:

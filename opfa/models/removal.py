@@ -10,6 +10,7 @@ queries or keys alone are dead still averages its values, so it is alive.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from opfa.sparsity.units import (
     Units,
     head_size,
     units_of,
+    without_layers_of_their_own,
 )
 
 
@@ -143,3 +145,24 @@ def remove(found: list[Dead], least_neurons: int = 0) -> None:
             if kind == NEURONS:
                 num_kept = max(num_kept, min(least_neurons, len(dead)))
             each.units[kind].keep(order[:num_kept].sort().values)
+
+
+def tell_shapes(model: PreTrainedModel) -> None:
+    """Make the configuration say how many heads and neurons each layer has."""
+    family, size = family_of(model), head_size(model.config)
+    config: Any = model.config  # of a family
+    plain = without_layers_of_their_own(config)
+    counts = [{kind: units[kind].count for kind in units} for _, units in layers_of(model)]
+    heads_key, neurons_key = family.keys
+    if len({count[NEURONS] for count in counts}) == 1:
+        setattr(plain, neurons_key, counts[0][NEURONS])
+    own: dict[int, dict[str, int]] = {}
+    for number, count in enumerate(counts):
+        wanted = {heads_key: count[HEADS], neurons_key: count[NEURONS]}
+        own[number] = {key: n for key, n in wanted.items() if n != getattr(plain, key)}
+    config.per_layer_config = None
+    setattr(config, neurons_key, getattr(plain, neurons_key))
+    if any(heads_key in each for each in own.values()):
+        config.head_dim = size
+    if any(own.values()):
+        config.per_layer_config = own

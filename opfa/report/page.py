@@ -19,7 +19,12 @@ from markupsafe import Markup
 from opfa.errors import redacted
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = {"run": ["charts.js"], "sweep": ["charts.js"], "model": ["matrix.js", "matrices.js"]}
+SCRIPTS = {
+    "run": ["charts.js"],
+    "sweep": ["charts.js"],
+    "search": ["front.js"],
+    "model": ["matrix.js", "matrices.js"],
+}
 
 
 def render(
@@ -41,8 +46,8 @@ def render(
         version=version("opfa"),
         style=Markup(style),  # ours
         script=Markup(script),  # ours
-        style_digest=_digest(style),
-        script_digest=_digest(script),
+        style_digest=digest(style),
+        script_digest=digest(script),
         data=redacted(_finite(data)),
         blobs={name: base64.b64encode(blob).decode() for name, blob in blobs.items()},
     )
@@ -71,7 +76,8 @@ def _read(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """What a content security policy calls a script or a style that stands inside."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

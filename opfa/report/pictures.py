@@ -11,6 +11,7 @@ import numpy as np
 from opfa.extras import importing
 from opfa.report.curves import Plan, series, smoothed
 from opfa.report.logged import Row, by_kind
+from opfa.report.search_page import Tried
 from opfa.sparsity.anatomy import layer_labels, short_kinds
 from opfa.storage.files import new_directory, new_file
 
@@ -30,6 +31,7 @@ LOSSES = {
     "mlm_loss": "Masked-token loss, nats a token",
     "hidden_loss": "Hidden states' squared distance",
 }
+NAMES = {"front": "front", "even": "even models", "whole": "whole model"}  # of a search
 FEW = 40  # points that are drawn as such
 
 
@@ -199,6 +201,30 @@ def latency_picture(
         axes.grid(axis="y", color=GREY, alpha=0.2)
     handles, labels = all_axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def front_picture(
+    result: Mapping[str, Any], tried: Tried, cost: str, path: Path, unit: float, label: str
+) -> None:
+    """Draw a search: its metric against a cost, on the examples that chose and on fresh ones, with
+    all that was judged and with models whose layers are all alike.
+    """
+    figure, (left, right) = plt.subplots(ncols=2, figsize=(9, 4), sharey=True, layout="constrained")
+    judged = [unit * costs[cost] for costs, _ in tried], [metric for _, metric in tried]
+    left.scatter(*judged, color=GREY, s=9, alpha=0.5, label="judged")
+    styles = {"front": ("o-", BLUE), "even": ("s--", ORANGE), "whole": ("*", GREEN)}
+    for axes, key, which in ((left, "held_out", "held-out"), (right, "fresh", "fresh")):
+        for name, (style, colour) in styles.items():
+            found = [result[name]] if name == "whole" else result[name]
+            points = sorted((unit * point["costs"][cost], point[key]) for point in found)
+            x, y = [x for x, _ in points], [y for _, y in points]
+            axes.plot(x, y, style, color=colour, markersize=5, label=NAMES[name])
+        axes.set_title(f"By {which} examples", fontsize=11, loc="left")
+        axes.set_xlabel(label)
+        _tidy(axes)
+    left.set_ylabel(result["metric"].replace("_", " "))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _save(figure, path)
 
 

@@ -1,11 +1,36 @@
-"""What packing for an endpoint gives; apart from what makes it, which needs ONNX."""
+"""What a server did, and what packing for an endpoint gives; apart from what makes them, since
+they need none of its packages.
+"""
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from opfa.report.outcome import Outcome, Place
-from opfa.report.tables import Table
+from opfa.report.tables import Result, Table
+
+
+class Served(Result):
+    """What a server did until it was stopped."""
+
+    model: str
+    address: str
+    requests: int
+    answered: int  # with status 200
+    examples: int
+    seconds: float
+
+    def parts(self, *, is_long: bool = False) -> Iterable[Table | str]:
+        """One line for each number."""
+        rows = [
+            ("requests", f"{self.requests:,}"),
+            ("answered", f"{self.answered:,}"),
+            ("examples", f"{self.examples:,}"),
+            ("seconds", f"{self.seconds:,.0f}"),
+        ]
+        yield Table((self.model, ""), rows, numbers_from=1)
+        yield f"    next  {shlex.join(['opfa', 'bench', 'serve', self.model])}"
 
 
 class ArchiveResult(Outcome):

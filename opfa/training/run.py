@@ -194,7 +194,12 @@ def check_output(directory: Path, recipe: Recipe, resume: bool, has_several: boo
         for section in ("launch", "logging"):  # an old launch's files may be gone
             values.pop(section, None)
     changed = _changes(tomllib.loads(type(recipe).check(before, str(path)).to_toml()), after)
-    free = ("logging", "launch", "sweep.learning_rate")  # don't change what a run gives
+    free = (
+        "logging",
+        "launch",
+        "sweep.learning_rate",
+        "search.evaluations",
+    )  # don't change what a run gives
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
         raise RunError(f"{directory}: --resume with another recipe: " + "; ".join(changed))

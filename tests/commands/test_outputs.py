@@ -11,6 +11,7 @@ from conftest import finetune_recipe, mounted, pretrain_recipe
 from test_cli import HEAVY
 
 from opfa.commands import app as cli
+from opfa.search.recipe import SearchRecipe
 from opfa.storage.files import write_text
 
 COMMANDS = {  # words, with what doesn't exist as input; and what its output is
@@ -18,6 +19,7 @@ COMMANDS = {  # words, with what doesn't exist as input; and what its output is
     "pretrain": ("pretrain up.toml --output {}", "run"),
     "finetune": ("finetune down.toml --output {}", "run"),
     "finetune, seeds": ("finetune down.toml --seeds 2 --output {}", "run"),
+    "search": ("search search.toml --output {}", "run"),
     "evaluate": ("evaluate ./nowhere --recipe down.toml --output {}", "new file"),
     "predictions": ("evaluate ./nowhere --recipe down.toml --predictions {}", "file"),
     "calibrate": ("calibrate ./nowhere --recipe down.toml --output {}", "directory"),
@@ -85,7 +87,10 @@ def tree(directory: Path) -> list[tuple[str, str]]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     write_text(place / "up.toml", pretrain_recipe(place / "nowhere").to_toml())
-    write_text(place / "down.toml", finetune_recipe(place / "nowhere", place).to_toml())
+    down = finetune_recipe(place / "nowhere", place)
+    write_text(place / "down.toml", down.to_toml())
+    values = {**down.model_dump(mode="json", exclude_none=True), "search": {}}
+    write_text(place / "search.toml", SearchRecipe.check(values).to_toml())
     (place / "file").write_text("mine")
     (place / "dangling").symlink_to("nothing")
     (place / "loop").symlink_to("loop")

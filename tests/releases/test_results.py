@@ -91,6 +91,17 @@ def test_the_table_of_structured_pruning_is_that_of_its_results(
     assert said in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.skipif(not (RESULTS / "search.json").exists(), reason="not measured yet")
+def test_the_tables_of_searches_are_those_of_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    results = json.loads((RESULTS / "search.json").read_text())
+    search = importlib.import_module("search")
+    readme = (RECIPES / "README.md").read_text()
+    expected = search.tables(results)
+    assert f"<!-- minilm-search -->\n\n{expected}\n\n<!-- /minilm-search -->" in readme
+    assert search.largest_error(results) < 0.1
+
+
 def test_the_table_of_what_is_trained_on_is_that_of_its_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
