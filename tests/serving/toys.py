@@ -85,7 +85,8 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     entries = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġg", "Ġgo", "oo", "od"]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
-    return RobertaTokenizer(vocab=vocabulary, merges=["Ġ g", "Ġg o", "o o", "o d"])
+    merges: Any = [("Ġ", "g"), ("Ġg", "o"), ("o", "o"), ("o", "d")]  # transformers says: texts
+    return RobertaTokenizer(vocab=vocabulary, merges=merges)
 
 
 def _graph(head: str, entries: int, num: int, *, has_types: bool) -> onnx.ModelProto:
