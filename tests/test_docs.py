@@ -19,6 +19,7 @@ from opfa.upstream.recipe import PretrainRecipe
 ROOT = Path(__file__).parent.parent
 BENCH = "opfa/bench/README.md"
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "model_cards/README.md"]
+PAGES += [ROOT / "launch/sagemaker/README.md"]
 PAGES += sorted([*(ROOT / "recipes").rglob("README.md"), *(ROOT / "opfa").rglob("README.md")])
 RECIPES = {
     "prepare": PretrainRecipe,

@@ -13,6 +13,7 @@ from opfa.upstream.recipe import PretrainRecipe
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "launch/README.md", ROOT / "model_cards/README.md"]
+PAGES += [ROOT / "launch/sagemaker/README.md"]
 PAGES += sorted([*(ROOT / "recipes").rglob("README.md"), *(ROOT / "opfa").rglob("README.md")])
 PAGES += [ROOT / ".github/CONTRIBUTING.md"]
 QUICKSTART = json.loads((ROOT / "recipes/quickstart/results.json").read_text())

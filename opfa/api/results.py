@@ -10,10 +10,11 @@ from opfa.releases.results import ReleaseResult, UnpackResult
 from opfa.report.tables import Result
 from opfa.runtime.packer import PackResult
 from opfa.search.results import SearchResult
-from opfa.serving.results import Served
+from opfa.serving.results import ArchiveResult, Served
 from opfa.upstream.results import PrepareResult, PretrainResult
 
 __all__ = [
+    "ArchiveResult",
     "CalibrateResult",
     "DownloadResult",
     "EvaluateResult",

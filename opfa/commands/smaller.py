@@ -50,10 +50,28 @@ def pack(
         Literal["fp32", "bf16", "int8"] | None,
         Option(help="Of the products; default: int8 for a model in 8 bits, else fp32."),
     ] = None,
+    keep: Annotated[
+        float | None,
+        Option(help="Of an archive: prune first, to this share of multiply-adds; then shrink."),
+    ] = None,
+    shrink: Annotated[
+        bool, Option("--shrink", help="Of an archive: remove dead heads and neurons first.")
+    ] = False,
+    most_gb: Annotated[
+        float | None, Option(help="Of an archive: the most that it may unpack to; default: 5.")
+    ] = None,
+    recipe: TaskRecipe = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack an encoder for the CPU runtime, which skips zeros: one file, mapped and shared."""
-    api.pack(model, output, dtype=dtype).show(as_json=as_json)
+    """Pack an encoder for the CPU runtime, which skips zeros: one file, mapped and shared.
+
+    An output that ends in .tar.gz is an archive for a SageMaker endpoint: ONNX, and what answers
+    there. Example: opfa pack runs/sst2 --output model.tar.gz --keep 0.5
+    """
+    options = {"keep": keep, "shrink": shrink, "most_gb": most_gb, "dtype": dtype}
+    found = api.pack(model, output, recipe, overrides or (), **_given(options))
+    found.show(as_json=as_json)
 
 
 @app.command(

@@ -85,23 +85,23 @@ class Predictor:
         is_onnx = Path(name).suffix == ONNX and not Path(name).is_dir()
         beside = _beside(Path(name), options.tokenizer) if is_onnx else name
         config = load_config(beside)
-        self._tokenizer = load_tokenizer(options.tokenizer or beside)
-        self.task = _task(beside, config, self._tokenizer, options)
+        self.tokenizer = load_tokenizer(options.tokenizer or beside)
+        self.task = _task(beside, config, self.tokenizer, options)
         tasks.check_head(self.task, config)
         key = "task.sequence_tokens" if options.sequence_tokens is None else "--sequence-tokens"
-        fit_padding(config, self._tokenizer, self.task.sequence_tokens, key)
-        self._classes = _classes(self.task, config, beside)
+        fit_padding(config, self.tokenizer, self.task.sequence_tokens, key)
+        self.classes = _classes(self.task, config, beside)
         self._batch, self._device = options.batch, torch.device("cpu")
         self._model: nn.Module
         if is_onnx:
-            self._model = _onnx(Path(name), self.task, self._tokenizer, self._classes)
+            self._model = _onnx(Path(name), self.task, self.tokenizer, self.classes)
             self.runs_in = "ONNX Runtime"
         elif (directory_of(name) / PACKED).is_file():
             packed = runtime.load(name)
             self.runs_in = runtime.runs_in(packed)
             self._model = packed.base_model if self.task.kind == EMBEDDING else packed
         else:
-            self._model, self._device = load_ready(self.task, name, self._classes)
+            self._model, self._device = load_ready(self.task, name, self.classes)
             is_cpu = self._device.type == "cpu"
             self.runs_in = runtime.speed_up(self._model) if is_cpu else str(self._device)
 
@@ -117,10 +117,10 @@ class Predictor:
         the language is checked, texts that the tokenizer doesn't know get a warning.
         """
         for index, chunk in enumerate(
-            chunks(self.task, self._tokenizer, self._classes, source, rows)
+            chunks(self.task, self.tokenizer, self.classes, source, rows)
         ):
             if index == 0 and is_language_checked:
-                check_language(self.task, self._tokenizer, chunk.split.examples)
+                check_language(self.task, self.tokenizer, chunk.split.examples)
 
             def watch(batches: DataLoader, num_rows: int = len(chunk.rows)) -> Iterator[Batch]:
                 for batch in batches:
