@@ -123,10 +123,9 @@ class Trainer:
         self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
 
     def _use_kernels(self) -> None:
-        """Under masked layers on a CPU; where masks don't move, live weights alone are trained."""
         kernels = self.recipe.training.sparse_kernels
         if kernels and self.device.type == "cpu" and masked_layers(self.student):
-            use_kernels(self.student, kernels, train_live=self.pruner is None)
+            use_kernels(self.student, kernels, train_live=self.pruner is None)  # if masks stay
 
     def _make_concerns(self, steps: int) -> list[Concern]:
         """Those that change the student; its layers are made for them."""
