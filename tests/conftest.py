@@ -76,7 +76,7 @@ SLOW = [
     "downstream/test_fine_pruning.py",
     "downstream/test_structured.py",
     "downstream/test_sparse_kernels.py",
-    "upstream/test_sparse_kernels.py",
+    "upstream/test_pretrain_in_kernels.py",
     "runtime/test_training.py",
     "downstream/test_scores.py",
     "upstream/test_score_scripts.py",
