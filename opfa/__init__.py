@@ -26,6 +26,7 @@ from opfa.integrations.registration import register_when_needed
 
 if TYPE_CHECKING:
     from opfa.api.models import (
+        archive,
         compare,
         download,
         export,
@@ -56,6 +57,7 @@ __version__ = version("opfa")
 LAZY = {  # where the rest is, so that `opfa --help` needs no torch
     "PruningCallback": "opfa.integrations.pruning",
     "SparsityGuard": "opfa.integrations.guard",
+    "archive": "opfa.api.models",
     "calibrate": "opfa.api.train",
     "check": "opfa.api.train",
     "compare": "opfa.api.models",
@@ -97,6 +99,7 @@ __all__ = [
     "RunError",
     "SparsityGuard",
     "__version__",
+    "archive",
     "calibrate",
     "check",
     "compare",

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ NAMES = {  # of packages that are imported by another name
 ALSO = {"numpy"}  # comes with those of the base, in any version that they accept
 
 
-def names(requirements: list[str]) -> set[str]:
+def names(requirements: Sequence[str]) -> set[str]:
     """Packages that requirements name; those of an extra for the extra."""
     found: set[str] = set()
     for requirement in requirements:

@@ -19,6 +19,7 @@ PUBLIC = [
     "RunError",
     "SparsityGuard",
     "__version__",
+    "archive",
     "calibrate",
     "check",
     "compare",

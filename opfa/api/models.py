@@ -133,14 +133,9 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
 def pack(
     model: str | Path,
     output: str | Path,
-    recipe: AnyRecipe | None = None,
-    overrides: Overrides = (),
     *,
     dtype: Literal["fp32", "bf16", "int8"] | None = None,
-    keep: float | None = None,
-    shrink: bool = False,
-    most_gb: float | None = None,
-) -> "PackResult | ArchiveResult":
+) -> "PackResult":
     """Pack an encoder, with its head if it has one, for CPUs: `opfa.runtime.load` and `predict`.
 
     `model` is a BERT, RoBERTa, DistilBERT or ModernBERT: a run, a directory in any form or a Hub
@@ -148,40 +143,54 @@ def pack(
     one file, which is mapped and not read, so that processes share it. Matrices of which half is
     zero, or more, are there without their zeros. `dtype` is how it computes, as in
     `opfa.runtime.load`.
-
-    An `output` that ends in .tar.gz becomes an archive for a SageMaker endpoint instead: the model
-    as ONNX (`dtype` "fp32" or "int8"), and the code that answers with it there. `shrink` removes
-    dead heads and neurons first. `keep` prunes first, to this share of the multiply-adds of heads
-    and neurons, on the task of `recipe` (the run's own), and then shrinks. `RunError` is raised for
-    files of more than `most_gb` GB (5) unpacked. Needs `opfa[export]`.
     """
-    options = {"keep": keep, "shrink": shrink or None, "most_gb": most_gb}
-    options |= {"recipe": recipe, "overrides": list(overrides) or None}
-    given = [name for name, value in options.items() if value is not None]
+    if str(output).endswith(ARCHIVE):
+        raise RunError(f"{output}: opfa.archive writes an archive; pack writes a directory")
+    check_new(Path(output))
+    own = recipe_of(str(model))
+    from opfa.runtime.packer import pack as execute
+
+    return execute(str(model), Path(output), dtype, own and own.to_public_toml())
+
+
+@progress()
+def archive(
+    model: str | Path,
+    output: str | Path,
+    recipe: AnyRecipe | None = None,
+    overrides: Overrides = (),
+    *,
+    dtype: Literal["fp32", "int8"] | None = None,
+    keep: float | None = None,
+    shrink: bool = False,
+    most_gb: float = 5,
+) -> "ArchiveResult":
+    """Write what a SageMaker endpoint serves: a model as ONNX, and the code that answers there.
+
+    `output` ends in .tar.gz. `shrink` removes dead heads and neurons first. `keep` prunes first, to
+    this share of the multiply-adds of heads and neurons, on the task of `recipe` (the run's own),
+    and then shrinks. `RunError` is raised for files of more than `most_gb` GB unpacked. Needs
+    `opfa[export]`.
+    """
     if not str(output).endswith(ARCHIVE):
-        if given:
-            raise RunError(f"{given[0]}: is for an archive, an output that ends in .tar.gz")
-        check_new(Path(output))
-        own = recipe_of(str(model))
-        from opfa.runtime.packer import pack as execute
-
-        return execute(str(model), Path(output), dtype, own and own.to_public_toml())
+        raise RunError(f"{output}: the name of an archive ends in {ARCHIVE}")
+    if dtype not in (None, "fp32", "int8"):
+        raise RunError(f"dtype = {dtype!r}: an archive has a model in ONNX; give 'fp32' or 'int8'")
+    if keep is None and (recipe is not None or overrides):
+        name = "overrides" if recipe is None else "recipe"
+        raise RunError(f"{name}: is for keep, which measures on its task")
     check_new(Path(output), "file")
-    if keep is None and given and given[-1] in ("recipe", "overrides"):
-        raise RunError(f"{given[-1]}: is for keep, which measures on its task")
-    if dtype == "bf16":
-        raise RunError("dtype = 'bf16': an archive has a model in ONNX; give 'fp32' or 'int8'")
     checked = None if keep is None else task_recipe_of(model, recipe, overrides)
-    from opfa.serving.archive import MOST_GB, archive
+    from opfa.serving.archive import archive as execute
 
-    return archive(
+    return execute(
         str(model),
         Path(output),
         precision=dtype,
         keep=keep,
         has_shrunk=shrink,
         recipe=checked,
-        most_gb=MOST_GB if most_gb is None else most_gb,
+        most_gb=most_gb,
     )
 
 

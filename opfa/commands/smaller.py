@@ -69,9 +69,15 @@ def pack(
     An output that ends in .tar.gz is an archive for a SageMaker endpoint: ONNX, and what answers
     there. Example: opfa pack runs/sst2 --output model.tar.gz --keep 0.5
     """
-    options = {"keep": keep, "shrink": shrink, "most_gb": most_gb, "dtype": dtype}
-    found = api.pack(model, output, recipe, overrides or (), **_given(options))
-    found.show(as_json=as_json)
+    options = {"keep": keep, "shrink": shrink, "most-gb": most_gb, "recipe": recipe}
+    given = [name for name, value in {**options, "overrides": overrides}.items() if value]
+    if str(output).endswith(api.ARCHIVE):
+        options = _given({"keep": keep, "shrink": shrink, "most_gb": most_gb, "dtype": dtype})
+        api.archive(model, output, recipe, overrides or (), **options).show(as_json=as_json)
+    elif given:
+        raise RunError(f"{given[0]}: is for an archive, an output that ends in {api.ARCHIVE}")
+    else:
+        api.pack(model, output, dtype=dtype).show(as_json=as_json)
 
 
 @app.command(

@@ -20,6 +20,7 @@ from words import WORDS
 
 import opfa
 from opfa.api.results import ArchiveResult
+from opfa.commands import app as cli
 from opfa.errors import ModelError, RunError
 from opfa.models.configs import wordpiece_tokenizer
 from opfa.models.encoders import write_model
@@ -91,7 +92,7 @@ def close(ours: list[dict], theirs: Path) -> bool:
 def test_a_pruned_model_s_archive_answers_as_it_does_and_has_the_same_bytes_in_any_process(
     model: Path, tmp_path: Path
 ) -> None:
-    found = opfa.pack(model, tmp_path / "model.tar.gz", keep=0.5)
+    found = opfa.archive(model, tmp_path / "model.tar.gz", keep=0.5)
     assert isinstance(found, ArchiveResult) and found.heads and found.neurons
     with tarfile.open(found.file) as tar:
         entries = tar.getmembers()
@@ -153,26 +154,31 @@ def test_files_beyond_the_limit_are_one_message_and_nothing_is_written(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fits.tar.gz", "model"]
 
 
-def test_what_does_not_belong_together_is_refused_at_once(model: Path, tmp_path: Path) -> None:
+def test_what_does_not_belong_together_is_refused_at_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packed, archive = tmp_path / "packed", tmp_path / "model.tar.gz"
-    only = r": is for an archive, an output that ends in \.tar\.gz"
-    with pytest.raises(RunError, match=f"keep{only}"):
-        opfa.pack(model, packed, keep=0.5)
-    with pytest.raises(RunError, match=f"shrink{only}"):
-        opfa.pack(model, packed, shrink=True)
+    for option in (["--keep", "0.5"], ["--shrink"], ["--most-gb", "1"]):
+        assert cli.run(["pack", str(model), "--output", str(packed), *option]) == 2
+        only = f"{option[0][2:]}: is for an archive, an output that ends in .tar.gz"
+        assert only in capsys.readouterr().err
+    with pytest.raises(RunError, match="the name of an archive ends in .tar.gz"):
+        opfa.archive(model, packed)
+    with pytest.raises(RunError, match="opfa.archive writes an archive"):
+        opfa.pack(model, archive)
     with pytest.raises(RunError, match="recipe: is for keep"):
-        opfa.pack(model, archive, model / "recipe.toml")
+        opfa.archive(model, archive, model / "recipe.toml")
     with pytest.raises(RunError, match="dtype = 'bf16': an archive has a model in ONNX"):
-        opfa.pack(model, archive, dtype="bf16")
+        opfa.archive(model, archive, dtype="bf16")  # type: ignore[arg-type]
     with pytest.raises(RunError, match="dtype = 'int8': a shrunk model has no 8 bits"):
-        opfa.pack(model, archive, dtype="int8", shrink=True)
+        opfa.archive(model, archive, dtype="int8", shrink=True)
     with pytest.raises(RunError, match="most_gb = 0: must be above 0"):
-        opfa.pack(model, archive, most_gb=0)
+        opfa.archive(model, archive, most_gb=0)
     with pytest.raises(ModelError, match="no head and no neuron is dead"):
-        opfa.pack(model, archive, shrink=True)
+        opfa.archive(model, archive, shrink=True)
     with pytest.raises(ModelError, match="no quantization.safetensors|has no .*8 bits"):
-        opfa.pack(model, archive, dtype="int8")
+        opfa.archive(model, archive, dtype="int8")
     archive.touch()
     with pytest.raises(RunError, match="exists already; give a new file"):
-        opfa.pack(model, archive)
+        opfa.archive(model, archive)
     assert list(tmp_path.iterdir()) == [archive]
