@@ -53,7 +53,7 @@ SLOW = [
     "storage/test_writing.py",
     "serving/test_stopping.py",
     "serving/test_server.py",
-    "serving/test_page.py",
+    "serving/test_try_page.py",
     "bench/test_bench_serve.py",
     "downstream/test_sentence_encoders.py",
     "downstream/test_finetune.py",

@@ -67,6 +67,9 @@ def test_new_writes_a_recipe_with_settings_and_says_what_is_next(
     assert said(capsys, "check", "sub/mine.toml").startswith("# accepted, for opfa finetune")
 
 
+SCHEMAS = {"corpus": "pretrain", "search": "search"}  # by a section that only this kind has
+
+
 @pytest.mark.parametrize("name", [name for name, p in recipe_files().items()])
 def test_any_recipe_can_be_a_beginning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(said(capsys, "new", name, "mine.toml", "--json"))
@@ -76,7 +79,8 @@ def test_any_recipe_can_be_a_beginning(name: str, capsys: pytest.CaptureFixture[
     assert after["name"] == "mine"
     assert {**after, "name": 0, "data": 0} == {**before, "name": 0, "data": 0}
     schema = Path("mine.toml").read_text().splitlines()[0].removeprefix("#:schema ")
-    assert Path(schema).samefile(SCHEMA / f"{'pretrain' if 'corpus' in after else 'finetune'}.json")
+    kind = next((k for key, k in SCHEMAS.items() if key in after), "finetune")
+    assert Path(schema).samefile(SCHEMA / f"{kind}.json")
 
 
 @pytest.mark.parametrize("stem", ["2024", "true", "two words", 'a"b', "c\\d", "é"])

@@ -146,7 +146,7 @@ def test_the_report_says_what_plain_transformers_loads(student: Path) -> None:
         inspect(BertModel.from_pretrained(student / "model"))["fingerprint"]
         == stated["fingerprint"]
     )
-    assert list(stated) == ["format", "total", "tensors", "fingerprint"]
+    assert list(stated) == ["format", "total", "tensors", "fingerprint", "chosen_by"]
 
 
 @pytest.mark.parametrize("target", [0.85, 0.9])
