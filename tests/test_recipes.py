@@ -55,7 +55,7 @@ def kind_of(recipe: str) -> type[PretrainRecipe] | type[FinetuneRecipe]:
     if folder == "own":
         is_finetuning = name != "my-encoder.toml"
     if folder == "minilm":
-        is_finetuning = name.removeprefix("minilm-").removesuffix(".toml") in TASKS
+        is_finetuning = name.removeprefix("minilm-").removesuffix(".toml") in (*TASKS, "embed")
     return FinetuneRecipe if is_finetuning else PretrainRecipe
 
 

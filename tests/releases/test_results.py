@@ -14,9 +14,13 @@ from typing import Any, TypeVar
 import pytest
 
 from opfa.downstream.recipe import FinetuneRecipe
+from opfa.hub import manifest
+from opfa.hub.index import released
 from opfa.recipe import Recipe
 from opfa.report.tables import figure
+from opfa.storage import seal
 from opfa.upstream.recipe import PretrainRecipe
+from opfa.weights.inspection import inspect
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes/minilm"
@@ -527,7 +531,10 @@ def recipe_of(run: str, directory: Path, kind: type[Kind]) -> Kind:
     return kind.read(directory / "recipe.toml")
 
 
-@pytest.mark.parametrize("directory", CARDS, ids=lambda directory: directory.name)
+EXPERIMENT = [directory for directory in CARDS if directory.name.startswith("minilm-sparse-")]
+
+
+@pytest.mark.parametrize("directory", EXPERIMENT, ids=lambda directory: directory.name)
 def test_a_card_has_the_numbers_of_its_runs(directory: Path, table: Any, tmp_path: Path) -> None:
     said = json.loads((directory / "release.json").read_text())
     for path in directory.iterdir():
@@ -571,10 +578,40 @@ def test_a_card_has_the_numbers_of_its_runs(directory: Path, table: Any, tmp_pat
 
 
 def test_there_is_a_card_for_each_student_and_its_8_bits() -> None:
-    assert [directory.name for directory in CARDS] == [
+    assert [directory.name for directory in EXPERIMENT] == [
         *("minilm-sparse-85", "minilm-sparse-85-squad", "minilm-sparse-85-sst2"),
         *("minilm-sparse-90", "minilm-sparse-90-squad", "minilm-sparse-90-sst2"),
     ]
+
+
+def test_a_model_in_this_repository_is_whole_and_the_index_knows_it() -> None:
+    here = [model for model in released() if model.directory is not None]
+    assert [model.name for model in here] == ["minilm-embed-sparse-90"]
+    for model in here:
+        assert model.directory is not None
+        found = manifest.check(model.directory)
+        assert sha256(manifest.read_bytes(model.directory)).hexdigest() == model.manifest_sha256
+        assert (found.facts["bytes"], found.facts["license"]) == (model.bytes, model.licence)
+        assert inspect(model.directory)["fingerprint"] == found.facts["fingerprint"]
+        assert model.sparsity == round(found.facts["sparsity"], 4)
+
+
+def test_the_released_sentence_encoder_keeps_what_the_pages_say() -> None:
+    dense, fp32, small = json.loads((RESULTS / "embed.json").read_text())
+    values = [row["metrics"]["spearman"] for row in (dense, fp32, small)]
+    lines = [
+        f"| all-MiniLM-L6-v2 | 0 % | {values[0]:.4f} | {dense['bytes']:,} |",
+        f"| 90 % zeros, fp32 | 90 % | {values[1]:.4f} ({values[1] / values[0]:.1%}) | |",
+        f"| the release, compact int8 | 90 % | {values[2]:.4f} ({values[2] / values[0]:.1%}) "
+        f"| {small['bytes']:,} |",
+    ]
+    assert "\n".join(lines) in (RECIPES / "README.md").read_text()
+    assert len({row["examples_sha256"] for row in (dense, fp32, small)}) == 1
+    (entry,) = (model for model in released() if model.name == "minilm-embed-sparse-90")
+    assert entry.results == {"spearman": round(values[2], 4)}
+    assert entry.bytes == small["bytes"]
+    weights = seal.one_digest(seal.model_files(entry.directory or Path()))
+    assert weights == small["model_files_sha256"]
 
 
 def table_of(text: str) -> dict[str, dict[str, str]]:
