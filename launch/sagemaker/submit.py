@@ -174,7 +174,7 @@ def stage(recipe: str, directory: Path) -> None:
     """Fill a directory with what the container gets: train.py, opfa, and the recipe if it is a
     file of yours.
     """
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.png")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.png", "*.safetensors")
     for script in SCRIPTS:
         shutil.copy(script, directory / script.name)
     for name in PACKAGE:
