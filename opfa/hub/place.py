@@ -3,10 +3,7 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import constants
-
-from opfa.hub.download import download
-from opfa.hub.index import known
+from opfa.hub.index import Released, known
 
 
 def place_of(name: str) -> str:
@@ -19,9 +16,16 @@ def place_of(name: str) -> str:
     model = None if os.path.lexists(name) else known(name)
     if model is None or model.source == name:  # of the Hub, where its own cache has it
         return name
-    if model.directory is not None:
-        return str(model.directory)
-    kept = Path(constants.HF_HOME, "opfa", f"{name}-{str(model.manifest_sha256)[:16]}")
-    if not kept.is_dir():  # else it is whole: it got its name after all files were checked
-        download(name, kept)
-    return str(kept)
+    return str(model.directory or _downloaded(model))
+
+
+def _downloaded(model: Released) -> Path:
+    """Its directory in the cache; a directory there is whole, since all files were checked."""
+    from huggingface_hub import constants  # here, since every command waits for this file
+
+    from opfa.hub.download import download
+
+    kept = Path(constants.HF_HOME, "opfa", f"{model.name}-{str(model.manifest_sha256)[:16]}")
+    if not kept.is_dir():
+        download(model.name, kept)
+    return kept

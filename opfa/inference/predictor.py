@@ -82,6 +82,7 @@ class Predictor:
         """Load a model by a path, a run or a Hub name; what doesn't fit raises `OpfaError`."""
         if options.batch < 1:
             raise RunError(f"batch = {options.batch}: must be 1 or more")
+        name = place_of(name)
         is_onnx = Path(name).suffix == ONNX and not Path(name).is_dir()
         beside = _beside(Path(name), options.tokenizer) if is_onnx else name
         config = load_config(beside)
@@ -182,8 +183,7 @@ def _task_of_recipe(name: str, given: Path | None) -> Task | None:
     """The task of a given recipe, or of the one that a run or release has; None without any."""
     if given is not None:
         return FinetuneRecipe.read(given).task
-    place = place_of(name)
-    place = place if Path(place).is_dir() else str(downloaded(place, [RECIPE]))
+    place = name if Path(name).is_dir() else str(downloaded(name, [RECIPE]))
     found = recipe_of(place)
     return None if found is None else found.task
 
