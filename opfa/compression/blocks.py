@@ -25,13 +25,10 @@ class Blocks:
     """The blocks of some matrices: gradients are added, then inverses are taken in place."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], size: int, device: torch.device) -> None:
-        """Raises `RunError`, before anything is allocated, where the memory isn't there."""
+        """Blocks of `size` weights that follow each other in a row-major matrix, all zero."""
         self.size, self._shapes = size, dict(shapes)
         self._seen: list[list[Tensor]] = []
         self._count = 0
-        num_weights = sum(shape.numel() for shape in shapes.values())
-        less = "smaller blocks, or another score, need less"
-        check_memory("fisher", 4 * num_weights * (size + GRADIENTS), device, less)
         self.matrices = {
             name: torch.zeros(-(-shape.numel() // size), size, size, device=device)
             for name, shape in shapes.items()

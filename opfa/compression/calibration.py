@@ -88,8 +88,8 @@ class Calibration:
         for name, place in places.items():
             values[place] = (values[place] * layers[name].mask).requires_grad_()
         device = next(iter(values.values())).device
-        if quantity != "fisher":  # its blocks look themselves
-            check_memory(quantity, 4 * floats, device, "fewer matrices, or magnitude, need less")
+        less = ("smaller blocks", "another score") if ask.block else ("fewer matrices", "magnitude")
+        check_memory(quantity, 4 * floats, device, f"{', or '.join(less)}, need less")
         self._to(device)
         batches = _timed(self._text.batches(sequences), sequences, what)
         if quantity == "activation":
