@@ -63,8 +63,8 @@ class Curvature(FromText):
 
 
 class Activation(FromText):
-    """|w| times the norm of the weight's inputs: Sun et al. (2023), eq. 1. The pattern's scope says
-    which weights compete; there it is each output row.
+    """|w| times the norm of the weight's inputs: Sun et al. (2023), eq. 1. In the paper the weights
+    of an output row compete; here the pattern's scope decides.
     """
 
     kind: Literal["activation"] = "activation"

@@ -596,6 +596,26 @@ def test_a_model_in_this_repository_is_whole_and_the_index_knows_it() -> None:
         assert model.sparsity == round(found.facts["sparsity"], 4)
 
 
+def test_the_table_of_a_student_by_curvature_is_that_of_its_runs() -> None:
+    found = json.loads((RESULTS / "curvature.json").read_text())
+    last = json.loads(RUNS["runs/sparse-90/metrics.jsonl"].splitlines()[-1])
+    assert (last["step"], found["student"]["step"]) == (4800, 4800)
+    losses = [each["hidden_loss"] for each in (last, found["student"])]
+    cells = {"magnitude": [f"{losses[0]:.5f}"], "curvature": [f"{losses[1]:.5f}"]}
+    for task in ("sst2", "mnli"):
+        (dense,), (ours,) = (
+            [row for row in rows_of(task) if (row["method"], row["percent"]) == wanted]
+            for wanted in (("dense", 0), ("prune-once", 90))
+        )
+        values = {"magnitude": ours["mean"], "curvature": found[task]["metrics"]["accuracy"]}
+        for score, value in values.items():
+            cells[score].append(f"{value:.4f} ({value / dense['mean']:.1%})")
+    for score, seeds in (("magnitude", ", 3 seeds"), ("curvature", ", 1 seed")):
+        loss, sst2, mnli = cells[score]
+        line = f"| {score} | {loss} | {sst2}{seeds} | {mnli} |"
+        assert line in (RECIPES / "README.md").read_text()
+
+
 def test_the_released_sentence_encoder_keeps_what_the_pages_say() -> None:
     dense, fp32, small = json.loads((RESULTS / "embed.json").read_text())
     values = [row["metrics"]["spearman"] for row in (dense, fp32, small)]
