@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from opfa.api.serve import HOST, PORT
+from opfa.api.serve import DEFAULT
 from opfa.api.serve import serve as execute
 from opfa.commands.options import (
     AnyModel,
@@ -25,14 +25,20 @@ app = typer.Typer()
 @app.command(epilog="Example: opfa serve runs/sst2 --port 8000")
 def serve(
     model: AnyModel,
-    host: Annotated[str, Option(help="Where to listen; 0.0.0.0: for others too.")] = HOST,
-    port: Annotated[int, Option(help="0: one that is free.")] = PORT,
-    batch: Annotated[int, Option(help="Examples that are computed at once.")] = 32,
-    wait_ms: Annotated[float, Option(help="How long a batch waits for more, milliseconds.")] = 2.0,
-    queue: Annotated[int, Option(help="Examples that may wait; beyond them: status 503.")] = 1_024,
-    body_mb: Annotated[float, Option(help="Largest body, in 10^6 bytes.")] = 1.0,
-    read_seconds: Annotated[float, Option(help="For the headers, and then for the body.")] = 10.0,
-    answer_seconds: Annotated[float, Option(help="For the answer.")] = 30.0,
+    host: Annotated[str, Option(help="Where to listen; 0.0.0.0: for others too.")] = DEFAULT.host,
+    port: Annotated[int, Option(help="0: one that is free.")] = DEFAULT.port,
+    batch: Annotated[int, Option(help="Examples that are computed at once.")] = DEFAULT.batch,
+    wait_ms: Annotated[
+        float, Option(help="How long a batch waits for more, milliseconds.")
+    ] = DEFAULT.wait_ms,
+    queue: Annotated[
+        int, Option(help="Examples that may wait; beyond them: status 503.")
+    ] = DEFAULT.queue,
+    body_mb: Annotated[float, Option(help="Largest body, in 10^6 bytes.")] = DEFAULT.body_mb,
+    read_seconds: Annotated[
+        float, Option(help="For the headers, and then for the body.")
+    ] = DEFAULT.read_seconds,
+    answer_seconds: Annotated[float, Option(help="For the answer.")] = DEFAULT.answer_seconds,
     text: TextColumn = None,
     pair: PairColumn = None,
     choices: ChoiceColumns = None,
