@@ -189,6 +189,9 @@ def test_a_strange_request_is_one_message(toys: Toys) -> None:
     for parameters in ({"top_k": 2}, "top_k"):
         with pytest.raises(ValueError, match="parameters: 'top_k': there is only probabilities"):
             handler.predict_fn({"inputs": "a", "parameters": parameters}, model)
+    for value in ("false", 1, None):
+        with pytest.raises(ValueError, match=f"'probabilities = {value}': there is only probabil"):
+            handler.predict_fn({"inputs": "a", "parameters": {"probabilities": value}}, model)
     three = {"question": "in", "choices": ["may", "?", "."]}
     two = {"question": "in", "choices": ["may", "?"]}
     with pytest.raises(ValueError, match=r"inputs\[1\]: has 2 choices, the first one 3"):
