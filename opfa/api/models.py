@@ -131,10 +131,7 @@ def unpack(directory: str | Path, output: str | Path) -> "UnpackResult":
 
 @progress()
 def pack(
-    model: str | Path,
-    output: str | Path,
-    *,
-    dtype: Literal["fp32", "bf16", "int8"] | None = None,
+    model: str | Path, output: str | Path, *, dtype: Literal["fp32", "bf16", "int8"] | None = None
 ) -> "PackResult":
     """Pack an encoder, with its head if it has one, for CPUs: `opfa.runtime.load` and `predict`.
 
@@ -147,10 +144,10 @@ def pack(
     if str(output).endswith(ARCHIVE):
         raise RunError(f"{output}: opfa.archive writes an archive; pack writes a directory")
     check_new(Path(output))
-    own = recipe_of(str(model))
+    recipe = recipe_of(str(model))
     from opfa.runtime.packer import pack as execute
 
-    return execute(str(model), Path(output), dtype, own and own.to_public_toml())
+    return execute(str(model), Path(output), dtype, recipe and recipe.to_public_toml())
 
 
 @progress()
@@ -181,17 +178,11 @@ def archive(
         raise RunError(f"{name}: is for keep, which measures on its task")
     check_new(Path(output), "file")
     checked = None if keep is None else task_recipe_of(model, recipe, overrides)
+    from opfa.serving.archive import Making
     from opfa.serving.archive import archive as execute
 
-    return execute(
-        str(model),
-        Path(output),
-        precision=dtype,
-        keep=keep,
-        has_shrunk=shrink,
-        recipe=checked,
-        most_gb=most_gb,
-    )
+    making = Making(precision=dtype, keep=keep, has_shrunk=shrink, recipe=checked)
+    return execute(str(model), Path(output), making, most_gb=most_gb)
 
 
 @progress()

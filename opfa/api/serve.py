@@ -6,25 +6,26 @@ from typing import TYPE_CHECKING
 
 from opfa.api.progress import progress
 from opfa.extras import require
+from opfa.serving.limits import Limits
 
 if TYPE_CHECKING:  # it waits for torch
     from opfa.serving.results import Served
 
-HOST, PORT = "127.0.0.1", 8000
+DEFAULT = Limits()
 
 
 @progress()
 def serve(
     model: str | Path,
     *,
-    host: str = HOST,
-    port: int = PORT,
-    batch: int = 32,
-    wait_ms: float = 2.0,
-    queue: int = 1_024,
-    body_mb: float = 1.0,
-    read_seconds: float = 10.0,
-    answer_seconds: float = 30.0,
+    host: str = DEFAULT.host,
+    port: int = DEFAULT.port,
+    batch: int = DEFAULT.batch,
+    wait_ms: float = DEFAULT.wait_ms,
+    queue: int = DEFAULT.queue,
+    body_mb: float = DEFAULT.body_mb,
+    read_seconds: float = DEFAULT.read_seconds,
+    answer_seconds: float = DEFAULT.answer_seconds,
     kind: str | None = None,
     text: str | None = None,
     text_pair: str | None = None,
@@ -43,8 +44,6 @@ def serve(
     Needs `opfa[serve]`.
     """
     require("opfa serve", "opfa[serve]", "fastapi", "uvicorn", "prometheus_client")
-    from opfa.serving.limits import Limits
-
     limits = Limits.of(
         host=host,
         port=port,

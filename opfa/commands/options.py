@@ -30,6 +30,9 @@ TaskRecipe = Annotated[
     ),
 ]
 ModelName = Annotated[str, Argument(metavar="MODEL", help="A run, a directory or a Hub name.")]
+AnyModel = Annotated[
+    str, Argument(metavar="MODEL", help="A run, a directory, FILE.onnx or a Hub name.")
+]
 Output = Annotated[Path, Option("--output", help="Where the output goes; must be new.")]
 NewRun = Annotated[
     Path, Option("--output", help="The run directory; must be new, unless --resume.")
@@ -65,3 +68,21 @@ Columns = Annotated[
 HubTexts = Annotated[str | None, Option(help="A data set of the Hub.")]
 HubConfig = Annotated[str | None, Option(help="The data set's configuration.")]
 HubSplit = Annotated[str, Option(help="The data set's split.")]
+
+TextColumn = Annotated[
+    str | None,
+    Option("--text", "--question", help="Column of the text, of the question or of the words."),
+]
+PairColumn = Annotated[
+    str | None, Option("--pair", "--context", help="Column of the second text, or context.")
+]
+ChoiceColumns = Annotated[
+    list[str] | None, Option(help="Column of one choice, or of a list of all; repeatable.")
+]
+TaskKind = Annotated[str | None, Option(help="Of task; default: the recipe's or the head's.")]
+TokenizerName = Annotated[
+    str | None, Option(help="A directory or Hub name; default: the model's own.")
+]
+SequenceTokens = Annotated[
+    int | None, Option(min=8, help="Cut texts at so many tokens; default: the recipe's.")
+]

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from opfa.commands.options import AsJson, TaskRecipe
+from opfa.commands.options import (
+    AnyModel,
+    AsJson,
+    ChoiceColumns,
+    PairColumn,
+    SequenceTokens,
+    TaskKind,
+    TaskRecipe,
+    TextColumn,
+    TokenizerName,
+)
 from opfa.errors import Redacting, RunError
 from opfa.storage.files import check_new
 
@@ -16,9 +26,7 @@ app = typer.Typer()
 
 @app.command(epilog="Example: opfa predict runs/sst2 reviews.csv --text review --output rated.csv")
 def predict(
-    model: Annotated[
-        str, Argument(metavar="MODEL", help="A run, a directory, FILE.onnx or a Hub name.")
-    ],
+    model: AnyModel,
     file: Annotated[
         Path | None,
         Argument(
@@ -27,17 +35,9 @@ def predict(
             "input.",
         ),
     ] = None,
-    text: Annotated[
-        str | None,
-        Option("--text", "--question", help="Column of the text, of the question or of the words."),
-    ] = None,
-    pair: Annotated[
-        str | None, Option("--pair", "--context", help="Column of the second text, or context.")
-    ] = None,
-    choices: Annotated[
-        list[str] | None,
-        Option(help="Column of one choice, or of a list of all; repeatable."),
-    ] = None,
+    text: TextColumn = None,
+    pair: PairColumn = None,
+    choices: ChoiceColumns = None,
     output: Annotated[
         Path | None, Option(help="FILE.jsonl or FILE.csv, a new file; default: standard output.")
     ] = None,
@@ -57,15 +57,9 @@ def predict(
         ),
     ] = None,
     recipe: TaskRecipe = None,
-    kind: Annotated[
-        str | None, Option(help="Of task; default: the recipe's or the head's.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, Option(help="A directory or Hub name; default: the model's own.")
-    ] = None,
-    sequence_tokens: Annotated[
-        int | None, Option(min=8, help="Cut texts at so many tokens; default: the recipe's.")
-    ] = None,
+    kind: TaskKind = None,
+    tokenizer: TokenizerName = None,
+    sequence_tokens: SequenceTokens = None,
     batch: Annotated[int, Option(min=1, help="Examples per pass.")] = 64,
     as_json: AsJson = False,
 ) -> None:

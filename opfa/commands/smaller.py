@@ -69,14 +69,13 @@ def pack(
     An output that ends in .tar.gz is an archive for a SageMaker endpoint: ONNX, and what answers
     there. Example: opfa pack runs/sst2 --output model.tar.gz --keep 0.5
     """
-    options = {"keep": keep, "shrink": shrink, "most-gb": most_gb, "recipe": recipe}
-    given = [name for name, value in {**options, "overrides": overrides}.items() if value]
+    of_archive = {"keep": keep, "shrink": shrink or None, "most_gb": most_gb}
     if str(output).endswith(api.ARCHIVE):
-        options = _given({"keep": keep, "shrink": shrink, "most_gb": most_gb, "dtype": dtype})
+        options = _given({**of_archive, "dtype": dtype})
         api.archive(model, output, recipe, overrides or (), **options).show(as_json=as_json)
-    elif given:
-        raise RunError(f"{given[0]}: is for an archive, an output that ends in {api.ARCHIVE}")
     else:
+        others = {"recipe": recipe, "[section.key=value]": overrides or None}
+        _refuse(f"is for an archive, an output that ends in {api.ARCHIVE}", of_archive | others)
         api.pack(model, output, dtype=dtype).show(as_json=as_json)
 
 
@@ -150,7 +149,7 @@ def prune(
     --keep and --layers need a fine-tuned model and its task: the run's own recipe, or --recipe.
     """
     of_weights = {"grain": grain, "scope": scope, "include": include, "exclude": exclude}
-    of_weights |= {"reconstruct": reconstruct or None, "hub": hub, "hub-config": hub_config}
+    of_weights |= {"reconstruct": reconstruct or None, "hub": hub, "hub_config": hub_config}
     of_weights |= {"text": text, "column": column, "sequences": sequences}
     of_units = {"of": of, "batch": batch, "tokens": tokens}
     of_task = {"examples": examples, "recipe": recipe, "[section.key=value]": overrides}
@@ -158,7 +157,7 @@ def prune(
         what = "give one of them, for single weights, heads and neurons, or whole layers"
         raise RunError(f"--sparsity, --keep, --layers: {what}")
     if sparsity is not None:
-        _refuse("--sparsity", {**of_units, **of_task})
+        _refuse("has no meaning with --sparsity", {**of_units, **of_task})
         if not 0 <= sparsity < 1:
             raise RunError(f"--sparsity {sparsity:g}: must be a share below 1, such as 0.9")
         options = {"score": score, "grain": grain, "scope": scope, "sequences": sequences}
@@ -168,11 +167,11 @@ def prune(
         execute_prune(model, sparsity, output, **_given(options)).show(as_json=as_json)
     task = (recipe, overrides or ())
     if keep is not None:
-        _refuse("--keep", of_weights)
+        _refuse("has no meaning with --keep", of_weights)
         options = _given({**of_units, "examples": examples, "score": score})
         prune_structured(model, output, *task, keep=keep, **options).show(as_json=as_json)
     if layers is not None:
-        _refuse("--layers", {**of_weights, **of_units, "score": score})
+        _refuse("has no meaning with --layers", {**of_weights, **of_units, "score": score})
         options = _given({"examples": examples})
         prune_layers(model, output, *task, layers=layers, **options).show(as_json=as_json)
 
@@ -182,6 +181,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _refuse(with_option: str, options: Mapping[str, Any]) -> None:
-    if given := [n if n.startswith("[") else f"--{n}" for n in _given(options)]:
-        raise RunError(f"{given[0]}: has no meaning with {with_option}")
+def _refuse(why: str, options: Mapping[str, Any]) -> None:
+    """One error for what is given of options that have no meaning here."""
+    for name in _given(options):
+        option = name if name.startswith("[") else f"--{name.replace('_', '-')}"
+        raise RunError(f"{option}: {why}")

@@ -14,6 +14,7 @@ import logging
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,27 +57,35 @@ LEVEL = 6  # of gzip
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What happens to a model before it is exported. `keep` prunes on the task of `recipe`."""
+
+    precision: Literal["int8", "fp32"] | None = None  # None: as the model has it
+    keep: float | None = None  # prune to this share of multiply-adds, then shrink
+    has_shrunk: bool = False  # shrink
+    recipe: FinetuneRecipe | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning together."""
+        if self.precision == "int8" and (self.keep is not None or self.has_shrunk):
+            raise RunError("dtype = 'int8': a shrunk model has no 8 bits")
+
+
 def archive(
-    name: str,
-    output: Path,
-    *,
-    precision: Literal["int8", "fp32"] | None = None,
-    keep: float | None = None,
-    has_shrunk: bool = False,
-    recipe: FinetuneRecipe | None = None,
-    most_gb: float = MOST_GB,
+    name: str, output: Path, making: Making | None = None, *, most_gb: float = MOST_GB
 ) -> ArchiveResult:
-    """Write the new file `output`; with `keep` of a pruned and shrunk model. Raises `RunError` for
-    files of more than `most_gb` GB, and what pruning, shrinking and exporting raise.
+    """Write the new file `output`. Raises `RunError` for files of more than `most_gb` GB, and what
+    pruning, shrinking and exporting raise.
     """
     check_new(output, "file")
     if not most_gb > 0:
         raise RunError(f"most_gb = {most_gb:g}: must be above 0")
     with tempfile.TemporaryDirectory() as aside:
         work = Path(aside, "model")
-        facts = fill(name, work, precision=precision, keep=keep, has_shrunk=has_shrunk, of=recipe)
+        facts = fill(name, work, making)
         files = write_archive(work, output, most_gb)
-        unpacked = sum((work / each).stat().st_size for each in files)
+        unpacked = _bytes(work, files)
     return ArchiveResult(
         file=output, bytes=output.stat().st_size, unpacked=unpacked, files=files, **facts
     )
@@ -86,7 +95,7 @@ def write_archive(directory: Path, output: Path, most_gb: float = MOST_GB) -> li
     """Write all files of a directory as the new file `output`, and return their names."""
     paths = (path for path in directory.rglob("*") if path.is_file())
     files = sorted(path.relative_to(directory).as_posix() for path in paths)
-    unpacked = sum((directory / each).stat().st_size for each in files)
+    unpacked = _bytes(directory, files)
     if unpacked > most_gb * GB:
         what = f"the files for it have {unpacked / GB:,.3g} GB, and most_gb is {most_gb:g}"
         raise RunError(f"{output}: not written: {what}; keep, shrink or 8 bits make it less")
@@ -95,35 +104,29 @@ def write_archive(directory: Path, output: Path, most_gb: float = MOST_GB) -> li
     return files
 
 
-def fill(
-    name: str,
-    work: Path,
-    *,
-    precision: Literal["int8", "fp32"] | None = None,
-    keep: float | None = None,
-    has_shrunk: bool = False,
-    of: FinetuneRecipe | None = None,
-) -> dict[str, Any]:
+def _bytes(directory: Path, files: Sequence[str]) -> int:
+    return sum((directory / each).stat().st_size for each in files)
+
+
+def fill(name: str, work: Path, making: Making | None = None) -> dict[str, Any]:
     """Put what an archive holds into a new directory; returns what there is to tell of it."""
-    facts: dict[str, Any] = {}
-    if precision == "int8" and (keep is not None or has_shrunk):
-        raise RunError("dtype = 'int8': a shrunk model has no 8 bits")
+    making, facts = making or Making(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as aside:
-        if keep is not None:
-            assert of is not None, "`keep` comes with the recipe of a task"
-            log.info("%s: pruning to %g of its multiply-adds", name, keep)
-            budget = Budget.check({"keep": keep}, "pack")
-            pruned = prune_structured(name, of, Path(aside, "pruned"), budget)
+        if making.keep is not None:
+            assert making.recipe is not None, "`keep` comes with the recipe of a task"
+            log.info("%s: pruning to %g of its multiply-adds", name, making.keep)
+            budget = Budget.check({"keep": making.keep}, "pack")
+            pruned = prune_structured(name, making.recipe, Path(aside, "pruned"), budget)
             name = str(pruned.directory)
             facts["metrics"] = {k: (pruned.before[k], pruned.after[k]) for k in pruned.before}
-        if keep is not None or has_shrunk:
+        if making.keep is not None or making.has_shrunk:
             log.info("%s: shrinking", name)
             layers = shrink(name, work, "onnx").layers
             facts["heads"] = sum(k.heads for k in layers), sum(k.of_heads for k in layers)
             facts["neurons"] = sum(k.neurons for k in layers), sum(k.of_neurons for k in layers)
             facts["precision"] = "fp32"
         else:
-            is_int8 = None if precision is None else precision == "int8"
+            is_int8 = None if making.precision is None else making.precision == "int8"
             work.mkdir()
             facts["precision"] = export(name, work / ONNX, is_int8=is_int8).precision
     return {**facts, "kind": complete(work)}

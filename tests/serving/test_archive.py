@@ -158,10 +158,13 @@ def test_what_does_not_belong_together_is_refused_at_once(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed, archive = tmp_path / "packed", tmp_path / "model.tar.gz"
-    for option in (["--keep", "0.5"], ["--shrink"], ["--most-gb", "1"]):
-        assert cli.run(["pack", str(model), "--output", str(packed), *option]) == 2
-        only = f"{option[0][2:]}: is for an archive, an output that ends in .tar.gz"
+    recipe = str(model / "recipe.toml")
+    for option in ("--keep 0.5", "--keep 0", "--shrink", "--most-gb 0", f"--recipe {recipe}"):
+        assert cli.run(["pack", str(model), "--output", str(packed), *option.split()]) == 2
+        only = f"{option.split()[0]}: is for an archive, an output that ends in .tar.gz"
         assert only in capsys.readouterr().err
+    assert cli.run(["pack", str(model), "seed=1", "--output", str(packed)]) == 2
+    assert "[section.key=value]: is for an archive" in capsys.readouterr().err
     with pytest.raises(RunError, match="the name of an archive ends in .tar.gz"):
         opfa.archive(model, packed)
     with pytest.raises(RunError, match="opfa.archive writes an archive"):

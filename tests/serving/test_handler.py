@@ -1,20 +1,27 @@
 """What answers in a container against `opfa predict`: the same answers, the same refusals."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from toys import TASKS, toy
+from toys import TASKS, recipe_of, toy
 
 import opfa
 from opfa.errors import DataError
+from opfa.inference import rows
 from opfa.serving import handler
+from opfa.serving.archive import KEYS
+from opfa.serving.handler.asking import ASK, row_of
 from opfa.serving.handler.model import WORKERS, threads
+from opfa.tasks import unlabelled
+from opfa.tasks.recipe import Task
 
 CONTEXT = "rome beat paris . in may"
 LONG = "film good bad " * 30
@@ -123,6 +130,64 @@ def test_what_opfa_predict_refuses_is_refused_and_named(toys: Toys, name: str, r
     assert len(str(error.value)) < 400
 
 
+TEXTS = ["", " ", "good", "good \t film ", "\u200b", "a" * ((1 << 20) + 1)]
+LISTS = [[], ["good"], ["good", "bad", "film"]]
+LISTS += [["good", second] for second in ("bad", "", " ", 7, None, [])]
+VALUES = [*TEXTS, *LISTS, None, 7, 0.5, True, {}, {"text": "good"}]
+
+
+def inputs_of(task: Task) -> Iterator[Any]:
+    """Right and wrong in every way: any value alone, two in a list, and any two columns of a row,
+    each of which may be missing too.
+    """
+    yield from VALUES
+    yield from map(list, itertools.product(VALUES, repeat=2))
+    columns = [name for name in (task.text, task.text_pair, *task.choices) if name is not None]
+    for first, second in itertools.product(columns, repeat=2):
+        for one, other in itertools.product([*VALUES, ...], repeat=2):
+            row = {**dict.fromkeys(columns, "good"), first: one, second: other}
+            yield {name: value for name, value in row.items() if value is not ...}
+
+
+def read_by_opfa(task: Task, item: Any) -> Any:
+    """What opfa predict understands, or why it doesn't."""
+    is_pair = isinstance(item, list) and task.kind != "token-classification"
+    try:
+        ((where, row),) = rows.of_items([tuple(item) if is_pair else item], task).rows()
+        return unlabelled.asked(task, "inputs", where, row)
+    except DataError as error:
+        return str(error)
+
+
+def read_by_handler(task: SimpleNamespace, item: Any) -> Any:
+    try:
+        return ASK[task.kind](task, row_of(task, item))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_whatever_is_asked_is_understood_or_refused_as_opfa_predict_does(name: str) -> None:
+    """The handler has these checks a second time, since opfa is not where it runs."""
+    task = recipe_of(Path("nowhere"), name).task
+    values = task.model_dump(mode="json")
+    space = SimpleNamespace(**{key: values[key] for key in KEYS})
+    refused = set()
+    for item in inputs_of(task):
+        ours, theirs = read_by_handler(space, item), read_by_opfa(task, item)
+        if not isinstance(theirs, str):
+            assert ours == theirs, item
+            continue
+        assert isinstance(ours, str), item
+        if "a tuple" in theirs:  # in JSON it is a list
+            assert "a list has two parts" in ours or "give a text, or an object" in ours
+        else:
+            reason, _, _ = ours.removeprefix("has ").partition(" (got ")
+            assert reason.partition("; there are")[0] in theirs, item
+            refused.add(reason)
+    assert len(refused) >= 4
+
+
 def test_an_archive_s_code_answers_alone_without_opfa_transformers_and_torch(
     toys: Toys, tmp_path: Path
 ) -> None:
@@ -189,6 +254,9 @@ def test_a_strange_request_is_one_message(toys: Toys) -> None:
     for parameters in ({"top_k": 2}, "top_k"):
         with pytest.raises(ValueError, match="parameters: 'top_k': there is only probabilities"):
             handler.predict_fn({"inputs": "a", "parameters": parameters}, model)
+    for value in ("false", 1, None):
+        with pytest.raises(ValueError, match=f"'probabilities = {value}': there is only probabil"):
+            handler.predict_fn({"inputs": "a", "parameters": {"probabilities": value}}, model)
     three = {"question": "in", "choices": ["may", "?", "."]}
     two = {"question": "in", "choices": ["may", "?"]}
     with pytest.raises(ValueError, match=r"inputs\[1\]: has 2 choices, the first one 3"):

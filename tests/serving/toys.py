@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase, RobertaConfig, RobertaTokenizer
 from words import WORDS, tiny
 
+from opfa.downstream.recipe import FinetuneRecipe
 from opfa.models.encoders import HEADS
 from opfa.serving.archive import complete
 
@@ -51,7 +52,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # head, config
 
 def toy(directory: Path, name: str, family: str = "bert") -> Path:
     """A directory as `opfa pack` fills it before it becomes an archive."""
-    head, values, task = TASKS[name]
+    head, values, _ = TASKS[name]
     tokenizer, config = _tokenizer(directory), tiny(**values)
     if family == "roberta":
         tokenizer = _byte_tokenizer()
@@ -66,12 +67,17 @@ def toy(directory: Path, name: str, family: str = "bert") -> Path:
     num = 1 if head in ("MultipleChoice", "") else len(config.id2label or ())
     has_types = "token_type_ids" in tokenizer.model_input_names
     onnx.save(_graph(head, len(tokenizer), num, has_types=has_types), directory / "model.onnx")
-    values = {"train": "train.jsonl", "validation": "validation.jsonl", "sequence_tokens": 24}
-    values |= {"metrics": ["pearson"]} if task.get("kind") in ("regression", "embedding") else {}
-    recipe = finetune_recipe(directory, directory, task={**values, **task})
-    (directory / "recipe.toml").write_text(recipe.to_toml())
+    (directory / "recipe.toml").write_text(recipe_of(directory, name).to_toml())
     complete(directory)
     return directory
+
+
+def recipe_of(directory: Path, name: str) -> FinetuneRecipe:
+    """The recipe of a model in a directory, for a task of this name."""
+    task = TASKS[name][2]
+    values = {"train": "train.jsonl", "validation": "validation.jsonl", "sequence_tokens": 24}
+    values |= {"metrics": ["pearson"]} if task.get("kind") in ("regression", "embedding") else {}
+    return finetune_recipe(directory, directory, task={**values, **task})
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:

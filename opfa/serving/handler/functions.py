@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .answering import ANSWER
+from .answering import ALL, ANSWER
 from .model import Model
 
 JSON, LINES, CSV = "application/json", "application/jsonlines", "text/csv"
 FORMATS = {JSON: JSON, LINES: LINES, "application/x-jsonlines": LINES, CSV: CSV}
-ALL = "probabilities"
 
 
 def model_fn(model_dir: str) -> Model:
@@ -38,15 +37,22 @@ def predict_fn(data: Mapping[str, Any], model: Model) -> Any:  # Any: an answer,
     """An answer for one input, or one for each of a list. With `parameters.probabilities` it has
     the probabilities of all that could have been.
     """
-    parameters = data.get("parameters") or {}
-    if not isinstance(parameters, dict) or parameters.keys() - {ALL}:
-        what = min(parameters.keys() - {ALL}) if isinstance(parameters, dict) else parameters
-        raise ValueError(f"parameters: {str(what)[:100]!r}: there is only {ALL}, true or false")
-    inputs, has_all = data["inputs"], bool(parameters.get(ALL))
+    inputs, has_all = data["inputs"], _has_all(data.get("parameters") or {})
     is_several = isinstance(inputs, list)
     asked = model.asked(inputs if is_several else [inputs])
     answers = ANSWER[model.task.kind](model, asked, has_all) if asked else []
     return answers if is_several else answers[0]
+
+
+def _has_all(parameters: Any) -> bool:  # Any: unchecked
+    """Whether all probabilities are asked for, which is all that parameters can say."""
+    what = parameters
+    if isinstance(parameters, dict):
+        has_all = parameters.get(ALL, False)
+        if isinstance(has_all, bool) and parameters.keys() <= {ALL}:
+            return has_all
+        what = min(parameters.keys() - {ALL}, default=f"{ALL} = {has_all}")
+    raise ValueError(f"parameters: {str(what)[:100]!r}: there is only {ALL}, true or false")
 
 
 def output_fn(prediction: Any, accept: str) -> str:  # Any: as above
