@@ -11,6 +11,7 @@ Each runs alone in a process, one after the other and then all again. Ratios are
 steps: slower ones tell what else the machine did. Weights, zeros and tokens are random.
 """
 
+import logging
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -40,8 +41,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 VARIANTS = ("ours", "ours, bf16", "no kernels", "torch, fp32", "torch, bf16", "plain loop")
 RATIOS = (("ours", "torch, fp32"), ("ours", "torch, bf16"), ("ours, bf16", "torch, bf16"))
 RATIOS = (*RATIOS, ("ours", "no kernels"), ("ours", "plain loop"))
-WARMUP, STEPS = 2, 5
+WARMUP, STEPS = 1, 5  # the first step makes patterns and the optimizer's state
 FIRST_ID = 1000  # of tokens that are words
+log = logging.getLogger(__name__)
 
 
 class Step(Row):
@@ -89,9 +91,11 @@ def bench_finetune(
 ) -> Finetuning:
     """Measure a fine-tuning step in all variants, of a shape in `SHAPES`."""
     found: dict[str, list[Step]] = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
+    for index in range(rounds):
         for name in VARIANTS:
-            found[name].append(in_a_process(_measured, name, shape, sparsity, (batch, tokens)))
+            step = in_a_process(_measured, name, shape, sparsity, (batch, tokens))
+            log.info("round %d of %d, %s: %.3g s", index + 1, rounds, name, step.seconds)
+            found[name].append(step)
     variants = {name: _best(steps) for name, steps in found.items()}
     ratios = {}
     for ours, other in RATIOS:

@@ -43,8 +43,11 @@ def test_ways_with_zeros_are_the_same_training() -> None:
     assert not bool((weights_after("torch, fp32")["bert.pooler.dense.weight"] == 0).any())
 
 
-def test_ratios_are_of_the_fastest_steps() -> None:
-    found = bench_finetune("small", sparsity=0.8, batch=2, tokens=10, rounds=1)
+def test_ratios_are_of_the_fastest_steps(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        found = bench_finetune("small", sparsity=0.8, batch=2, tokens=10, rounds=1)
+    said = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert said == [f"round 1 of 1, {name}" for name in VARIANTS]  # as soon as each is known
     assert tuple(found.variants) == VARIANTS
     ours, other = found.variants["ours"], found.variants["torch, fp32"]
     assert found.ratios["ours / torch, fp32, time"] == ours.seconds / other.seconds
