@@ -7,8 +7,6 @@ is what the way into the kernels is paid with. README.md has the measurement.
 
 import torch
 
-from opfa.runtime.patterns import Pattern
-
 # The least weights times tokens by the highest density, below which dense products may be faster.
 LEAST_WORK: dict[torch.dtype, tuple[tuple[float, int], ...]] = {
     torch.float32: ((0.12, 1 << 25), (0.22, 1 << 26), (0.32, 1 << 27), (0.5, 1 << 29)),
@@ -16,10 +14,11 @@ LEAST_WORK: dict[torch.dtype, tuple[tuple[float, int], ...]] = {
 }
 
 
-def gains(pattern: Pattern, num_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a step of so many tokens of a type is faster in the kernels."""
-    work = pattern.rows * pattern.columns * num_tokens
-    for density, least in LEAST_WORK.get(dtype, ()):
-        if pattern.density <= density:
-            return work >= least
+def gains(size: int, density: float, num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a step of so many tokens of a type is faster in the kernels, for a matrix of `size`
+    weights of which a share of `density` lives.
+    """
+    for highest, least in LEAST_WORK.get(dtype, ()):
+        if density <= highest:
+            return size * num_tokens >= least
     return False

@@ -74,11 +74,6 @@ class Pattern:
         """How many weights live."""
         return len(self.places)
 
-    @property
-    def density(self) -> float:
-        """Their share."""
-        return self.num_live / (self.rows * self.columns)
-
 
 PATTERNS: weakref.WeakValueDictionary[int, Pattern] = weakref.WeakValueDictionary()  # by number
 

@@ -38,6 +38,7 @@ class SparseProduct:
         self._pattern: Pattern | None = None
         self._rows: Tensor | None = None
         self._held: tuple[Tensor, int] | None = None  # a mask, and its version then
+        self._num_live = 0  # of that mask
         self.live: nn.Parameter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,8 +51,8 @@ class SparseProduct:
 
     def suits(self, layer: MaskedLinear) -> bool:
         """Whether batches of some size gain."""
-        many = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
-        return many and (not self.is_free or gains(self.pattern(layer), MANY, torch.float32))
+        is_fit = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+        return is_fit and (not self.is_free or self._gains(layer, MANY, torch.float32))
 
     def take(self, layer: MaskedLinear, whole: Tensor) -> Tensor:
         """The numbers [live] of a tensor like the weight, in the order of `live`."""
@@ -71,11 +72,11 @@ class SparseProduct:
             input = input.to(torch.get_autocast_dtype("cpu"))
         if input.dtype not in DTYPES or not input.shape or input.shape[-1] != layer.in_features:
             return None  # of a wrong shape too: torch says what is wrong
-        pattern = self.pattern(layer)
         num_tokens = input.numel() // max(1, layer.in_features)
-        if self.is_free and self.live is None and not gains(pattern, num_tokens, input.dtype):
+        is_asked = self.is_free and self.live is None
+        if is_asked and not self._gains(layer, num_tokens, input.dtype):
             return None
-        return self._multiply(layer, input, pattern)
+        return self._multiply(layer, input, self.pattern(layer))
 
     def _multiply(self, layer: MaskedLinear, input: Tensor, pattern: Pattern) -> Tensor:
         exact = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -85,19 +86,29 @@ class SparseProduct:
         bias = None if layer.bias is None else layer.bias.to(exact)
         return sparse_linear(input, values, bias, pattern)
 
+    def _gains(self, layer: MaskedLinear, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether so many tokens gain; no pattern is built for that."""
+        self._look_at(layer.mask)
+        size = layer.mask.numel()
+        return gains(size, self._num_live / max(1, size), num_tokens, dtype)
+
     def pattern(self, layer: MaskedLinear) -> Pattern:
         """The pattern of the layer's mask, built anew if that is another one than before."""
-        mask = layer.mask
+        self._look_at(layer.mask)
+        if self._pattern is None:
+            self._pattern = Pattern.of(layer.mask)
+        return self._pattern
+
+    def _look_at(self, mask: Tensor) -> None:
+        """Count what lives in a mask that changed, and forget the pattern of another one."""
         version = 0 if mask.is_inference() else mask._version
         if self._held is not None and self._held[0] is mask and self._held[1] == version:
-            assert self._pattern is not None
-            return self._pattern
-        if self._pattern is None or not self._fits(mask):
-            if self._pattern is not None and self.live is not None:
+            return
+        if self._pattern is not None and not self._fits(mask):
+            if self.live is not None:
                 raise ModelError(MOVED)
-            self._pattern, self._rows = Pattern.of(mask), None
-        self._held = (mask, version)
-        return self._pattern
+            self._pattern = self._rows = None
+        self._held, self._num_live = (mask, version), int(mask.count_nonzero())
 
     def _fits(self, mask: Tensor) -> bool:
         """Whether the pattern is that of a mask, weight by weight."""

@@ -287,11 +287,25 @@ def test_a_layer_whose_whole_gradient_is_kept_computes_it() -> None:
     assert bool((first(model).take_gradient() != 0).any())
 
 
-def test_auto_leaves_alone_what_would_not_gain() -> None:
+def test_auto_leaves_alone_what_would_not_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small_model(), torch.randn(5, 40)
     wanted = model(x)
     training.use_kernels(model, "auto")
+    monkeypatch.setattr(Pattern, "of", None)  # which takes longer than a pass
     assert torch.equal(model(x), wanted)
+
+
+def test_auto_computes_in_the_kernels_what_gains_by_the_mask_of_now() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 256))
+    (layer,) = mask_layers(model, ["0"]).values()
+    training.use_kernels(model, "auto")
+    product, x = layer.product, torch.randn(256, 1024)  # 2 ** 26 weights times tokens
+    assert product is not None
+    for density, computes in ((0.9, False), (0.2, True), (0.4, False), (0.1, True)):
+        layer.mask.copy_(torch.rand(layer.mask.shape) < density)
+        assert (product(layer, x) is not None) == computes
+        assert product(layer, x[:64]) is None  # too few tokens
 
 
 def test_locking_with_kernels_says_what_is_wrong() -> None:
