@@ -64,14 +64,14 @@ class SparseProduct:
 
     def __call__(self, layer: MaskedLinear, input: Tensor) -> Tensor | None:
         """The layer's output; None for what the kernels can't do, or with `is_free` don't gain."""
-        if input.device.type != "cpu" or layer.weight.device.type != "cpu":
-            return _say(f"on {input.device.type} models compute without the sparse kernels")
-        if torch.compiler.is_compiling():
-            return _say("compiled models compute without the sparse kernels")
         if torch.is_autocast_enabled("cpu"):
             input = input.to(torch.get_autocast_dtype("cpu"))
-        if input.dtype not in DTYPES or not input.shape or input.shape[-1] != layer.in_features:
-            return None  # of a wrong shape too: torch says what is wrong
+        if problem := _problem(layer, input):
+            if self.live is not None and torch.is_grad_enabled():
+                raise ModelError(f"{problem}; only the live weights are trained, in the kernels")
+            return _say(problem)
+        if not input.shape or input.shape[-1] != layer.in_features:
+            return None  # torch says what is wrong
         num_tokens = input.numel() // max(1, layer.in_features)
         is_asked = self.is_free and self.live is None
         if is_asked and not self._gains(layer, num_tokens, input.dtype):
@@ -174,6 +174,17 @@ def lock(model: nn.Module, names: Iterable[str] | None = None, *, kernels: Kerne
     if kernels:
         use_kernels(model, kernels)
     return result
+
+
+def _problem(layer: MaskedLinear, input: Tensor) -> str | None:
+    """Why the kernels can't compute with such an input."""
+    if input.device.type != "cpu" or layer.weight.device.type != "cpu":
+        return f"on {input.device.type} models compute without the sparse kernels"
+    if torch.compiler.is_compiling():
+        return "compiled models compute without the sparse kernels"
+    if input.dtype not in DTYPES:
+        return f"models in {input.dtype} compute without the sparse kernels"
+    return None
 
 
 def _say(what: str) -> None:

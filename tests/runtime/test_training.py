@@ -257,6 +257,17 @@ def test_another_device_falls_back_and_says_so_once(caplog: pytest.LogCaptureFix
     ]
 
 
+def test_live_weights_are_never_left_untrained_by_a_pass_without_the_kernels() -> None:
+    training._said.clear()
+    model = small_model()
+    training.use_kernels(model, True, train_live=True)
+    model.to("meta")
+    with pytest.raises(ModelError, match=r"on meta models compute .* only the live weights"):
+        model(torch.randn(5, 40, device="meta"))
+    with torch.no_grad():
+        assert model(torch.randn(5, 40, device="meta")).shape == (5, 3)
+
+
 @pytest.mark.parametrize("scheme", ["channel", "tensor"])
 def test_8_bits_round_live_weights_as_whole_ones(scheme: quant.Scheme) -> None:
     torch.manual_seed(0)
