@@ -127,7 +127,7 @@ def _product(
 
 
 def _run(function: Any, product: _Product, output: Tensor, *, is_back: bool) -> None:
-    pool = _pool(min(torch.get_num_threads(), num_threads(None)))
+    pool = _pool(min(torch.get_num_threads(), _cores()))
     product.output = output.data_ptr()
     size = library().opfa_product_workspace(ctypes.byref(product), is_back, pool.pointer)
     workspace = torch.empty(size + ALIGNMENT)
@@ -135,6 +135,12 @@ def _run(function: Any, product: _Product, output: Tensor, *, is_back: bool) -> 
     product.workspace = workspace.data_ptr() + 4 * start
     if function(ctypes.byref(product), pool.pointer):
         raise RunError(f"no memory for {product.tokens:,} tokens")
+
+
+@functools.cache
+def _cores() -> int:
+    """Asked once: each product would read the container's quota from a file."""
+    return num_threads(None)
 
 
 @functools.cache

@@ -122,6 +122,12 @@ def test_only_what_is_wanted_has_a_gradient() -> None:
         ]
 
 
+def set_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """How many the kernels have, also where there are fewer cores."""
+    monkeypatch.setattr(products, "_cores", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+
 def test_one_and_two_threads_and_another_run_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,12 +135,29 @@ def test_one_and_two_threads_and_another_run_give_the_same_bits(
     mask, tokens = random_mask(300, 200, 0.1), torch.randn(1000, 200)
     found = []
     for threads in (1, 2, 3, 1):
-        monkeypatch.setattr(products, "num_threads", lambda _, threads=threads: threads)
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        set_threads(monkeypatch, threads)
         torch.manual_seed(1)
         found.append(dense_and_sparse(mask, tokens, torch.float32)[1])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+def test_threads_don_t_share_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long tiles and many calls, so that threads that share it meet there."""
+    torch.manual_seed(0)
+    pattern = Pattern.of(random_mask(768, 768, 0.1))
+    values = torch.randn(pattern.num_live, requires_grad=True)
+    x, seed = torch.randn(1024, 768, requires_grad=True), torch.randn(1024, 768)
+
+    def step() -> tuple[Tensor, ...]:
+        output = sparse_linear(x, values, None, pattern)
+        return output.detach(), *torch.autograd.grad(output, (x, values), seed)
+
+    set_threads(monkeypatch, 1)
+    wanted = step()
+    set_threads(monkeypatch, 4)
+    for _ in range(5):
+        assert all(map(torch.equal, step(), wanted))
 
 
 def test_both_orders_of_a_pattern_pass_the_kernels_check() -> None:

@@ -9,7 +9,6 @@
 #define OPFA_TRAINING_H
 #include "products.h"
 
-enum { DOTS = 4, HALF = LANES > 4 ? LANES / 2 : 4 };
 typedef float four_of __attribute__((vector_size(16), may_alias));
 typedef float loose_four __attribute__((vector_size(16), aligned(4), may_alias));
 
