@@ -6,12 +6,12 @@ matrix and its bias, fitted by least squares to the whole model's own inputs:
     W_K + D' with D = (X_K' X_K + ridge)^-1 X_K' X_R W_R'
 
 with X_K the inputs of units that stay, X_R of those that go. So a fit depends on one group and its
-count alone. All fits of the space are made once, and a slice costs nothing but copying.
+count alone. All fits of the space are made once, and a slice costs nothing but what is cut.
 """
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,33 +109,34 @@ class Slices:
 
     def __init__(self, model: PreTrainedModel, space: Space, fits: Path | None = None) -> None:
         """With the file of fits; without one output matrices are cut alone."""
-        self._model, self._space = model, space
-        self._fits = None if fits is None else safe_open(fits, "pt")
-        self._names = set() if self._fits is None else set(self._fits.keys())
+        self._model, self._space, self._fits = model, space, fits
+        whole = [*model.parameters(), *model.buffers()]
+        self._shared = {id(each): each for each in whole}  # what deepcopy doesn't copy
 
     @torch.no_grad()
     def cut(self, shape: Shape) -> PreTrainedModel:
-        """The model of a shape. What isn't cut it shares with the whole one."""
-        model = copy.deepcopy(self._model, self._shared())
-        for layer, (_, by_kind) in enumerate(layers_of(model)):
-            counts = {HEADS: shape.heads[layer], NEURONS: shape.neurons[layer]}
-            for kind, units in by_kind.items():
-                if shape.layers[layer] and counts[kind] < units.count:
-                    units.keep(torch.arange(counts[kind]))
-                    self._put(f"{kind}.{layer}.{counts[kind]}", units.out)
+        """The model of a shape, to be read: it shares with the whole one what isn't cut."""
+        model = copy.deepcopy(self._model, dict[int, Any](self._shared))
+        with self._opened() as fits:
+            for layer, (_, by_kind) in enumerate(layers_of(model)):
+                counts = {HEADS: shape.heads[layer], NEURONS: shape.neurons[layer]}
+                for kind, units in by_kind.items():
+                    if shape.layers[layer] and counts[kind] < units.count:
+                        units.keep(torch.arange(counts[kind]))
+                        _put(fits, f"{kind}.{layer}.{counts[kind]}", units.out)
         drop_layers(model, [number for number, stays in enumerate(shape.layers) if stays])
         tell_shapes(model)
         return model
 
-    def _shared(self) -> dict[int, Any]:  # Any: what deepcopy takes
-        """Tables of embeddings, by their identities: the largest part, and never cut."""
-        tables = (each for each in self._model.modules() if isinstance(each, nn.Embedding))
-        return {id(each.weight): each.weight for each in tables}
+    def _opened(self) -> AbstractContextManager[Any]:  # Any: safetensors has no types
+        """The fits, mapped for one slice: else all that were ever used would stay in memory."""
+        return nullcontext() if self._fits is None else safe_open(self._fits, "pt")
 
-    def _put(self, name: str, linear: nn.Linear) -> None:
-        if self._fits is None or f"{name}.weight" not in self._names:
-            return
-        linear.weight = nn.Parameter(self._fits.get_tensor(f"{name}.weight"))
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(self._fits.get_tensor(f"{name}.bias"))
-        linear.requires_grad_(False)
+
+def _put(fits: Any, name: str, linear: nn.Linear) -> None:  # Any: safetensors has no types
+    if fits is None or f"{name}.weight" not in set(fits.keys()):
+        return
+    linear.weight = nn.Parameter(fits.get_tensor(f"{name}.weight"))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(fits.get_tensor(f"{name}.bias"))
+    linear.requires_grad_(False)

@@ -1,5 +1,6 @@
 """A point of the front as a model: cut out, fitted layer by layer, and trained on."""
 
+import copy
 from pathlib import Path
 
 from opfa.downstream.examples import batches_of
@@ -55,7 +56,7 @@ def write_slice(recipe: SearchRecipe, prepared: Prepared, shape: Shape, director
     material = Material(recipe, str(prepared.model))
     training = material.training
     whole = material.load(training.classes)
-    small = Slices(whole, prepared.space, prepared.fits).cut(shape)
+    small = copy.deepcopy(Slices(whole, prepared.space, prepared.fits).cut(shape))  # to be fitted
     batches = batches_of(material.ready(whole, training, training))
     fit_again(small, whole, material.task, batches, shape.gone)
     with new_directory(directory) as work:

@@ -29,6 +29,7 @@ HEAVY = (
     "sklearn",
     "tomlkit",
 )
+HUB = ("huggingface_hub", "httpx2")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
@@ -222,7 +223,7 @@ assert cli.run(["--help"]) == 0
 for command in ("pretrain", "finetune"):
     assert cli.run([command, "bad.toml", "--output", "x"]) == 2
 assert cli.run(["check", "bad.toml"]) == 2
-print([name for name in {HEAVY!r} if name in sys.modules])
+print([name for name in {HEAVY + HUB!r} if name in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
