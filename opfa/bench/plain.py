@@ -13,6 +13,7 @@ from torch.nn import functional
 from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
+from opfa.compression.scores import Magnitude
 from opfa.models.pretraining import decay_groups, load_pretraining_model
 from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, masker, training_steps
@@ -43,7 +44,7 @@ class Plain:
                 model.set_attn_implementation("sdpa")  # transformers' default
         if recipe.pruning is not None:
             schedule = Gradual(end=0, target=recipe.pruning.schedule.target)
-            pruner = Pruner(self.student, schedule, recipe.pruning.patterns)
+            pruner = Pruner(self.student, schedule, recipe.pruning.patterns, score=Magnitude())
             pruner.after_step(0)
             for name, mask in pruner.masks().items():
                 layer = pruner.layers[name]

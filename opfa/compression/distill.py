@@ -199,8 +199,14 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], rows: 
     """
     ratio = (len(teacher) - 1) / (len(student) - 1)
     matched = [teacher[round(index * ratio)] for index in range(len(student))]
+    # Without padding nothing is gathered: on a GPU its gradient is a sort for each layer.
+    is_whole = rows.is_cuda and len(rows) == student[0][..., 0].numel() and rows.dtype != torch.bool
+
+    def pick(states: Tensor) -> Tensor:
+        flat = states.flatten(0, 1)
+        return (flat if is_whole else flat[rows]).float()
+
     distances = [
-        (s.flatten(0, 1)[rows].float() - t.flatten(0, 1)[rows].float()).square().mean(-1).sum()
-        for s, t in zip(student, matched, strict=True)
+        (pick(s) - pick(t)).square().mean(-1).sum() for s, t in zip(student, matched, strict=True)
     ]
     return torch.stack(distances).mean()

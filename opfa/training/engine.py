@@ -66,6 +66,8 @@ def start_distributed(timeout_seconds: float) -> torch.device:
 def choose_accelerator() -> str:
     """Where to compute, "cuda" or "cpu"; DeepSpeed would warn that it had to guess."""
     if torch.cuda.is_available():
+        # Hopper's default attention plans anew for each shape, and batches have many lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
@@ -132,7 +134,7 @@ class Engine(Weights):
             engine.enable_backward_allreduce = False  # it would only copy all gradients twice
         self._masters = Masters(engine, file.stage)
         self._parameters = dict(model.named_parameters())
-        if self._stage > 0:  # at stage 0 every rank holds everything
+        if self._stage > 0 and dist.get_world_size() > 1:  # else every rank holds everything
             self.ranks = Ranks(dist.get_rank(), dist.get_world_size(), self._total)
 
     def __call__(self, *inputs: Any) -> Any:  # Any: whatever the model takes and gives
