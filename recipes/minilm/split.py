@@ -1,8 +1,9 @@
 """Part of each task's training examples, held out to choose learning rates and ablations by.
 
 No group is divided, so that what is held out is as new to a model as the validation split: premises
-of RTE and MNLI, articles of SQuAD, and sentences of SST-2, whose training examples are all phrases
-of its sentences. Which group is held out hangs on the hash of its text alone.
+of RTE and MNLI, first sentences of STS-B, articles of SQuAD, and sentences of SST-2, whose training
+examples are all phrases of its sentences. Which group is held out hangs on the hash of its text
+alone.
 """
 
 import gzip
@@ -18,7 +19,7 @@ from opfa.storage.files import new_directory
 
 HELD_PERCENT = 20  # of the groups
 VALIDATION = {"mnli": "validation_matched"}  # the split's name, where it is another
-GROUPED_BY = {"rte": "sentence1", "mnli": "premise", "squad": "title"}
+GROUPED_BY = {"rte": "sentence1", "stsb": "sentence1", "mnli": "premise", "squad": "title"}
 Record = dict[str, Any]
 
 
