@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pictures import standard_error
 
 from opfa.downstream.evaluate import evaluate_model
 from opfa.downstream.recipe import FinetuneRecipe
@@ -16,6 +17,7 @@ from opfa.errors import RunError
 from opfa.storage import seal
 
 FILE = "answers.jsonl"
+DRAWS = 2_000  # of a bootstrap
 PAIRS = [
     *(("prune-once", other) for other in ("dense", "one-shot", "gradual", "gradual-early")),
     *((f"{method}-8bit", f"{method}-fp32") for method in ("prune-once", "dense")),
@@ -47,12 +49,7 @@ def differences(rows: Sequence[Mapping[str, Any]], right: Mapping[str, str]) -> 
     """How much more of a task one method has right than another, mean of their seeds, and the
     standard error of that over examples.
     """
-    shares = {}  # [N] by task, method and percent
-    for row in rows:
-        runs = [f"{row['run']}/seed-{seed}" for seed in row["seeds"]]
-        if all(run in right for run in runs):
-            seeds = [np.array([*right[run]], dtype=float) for run in runs]
-            shares[row["task"], row["method"], row["percent"]] = np.mean(seeds, axis=0)
+    shares = {place: answers.mean(axis=0) for place, answers in _answers(rows, right).items()}
     found = []
     for (task, method, percent), (one, other) in product(shares, PAIRS):
         against = shares.get((task, other, 0 if other == "dense" else percent))
@@ -61,4 +58,59 @@ def differences(rows: Sequence[Mapping[str, Any]], right: Mapping[str, str]) -> 
             error = paired.std(ddof=1) / len(paired) ** 0.5
             place = {"task": task, "percent": percent, "method": one, "other": other}
             found.append({**place, "mean": float(paired.mean()), "error": float(error)})
+    return found
+
+
+def recoveries(
+    rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any], right: Mapping[str, str]
+) -> list[dict]:
+    """What each sparse method keeps of the dense accuracy, and of what that is above the most
+    frequent class; where each example's answer is known, with an interval of 95 % by bootstrap over
+    examples and seeds.
+    """
+    answers, found = _answers(rows, right), []
+    dense = {row["task"]: row["mean"] for row in rows if row["method"] == "dense"}
+    for row in rows:
+        task, least = row["task"], tasks[row["task"]]["majority"]
+        if least is None or not row["percent"] or task not in dense:
+            continue
+        if dense[task] - least < 2 * standard_error(dense[task], tasks[task]["examples"]):
+            continue  # the dense model didn't learn it
+        place = {key: row[key] for key in ("task", "method", "percent")}
+        share, above = _shares(row["mean"], dense[task], least)
+        ours, theirs = answers.get((*place.values(),)), answers.get((task, "dense", 0))
+        interval = None
+        if ours is not None and theirs is not None:
+            drawn = _shares(*_drawn(ours, theirs), least)[1]
+            interval = [float(end) for end in np.quantile(drawn, (0.025, 0.975))]
+        found.append({**place, "share": share, "above": above, "interval": interval})
+    return found
+
+
+def _shares(mean: Any, dense: Any, least: float) -> tuple[Any, Any]:  # Any: numbers, or arrays
+    return mean / dense, (mean - least) / (dense - least)
+
+
+def _drawn(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of two methods over examples and seeds drawn anew; the same examples for both."""
+    rng, num_examples = np.random.default_rng(0), ours.shape[1]
+    means = np.empty((2, DRAWS))
+    for draw in range(DRAWS):
+        examples = rng.integers(num_examples, size=num_examples)
+        for index, answers in enumerate((ours, theirs)):
+            seeds = rng.integers(len(answers), size=len(answers))
+            means[index, draw] = answers[seeds][:, examples].mean()
+    return means[0], means[1]
+
+
+def _answers(
+    rows: Sequence[Mapping[str, Any]], right: Mapping[str, str]
+) -> dict[tuple[str, str, int], np.ndarray]:
+    """What is right, [seeds, N] of 0 and 1, by task, method and percent."""
+    found = {}
+    for row in rows:
+        runs = [f"{row['run']}/seed-{seed}" for seed in row["seeds"]]
+        if all(run in right for run in runs):
+            seeds = [np.array([*right[run]], dtype=float) for run in runs]
+            found[row["task"], row["method"], row["percent"]] = np.stack(seeds)
     return found

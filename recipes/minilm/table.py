@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ablations import ABLATIONS
-from answers import FILE, differences, right_of
+from answers import FILE, differences, recoveries, right_of
 from pictures import TASKS, accuracy_picture, cost_of, cost_picture, standard_error
 from split import VALIDATION
 
@@ -57,6 +57,9 @@ read more text but lost the pooler.""",
 DIFFERENCE_NOTE = """\
 Points of accuracy, means of the seeds, with the standard error over examples, each of which all
 methods answer."""
+RECOVERY_NOTE = """\
+Shares of the dense model's mean. *Above the most frequent class*: of what it has more than that
+class; with 95 % intervals by bootstrap over examples and seeds where each answer was kept."""
 ABLATION_NOTE = """\
 One seed each: an accuracy on so few sentences has a standard error of one point, so none of these
 differs from another for sure. The loss hardly varies with the seed; it is left out where the head
@@ -90,6 +93,7 @@ def write_table(output: Path) -> None:
     asked = sorted((output / "runs").rglob(FILE))
     right = {str(file.parent.relative_to(output)): right_of(file.parent) for file in asked}
     found["differences"] = differences(rows, right)
+    found["recoveries"] = recoveries(rows, tasks, right)
     write_json(results / "answers.json", right)
     write_json(results / "table.json", found)
     write_json(results / "runs.json", records(output))
@@ -126,6 +130,8 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     parts = [methods, _wrapped(" ".join([notes, *trained]))]
     if found["differences"]:
         parts += [differences_table(found["differences"]), _wrapped(DIFFERENCE_NOTE)]
+    if found["recoveries"]:
+        parts += [recoveries_table(found["recoveries"]), _wrapped(RECOVERY_NOTE)]
     if found["exports"]:
         parts += [exports_table(found["exports"]), _wrapped(EXPORT_NOTE)]
     if found["ablations"]:
@@ -326,6 +332,19 @@ def differences_table(rows: Sequence[Row]) -> str:
         names = f"{row['method']} minus {row['other']}"
         lines.append([row["task"], f"{row['percent']} %", names, points])
     return Table(["task", "sparsity", "difference", "points"], lines).markdown()
+
+
+def recoveries_table(rows: Sequence[Row]) -> str:
+    """What sparse methods keep, by task and sparsity."""
+    lines = []
+    for row in rows:
+        above = f"{row['above']:.1%}"
+        if row["interval"]:
+            above += " ({:.1%} to {:.1%})".format(*row["interval"])
+        place = [row["task"], f"{row['percent']} %", row["method"]]
+        lines.append([*place, f"{row['share']:.1%}", above])
+    head = ["task", "sparsity", "method", "of the accuracy", "above the most frequent class"]
+    return Table(head, lines).markdown()
 
 
 def exports_table(rows: Sequence[Row]) -> str:

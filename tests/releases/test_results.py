@@ -197,6 +197,26 @@ def test_a_difference_is_paired_by_example(row: dict[str, Any]) -> None:
     assert row["error"] == pytest.approx(stdev(paired) / len(paired) ** 0.5)
 
 
+def test_recoveries_above_the_most_frequent_class_are_those_of_the_answers(table: Any) -> None:
+    answers = importlib.import_module("answers")
+    again = answers.recoveries(FOUND["rows"], FOUND["tasks"], RIGHT)
+    assert FOUND["recoveries"] == again and {row["task"] for row in again} == {"sst2", "mnli"}
+    page = " ".join((RECIPES / "README.md").read_text().split())
+    said = {(row["task"], row["method"], row["percent"]): row for row in again}
+    for task, percent in product(("sst2", "mnli"), (85, 90)):
+        row, least = said[task, "prune-once", percent], FOUND["tasks"][task]["majority"]
+        means = {
+            one["method"]: one["mean"] for one in rows_of(task) if one["percent"] in (0, percent)
+        }
+        above = (means["prune-once"] - least) / (means["dense"] - least)
+        assert row["above"] == pytest.approx(above, abs=1e-12)
+        assert f"{row['above']:.1%}" in page
+        if task == "sst2":
+            low, high = row["interval"]
+            assert low < row["above"] < high
+            assert f"({low:.1%} to {high:.1%})" in page
+
+
 def test_recoveries_are_shares_of_the_dense_mean() -> None:
     dense = {row["task"]: row["mean"] for row in FOUND["rows"] if row["method"] == "dense"}
     assert dense
