@@ -77,7 +77,8 @@ def test_every_section_is_measured(measured: tuple[Path, Inference]) -> None:
     assert all(len(speed.milliseconds) == 2 for speed in race.speeds.values())
     assert race.speeds[OURS].ratio == 1
     parts = found.anatomy.parts
-    assert all(part.rate and part.share for name, part in parts.items() if "linear" in name)
+    linear = [part for name, part in parts.items() if "linear" in name]
+    assert linear and all(part.rate and part.share is not None for part in linear)
     assert found.by_sparsity is not None and found.small is not None
     for sweep, values in ((found.by_sparsity, {"0", "0.9"}), (found.by_tokens, {"4", "8"})):
         assert all(set(curve) == values for curve in sweep.milliseconds.values())
