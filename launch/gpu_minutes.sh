@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What ten minutes of one GPU give: students of MiniLM at 90, 85 and 97 % and a control; for each, four tasks and a sentence encoder;
 # compact archives of 8 bits. OUTPUT/results.json has what is finished when the time is over. The same command goes on.
-# Usage: bash launch/gpu_minutes.sh MODEL DATA OUTPUT [--seconds 540] [--steps 4000] [--batch 128] [--at-once 4] [--percents 90 85] [...]
+# Usage: bash launch/gpu_minutes.sh MODEL DATA OUTPUT [--seconds 540] [--steps 4000] [--batch 128] [--at-once 6] [--percents 90 85] [...]
 #   MODEL, DATA   as for launch/reproduce.sh, and DATA/stsb
 #   All options:  python recipes/minilm/gpu_minutes.py --help. PYTHON is the interpreter; by default that of launch/install.sh
 # The text is prepared before the time counts, on the CPU: some minutes. With `--steps 12 --batch 4 --epochs 0.01 --percents 90

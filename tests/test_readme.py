@@ -137,6 +137,25 @@ def test_the_accuracy_table_is_that_of_the_results() -> None:
             assert cell == f"{row['mean']:.{digits}f} ({row['recovery']:.1%})"
 
 
+def test_sentences_about_released_models_say_what_their_runs_found() -> None:
+    results = ROOT / "recipes/minilm/results"
+    vectors, speed, tasks, gpu = (
+        json.loads((results / f"{name}.json").read_text())
+        for name in ("embed", "embed_speed", "gpu_tasks", "gpu_minutes")
+    )
+    text, dense = text_of("README.md"), vectors[0]
+    (ours,) = (row for row in vectors if row["model"].startswith("minilm-embed-sparse-90"))
+    kept = ours["metrics"]["spearman"] / dense["metrics"]["spearman"]
+    sizes = ours["bytes"] / 1e6, dense["bytes"] / 1e6
+    assert f"keeps {100 * kept:.1f} % of all-MiniLM-L6-v2's Spearman on STS-B" in text
+    assert "in {:.1f} of {:.1f} MB".format(*sizes) in text
+    times = [speed["milliseconds"][name] for name in ("ours, fp32", "ONNX Runtime, fp32")]
+    assert "takes {:.1f} ms; ONNX Runtime takes {:.1f}".format(*times) in text
+    (squad,) = (row for row in tasks if row["metric"] == "squad_f1")
+    share = squad["metrics"]["squad_f1"] / gpu[squad["dense"]]["evaluation"]["squad_f1"]
+    assert f"*minilm-sparse-90* read 59 million and keeps {100 * share:.1f} % on SQuAD" in text
+
+
 def test_sentences_about_the_accuracy_table_say_what_the_results_say() -> None:
     found = json.loads((ROOT / "recipes/minilm/results/table.json").read_text())
     rows = {(r["task"], r["method"], r["percent"]): r for r in found["rows"]}

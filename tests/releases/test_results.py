@@ -616,6 +616,21 @@ def test_the_released_sentence_encoders_keep_what_the_pages_say() -> None:
         assert weights == row["model_files_sha256"]
 
 
+def test_the_table_of_the_released_encoder_on_tasks_is_that_of_its_runs() -> None:
+    dense = json.loads((RESULTS / "gpu_minutes.json").read_text())
+    page = (RECIPES / "README.md").read_text()
+    for row in json.loads((RESULTS / "gpu_tasks.json").read_text()):
+        beside = dense[row["dense"]]
+        epochs = {w for words in (row["words"], beside["words"]) for w in words if "epochs" in w}
+        assert len({float(each.partition("=")[2]) for each in epochs}) == 1  # trained as long
+        value, other = (found[row["metric"]] for found in (row["metrics"], beside["evaluation"]))
+        digits = 2 if row["metric"] == "squad_f1" else 4
+        cells = f"{other:.{digits}f} | {value:.{digits}f} ({value / other:.1%})"
+        assert f"| {row['label']} | {cells} |" in page
+        assert row["sparsity"] == pytest.approx(0.9, abs=1e-6)
+        assert "model.init=minilm-sparse-90" in row["words"]
+
+
 def test_the_table_of_a_sentence_encoders_speed_is_that_of_its_run() -> None:
     found = json.loads((RESULTS / "embed_speed.json").read_text())
     page, times = (RECIPES / "README.md").read_text(), found["milliseconds"]
