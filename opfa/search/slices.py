@@ -110,6 +110,8 @@ class Slices:
     def __init__(self, model: PreTrainedModel, space: Space, fits: Path | None = None) -> None:
         """With the file of fits; without one output matrices are cut alone."""
         self._model, self._space, self._fits = model, space, fits
+        with self._opened() as opened:
+            self._names = set() if opened is None else set(opened.keys())
         whole = [*model.parameters(), *model.buffers()]
         self._shared = {id(each): each for each in whole}  # what deepcopy doesn't copy
 
@@ -123,7 +125,9 @@ class Slices:
                 for kind, units in by_kind.items():
                     if shape.layers[layer] and counts[kind] < units.count:
                         units.keep(torch.arange(counts[kind]))
-                        _put(fits, f"{kind}.{layer}.{counts[kind]}", units.out)
+                        name = f"{kind}.{layer}.{counts[kind]}"
+                        if f"{name}.weight" in self._names:
+                            _put(fits, name, units.out)
         drop_layers(model, [number for number, stays in enumerate(shape.layers) if stays])
         tell_shapes(model)
         return model
@@ -134,8 +138,6 @@ class Slices:
 
 
 def _put(fits: Any, name: str, linear: nn.Linear) -> None:  # Any: safetensors has no types
-    if fits is None or f"{name}.weight" not in set(fits.keys()):
-        return
     linear.weight = nn.Parameter(fits.get_tensor(f"{name}.weight"))
     if linear.bias is not None:
         linear.bias = nn.Parameter(fits.get_tensor(f"{name}.bias"))

@@ -198,12 +198,14 @@ def run_all(todo: Sequence[Job], at_once: int, until: float) -> None:
     """Run jobs side by side, in their order as far as what they need is there."""
     waiting, running, failed = list(todo), {}, set[str]()
     while (waiting or running) and time.monotonic() < until:
-        for job in [job for job, child in running.items() if child.poll() is not None]:
+        ended = [job for job, child in running.items() if child.poll() is not None]
+        for job in ended:
             status = running.pop(job).returncode
             print(time.strftime("%X"), job.run, status or "done", flush=True)
             if status:
                 failed.add(job.run)
                 print(Path(f"{job.run}.log").read_text(errors="replace")[-600:], flush=True)
+        if ended:
             gather(todo)
         waiting = [job for job in waiting if not (is_done(job.run) or failed & job.needs)]
         there = [job for job in waiting if all(map(is_done, job.needs))]
