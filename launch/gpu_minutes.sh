@@ -8,17 +8,11 @@
 # --tasks stsb --student pruning.pattern.score=magnitude` it can be tried without a GPU.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-if [ $# -lt 3 ]; then sed -n 's/^# Usage/Usage/p' "$0" >&2; exit 2; fi
-for path in "$1/config.json" "$2/stsb" "$2/pretrain"; do
-  if [ ! -e "$path" ]; then echo "$path: is not there" >&2; exit 2; fi
-done
-model="$(realpath "$1")" data="$(realpath "$2")"
-mkdir -p "$3"
-cd "$3"
-shift 3
+needs=(stsb pretrain)
+[ -z "${PYTHON:-}" ] || PYTHON="$(realpath -s "$PYTHON")"
+source "$root/launch/experiment.sh"
 if [ -z "${PYTHON:-}" ]; then bash "$root/launch/install.sh"; fi
 python="${PYTHON:-$root/.venv/bin/python}"
-ln -sfn "$model" model && ln -sfn "$data" data
 export PYTHONPATH="$root:$root/recipes/minilm"
 [ -e prepared/corpus.json ] || "$python" -m opfa prepare "$root/recipes/minilm/minilm-curvature.toml" --output prepared
 if [ ! -e texts.jsonl ]; then

@@ -10,22 +10,8 @@
 #   PART    students, sst2, rte, mnli, squad, ablations, releases; default: all
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-if [ $# -lt 3 ]; then sed -n 's/^# Usage/Usage/p' "$0" >&2; exit 2; fi
-for path in "$1/config.json" "$2"; do
-  if [ ! -e "$path" ]; then echo "$path: is not there" >&2; exit 2; fi
-done
-model="$(realpath "$1")" data="$(realpath "$2")"
-mkdir -p "$3"
-cd "$3"
-shift 3
-for pair in "model=$model" "data=$data"; do
-  link="${pair%%=*}" target="${pair#*=}"
-  if [ -e "$link" ] && [ "$(realpath "$link")" != "$target" ]; then
-    echo "$PWD/$link: is $(realpath "$link") and not $target; give another OUTPUT" >&2
-    exit 2
-  fi
-  ln -sfn "$target" "$link"
-done
+needs=()
+source "$root/launch/experiment.sh"
 bash "$root/launch/install.sh"
 ln -sfn "$root/recipes/minilm" recipes # paths in recipes are those of this directory
 exec "$root/.venv/bin/python" recipes/reproduce.py "$@"
