@@ -4,11 +4,12 @@ import gc
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from opfa.training.loop import Concern, Progress
 from opfa.upstream.batches import Batch
 from opfa.upstream.corpus import prepare
 from opfa.upstream.recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 SUBJECTS = ["the cat", "a dog", "the old man", "my sister", "the captain", "no child", "a bird"]
 VERBS = ["sees", "wants", "hears", "follows", "loves", "hates", "finds"]
@@ -272,3 +276,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
     (directory / "vocab.txt").write_text("\n".join(WORDS))
     return BertTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs Chromium (apt install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,11 +1,10 @@
 """Pages in a real browser, without a network: by pointer, by keyboard and on a phone."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import browsing
 import numpy as np
 import pytest
 import torch
@@ -22,41 +21,21 @@ from opfa.weights.inspection import inspect_masks
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 HOSTILE = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 1'>"
 QUERY = "bert.encoder.layer.{}.attention.self.query.weight"
 LOSSES = [4.0, 3.25, 2.5, 2.75, 2.0, 1.5]
 RATES = [1e-4, 2e-4, 3e-4, 2e-4, 1e-4, 5e-5]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Opened:
-    """A page, and all that it asked for or complained about."""
+class Opened(browsing.Opened):
+    """A page of a file, without a network."""
 
     def __init__(self, browser: "Browser", file: Path, width: int, scheme: str) -> None:
-        size = {"width": width, "height": 900}
-        context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)  # pyright: ignore[reportArgumentType]
-        self.page, self.problems, self.requests = context.new_page(), [], []
-        self.page.on("console", lambda message: self.problems.append(message.text))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(file.as_uri())
+        super().__init__(browser, file.as_uri(), width, scheme)
 
     def check(self, file: Path) -> None:
         assert self.problems == [] and self.requests == [file.as_uri()]
-        assert self.page.evaluate("window.stolen") is None
-        assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        self.page.context.close()
+        self.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """The page of a search: offline, by pointer and by keyboard, on a phone too; hostile names."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from browsing import Opened
 
 from opfa.report.search_page import search_page
 from opfa.report.tables import Table
@@ -13,10 +12,6 @@ from opfa.report.tables import Table
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 HOSTILE = "</script><script>window.stolen = 1</script>"
 
 
@@ -54,26 +49,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_points_show_their_shape_by_pointer_and_by_keys(
     browser: "Browser", file: Path, width: int, scheme: str
 ) -> None:
-    size: Any = {"width": width, "height": 900}
-    look: Any = scheme
-    context = browser.new_context(viewport=size, color_scheme=look, offline=True)
-    page, problems, requests = context.new_page(), [], []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
+    opened = Opened(browser, file.as_uri(), width, scheme)
+    page = opened.page
     page.wait_for_selector("#plot .chosen")
 
     def shown() -> dict[str, str]:
@@ -96,7 +77,5 @@ def test_points_show_their_shape_by_pointer_and_by_keys(
     page.get_by_role("button", name="megabytes").click()
     page.get_by_role("button", name="held-out examples").click()
     assert page.locator("#plot circle.tried").count() == len(TRIED)
-    assert problems == [] and requests == [file.as_uri()]
-    assert page.evaluate("window.stolen") is None
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    context.close()
+    assert opened.problems == [] and opened.requests == [file.as_uri()]
+    opened.close()

@@ -1,10 +1,9 @@
 """The page to try a text, in a real browser: it asks this server, and nobody else."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import browsing
 import pytest
 import torch
 from live import Live, serving
@@ -16,12 +15,8 @@ from opfa.inference.predictor import Options
 from opfa.models.encoders import HEADS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 HOSTILE = "<img src=x onerror='window.stolen = 1'></script><script>window.stolen = 1</script>"
 SIZES = [(1280, "light"), (390, "dark")]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,26 +43,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Opened:
-    """A page, and all that it asked for or complained about."""
+class Opened(browsing.Opened):
+    """The page of a server."""
 
     def __init__(self, browser: "Browser", live: Live, width: int, scheme: str) -> None:
-        size = {"width": width, "height": 900}
-        context = browser.new_context(viewport=size, color_scheme=scheme)  # pyright: ignore[reportArgumentType]
-        self.page: Page = context.new_page()
-        self.live, self.problems, self.requests = live, list[str](), list[str]()
-        self.page.on("console", lambda message: self.problems.append(message.text))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(live.url)
+        super().__init__(browser, live.url, width, scheme, offline=False)
+        self.live = live
 
     def ask(self, *texts: str) -> str:
         """What is said of these texts, one for each field."""
@@ -82,9 +63,7 @@ class Opened:
         hosts = {url for url in self.requests if not url.startswith((self.live.url, "data:,"))}
         assert not hosts
         assert [text for text in self.problems if not any(word in text for word in allowed)] == []
-        assert self.page.evaluate("window.stolen") is None
-        assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        self.page.context.close()
+        self.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
