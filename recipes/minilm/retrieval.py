@@ -10,38 +10,32 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
 import opfa
 from opfa.data.records import read_records
+from opfa.tasks.sentences import retrieval
 
-COUNTS = (1, 10)
-
-
-def vectors(model: str, texts: list[str]) -> np.ndarray:
-    """Vectors of length 1, [N, H]."""
-    answers = opfa.predict(model, texts, kind="embedding", sequence_tokens=128)
-    found = np.array([answer.prediction for answer in answers], dtype=np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+METRICS = ("recall@1", "recall@10")
 
 
-def recalls(questions: np.ndarray, paragraphs: np.ndarray, own: np.ndarray) -> dict[str, float]:
-    """Of questions [N, H] whose own paragraph [M, H] has the number `own` [N]."""
-    scores = questions @ paragraphs.T
-    ranks = (scores > scores[np.arange(len(own)), own, None]).sum(axis=1)
-    return {f"recall@{count}": float((ranks < count).mean()) for count in COUNTS}
+def vectors(model: str, texts: list[str]) -> Tensor:
+    """[N, H], of each text; one that stands there twice is computed once."""
+    once = list(dict.fromkeys(texts))
+    answers = opfa.predict(model, once, kind="embedding", sequence_tokens=128)
+    found = {text: answer.prediction for text, answer in zip(once, answers, strict=True)}
+    return torch.tensor([found[text] for text in texts])
 
 
 def main(output: str, file: str, *models: str) -> None:
     """Measure each model, and write what was found."""
     pairs = [(record["question"], record["context"]) for _, record in read_records(Path(file))]
-    paragraphs = list(dict.fromkeys(context for _, context in pairs))
-    numbers = {context: number for number, context in enumerate(paragraphs)}
-    own = np.array([numbers[context] for _, context in pairs])
-    found = {"questions": len(pairs), "paragraphs": len(paragraphs), "models": {}}
+    questions, contexts = map(list, zip(*pairs, strict=True))
+    found = {"questions": len(pairs), "paragraphs": len(set(contexts)), "models": {}}
     for model in models:
-        asked = vectors(model, [question for question, _ in pairs])
-        found["models"][Path(model).name] = recalls(asked, vectors(model, paragraphs), own)
+        both = torch.stack([vectors(model, questions), vectors(model, contexts)], dim=1)
+        found["models"][Path(model).name] = retrieval(both, questions, contexts, METRICS)
         print(model, found["models"][Path(model).name], flush=True)
     Path(output).write_text(json.dumps(found, indent=1) + "\n")
 
