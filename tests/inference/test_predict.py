@@ -16,8 +16,7 @@ import torch
 from conftest import finetune_recipe, sentences
 from same_predictions import compare, differences, run_of, tags_by_pipeline
 from snippets import run_snippets
-from transformers import BertModel, BertTokenizer
-from words import WORDS, tiny
+from words import MODELS, write_models
 
 import opfa
 from opfa.commands import app as cli
@@ -26,7 +25,6 @@ from opfa.errors import DataError, ModelError, OpfaError, Redacting, RunError
 from opfa.inference import rows
 from opfa.inference.predict import predict_file
 from opfa.inference.predictor import Options, Predictor
-from opfa.models.encoders import HEADS
 from opfa.tasks import unlabelled
 from opfa.tasks.predictions import (
     AnswerPrediction,
@@ -36,32 +34,12 @@ from opfa.tasks.predictions import (
     TagsPrediction,
 )
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "classes": ("SequenceClassification", {"id2label": {0: "bad", 1: "good"}}),
-    "number": ("SequenceClassification", {"num_labels": 1}),
-    "answers": ("QuestionAnswering", {}),
-    "tags": ("TokenClassification", {"id2label": {0: "O", 1: "B-X"}}),
-    "choices": ("MultipleChoice", {}),
-}
 QUESTION = ("who won ?", "rome beat paris . in may")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model for each kind of task, with large weights so that it has opinions."""
-    directory = tmp_path_factory.mktemp("models")
-    (directory / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizer.from_pretrained(directory)
-    for name, (head, values) in MODELS.items():
-        torch.manual_seed(0)
-        HEADS[head].from_config(tiny(initializer_range=1.0, **values)).save_pretrained(
-            directory / name
-        )
-        tokenizer.save_pretrained(directory / name)
-    torch.manual_seed(0)
-    BertModel(tiny()).save_pretrained(directory / "bare")
-    tokenizer.save_pretrained(directory / "bare")
-    return directory
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def write_lines(path: Path, *values: dict[str, Any]) -> Path:

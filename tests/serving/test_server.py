@@ -15,28 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from live import JSON, Live, held, serving
 from onnx import TensorProto, helper, numpy_helper, save
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import BertModel, BertTokenizer
-from words import WORDS, tiny
+from words import MODELS, WORDS, write_models
 
 import opfa
 from opfa.errors import RunError
 from opfa.inference.predictor import Options
-from opfa.models.encoders import HEADS
 from opfa.serving.asking import Asking
 from opfa.serving.limits import Limits
 from opfa.tasks.predictions import VectorPrediction
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "classes": ("SequenceClassification", {"id2label": {0: "bad", 1: "good"}}),
-    "number": ("SequenceClassification", {"num_labels": 1}),
-    "answers": ("QuestionAnswering", {}),
-    "tags": ("TokenClassification", {"id2label": {0: "O", 1: "B-X"}}),
-    "choices": ("MultipleChoice", {}),
-}
 ASKED: dict[str, list[Any]] = {  # in Python's form; in JSON's a tuple is a list
     "classes": ["good film", {"text": "bad", "more": 3}, "who won ? " * 40],
     "number": ["good film", "bad"],
@@ -54,19 +44,7 @@ NOTHING = 30.0  # seconds, where nothing should end by itself
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model for each kind of task, with large weights so that it has opinions."""
-    directory = tmp_path_factory.mktemp("models")
-    (directory / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizer.from_pretrained(directory)
-    for name, (head, values) in MODELS.items():
-        torch.manual_seed(0)
-        model = HEADS[head].from_config(tiny(initializer_range=1.0, **values))
-        model.save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    torch.manual_seed(0)
-    BertModel(tiny()).save_pretrained(directory / "bare")
-    tokenizer.save_pretrained(directory / "bare")
-    return directory
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,22 @@
 """The page to try a text, in a real browser: it asks this server, and nobody else."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import browsing
 import pytest
-import torch
 from live import Live, serving
-from transformers import BertModel, BertTokenizer
-from words import WORDS, tiny
+from words import Models, write_models
 
 import opfa
 from opfa.inference.predictor import Options
-from opfa.models.encoders import HEADS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 HOSTILE = "<img src=x onerror='window.stolen = 1'></script><script>window.stolen = 1</script>"
 SIZES = [(1280, "light"), (390, "dark")]
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS: Models = {
     "classes": ("SequenceClassification", {"id2label": {0: HOSTILE, 1: "good"}}),
     "number": ("SequenceClassification", {"num_labels": 1}),
     "answers": ("QuestionAnswering", {}),
@@ -31,16 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    (directory / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizer.from_pretrained(directory)
-    for name, (head, values) in MODELS.items():
-        torch.manual_seed(0)
-        config = tiny(initializer_range=1.0, **values)
-        model = HEADS[head].from_config(config) if head else BertModel(config)
-        model.save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    return directory
+    return write_models(tmp_path_factory.mktemp("models"), MODELS)
 
 
 class Opened(browsing.Opened):
