@@ -207,9 +207,7 @@ def _written(name: str, job: _Job, output: Path) -> PruneResult:
     from opfa.models.sentences import files_of, write_files
     from opfa.models.trained import load, ranges_of
     from opfa.training.checkpoint import fill_finished
-    from opfa.training.engine import choose_accelerator
 
-    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     if ranges_of(name) is not None:
         raise ModelError(f"{name}: is in 8 bits; prune the model that it was made of")
     tokenizer, model = load_tokenizer(name), load(name, exact=False)

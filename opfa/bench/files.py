@@ -23,12 +23,11 @@ from opfa.compression.pattern import Pattern
 from opfa.compression.quant import to_int8
 from opfa.compression.selection import magnitude_mask, num_zeros
 from opfa.models.configs import new_config
-from opfa.models.encoders import HEADS
+from opfa.models.encoders import HEADS, save_model
 from opfa.releases.rounding import DTYPES, PLAIN, Dtype, Format, write_weights
 from opfa.report.tables import Result, Row, Table
 from opfa.sparsity.anatomy import EMBEDDING
 from opfa.storage.files import write_json
-from opfa.training.engine import choose_accelerator
 from opfa.weights.compact import CONFIG, FILE
 from opfa.weights.packing import PARTS, TYPES
 
@@ -91,7 +90,6 @@ class Files(Result):
 
 def bench_files() -> Files:
     """Write every form and load it."""
-    choose_accelerator()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directories, pruned = _write(Path(name))
@@ -123,7 +121,7 @@ def _write(root: Path) -> tuple[dict[tuple[Format, Dtype], Path], dict[str, int]
             weight.mul_(torch.randn(weight.shape[0], 1).mul(0.3).exp())
             weight.mul_(torch.randn(1, weight.shape[1]).mul(0.2).exp())
             weight.masked_fill_(~magnitude_mask(weight, num_zeros(SPARSITY, weight.numel())), 0.0)
-    model.save_pretrained(root / "source")
+    save_model(model, root / "source")
     pruned = {f"{name}.weight": layer.weight.numel() for name, layer in layers.items()}
     values = json.loads((root / "source/config.json").read_text())
     directories: dict[tuple[Format, Dtype], Path] = {

@@ -17,8 +17,8 @@ from opfa.compression import quant
 from opfa.compression.pattern import Pattern
 from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
-from opfa.models.configs import load_config, new_config, quiet_transformers
-from opfa.models.encoders import HEADS, load_weights
+from opfa.models.configs import load_config, new_config
+from opfa.models.encoders import HEADS, load_weights, save_model
 from opfa.storage.files import new_directory, new_file
 
 SEEN = (4, 64)  # random tokens for the ranges of 8 bits
@@ -54,8 +54,8 @@ def write_given(model: str, directory: Path) -> None:
 
 def _write(model: PreTrainedModel, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with new_directory(directory) as work, quiet_transformers():
-        model.save_pretrained(work)
+    with new_directory(directory) as work:
+        save_model(model, work)
 
 
 def write_ranges(directory: Path) -> None:

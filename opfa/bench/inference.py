@@ -22,7 +22,6 @@ from opfa.report.tables import Row
 from opfa.runtime.build import digest
 from opfa.runtime.library import level
 from opfa.storage.files import write_text
-from opfa.training.engine import choose_accelerator
 from opfa.training.machine import environment
 
 Found = TypeVar("Found", bound=Row)
@@ -35,7 +34,6 @@ def bench_inference(model: str | None, plan: Plan, work: Path) -> Inference:
     A given model isn't measured by sparsity, and nothing else than this model is. Raises
     `ModelError` for a model that can't be loaded, `RunError` for one that the runtime can't run.
     """
-    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     random, small = work / "random", work / "small"
     if model is None:
         forms.write_random(random, plan.config, (plan.sparsity, *plan.sparsities))

@@ -14,8 +14,8 @@ from opfa.compression.distill import hidden_loss, soft_loss
 from opfa.compression.pruner import Pruner
 from opfa.compression.schedules import Gradual
 from opfa.compression.scores import Magnitude
+from opfa.models.encoders import choose_accelerator
 from opfa.models.pretraining import decay_groups, load_pretraining_model
-from opfa.training.engine import choose_accelerator
 from opfa.upstream.batches import Batch, masker, training_steps
 from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import order_of

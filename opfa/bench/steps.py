@@ -23,7 +23,6 @@ from opfa.models.configs import new_config, wordpiece_tokenizer
 from opfa.models.encoders import write_model
 from opfa.report.tables import Result, Row, Table, column
 from opfa.tasks.kinds import KINDS
-from opfa.training.engine import choose_accelerator
 from opfa.training.loop import accumulate
 
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]  # one BERT-base layer
@@ -121,7 +120,6 @@ def _bench_scope(scope: Any) -> Scope:  # Any: one of Pattern's scopes
 
 def bench_distillation() -> TeacherSteps:
     """Measure a step of a student of BERT-base's shape, but for the vocabulary, by teacher."""
-    choose_accelerator()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -28,9 +28,10 @@ from opfa.bench.plain import Plain
 from opfa.bench.standard import ENDLESS, standard
 from opfa.compression.distill import Scales, VocabularyLoss
 from opfa.errors import RecipeError
+from opfa.models.encoders import choose_accelerator
 from opfa.training.clock import Clock
 from opfa.training.distributed import Supervisor
-from opfa.training.engine import choose_accelerator, start_distributed
+from opfa.training.engine import start_distributed
 from opfa.training.loop import accumulate
 from opfa.training.machine import environment
 from opfa.upstream.batches import training_steps
@@ -54,7 +55,6 @@ def bench_train(recipe: PretrainRecipe | None, overrides: Sequence[str], rounds:
     if recipe is not None and recipe.model.init is None:
         what = "opfa bench train needs a model that both loops can start from"
         raise RecipeError(f"model.config: {what}; give model.init=DIRECTORY and model.config=")
-    choose_accelerator()  # before transformers makes DeepSpeed guess
     with tempfile.TemporaryDirectory() as directory:
         if recipe is None:
             recipe = standard(Path(directory), overrides)

@@ -18,6 +18,7 @@ from opfa.downstream.recipe import FinetuneRecipe
 from opfa.downstream.results import EvaluateResult
 from opfa.errors import ModelError
 from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.encoders import choose_accelerator
 from opfa.models.trained import as_trained, ranges_of
 from opfa.sparsity.chosen import Chosen
 from opfa.storage import seal
@@ -29,7 +30,6 @@ from opfa.tasks.features import Batch, Split, num_tokens
 from opfa.tasks.kinds import KINDS, logits_of
 from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import fill_finished
-from opfa.training.engine import choose_accelerator
 from opfa.training.finished import changed_model
 from opfa.weights.inspection import check_stated
 from opfa.weights.sources import directory_of

@@ -24,6 +24,7 @@ from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError, blaming
 from opfa.models.configs import load_config, load_tokenizer
+from opfa.models.encoders import choose_accelerator
 from opfa.models.pretraining import decay_groups
 from opfa.runtime.training import use_kernels
 from opfa.sparsity.layers import masked_layers
@@ -35,7 +36,6 @@ from opfa.tasks.features import Split
 from opfa.training import began, finished, launch, points
 from opfa.training.checkpoint import model_digest, point_name, problem_of, write_finished
 from opfa.training.concerns import Evaluating, Pruning
-from opfa.training.engine import choose_accelerator
 from opfa.training.loop import Concern, Losses, Progress
 from opfa.training.metrics import HELD_OUT, VALIDATION, Row
 from opfa.training.reporting import write_report

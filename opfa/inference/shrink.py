@@ -38,7 +38,6 @@ from opfa.report.tables import Table
 from opfa.sparsity.units import HEADS, NEURONS
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
-from opfa.training.engine import choose_accelerator
 
 Form = Literal["even", "uneven", "onnx", "same-shape"]
 ONNX = "model.onnx"
@@ -109,7 +108,6 @@ def shrink(name: str, output: Path, form: Form) -> ShrinkResult:
     if not difference <= TOLERANCE * float(expected.abs().max()):  # NaN isn't
         raise ModelError(f"{name}: not written, a hidden state differs by {difference:.1e}")
     after = _sizes(model)
-    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     with new_directory(output) as work, tempfile.TemporaryDirectory() as aside:
         plain = Path(aside, "model") if form == "onnx" else work
         write_model(model, tokenizer, plain)

@@ -43,7 +43,6 @@ from opfa.storage import foreign
 from opfa.storage.files import check_new, new_directory, write_text
 from opfa.storage.runs import RECIPE
 from opfa.training.checkpoint import verify
-from opfa.training.engine import choose_accelerator
 from opfa.weights.sources import directory_of, open_source
 
 SPARSITY = "sparsity.json"
@@ -117,7 +116,6 @@ def trim(name: str, texts: Texts, output: Path, *, min_count: int = 1) -> TrimRe
     cut_tables(model, trimmed.made)
     if dtypes == {torch.half} or dtypes == {torch.bfloat16}:
         torch.nn.Module.to(model, dtypes.pop())  # as its file had it
-    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     with new_directory(output) as work:
         _write(name, model, trimmed.tokenizer, work)
         again = _states(trained.load(str(work)), load_tokenizer(str(work)), trimmed.alike)

@@ -1,6 +1,7 @@
 """Encoders through plain transformers classes: loaded in fp32, with a task's head, and saved."""
 
 import copy
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,28 @@ def of_encoder(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return [n for n in names if n.startswith(encoder) and ".pooler." not in f".{n}"]
 
 
+def choose_accelerator() -> str:
+    """Where to compute, "cuda" or "cpu". Called before a model is saved, too: there transformers
+    imports DeepSpeed, which would say on stdout that it had to guess.
+    """
+    if torch.cuda.is_available():
+        # Hopper's default attention plans anew for each shape, and batches have many lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"
+
+
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
     """Save in plain transformers form."""
+    save_model(model, directory)
+    tokenizer.save_pretrained(directory)
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """`write_model` without a tokenizer."""
+    choose_accelerator()
     with quiet_transformers():
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)

@@ -32,7 +32,6 @@ from opfa.storage.runs import RECIPE
 from opfa.storage.temporary import lock
 from opfa.training import began, launch, machine
 from opfa.training.distributed import Stopped, Supervisor
-from opfa.training.engine import choose_accelerator
 from opfa.training.run import check_output
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,6 @@ def search(
     launch.refuse_several("opfa search")
     check_output(output, recipe, resume)
     workers = workers or cores()
-    choose_accelerator()  # else DeepSpeed, where it is installed, says on stdout that it guessed
     material = Material(recipe, recipe.model.init)
     with _alone(output, is_new=not resume), Supervisor(math.inf) as supervisor:
         supervisor.beat("searching")

@@ -21,6 +21,7 @@ from opfa.compression.runs import Weights
 from opfa.compression.selection import Ranks
 from opfa.errors import RunError
 from opfa.extras import importing
+from opfa.models.encoders import choose_accelerator
 from opfa.sparsity.layers import MaskedLinear
 from opfa.training import launch
 from opfa.training.distributed import gather_texts
@@ -61,16 +62,6 @@ def start_distributed(timeout_seconds: float) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def choose_accelerator() -> str:
-    """Where to compute, "cuda" or "cpu"; DeepSpeed would warn that it had to guess."""
-    if torch.cuda.is_available():
-        # Hopper's default attention plans anew for each shape, and batches have many lengths.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return "cuda"
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return "cpu"
 
 
 def _alone() -> dict[str, str]:
