@@ -115,6 +115,9 @@ def _kth_lowest(
     flat: Mapping[str, Tensor], alive: Mapping[str, Tensor | None], k: int, ranks: Ranks
 ) -> tuple[int, int, int]:
     """The k-th lowest score as an integer, how many are lower, and how many are equal."""
+    ((name, only), *others) = flat.items()
+    if only.is_cuda and not others and ranks.size == 1 and len(only) <= CHUNK:
+        return _kth_by_sorting(_order(only, alive[name]), k)
 
     def count(digit: Callable[[Tensor], Tensor]) -> np.ndarray:
         counts = np.zeros(1 << 16, dtype=np.int64)
@@ -131,6 +134,13 @@ def _kth_lowest(
     counts = count(lambda order: order[(order >> 16) == high] & 0xFFFF)
     low, num_below_in_bin = _bin_of(counts, k - num_below)
     return high << 16 | low, num_below + num_below_in_bin, int(counts[low])
+
+
+def _kth_by_sorting(order: Tensor, k: int) -> tuple[int, int, int]:
+    """What histograms find: on a GPU faster for one matrix, as nothing travels meanwhile."""
+    kth = order.sort().values[k - 1]
+    found = torch.stack([kth, (order < kth).sum(), (order == kth).sum()])
+    return tuple(found.tolist())
 
 
 def _histogram(values: Tensor) -> np.ndarray:

@@ -31,6 +31,8 @@ SEQUENCES, BATCH = 256, 16  # of held-out text, that students are measured on
 TARGETS, STEPS, SEEDS = (0.9, 0.97), (480, 4_800), (42, 43)
 OWN_RECIPES = {"oBERT": "minilm-obert.toml"}
 LAST = tuple(OWN_RECIPES)  # which take long, so they are made only if asked for
+FIXED = {"magnitude, fixed": "magnitude", "ADMM, fixed": "admm"}  # pruned before the first step
+ONE_SHOT_SEQUENCES = 96  # of text that one-shot pruning is fitted to
 Row = Mapping[str, Any]
 
 
@@ -44,21 +46,37 @@ def scores(steps: int) -> dict[str, dict[str, Any]]:
         "curvature": {"pruning.pattern.score": curvature},
         "curvature, again": {"pruning.pattern.score": again},
         "curvature, clean text": {"pruning.pattern.score": curvature, "masking.probability": 0.0},
-        "oBERT": {},
+        **{name: {} for name in (*FIXED, *OWN_RECIPES)},
     }
 
 
-def changes(score: str, steps: int) -> dict[str, Any]:
+def changes(score: str, steps: int, target: float) -> dict[str, Any]:
     """What is changed of the row's recipe: its moments keep their shares of the run."""
+    warmup = {"training.warmup_steps": min(steps - 1, max(10, steps // 60))}
+    if score in FIXED:  # by magnitude, the zeros that are there stay
+        return {"pruning.schedule": {"end": 0, "target": target}, **warmup}
     if score in OWN_RECIPES:
-        moments = {"end": 11 * steps // 12, "every": max(1, steps // 12)}
-        return {f"pruning.schedule.{key}": value for key, value in moments.items()}
-    moments = {"end": steps // 2, "hold_until": 4 * steps // 5}
-    return {
-        **{f"pruning.schedule.{key}": value for key, value in moments.items()},
-        "training.warmup_steps": min(steps - 1, max(10, steps // 60)),
-        **scores(steps)[score],
-    }
+        moments, warmup = {"end": 11 * steps // 12, "every": max(1, steps // 12)}, {}
+    else:
+        moments = {"end": steps // 2, "hold_until": 4 * steps // 5}
+    moments = {f"pruning.schedule.{key}": value for key, value in moments.items()}
+    return {**moments, "pruning.schedule.target": target, **warmup, **scores(steps)[score]}
+
+
+def pruned(dense: Path, runs: Path, score: str, target: float) -> Path:
+    """The dense model without so many weights of each matrix, the others fitted to text."""
+    found = runs / f"{score}-{target:g}"
+    if not found.exists():
+        opfa.prune(
+            str(dense),
+            target,
+            found,
+            score=score,
+            reconstruct=True,
+            texts=Path("data/pretrain/train-*.jsonl.gz"),
+            sequences=ONE_SHOT_SEQUENCES,
+        )
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -110,24 +128,27 @@ def student(prepared: Path, runs: Path, score: str, target: float, steps: int, s
     """Train one, or go on with it, and say how far it is."""
     recipe = HERE / OWN_RECIPES.get(score, "minilm-sparse-90.toml")
     run = runs / f"{score.replace(', ', '-').replace(' ', '-')}-{target:g}-{steps}-{seed}"
+    dense = Path(str(PretrainRecipe.read(recipe).model.init))
+    own = {}
+    if FIXED.get(score) not in (None, "magnitude"):
+        own = {"model.init": str(pruned(dense, runs, FIXED[score], target))}
     start = time.monotonic()
     result = opfa.pretrain(
         recipe,
         run,
         {
             **{"name": run.name, "data": str(prepared), "seed": seed, "training.steps": steps},
-            **{"pruning.schedule.target": target, "logging.evaluate_steps": steps},
-            **changes(score, steps),
+            **{"logging.evaluate_steps": steps, **own},
+            **changes(score, steps, target),
         },
         resume=run.exists(),
     )
-    dense = PretrainRecipe.read(recipe).model.init
     return {
         "score": score,
         "target": target,
         "steps": steps,
         "seed": seed,
-        **measured(run / "model", Path(str(dense)), prepared),
+        **measured(run / "model", dense, prepared),
         "sparsity": result.sparsity,
         "seconds": round(time.monotonic() - start),
     }

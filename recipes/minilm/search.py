@@ -125,8 +125,8 @@ def main(
     file, changes = Path(results), {"model.init": dense, "distillation.teacher": dense}
     changes |= {"task.train": fit, "task.validation": validation, "search.data": held}
     searches: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        for name, more in SAMPLERS.items():
+    for name, more in SAMPLERS.items():
+        for seed in SEEDS:
             every = {**changes, **more, "seed": seed, "search.evaluations": int(evaluations)}
             words = [f"{key}={json.dumps(value)}" for key, value in every.items()]
             first = Path(work, f"NSGA-II-{seed}")

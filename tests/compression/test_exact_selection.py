@@ -88,6 +88,14 @@ def test_one_tensor_equals_a_full_stable_sort(seed: int) -> None:
         assert_sorted(weight, k)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_sorting_as_on_a_gpu_finds_what_histograms_find(seed: int) -> None:
+    scores = awkward(seed).abs().view(-1)
+    k = int(np.random.default_rng(seed).integers(1, scores.numel() + 1))
+    expected = selection._kth_lowest({"w": scores}, {"w": None}, k, selection.ALONE)
+    assert selection._kth_by_sorting(selection._order(scores, None), k) == expected
+
+
 def test_more_than_one_chunk_equals_a_full_stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "CHUNK", 7)
     weight = torch.randn(9, 11, generator=torch.Generator().manual_seed(1)).bfloat16().float()

@@ -1,5 +1,5 @@
 """The same predictions by `opfa predict` on each form of a model, by transformers' `pipeline`, and
-by ONNX Runtime by hand. On real data: python tests/inference/same_predictions.py DATA
+by ONNX Runtime by hand. On real data: python tests/inference/same_predictions.py DATA [KIND ...]
 
 Every kind of task gets a small random BERT, which is fine-tuned for a minute with half of its
 weights pruned, then released, exported, and asked about as many examples as there are.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnxruntime import InferenceSession
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -44,7 +45,9 @@ def numbers_of(found: Prediction) -> list[float]:
     """All probabilities of a prediction, or its number; for comparisons."""
     if hasattr(found, "probabilities"):
         return list(_flat(found.probabilities))  # pyright: ignore[reportAttributeAccessIssue]
-    return [found.score] if hasattr(found, "score") else [found.prediction]  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(found, "score"):
+        return [found.score]  # pyright: ignore[reportAttributeAccessIssue]
+    return list(_flat([found.prediction]))
 
 
 def _flat(value: Any) -> Iterator[float]:
@@ -56,14 +59,14 @@ def _flat(value: Any) -> Iterator[float]:
 
 
 def differences(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> tuple[int, float]:
-    """How many predictions are equal (numbers: to four digits), and the largest difference of a
-    probability or number.
+    """How many predictions are equal (numbers and vectors: to four digits), and the largest
+    difference of a probability or number.
     """
     equal, largest = 0, 0.0
     for one, other in zip(ours, theirs, strict=True):
         pairs = zip(numbers_of(one), numbers_of(other), strict=True)
         difference = max(abs(a - b) for a, b in pairs)
-        is_number = isinstance(one.prediction, float)
+        is_number = isinstance(one.prediction, float | list) and not hasattr(one, "score")
         equal += difference < 1e-4 if is_number else one.prediction == other.prediction
         largest = max(largest, difference)
     return equal, largest
@@ -158,6 +161,7 @@ def tasks(data: Path) -> dict[str, tuple[dict[str, Any], Rows, Rows]]:
             {"text": "question", "choices": ["paragraphs"], "label": "right"},
             *rows("squad", _chosen),
         ),
+        "embedding": ({**two, "metrics": ["spearman"]}, *rows("stsb")),
     }
 
 
@@ -208,6 +212,9 @@ def compare(work: Path, kind: str, task: dict[str, Any], run: Path, asked: Rows)
         "ONNX": work / f"{run.name}-onnx/model.onnx",
         "packed": work / f"{run.name}-packed",
     }
+    if is_8bit:  # in 8 bits is only what the model was trained in
+        forms["compact, other weights as they are"] = exact = work / f"{run.name}-exact"
+        release(run, exact, form="compact-int8", dtype="fp32", embeddings=False)
     columns = {"text": task["text"], "text_pair": task.get("text_pair")}
     found = []
 
@@ -239,6 +246,11 @@ def compare(work: Path, kind: str, task: dict[str, Any], run: Path, asked: Rows)
             apart = [abs(o.prediction - next(iter(t.values()))) for o, t in pairs]
             equal, largest = sum(value < 1e-4 for value in apart), max(apart)
         note("pipeline", equal, largest)
+    if kind == "embedding":
+        texts = [row[task["text"]] for row in asked]
+        vectors = SentenceTransformer(str(run / "model"), device="cpu").encode(texts)
+        apart = np.abs(vectors - np.array([one.prediction for one in ours])).max(axis=1)
+        note("SentenceTransformer", int((apart < 1e-4).sum()), float(apart.max()))
     if kind == "token-classification":
         theirs = list(tags_by_pipeline(run / "model", asked))
         pairs = list(zip(ours, theirs, strict=True))
@@ -254,12 +266,14 @@ def columns_of(columns: dict[str, Any]) -> dict[str, Any]:
     return {"text": columns["text"], "pair": columns["text_pair"]}
 
 
-def main(data: Path) -> None:
-    """Print one line for each comparison."""
+def main(data: Path, *kinds: str) -> None:
+    """Print one line for each comparison, of all kinds of task or some."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         new_encoder(work / "encoder", next(data.glob("vocab/*vocab.txt")))
-        for kind, (task, train, asked) in tasks(data).items():
+        every = tasks(data)
+        for kind in kinds or every:
+            task, train, asked = every[kind]
             for bits in (32, 8):
                 run = run_of(work, kind, task, train, asked, bits=bits)
                 metrics = json.loads((run / "results.json").read_text())["metrics"]
@@ -270,4 +284,4 @@ def main(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
