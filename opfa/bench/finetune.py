@@ -2,6 +2,7 @@
 
     ours            sparse kernels, live weights alone trained
     ours, bf16      the same with tokens in bf16
+    ours, again     the same in fp32, and layers are computed again going back (checkpointing)
     no kernels      masked layers in dense products, as on a GPU
     torch, fp32     the dense model
     torch, bf16     the dense model under autocast
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from opfa.bench.measure import in_a_process, peak_bytes, timed
 from opfa.models.configs import new_config
-from opfa.models.encoders import HEADS
+from opfa.models.encoders import HEADS, checkpoint_layers
 from opfa.report.tables import Result, Row, Table, column
 from opfa.runtime.training import use_kernels
 from opfa.sparsity.anatomy import part_of
@@ -38,8 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 1536,
     },
 }
-VARIANTS = ("ours", "ours, bf16", "no kernels", "torch, fp32", "torch, bf16", "plain loop")
+VARIANTS = ("ours", "ours, bf16", "ours, again", "no kernels", "torch, fp32")
+VARIANTS = (*VARIANTS, "torch, bf16", "plain loop")
 RATIOS = (("ours", "torch, fp32"), ("ours", "torch, bf16"), ("ours, bf16", "torch, bf16"))
+RATIOS = (*RATIOS, ("ours, again", "torch, fp32"), ("ours, again", "torch, bf16"))
 RATIOS = (*RATIOS, ("ours", "no kernels"), ("ours", "plain loop"))
 WARMUP, STEPS = 1, 5  # the first step makes patterns and the optimizer's state
 FIRST_ID = 1000  # of tokens that are words
@@ -157,6 +160,8 @@ class OneStep:
             lock(self.model)
         if name.startswith("ours"):
             use_kernels(self.model, True, train_live=True)
+        if name.endswith("again"):
+            checkpoint_layers(self.model)
         self._is_bf16 = name.endswith("bf16")
         groups = [{"params": list(self.model.parameters())}]
         self.engine = SoloEngine(self.model, groups, max_grad_norm=1.0)

@@ -24,7 +24,7 @@ from opfa.downstream.student import Quantizing, hold_zeros, prepare_8_bits
 from opfa.downstream.teacher import FILE, Remembering, Teacher
 from opfa.errors import DivergedError, RecipeError, RunError, blaming
 from opfa.models.configs import load_config, load_tokenizer
-from opfa.models.encoders import choose_accelerator
+from opfa.models.encoders import checkpoint_layers, choose_accelerator
 from opfa.models.pretraining import decay_groups
 from opfa.runtime.training import use_kernels
 from opfa.sparsity.layers import masked_layers
@@ -114,6 +114,8 @@ class Trainer:
             self.chosen_by = hold_zeros(self.student, init) if is_held else []
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
+        if training.gradient_checkpointing:
+            checkpoint_layers(self.student)
         self._use_kernels()
         self.teacher = None
         if (settings := recipe.distillation) is not None:

@@ -67,6 +67,8 @@ class Training(Section):
     """Batch examples of similar length: less padding, less random."""
     sparse_kernels: Literal["auto"] | bool | None = None
     """Compute live weights only, on a CPU: "auto" where that is faster; by default no."""
+    gradient_checkpointing: bool = Field(default=False, exclude_if=lambda is_on: not is_on)
+    """Compute layers again going back instead of keeping them: less memory, more time."""
 
     @field_validator("rewind_learning_rate", "sparse_kernels")
     @classmethod
@@ -200,6 +202,9 @@ class FinetuneRecipe(Recipe):
             raise ValueError(f"training.lowest_learning_rate = {lowest}: {what}")
         if self.task.kind == "embedding":
             _check_embedding(self)
+        if self.quantization is not None and self.training.gradient_checkpointing:
+            what = "8 bits follow the ranges of each pass, and layers would be computed twice"
+            raise ValueError(f"training.gradient_checkpointing = true: {what}")
         if self.quantization is not None and self.training.precision != "fp32":
             raise ValueError(
                 f"training.precision = {self.training.precision!r}: 8 bits are trained in fp32; "

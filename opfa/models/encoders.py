@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opfa.errors import ModelError
@@ -108,6 +109,19 @@ def choose_accelerator() -> str:
         return "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep each layer's input alone for the backward pass, and compute the layer again there, with
+    the same dropout (Chen et al., 2016, Training Deep Nets with Sublinear Memory Cost).
+
+    Raises `ModelError` for a family that can't.
+    """
+    encoder = next(each for each in model.modules() if isinstance(each, PreTrainedModel))
+    if not encoder.supports_gradient_checkpointing:
+        what = "training.gradient_checkpointing = true: transformers has none for"
+        raise ModelError(f"{what} {encoder.config.model_type}")
+    encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def write_model(

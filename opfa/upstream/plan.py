@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PretrainedConfig
 
@@ -99,6 +100,7 @@ class Shape:
     tokens: int  # of a sequence
     predicted: float  # share of tokens that the vocabulary projection runs over
     precision: str
+    again: bool = False  # layers are computed again going back, from their inputs
 
     @property
     def width(self) -> int:
@@ -150,6 +152,7 @@ def shape_of(recipe: PretrainRecipe) -> Shape:
         tokens=recipe.corpus.sequence_tokens,
         predicted=predicted,
         precision=recipe.training.precision,
+        again=recipe.training.gradient_checkpointing,
     )
 
 
@@ -164,7 +167,8 @@ def memory_bytes(
     """Bytes on each GPU, by purpose."""
     size, width, stage = shape.parameters, shape.width, zero.stage
     tokens = micro_batch * shape.tokens
-    activations = tokens * shape.layers * (18 * shape.hidden + 4 * shape.intermediate)
+    activations = 18 * shape.hidden + 4 * shape.intermediate  # of a layer and a token
+    activations += (shape.layers - 1) * (2 * shape.hidden if shape.again else activations)
     chunk = rows_of_a_chunk(tokens, shape.hidden, shape.vocabulary) * shape.vocabulary
     loss = (2 * width + 5 * 4) * chunk + (4 + width) * shape.vocabulary * shape.hidden
     measuring = 4 * (size + shape.measuring) if shape.measured else 0.0
@@ -175,7 +179,7 @@ def memory_bytes(
         "masks": (1 + width) * shape.pruned,
         "scores": 4 * shape.kept / (gpus if stage >= 1 else 1) + measuring,
         "teacher": width * shape.teacher,
-        "activations": activations * width / 2 + loss,
+        "activations": tokens * activations * width / 2 + loss,
     }
 
 
@@ -208,12 +212,13 @@ def operations(shape: Shape, batch: int) -> float:
         return parameters - embedding + shape.predicted * embedding + attention
 
     teacher = products(shape.teacher) if shape.teacher else 0.0
-    return batch * shape.tokens * (6 * products(shape.parameters) + 2 * teacher)
+    own = (6 + 2 * shape.again) * products(shape.parameters)
+    return batch * shape.tokens * (own + 2 * teacher)
 
 
 def measuring_operations(shape: Shape) -> float:
     """Floating-point operations on each rank when scores are measured on text."""
-    return operations(replace(shape, teacher=0, predicted=0.0), shape.measured)
+    return operations(replace(shape, teacher=0, predicted=0.0, again=False), shape.measured)
 
 
 def plan(
@@ -233,13 +238,12 @@ def plan(
             f"are {' and '.join(str(n) for n in sorted(near))}, or use a recipe of another batch"
         )
     shape, given, steps = shape_of(recipe), recipe.launch.deepspeed, recipe.training.steps
-    files: Mapping[str, ZeroOptimization] = FILES
-    if given is not None:
-        files = {given: recipe.deepspeed_file(gpus).zero_optimization}
+    own = given is not None and {given: recipe.deepspeed_file(gpus).zero_optimization}
+    files: Mapping[str, ZeroOptimization] = own or FILES
     every = ramp.every if (ramp := recipe.ramp()) else 0
     times = recipe.pruning.measurements(steps) if recipe.pruning else 0
-    seconds = measuring_operations(shape) / (teraflops * 1e12)
     speeds = {"bandwidth": bandwidth_gbps * 1e9 / 8, "rate": teraflops * 1e12}
+    seconds = measuring_operations(shape) / speeds["rate"]
     rows = [
         _configuration(shape, name, zero, batch, gpus, memory_gb, every, **speeds)
         for name, zero in files.items()
@@ -274,17 +278,13 @@ def _configuration(
 ) -> Configuration:
     """`bandwidth` is bytes a second, `rate` operations a second; masks move each `every` steps."""
     share, most = batch // gpus, (1 - FREE) * memory_gb * 1e9
-
-    def memory(micro_batch: int) -> dict[str, float]:
-        return memory_bytes(shape, zero, gpus=gpus, micro_batch=micro_batch)
-
+    memory = partial(memory_bytes, shape, zero, gpus=gpus)
     divisors = [n for n in range(share, 0, -1) if share % n == 0]
-    micro_batch = next((n for n in divisors if sum(memory(n).values()) <= most), None)
-    needed, accumulation = memory(micro_batch or 1), share // (micro_batch or 1)
+    micro_batch = next((n for n in divisors if sum(memory(micro_batch=n).values()) <= most), None)
+    needed, accumulation = memory(micro_batch=micro_batch or 1), share // (micro_batch or 1)
     wire = wire_bytes(shape, stage=zero.stage, gpus=gpus, accumulation=accumulation)
-    masks = mask_update_bytes(shape, stage=zero.stage, gpus=gpus) / every if every else 0.0
-    compute = operations(shape, batch) / (gpus * rate)
-    waiting = (wire + masks) / bandwidth
+    masks = every and mask_update_bytes(shape, stage=zero.stage, gpus=gpus) / every
+    compute, waiting = operations(shape, batch) / (gpus * rate), (wire + masks) / bandwidth
     if zero.offload_optimizer:  # gradients to the host and weights back, over PCI Express 4
         waiting += (4 + shape.width) * shape.parameters / gpus / 25e9
     return Configuration(

@@ -133,6 +133,8 @@ class Training(Section):
     """Numbers of the forward and backward pass; the optimizer keeps fp32 weights."""
     sparse_kernels: Literal["auto"] | bool | None = None
     """Compute live weights only, on a CPU: "auto" where that is faster; by default no."""
+    gradient_checkpointing: bool = Field(default=False, exclude_if=lambda is_on: not is_on)
+    """Compute layers again going back instead of keeping them: less memory, more time."""
 
     @field_validator("sparse_kernels")
     @classmethod

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opfa.errors import ModelError, RecipeError, blaming
+from opfa.models.encoders import checkpoint_layers
 from opfa.models.fit import check_fit
 from opfa.models.pretraining import load_pretraining_model, new_pretraining_model
 from opfa.sparsity import masks
@@ -33,6 +34,8 @@ def load_student(recipe: PretrainRecipe, prepared: Prepared) -> PreTrainedModel:
         _refuse_sparse(student, recipe.model.init)
     else:
         _refuse_heads(student, recipe.pruning)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_layers(student)
     return student
 
 

@@ -61,6 +61,19 @@ def test_memory_by_stage(stage: int, state: int) -> None:
     assert memory["activations"] == 24 * 2 * (180 + 160) + loss
 
 
+def test_gradient_checkpointing_keeps_one_layer_and_inputs_and_computes_again() -> None:
+    again = replace(TOY, again=True)
+    one, two = (
+        memory_bytes(shape, FILES["zero1"], gpus=4, micro_batch=3)["activations"]
+        for shape in (TOY, again)
+    )
+    assert one - two == 24 * (180 + 160 - 20)
+    plain, more = (
+        shape_of(bert(*words)) for words in ([], ["training.gradient_checkpointing=true"])
+    )
+    assert 1.2 < operations(more, 256) / operations(plain, 256) < 4 / 3
+
+
 def test_a_score_by_curvature_needs_a_value_a_weight_and_a_copy_for_a_while() -> None:
     toy = replace(TOY, kept=600, measured=384, measuring=2 * 600)
     for stage, state in ((0, 2_400), (1, 600)):
