@@ -110,8 +110,7 @@ class Trainer:
         classes = self.data.train.classes
         with blaming("model.init", init):
             self.student = tasks.load_model(task, init, classes, dropout=training.dropout)
-            is_held = recipe.model.zeros == "held"
-            self.chosen_by = hold_zeros(self.student, init) if is_held else []
+            self.chosen_by = hold_zeros(self.student, init) if recipe.model.zeros == "held" else []
         self._changing = self._make_concerns(steps)
         nn.Module.to(self.student, self.device)
         if training.gradient_checkpointing:
@@ -119,8 +118,7 @@ class Trainer:
         self._use_kernels()
         self.teacher = None
         if (settings := recipe.distillation) is not None:
-            student, tokenizer = self.student, self.tokenizer
-            self.teacher = Teacher(settings, task, classes, student, tokenizer=tokenizer)
+            self.teacher = Teacher(settings, task, classes, self.student, tokenizer=self.tokenizer)
         groups = decay_groups(self.student, training.weight_decay)
         self.engine = SoloEngine(self.student, groups, max_grad_norm=training.max_grad_norm)
 

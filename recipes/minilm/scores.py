@@ -31,7 +31,7 @@ SEQUENCES, BATCH = 256, 16  # of held-out text, that students are measured on
 TARGETS, STEPS, SEEDS = (0.9, 0.97), (480, 4_800), (42, 43)
 OWN_RECIPES = {"oBERT": "minilm-obert.toml"}
 LAST = tuple(OWN_RECIPES)  # which take long, so they are made only if asked for
-FIXED = {"magnitude, fixed": "magnitude", "ADMM, fixed": "admm"}  # pruned before the first step
+FIXED = ("magnitude, fixed", "ADMM, fixed")  # pruned before the first step
 ONE_SHOT_SEQUENCES = 96  # of text that one-shot pruning is fitted to
 Row = Mapping[str, Any]
 
@@ -63,15 +63,15 @@ def changes(score: str, steps: int, target: float) -> dict[str, Any]:
     return {**moments, "pruning.schedule.target": target, **warmup, **scores(steps)[score]}
 
 
-def pruned(dense: Path, runs: Path, score: str, target: float) -> Path:
-    """The dense model without so many weights of each matrix, the others fitted to text."""
-    found = runs / f"{score}-{target:g}"
+def pruned(dense: Path, runs: Path, target: float) -> Path:
+    """The dense model without so many weights of each matrix, by ADMM."""
+    found = runs / f"ADMM-{target:g}"
     if not found.exists():
         opfa.prune(
             str(dense),
             target,
             found,
-            score=score,
+            score="admm",
             reconstruct=True,
             texts=Path("data/pretrain/train-*.jsonl.gz"),
             sequences=ONE_SHOT_SEQUENCES,
@@ -130,8 +130,8 @@ def student(prepared: Path, runs: Path, score: str, target: float, steps: int, s
     run = runs / f"{score.replace(', ', '-').replace(' ', '-')}-{target:g}-{steps}-{seed}"
     dense = Path(str(PretrainRecipe.read(recipe).model.init))
     own = {}
-    if FIXED.get(score) not in (None, "magnitude"):
-        own = {"model.init": str(pruned(dense, runs, FIXED[score], target))}
+    if score == "ADMM, fixed":
+        own = {"model.init": str(pruned(dense, runs, target))}
     start = time.monotonic()
     result = opfa.pretrain(
         recipe,
