@@ -3,13 +3,16 @@
 import copy
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opfa.errors import ModelError
 from opfa.models.configs import checked_directory, load_config, loading, quiet_transformers
@@ -115,13 +118,15 @@ def checkpoint_layers(model: nn.Module) -> None:
     """Keep each layer's input alone for the backward pass, and compute the layer again there, with
     the same dropout (Chen et al., 2016, Training Deep Nets with Sublinear Memory Cost).
 
-    Raises `ModelError` for a family that can't.
+    Only layers are told so: transformers' own switch on the model also warns of caches, which
+    encoders have none of. Raises `ModelError` for a family that can't.
     """
-    encoder = next(each for each in model.modules() if isinstance(each, PreTrainedModel))
-    if not encoder.supports_gradient_checkpointing:
-        what = "training.gradient_checkpointing = true: transformers has none for"
-        raise ModelError(f"{what} {encoder.config.model_type}")
-    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError("training.gradient_checkpointing = true: this family of models has none")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def write_model(

@@ -68,14 +68,18 @@ def test_the_table_has_a_line_for_each_score_and_means_over_seeds(scripts: Any) 
 def test_each_row_is_a_recipe_whose_moments_keep_their_shares(scripts: Any, steps: int) -> None:
     for score in scripts[0].scores(steps):
         name = scripts[0].OWN_RECIPES.get(score, "minilm-sparse-90.toml")
-        asked = scripts[0].changes(score, steps)
+        asked = scripts[0].changes(score, steps, 0.9)
         overrides = [f"{key}={opfa_value(value)}" for key, value in asked.items()]
         found = PretrainRecipe.read(RECIPES / name, [f"training.steps={steps}", *overrides])
         ramp = found.ramp()
         assert ramp is not None and ramp.last_update <= steps
+        whole = PretrainRecipe.read(RECIPES / name)
+        if score in scripts[0].FIXED:
+            assert (ramp.last_update, ramp.target) == (0, 0.9)
+        elif steps == 4800:
+            assert ramp == whole.ramp()
         if steps == 4800:
-            whole = PretrainRecipe.read(RECIPES / name)
-            assert (ramp, found.training) == (whole.ramp(), whole.training)
+            assert found.training == whole.training
 
 
 def opfa_value(value: Any) -> str:
@@ -83,6 +87,16 @@ def opfa_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)
+
+
+def test_a_fixed_student_keeps_the_zeros_that_admm_chose(
+    scripts: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts[0], "ONE_SHOT_SEQUENCES", 16)
+    command = ["prepared", "fixed", "fixed.json", "--steps", "2", "--targets", "0.9"]
+    scripts[0].main([*command, "--seeds", "42", "--scores", "ADMM, fixed"])
+    masks = {opfa.inspect(f"fixed/{n}")["fingerprint"] for n in ("ADMM-0.9", "ADMM-fixed-0.9-2-42")}
+    assert len(masks) == 1
 
 
 def test_students_are_trained_once_and_measured_on_clean_text(

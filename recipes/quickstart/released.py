@@ -1,0 +1,94 @@
+"""The released encoder on the task of the quickstart: in torch as any dense model, and small and
+fast in the runtime, which skips zeros.
+
+python recipes/quickstart/released.py QUICKSTART
+
+QUICKSTART is what `opfa quickstart --output QUICKSTART` wrote. Beside it, in QUICKSTART-released,
+come the run, the small model and results.json; the same command goes on after a stop.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import opfa
+from opfa import runtime
+
+RECIPE = Path(__file__).with_name("finetune-released.toml")
+ROUNDS = 50
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line for each way to run it, in Markdown."""
+    lines = ["| the released encoder | accuracy | a passage, ms | MB |", "|---|---:|---:|---:|"]
+    for row in rows:
+        cells = f"{row['accuracy']:.3f} | {row['milliseconds']:.1f} | {row['bytes'] / 1e6:.1f}"
+        lines.append(f"| {row['way']} | {cells} |")
+    return "\n".join(lines)
+
+
+def milliseconds(ways: Sequence[Callable[[], object]]) -> list[float]:
+    """Medians of single calls, in turn."""
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(ROUNDS):
+        for way, found in zip(ways, times, strict=True):
+            start = time.perf_counter()
+            way()
+            found.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(found[1:]) for found in times]
+
+
+def accuracy(model: Path, examples: Path) -> float:
+    """Of what `opfa predict` says, in the runtime where that is faster."""
+    rows = [json.loads(line) for line in examples.read_text().splitlines()]
+    found = opfa.predict(model, rows)
+    return statistics.fmean(
+        one.prediction == row["author"] for one, row in zip(found, rows, strict=True)
+    )
+
+
+def main(quickstart: str, *changes: str) -> None:
+    """Fine-tune, make it small, and compare; `changes` are of the recipe."""
+    data = Path(quickstart, "data")
+    work = Path(f"{quickstart}-released")
+    run, small, results = work / "run", work / "small", work / "results.json"
+    splits = [f"task.{name}={data / name}.jsonl" for name in ("train", "validation")]
+    found = opfa.finetune(RECIPE, run, [*splits, *changes], resume=(run / "recipe.toml").exists())
+    if not small.exists():
+        opfa.release(run, small, format="compact-int8")
+    dense, sparse = opfa.load(run), runtime.load(small)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    passage = json.loads((data / "validation.jsonl").read_text().splitlines()[0])["text"]
+    inputs = tokenizer(passage, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        times = milliseconds([lambda: dense(**inputs), lambda: sparse(**inputs)])
+    ways = {
+        "torch, fp32, zeros computed with": (found.metrics["accuracy"], run / "model"),
+        "opfa.runtime, zeros skipped, 8 bits on disk": (
+            accuracy(small, data / "validation.jsonl"),
+            small,
+        ),
+    }
+    rows = [
+        {
+            "way": way,
+            "accuracy": value,
+            "milliseconds": taken,
+            "bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        }
+        for (way, (value, directory)), taken in zip(ways.items(), times, strict=True)
+    ]
+    results.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
