@@ -121,7 +121,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     Only layers are told so: transformers' own switch on the model also warns of caches, which
     encoders have none of. Raises `ModelError` for a family that can't.
     """
-    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError("training.gradient_checkpointing = true: this family of models has none")
     for layer in layers:

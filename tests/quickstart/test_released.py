@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,7 @@ def test_it_ends_with_a_table_and_goes_on(
     monkeypatch.syspath_prepend(str(RECIPES))
     script = importlib.import_module("released")
     changes = (f"model.init={sparse}", "task.sequence_tokens=24", "training.learning_rate=1e-3")
+    rows: list[Any] = []
     for _ in range(2):
         script.main(str(quickstart), *changes)
         rows = json.loads(Path(f"{quickstart}-released/results.json").read_text())
