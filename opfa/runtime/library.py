@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from opfa.errors import RunError
 from opfa.runtime.build import loaded
 
-ABI = 4
+ABI = 5
 GROUP, PANEL, TABLES = 16, 6, 3  # as in kernels/opfa_runtime.h
 MOST_HEAD = 256  # channels of a head, as in kernels/ops.h
 LEVEL = "OPFA_RUNTIME_LEVEL"  # the variable that asks for less than the CPU has
@@ -108,7 +108,8 @@ def library() -> ctypes.CDLL:
     found.opfa_levels.restype = found.opfa_level.restype = c_char_p
     found.opfa_choose.argtypes = [c_char_p]
     found.opfa_peak.restype = c_double
-    found.opfa_pool_new.restype = c_void_p
+    found.opfa_pool_new.restype = found.opfa_pool_of.restype = c_void_p
+    found.opfa_pool_of.argtypes = [c_int32, c_void_p, c_void_p, c_void_p]
     found.opfa_pool_free.argtypes = [c_void_p]
     found.opfa_workspace.restype = c_int64
     found.opfa_run.argtypes = [POINTER(Program), POINTER(Call), c_void_p]

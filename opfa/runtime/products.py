@@ -17,7 +17,7 @@ from torch import Tensor
 from opfa.errors import RunError
 from opfa.runtime.library import Product, library
 from opfa.runtime.patterns import PATTERNS, Pattern, struct_of, take
-from opfa.runtime.threads import Pool, num_threads
+from opfa.runtime.threads import Pool, TorchThreads, num_threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 3}  # of rows of tokens
 ALIGNMENT = 16  # floats
@@ -145,7 +145,7 @@ def _cores() -> int:
 
 @functools.cache
 def _pool(threads: int) -> Pool:
-    return Pool(threads)
+    return TorchThreads(threads)
 
 
 class _Live(torch.autograd.Function):

@@ -14,7 +14,7 @@ from opfa.errors import RunError
 from opfa.runtime.layers import array_of
 from opfa.runtime.packing import MOST_DENSITY, Packed, pack
 from opfa.runtime.program import Program, Runner
-from opfa.runtime.threads import Pool, num_threads
+from opfa.runtime.threads import Pool, TorchThreads, num_threads
 
 LEAST_SIZE = 1 << 14  # weights; the way there and back costs more than a smaller layer saves
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,7 +60,7 @@ def swap(model: Model, *, threads: int | None = None) -> Model:
     A layer gains if at most half of its weights live. Raises `RunError` if none does. For a whole
     encoder of a known family `opfa.runtime.load` is faster.
     """
-    pool = Pool(num_threads(threads))
+    pool = TorchThreads(num_threads(threads))
     found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and _gains(m)}
     if not found:
         raise RunError(f"no linear layer of {type(model).__name__} is sparse enough to gain")

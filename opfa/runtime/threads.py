@@ -1,5 +1,7 @@
 """Threads that compute for one or several programs, and how many there may be."""
 
+import ctypes
+import functools
 import os
 import sys
 import threading
@@ -41,6 +43,35 @@ class Pool:
         """End them."""
         if getattr(self, "_process", None) == os.getpid():
             library().opfa_pool_free(self._pointer)
+
+
+class TorchThreads(Pool):
+    """Torch's own threads (OpenMP's, GNU's), for products between torch's operations: after each of
+    those they spin for a while, on the cores that other threads would need.
+
+    Where torch has other threads, and in a process that was forked, these are a `Pool`'s.
+    """
+
+    def _start(self) -> None:
+        team = _team() if os.getpid() == _OWN_PROCESS else None  # OpenMP's don't survive a fork
+        if team is None:
+            super()._start()
+            return
+        self._pointer = library().opfa_pool_of(self.threads, *team)
+        self._process = os.getpid()
+
+
+_OWN_PROCESS = os.getpid()
+
+
+@functools.cache
+def _team() -> "tuple[ctypes.c_void_p, ...] | None":
+    """Where torch's OpenMP starts a team, and says which thread asks and of how many."""
+    for file in Path(torch.__file__).with_name("lib").glob("libgomp*.so*"):
+        found = ctypes.CDLL(str(file))  # loaded already
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        return tuple(ctypes.cast(getattr(found, name), ctypes.c_void_p) for name in names)
+    return None
 
 
 class _Given(threading.local):

@@ -14,7 +14,7 @@
 #error "packed weights are little-endian"
 #endif
 
-#define OPFA_ABI 4
+#define OPFA_ABI 5
 #define OPFA_TILE 64
 #define OPFA_GROUP 16
 #define OPFA_PANEL 6 /* rows of a dense matrix that stand together */
@@ -116,6 +116,11 @@ const char *opfa_levels(void);      /* what this CPU can run, best first, by bla
 const char *opfa_level(void);       /* the one that is used */
 int opfa_choose(const char *level); /* 0, or -1: not known, or not on this CPU */
 opfa_pool *opfa_pool_new(int32_t threads);
+/* Others' threads, OpenMP's: `parallel` calls a function with its data on up to so many of them at
+ * once, on which `index` and `present` say which one it is and how many there are. */
+typedef void (*opfa_parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
+opfa_pool *opfa_pool_of(int32_t threads, opfa_parallel parallel, int (*index)(void),
+                        int (*present)(void));
 void opfa_pool_free(opfa_pool *);
 int64_t opfa_workspace(const opfa_program *, int32_t tokens);       /* in floats */
 int opfa_run(const opfa_program *, const opfa_call *, opfa_pool *); /* 0, or -1: no memory */

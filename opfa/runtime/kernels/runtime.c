@@ -171,6 +171,8 @@ struct opfa_pool {
   atomic_int sleeping;
   atomic_int running;
   job *job;
+  opfa_parallel parallel; /* or none: threads of its own */
+  int (*index)(void), (*present)(void);
 };
 
 typedef struct {
@@ -190,7 +192,7 @@ static void await(atomic_int *value, int wanted) {
 }
 
 /* Each thread has a part of a step's items, and helps the others when it is done. */
-static void take_part(job *j, int index) {
+static void take_part(job *j, int index, int present) {
   opfa_work work = j->work;
   work.thread = index;
   for (int n = 0; n < j->work.program->num_steps; n++) {
@@ -205,7 +207,7 @@ static void take_part(job *j, int index) {
       }
     }
     atomic_fetch_add_explicit(j->arrived + n, 1, memory_order_acq_rel);
-    await(j->arrived + n, j->threads);
+    await(j->arrived + n, present);
   }
 }
 
@@ -224,7 +226,7 @@ static void *worker(void *argument) {
       pthread_mutex_unlock(&pool->lock);
     }
     if (!pool->job) return NULL;
-    take_part(pool->job, mine.index);
+    take_part(pool->job, mine.index, pool->threads);
     atomic_fetch_sub(&pool->running, 1);
   }
 }
@@ -261,8 +263,30 @@ opfa_pool *opfa_pool_new(int32_t threads) {
   return pool;
 }
 
+opfa_pool *opfa_pool_of(int32_t threads, opfa_parallel parallel, int (*index)(void),
+                        int (*present)(void)) {
+  opfa_pool *pool = calloc(1, sizeof *pool);
+  if (!pool) return NULL;
+  pthread_mutex_init(&pool->calls, NULL);
+  pool->threads = threads;
+  pool->parallel = parallel;
+  pool->index = index;
+  pool->present = present;
+  return pool;
+}
+
+/* What one of others' threads does; there may be fewer than asked for. */
+static void join(void *argument) {
+  opfa_pool *pool = argument;
+  take_part(pool->job, pool->index(), pool->present());
+}
+
 void opfa_pool_free(opfa_pool *pool) {
   if (!pool) return;
+  if (pool->parallel) {
+    free(pool);
+    return;
+  }
   start(pool, NULL);
   for (int i = 1; i < pool->threads; i++) pthread_join(pool->handles[i], NULL);
   free(pool->handles);
@@ -332,9 +356,12 @@ int opfa_run(const opfa_program *program, const opfa_call *call, opfa_pool *pool
     }
     job j = {w, threads, ops(), ranges, arrived};
     pthread_mutex_lock(&pool->calls);
-    if (threads > 1) start(pool, &j);
-    take_part(&j, 0);
-    if (threads > 1) {
+    if (pool->parallel) {
+      pool->job = &j;
+      pool->parallel(join, pool, (unsigned)threads, 0);
+    } else {
+      if (threads > 1) start(pool, &j);
+      take_part(&j, 0, threads);
       for (int n = 0; atomic_load(&pool->running); n++)
         if (n % 1024 == 1023)
           sched_yield();
