@@ -160,6 +160,11 @@ def test_sentences_about_released_models_say_what_their_runs_found() -> None:
     kept = "under a dense teacher it keeps {:.1%} on MNLI and {:.1%} on SQuAD"
     kept = kept.format(shares["MNLI"], shares["SQuAD"]).replace("%", " %")
     assert f"*minilm-sparse-90* read 59 million: {kept}" in text
+    ways = json.loads((results / "frontier.json").read_text())["rows"]
+    taken = {row["model"]: row["milliseconds"] for row in ways}
+    times = taken["sparse 90 %"], taken["dense"]
+    said = "takes {:.1f} ms for 128 tokens on one core, the dense model {:.1f}.".format(*times)
+    assert f"On SST-2 it {said}" in text
     rates = [word for word in tasks[0]["words"] if word.startswith("training.learning_rate=")]
     assert f"for MiniLM `{rates[0]}`" in text
 

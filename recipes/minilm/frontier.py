@@ -60,12 +60,13 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
         x, y, size = row["milliseconds"], 100 * row["accuracy"] / dense, row["bytes"] / 1e6
         axes.scatter(x, y, 6 * size, COLOURS[row["engine"]], alpha=0.6, linewidths=0)
         label = f"{row['model']}, {size:.0f} MB"
-        axes.annotate(label, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=8)
+        away = (0, -18 if row["model"].endswith(EIGHT_BITS) else 14)
+        axes.annotate(label, (x, y), away, textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log")
-    ticks = [2, 3, 5, 10, 20, 30]
+    ticks = [5, 7, 10, 15, 20, 30]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.margins(0.15, 0.2)
+    axes.margins(0.18, 0.25)
     axes.set_xlabel(f"milliseconds for {TOKENS} tokens on one core, by the fastest engine")
     axes.set_ylabel("SST-2 accuracy, % of dense")
     axes.set_title("Accuracy kept against time; areas are the files' megabytes")

@@ -53,6 +53,7 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
 
 WRITTEN = {  # by script: the page, and what its table stands between; results are of its name
     "gpu_minutes": (RECIPES / "README.md", "<!-- gpu-minutes -->", "<!-- /gpu-minutes -->"),
+    "frontier": (RECIPES / "README.md", "<!-- minilm-frontier -->", "<!-- /minilm-frontier -->"),
     "scores": (RECIPES / "README.md", "<!-- minilm-scores -->", "<!-- /minilm-scores -->"),
     "score_costs": (
         ROOT / "opfa/compression/README.md",
