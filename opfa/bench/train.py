@@ -35,7 +35,7 @@ from opfa.training.engine import start_distributed
 from opfa.training.loop import accumulate
 from opfa.training.machine import environment
 from opfa.upstream.batches import training_steps
-from opfa.upstream.plan import operations, shape_of
+from opfa.upstream.formulas import operations, shape_of
 from opfa.upstream.prepared import Prepared
 from opfa.upstream.pretrain import Trainer
 from opfa.upstream.recipe import PretrainRecipe

@@ -25,12 +25,16 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        self._pointer = library().opfa_pool_new(self.threads)
-        if not self._pointer:
+        pointer = self._made()
+        if not pointer:
             raise RunError(
                 f"threads = {self.threads}: the machine has no memory or no threads left"
             )
+        self._pointer: int = pointer
         self._process = os.getpid()
+
+    def _made(self) -> int | None:
+        return library().opfa_pool_new(self.threads)
 
     @property
     def pointer(self) -> int:
@@ -46,19 +50,15 @@ class Pool:
 
 
 class TorchThreads(Pool):
-    """Torch's own threads (OpenMP's, GNU's), for products between torch's operations: after each of
-    those they spin for a while, on the cores that other threads would need.
+    """Torch's own threads, of GNU's OpenMP, for products between torch's operations. After each of
+    those they spin for a while, on the cores that threads of ours would need.
 
-    Where torch has other threads, and in a process that was forked, these are a `Pool`'s.
+    Where torch has no such threads, and in a forked process, they are a `Pool`'s.
     """
 
-    def _start(self) -> None:
+    def _made(self) -> int | None:
         team = _team() if os.getpid() == _OWN_PROCESS else None  # OpenMP's don't survive a fork
-        if team is None:
-            super()._start()
-            return
-        self._pointer = library().opfa_pool_of(self.threads, *team)
-        self._process = os.getpid()
+        return library().opfa_pool_of(self.threads, *team) if team else super()._made()
 
 
 _OWN_PROCESS = os.getpid()
@@ -66,7 +66,7 @@ _OWN_PROCESS = os.getpid()
 
 @functools.cache
 def _team() -> "tuple[ctypes.c_void_p, ...] | None":
-    """Where torch's OpenMP starts a team, and says which thread asks and of how many."""
+    """OpenMP's functions that start a team, number its threads and count them; None without it."""
     for file in Path(torch.__file__).with_name("lib").glob("libgomp*.so*"):
         found = ctypes.CDLL(str(file))  # loaded already
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

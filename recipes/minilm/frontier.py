@@ -9,11 +9,10 @@ torch, ONNX Runtime and the runtime of this project, of which the fastest counts
 """
 
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from onnxruntime import InferenceSession
 
 import opfa
 from opfa import runtime
+from opfa.bench.contest import Turns
+from opfa.bench.measure import timed
 from opfa.compression.quant import FILE as RANGES
 from opfa.inference.parity import session_options
 from opfa.models.configs import load_config
@@ -113,15 +114,9 @@ def engines(name: str, model: Path, work: Path) -> Iterator[tuple[str, Callable[
 
 
 @torch.no_grad()
-def times(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Medians of single calls in milliseconds, all in turn."""
-    taken: dict[Any, list[float]] = {key: [] for key in ways}
-    for _ in range(ROUNDS):
-        for key, way in ways.items():
-            start = time.perf_counter()
-            way()
-            taken[key].append(1e3 * (time.perf_counter() - start))
-    return {key: statistics.median(each[1:]) for key, each in taken.items()}
+def one_call(way: Callable[[], object]) -> list[float]:
+    """A turn, in seconds."""
+    return [timed(way)]
 
 
 def size_of(model: Path) -> int:
@@ -142,15 +137,12 @@ def main(validation: str, work: str, results: str, dense: str, *others: str) -> 
     place, recipe = Path(work), Path(dense, "recipe.toml")
     place.mkdir(exist_ok=True)
     found = models(place, dense, others)
-    ways = {
-        (name, engine): way
-        for name, model in found.items()
-        for engine, way in engines(name, model, place)
-    }
-    milliseconds = times(ways)
+    ways = {name: dict(engines(name, model, place)) for name, model in found.items()}
+    tasks = {f"{n}/{e}": partial(one_call, way) for n in ways for e, way in ways[n].items()}
+    turns = Turns().take(tasks, ROUNDS)
     rows = []
     for name, model in found.items():
-        by_engine = {e: taken for (n, e), taken in milliseconds.items() if n == name}
+        by_engine = {engine: turns.median(f"{name}/{engine}") for engine in ways[name]}
         fastest = min(by_engine, key=by_engine.__getitem__)
         score = opfa.evaluate(model, recipe, {"task.validation": validation})
         rows.append(

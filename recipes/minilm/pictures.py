@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from opfa.report.pictures import BLUE, GREEN, GREY, LOSSES, ORANGE
 from opfa.storage import seal
-from opfa.upstream.plan import operations, shape_of
+from opfa.upstream.formulas import operations, shape_of
 from opfa.upstream.recipe import PretrainRecipe
 
 TASKS = {"sst2": "accuracy", "rte": "accuracy", "mnli": "accuracy", "squad": "squad_f1"}

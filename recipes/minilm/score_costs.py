@@ -30,7 +30,8 @@ from opfa.compression.schedules import Gradual
 from opfa.inference.sequences import Sequences, read_sequences
 from opfa.models.configs import load_tokenizer
 from opfa.training.machine import processor
-from opfa.upstream.plan import FILES, measuring_operations, memory_bytes, shape_of
+from opfa.upstream.formulas import measuring_operations, memory_bytes, shape_of
+from opfa.upstream.plan import FILES
 from opfa.upstream.recipe import PretrainRecipe
 
 RECIPES = Path(__file__).parents[1]

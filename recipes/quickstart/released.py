@@ -10,16 +10,20 @@ come the run, the small model and results.json; the same command goes on after a
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 import opfa
 from opfa import runtime
+from opfa.bench.contest import Turns
+from opfa.bench.measure import timed
+from opfa.runtime.build import why_not
 
 RECIPE = Path(__file__).with_name("finetune-released.toml")
 ROUNDS = 50
@@ -35,24 +39,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def milliseconds(ways: Sequence[Callable[[], object]]) -> list[float]:
-    """Medians of single calls, in turn."""
-    times: list[list[float]] = [[] for _ in ways]
-    for _ in range(ROUNDS):
-        for way, found in zip(ways, times, strict=True):
-            start = time.perf_counter()
-            way()
-            found.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(found[1:]) for found in times]
-
-
-def accuracy(model: Path, examples: Path) -> float:
-    """Of what `opfa predict` says, in the runtime where that is faster."""
-    rows = [json.loads(line) for line in examples.read_text().splitlines()]
+def right_of(model: Path, data: Path) -> float:
+    """The accuracy of what `opfa predict` says, in the runtime where that is faster."""
+    rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     found = opfa.predict(model, rows)
     return statistics.fmean(
         one.prediction == row["author"] for one, row in zip(found, rows, strict=True)
     )
+
+
+@torch.no_grad()
+def one_call(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[float]:
+    """A turn, in seconds."""
+    return [timed(lambda: model(**inputs))]
 
 
 def main(quickstart: str, *changes: str) -> None:
@@ -64,27 +63,28 @@ def main(quickstart: str, *changes: str) -> None:
     found = opfa.finetune(RECIPE, run, [*splits, *changes], resume=(run / "recipe.toml").exists())
     if not small.exists():
         opfa.release(run, small, format="compact-int8")
+    if problem := why_not():
+        print(f"The runtime can't be shown: {problem}")
+        return
     dense, sparse = opfa.load(run), runtime.load(small)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     passage = json.loads((data / "validation.jsonl").read_text().splitlines()[0])["text"]
     inputs = tokenizer(passage, truncation=True, max_length=40, return_tensors="pt")
-    with torch.no_grad():
-        times = milliseconds([lambda: dense(**inputs), lambda: sparse(**inputs)])
-    ways = {
-        "torch, fp32, zeros computed with": (found.metrics["accuracy"], run / "model"),
-        "opfa.runtime, zeros skipped, 8 bits on disk": (
-            accuracy(small, data / "validation.jsonl"),
-            small,
-        ),
-    }
+    models = {"torch": dense, "ours": sparse}
+    calls = {name: partial(one_call, model, inputs) for name, model in models.items()}
+    turns = Turns().take(calls, ROUNDS)
+    ways = (
+        ("torch", "torch, fp32, zeros computed with", found.metrics["accuracy"], run / "model"),
+        ("ours", "opfa.runtime, zeros skipped, 8 bits on disk", right_of(small, data), small),
+    )
     rows = [
         {
             "way": way,
-            "accuracy": value,
-            "milliseconds": taken,
+            "accuracy": accuracy,
+            "milliseconds": turns.median(name),
             "bytes": sum(file.stat().st_size for file in directory.glob("*.safetensors")),
         }
-        for (way, (value, directory)), taken in zip(ways.items(), times, strict=True)
+        for name, way, accuracy, directory in ways
     ]
     results.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))

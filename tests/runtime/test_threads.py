@@ -20,7 +20,7 @@ CHANNELS, TOKENS = 8, 5
 class OneOfTwo(threads.TorchThreads):
     """A team of OpenMP's that has one thread, where two are asked for."""
 
-    def _start(self) -> None:
+    def _made(self) -> int | None:
         self.calls: list[int] = []
 
         def parallel(work: Any, data: int, number: int, _: int) -> None:
@@ -32,8 +32,7 @@ class OneOfTwo(threads.TorchThreads):
         number = ctypes.CFUNCTYPE(ctypes.c_int)
         self.kept = kind(parallel), number(lambda: 0), number(lambda: 1)
         team = [ctypes.cast(each, ctypes.c_void_p) for each in self.kept]
-        self._pointer = library().opfa_pool_of(self.threads, *team)
-        self._process = os.getpid()
+        return library().opfa_pool_of(self.threads, *team)
 
 
 @pytest.fixture(params=[Pool, threads.TorchThreads])

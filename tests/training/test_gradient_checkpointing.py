@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune_recipe, pretrain_recipe
+from conftest import TINY_BERT, break_off, finetune_recipe, pretrain_recipe
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
@@ -82,6 +82,18 @@ def test_a_student_is_the_same_bit_for_bit(
     assert again and len(digests) == 1
 
 
+def test_a_resumed_run_equals_an_unbroken_one(
+    prepared: Path, tmp_path: Path, again: list[Any]
+) -> None:
+    training = {"dropout": 0.1, "gradient_checkpointing": True}
+    recipe = pretrain_recipe(prepared, training=training)
+    pretrain(recipe, tmp_path / "unbroken")
+    break_off(3, pretrain, recipe, tmp_path / "broken")
+    pretrain(recipe, tmp_path / "broken", resume=True)
+    digests = {model_digest(tmp_path / run / "model") for run in ("unbroken", "broken")}
+    assert again and len(digests) == 1
+
+
 def kept_bytes(model: Any, ids: torch.Tensor) -> int:
     """Of all tensors that a pass keeps for the way back, each storage once."""
     kept: dict[int, int] = {}
@@ -96,13 +108,7 @@ def kept_bytes(model: Any, ids: torch.Tensor) -> int:
 
 
 def test_a_pass_keeps_a_fraction() -> None:
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        intermediate_size=128,
-    )
+    config = BertConfig(vocab_size=40, **{**TINY_BERT, "num_hidden_layers": 6})
     model: Any = BertModel(config, add_pooling_layer=False).train()
     for layer in model.encoder.layer:
         weight = layer.intermediate.dense.weight

@@ -88,6 +88,12 @@ def clean(prepared: Path, name: str) -> dict[str, Any]:
     return {**found, "masking": {"probability": 0.0}, "distillation": distillation}
 
 
+def again(prepared: Path, name: str) -> dict[str, Any]:
+    """A student whose layers are computed again going back."""
+    found = values(prepared, name, "fp32")
+    return {**found, "training": {**found["training"], "gradient_checkpointing": True}}
+
+
 @pytest.fixture(scope="module")
 def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS/{world size}-{precision}-{configuration} for all of them."""
@@ -124,6 +130,9 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"values": clean(prepared, name), "output": str(root / f"{ranks}-clean-{name}")}
             for name in ("zero1", "zero3")[:ranks]
         ]
+        jobs.append(
+            {"values": again(prepared, name), "output": str(root / f"{ranks}-again-{name}")}
+        )
         launch(jobs, root, ranks)
     return root
 
@@ -166,6 +175,13 @@ def test_clean_text_gives_the_same_masks_and_losses_everywhere(runs: Path, run: 
     assert losses(runs / run) == pytest.approx(losses(reference), rel=1e-5)
     assert held_out(reference).keys() == {"loss", "hidden_loss"}
     assert held_out(runs / run) == pytest.approx(held_out(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("run", ["1-again-zero1", "2-again-zero3"])
+def test_gradient_checkpointing_changes_nothing_anywhere(runs: Path, run: str) -> None:
+    reference = runs / "1-fp32-zero0"
+    assert masks(runs / run) == masks(reference)
+    assert losses(runs / run) == pytest.approx(losses(reference), rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -20,7 +20,7 @@ from opfa.releases.release import release
 from opfa.training.checkpoint import model_digest
 from opfa.upstream import objective as objective_module
 from opfa.upstream.batches import Batch, Prepared, masker, training_steps, validation_batches
-from opfa.upstream.plan import shape_of
+from opfa.upstream.formulas import shape_of
 from opfa.upstream.pretrain import order_of, pretrain
 from opfa.upstream.recipe import Distillation, PretrainRecipe
 

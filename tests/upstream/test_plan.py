@@ -10,16 +10,15 @@ import pytest
 from opfa.commands import app as cli
 from opfa.errors import RecipeError
 from opfa.training.zero import DeepSpeedFile
-from opfa.upstream.plan import (
-    FILES,
+from opfa.upstream.formulas import (
     Shape,
     mask_update_bytes,
     memory_bytes,
     operations,
-    plan,
     shape_of,
     wire_bytes,
 )
+from opfa.upstream.plan import FILES, plan
 from opfa.upstream.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
