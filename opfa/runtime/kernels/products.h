@@ -117,18 +117,18 @@ INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint1
                        int count, const uint16_t *x, float *y) {
   __m512 sums[MOST / 16];
   UNROLL for (int i = 0; i < lanes / 16; i++) sums[i] = _mm512_loadu_ps(y + i * 16);
-#define TWO(LEFT, RIGHT)                                                                          \
-  {                                                                                               \
-    const uint16_t *left = x + indices[LEFT] * (size_t)width;                                     \
-    const uint16_t *right = x + indices[RIGHT] * (size_t)width;                                   \
-    const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)two);                                  \
-    UNROLL for (int i = 0; i < lanes / 32; i++) {                                                 \
+#define TWO(LEFT, RIGHT)                                                                           \
+  {                                                                                                \
+    const uint16_t *left = x + indices[LEFT] * (size_t)width;                                      \
+    const uint16_t *right = x + indices[RIGHT] * (size_t)width;                                    \
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)two);                                   \
+    UNROLL for (int i = 0; i < lanes / 32; i++) {                                                  \
       const __m512i a = _mm512_loadu_si512(left + i * 32), b = _mm512_loadu_si512(right + i * 32); \
-      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b);                                 \
-      const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(a, b);                                \
-      sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], low, pair);                                     \
-      sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], high, pair);                            \
-    }                                                                                             \
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b);                                  \
+      const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(a, b);                                 \
+      sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], low, pair);                                      \
+      sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], high, pair);                             \
+    }                                                                                              \
   }
   int j = 0;
   for (; j + 2 <= count; j += 2) {
@@ -160,35 +160,35 @@ INLINE void visit_bf16(int lanes, int width, const uint8_t *indices, const uint1
  * products in int32. `narrow_int8` stores the tokens so that they come out in their order. */
 INLINE void visit_int8(int lanes, int width, const uint8_t *indices, const int8_t *values,
                        int count, const uint8_t *x, int32_t *y) {
-#define FOUR(P, LOAD, SET, B, C, D)                                               \
-  {                                                                               \
-    const __typeof__(sums[0]) weights = SET((int)four);                           \
-    const __typeof__(weights) a = LOAD((void *)(x + indices[j] * (size_t)width)); \
-    const __typeof__(weights) b = LOAD((void *)(x + indices[B] * (size_t)width)); \
-    const __typeof__(weights) c = LOAD((void *)(x + indices[C] * (size_t)width)); \
-    const __typeof__(weights) d = LOAD((void *)(x + indices[D] * (size_t)width)); \
+#define FOUR(P, LOAD, SET, B, C, D)                                                       \
+  {                                                                                       \
+    const __typeof__(sums[0]) weights = SET((int)four);                                   \
+    const __typeof__(weights) a = LOAD((void *)(x + indices[j] * (size_t)width));         \
+    const __typeof__(weights) b = LOAD((void *)(x + indices[B] * (size_t)width));         \
+    const __typeof__(weights) c = LOAD((void *)(x + indices[C] * (size_t)width));         \
+    const __typeof__(weights) d = LOAD((void *)(x + indices[D] * (size_t)width));         \
     const __typeof__(weights) ab = P##_unpacklo_epi8(a, b), cd = P##_unpacklo_epi8(c, d); \
     const __typeof__(weights) ba = P##_unpackhi_epi8(a, b), dc = P##_unpackhi_epi8(c, d); \
-    sums[0] = P##_dpbusd_epi32(sums[0], P##_unpacklo_epi16(ab, cd), weights);     \
-    sums[1] = P##_dpbusd_epi32(sums[1], P##_unpackhi_epi16(ab, cd), weights);     \
-    sums[2] = P##_dpbusd_epi32(sums[2], P##_unpacklo_epi16(ba, dc), weights);     \
-    sums[3] = P##_dpbusd_epi32(sums[3], P##_unpackhi_epi16(ba, dc), weights);     \
+    sums[0] = P##_dpbusd_epi32(sums[0], P##_unpacklo_epi16(ab, cd), weights);             \
+    sums[1] = P##_dpbusd_epi32(sums[1], P##_unpackhi_epi16(ab, cd), weights);             \
+    sums[2] = P##_dpbusd_epi32(sums[2], P##_unpacklo_epi16(ba, dc), weights);             \
+    sums[3] = P##_dpbusd_epi32(sums[3], P##_unpackhi_epi16(ba, dc), weights);             \
   }
-#define QUAD(V, P, LOAD, STORE, SET, BITS)                                          \
-  V sums[4];                                                                        \
-  UNROLL for (int i = 0; i < 4; i++) sums[i] = LOAD((void *)(y + i * (BITS / 32))); \
-  int j = 0;                                                                        \
-  for (; j + 4 <= count; j += 4) {                                                  \
-    uint32_t four;                                                                  \
-    memcpy(&four, values + j, 4);                                                   \
-    FOUR(P, LOAD, SET, j + 1, j + 2, j + 3)                                         \
-  }                                                                                 \
-  if (j < count) {                                                                  \
-    const int left = count - j;                                                     \
-    uint32_t four = 0;                                                              \
+#define QUAD(V, P, LOAD, STORE, SET, BITS)                                              \
+  V sums[4];                                                                            \
+  UNROLL for (int i = 0; i < 4; i++) sums[i] = LOAD((void *)(y + i * (BITS / 32)));     \
+  int j = 0;                                                                            \
+  for (; j + 4 <= count; j += 4) {                                                      \
+    uint32_t four;                                                                      \
+    memcpy(&four, values + j, 4);                                                       \
+    FOUR(P, LOAD, SET, j + 1, j + 2, j + 3)                                             \
+  }                                                                                     \
+  if (j < count) {                                                                      \
+    const int left = count - j;                                                         \
+    uint32_t four = 0;                                                                  \
     for (int i = 0; i < left; i++) four |= (uint32_t)(uint8_t)values[j + i] << (8 * i); \
-    FOUR(P, LOAD, SET, left > 1 ? j + 1 : j, left > 2 ? j + 2 : j, j)               \
-  }                                                                                 \
+    FOUR(P, LOAD, SET, left > 1 ? j + 1 : j, left > 2 ? j + 2 : j, j)                   \
+  }                                                                                     \
   UNROLL for (int i = 0; i < 4; i++) STORE((void *)(y + i * (BITS / 32)), sums[i]);
   if (lanes == 64) {
     QUAD(__m512i, _mm512, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_set1_epi32, 512)
