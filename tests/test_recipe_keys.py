@@ -59,6 +59,8 @@ def type_of(schema: dict[str, Any]) -> str:
         return ", ".join(type_of(each) for each in schema["anyOf"] if each["type"] != "null")
     if "const" in schema or "enum" in schema:
         return ", ".join(f"`{json.dumps(v)}`" for v in schema.get("enum", [schema.get("const")]))
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} of {type_of(schema['prefixItems'][0])}"
     if schema["type"] == "array":
         return f"list of {type_of(schema['items'])}"
     if schema["type"] == "object":

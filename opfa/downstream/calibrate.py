@@ -1,6 +1,7 @@
 """Calibration: 8 bits without training. Ranges of activations are means over training examples."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from opfa.sparsity.layers import SPARSE_FROM
 from opfa.storage import seal
 from opfa.storage.files import check_new, new_directory
 from opfa.tasks import kinds as tasks
+from opfa.tasks.features import Batch
 from opfa.tasks.recipe import Task
 from opfa.training.checkpoint import model_digest
 from opfa.weights.inspection import inspect
@@ -59,7 +61,7 @@ def _calibrated(
         batch_size=recipe.training.batch,
         collate_fn=ready.training.collate,
     )
-    _observe(task, model, loader, device)
+    observe(task, model, loader, device)
     quant.start(model)
     after = ready.evaluate()
     report = ready.write(
@@ -70,13 +72,15 @@ def _calibrated(
 
 
 @torch.no_grad()
-def _observe(task: Task, model: PreTrainedModel, loader: DataLoader, device: torch.device) -> None:
+def observe(
+    task: Task, model: PreTrainedModel, batches: Iterable[Batch], device: torch.device
+) -> None:
     """Let the ranges become the mean over all batches; dropout is off."""
     model.eval()
     layers = quant.quant_layers(model).values()
     for layer in layers:
         layer.train()  # they observe in training only; `evaluate` ends that
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(batches):
         for layer in layers:
             layer.momentum = 1 / (index + 1)
         tasks.call(task, model, {name: tensor.to(device) for name, tensor in batch.items()})

@@ -52,7 +52,7 @@ class Costs:
 
 def parameters(model: PreTrainedModel) -> Costs:
     """Weights and biases of the units."""
-    return Costs([_line(units, _weights(units) + _biases(units)) for units in groups_of(model)])
+    return Costs([_line(units, weights(units) + _biases(units)) for units in groups_of(model)])
 
 
 def macs(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
@@ -61,7 +61,7 @@ def macs(model: PreTrainedModel, batch: int, tokens: int) -> Costs:
     for _, by_kind in layers_of(model):
         for kind, units in by_kind.items():
             attention = 2 * tokens * units.size if kind == HEADS else 0
-            curves.append(_line(units, batch * tokens * (_weights(units) + attention)))
+            curves.append(_line(units, batch * tokens * (weights(units) + attention)))
     return Costs(curves)
 
 
@@ -69,7 +69,8 @@ def _line(units: Units, each: int) -> Curve:
     return np.arange(units.count + 1, dtype=np.float64) * each
 
 
-def _weights(units: Units) -> int:
+def weights(units: Units) -> int:
+    """How many weights a unit has."""
     return sum(linear.weight.numel() for linear in units.linears()) // max(units.count, 1)
 
 

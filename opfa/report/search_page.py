@@ -80,4 +80,12 @@ def _point(point: Mapping[str, Any], order: Sequence[str], name: str) -> dict[st
         "heads": list(shape["heads"]),
         "neurons": list(shape["neurons"]),
         "layers": list(shape["layers"]),
+        "inside": inside(shape["zeros"], shape["bits"]),
     }
+
+
+def inside(zeros: Sequence[float], bits: int) -> str:
+    """Zeros of attention + neurons, and 8 bits; empty where matrices are dense, in fp32."""
+    shares = " + ".join(f"{share:.0%}" for share in zeros).replace("%", " %")
+    found = [f"{shares} zeros"] if any(zeros) else []
+    return ", ".join([*found, *(["8 bits"] if bits == 8 else [])])

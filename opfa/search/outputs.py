@@ -10,7 +10,6 @@ from typing import Any
 
 from opfa.extras import has_or_says
 from opfa.report.search_page import COSTS, write_search_page
-from opfa.search.costs import measured
 from opfa.search.judging import judged
 from opfa.search.material import Material
 from opfa.search.prepared import Prepared
@@ -19,6 +18,7 @@ from opfa.search.results import FILE, Judged, SearchResult
 from opfa.search.shapes import Shape
 from opfa.search.slices import Slices
 from opfa.search.study import Evaluation
+from opfa.search.timing import measured
 from opfa.storage import seal
 from opfa.storage.files import new_directory, write_json, write_text
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from opfa.downstream.recipe import FinetuneRecipe
 from opfa.extras import require
-from opfa.recipe import Count, Positive, Section
+from opfa.recipe import Count, Fraction, Positive, Section
 
 Aim = Literal["milliseconds", "macs", "bytes"]
 
@@ -20,12 +20,27 @@ class Space(Section):
     """Steps from all neurons of a layer to none; 0: all of them stay."""
     layers: bool = True
     """Whole layers, each there or not."""
+    # The defaults of these are not written, so that recipes without them keep their digests.
+    zeros: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = Field(
+        default=(), exclude_if=lambda zeros: not zeros
+    )
+    """Shares of zeros inside matrices, one for all of attention and one for all of the neurons."""
+    eight_bits: bool = Field(default=False, exclude_if=lambda is_on: not is_on)
+    """Whether a model may compute in 8 bits."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.heads or self.neuron_steps or self.layers):
-            raise ValueError("heads, neuron_steps and layers are all off: nothing may go")
+        if not (self.heads or self.neuron_steps or self.layers or self.has_forms):
+            what = "heads, neuron_steps, layers, zeros and eight_bits"
+            raise ValueError(f"{what} are all off: nothing may differ")
+        if len(set(self.zeros)) < len(self.zeros):
+            raise ValueError(f"zeros = {list(self.zeros)}: a share stands twice")
         return self
+
+    @property
+    def has_forms(self) -> bool:
+        """Whether matrices may have zeros or 8 bits."""
+        return bool(self.zeros or self.eight_bits)
 
 
 class Limits(Section):
@@ -72,10 +87,10 @@ class Point(Section):
     """Neurons that each layer keeps."""
     layers: tuple[bool, ...]
     """Which layers stay."""
-
-    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-        """All three."""
-        return self.heads, self.neurons, self.layers
+    zeros: tuple[Fraction, Fraction] = Field(default=(0.0, 0.0), exclude_if=lambda z: not any(z))
+    """Shares of zeros in the matrices of attention, and in those of neurons."""
+    bits: Literal[8, 32] = Field(default=32, exclude_if=lambda bits: bits == 32)
+    """In what the model computes: 8 bits, or fp32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -115,6 +130,10 @@ class Search(Section):
     """Tokens of each; by default `task.sequence_tokens`."""
     threads: Count = 1
     """Threads that milliseconds are of."""
+    engine: Literal["torch", "runtime"] = Field(
+        default="torch", exclude_if=lambda engine: engine == "torch"
+    )
+    """What milliseconds are of: torch, or the CPU runtime of opfa, which skips zeros."""
     space: Space = Space()
     limits: Limits = Limits()
     supernet: Supernet | None = None
@@ -124,6 +143,10 @@ class Search(Section):
     def _check(self) -> Self:
         if not 1 <= len(self.aims) <= 2 or len(set(self.aims)) < len(self.aims):
             raise ValueError(f"aims = {list(self.aims)}: give one or two of them")
+        is_timed = "milliseconds" in self.aims or self.limits.milliseconds is not None
+        if self.space.has_forms and is_timed and self.engine == "torch":
+            what = "zeros and 8 bits save no time in torch"
+            raise ValueError(f'engine = "torch": {what}; say engine = "runtime", or other aims')
         return self
 
 
@@ -136,15 +159,20 @@ class SearchRecipe(FinetuneRecipe):
     def _check_search(self) -> Self:
         if self.sweep is not None:
             raise ValueError("sweep: a search has no place for it; sweep what it has taken")
+        if zeros := self.search.space.zeros:
+            what = f"search.space.zeros = {list(zeros)}"
+            if self.model.zeros == "held":
+                raise ValueError(f"{what}: needs model.zeros = 'free'; held zeros never change")
+            if self.pruning is not None and self.pruning.parts:
+                raise ValueError(f"{what}: makes parts of its own; leave pruning.parts out")
+            least = 0.0 if self.pruning is None else self.pruning.schedule.initial
+            if min(zeros) < least:
+                raise ValueError(
+                    f"{what}: pruning.schedule.initial = {least} is more than {min(zeros)}"
+                )
         return self
 
     def check_packages(self) -> None:
         """Raise `RunError` if a package is missing that this search needs."""
         super().check_packages()
         require("opfa search", "opfa[search]", "optuna", "joblib")
-
-    def finetuning(self, init: str) -> FinetuneRecipe:
-        """The recipe that trains a model of this search on."""
-        values = self.model_dump(exclude={"search"})
-        values["model"] = {**values["model"], "init": init, "tokenizer": None}
-        return FinetuneRecipe.model_validate(values)

@@ -36,10 +36,12 @@ class Judged(Row):
             str(sum(shape.layers)),
             str(sum(shape.heads)),
             f"{sum(shape.neurons):,}",
+            shape.inside,
         )
 
 
 HEAD = ("held out", "fresh", "ms", "measured", "MMACs", "MB", "layers", "heads", "neurons")
+INSIDE = "inside"
 
 
 class Taken(Row):
@@ -69,7 +71,10 @@ class SearchResult(Outcome):
         """One line for each point, the best one first."""
         rows = [("whole", *self.whole.cells())]
         rows += [(f"{point.number:04}", *point.cells()) for point in self.front]
-        return Table((f"{self.task}: {self.metric}", *HEAD), rows, numbers_from=1)
+        head = (f"{self.task}: {self.metric}", *HEAD, INSIDE)
+        if not any(point.shape.inside for point in self.front):
+            head, rows = head[:-1], [row[:-1] for row in rows]
+        return Table(head, rows, numbers_from=1)
 
     def notes(self) -> Sequence[str]:
         """How much was tried, and what was taken."""

@@ -79,7 +79,9 @@ def evaluate(
     """Judge what isn't judged yet; returns all evaluations."""
     search = recipe.search
     if search.point is not None:
-        shape = prepared.space.clean(*search.point.parts())
+        point = search.point
+        units = point.heads, point.neurons, point.layers
+        shape = prepared.space.clean(*units, point.zeros, point.bits)
         (metrics,) = judged(output, [shape], 1)
         return [_evaluation(recipe, prepared, 0, shape, metrics)]
     study = Study(output, search, prepared.space, prepared.seeds, recipe.seed)

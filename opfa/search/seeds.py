@@ -61,9 +61,10 @@ def _with_layers(
         steps.append(counts)
         losses.append(worth.units[2 * layer + kind][counts] if stays[layer] else np.zeros(1))
         prices.append(costs.curves[2 * layer + kind][counts])
-    if fixed + sum(float(price.min()) for price in prices) > budget:
+    left = budget - fixed
+    if sum(float(price.min()) for price in prices) > left:
         return None
-    kept = choose(losses, prices, budget - fixed)
+    kept = choose(losses, prices, left)
     counts = [each[step] for each, step in zip(steps, kept, strict=True)]
     return space.clean(counts[::2], counts[1::2], stays)
 

@@ -1,31 +1,57 @@
 """Shapes of models that can be cut out of one, and the space of all of them.
 
-A shape says how many heads and neurons each layer keeps, and which layers stay. In the space each
-of these numbers is a step from 0, nothing, to the last one, everything.
+A shape says how many heads and neurons each layer keeps, and which layers stay; its form, how many
+zeros its matrices have and whether it computes in 8 bits. In the space each of these numbers is a
+step from 0, nothing, to the last one, everything.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from itertools import product
+from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedModel
 
 from opfa.models.depth import first_stays
 from opfa.models.removal import layers_of
+from opfa.report.search_page import inside
 from opfa.report.tables import Row
 from opfa.search.recipe import Space as Settings
 from opfa.sparsity.units import HEADS, NEURONS
 
 EVEN = 8
+FP32, INT8 = 32, 8  # bits
+KINDS = (HEADS, NEURONS)
+
+
+class Form(NamedTuple):
+    """What is inside a matrix: its share of zeros, and the bits of a weight."""
+
+    zeros: float = 0.0
+    bits: int = FP32
+
+    def __str__(self) -> str:
+        """As `Form.read` reads it."""
+        return f"{self.zeros:g}/{self.bits}"
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """What `str` gave."""
+        zeros, _, bits = text.partition("/")
+        return cls(float(zeros), int(bits))
 
 
 class Shape(Row):
-    """Heads and neurons that each layer keeps, zeros where it is gone, and which layers stay."""
+    """Heads and neurons that each layer keeps, zeros where it is gone, and which layers stay; the
+    share of zeros in the matrices of attention and in those of neurons, and the bits of a weight.
+    """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     layers: tuple[bool, ...]
+    zeros: tuple[float, float] = (0.0, 0.0)
+    bits: int = FP32
 
     @property
     def groups(self) -> list[int]:
@@ -37,14 +63,31 @@ class Shape(Row):
         """The numbers of the layers that are gone."""
         return [number for number, stays in enumerate(self.layers) if not stays]
 
+    @property
+    def forms(self) -> tuple[Form, Form]:
+        """Of the matrices of attention, and of those of neurons."""
+        attention, neurons = self.zeros
+        return Form(attention, self.bits), Form(neurons, self.bits)
+
+    @property
+    def dense(self) -> "Shape":
+        """The same units without zeros, in fp32."""
+        return self.model_copy(update={"zeros": (0.0, 0.0), "bits": FP32})
+
     def __hash__(self) -> int:
         """Equal shapes are one."""
-        return hash((self.heads, self.neurons, self.layers))
+        return hash((self.heads, self.neurons, self.layers, self.zeros, self.bits))
 
     def __str__(self) -> str:
-        """Each layer as heads+neurons; a layer that is gone as a dash."""
+        """Each layer as heads+neurons, a layer that is gone as a dash; then zeros and bits."""
         layers = zip(self.heads, self.neurons, self.layers, strict=True)
-        return " ".join(f"{h}+{n}" if stays else "-" for h, n, stays in layers)
+        units = " ".join(f"{h}+{n}" if stays else "-" for h, n, stays in layers)
+        return f"{units}, {self.inside}".removesuffix(", ")
+
+    @property
+    def inside(self) -> str:
+        """Zeros of attention and of neurons, and 8 bits, in words."""
+        return inside(self.zeros, self.bits)
 
 
 @dataclass(frozen=True)
@@ -71,9 +114,9 @@ class Space:
         )
 
     @cached_property
-    def steps(self) -> dict[str, list[int]]:
+    def steps(self) -> dict[str, list[Any]]:  # Any: counts, shares, or bits
         """For each number that may differ, what its steps stand for."""
-        found: dict[str, list[int]] = {}
+        found: dict[str, list[Any]] = {}
         num = self.settings.neuron_steps
         for layer, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True)):
             if self.settings.layers and layer != self.kept:
@@ -83,12 +126,24 @@ class Space:
             if num and neurons:
                 widths = {-(-neurons * step // num) for step in range(num + 1)}
                 found[f"neurons.{layer}"] = sorted(widths)
+        if self.settings.zeros:
+            shares = [*sorted(self.settings.zeros, reverse=True), 0.0]
+            found |= {f"zeros.{kind}": shares for kind in KINDS}
+        if self.settings.eight_bits:
+            found["bits"] = [INT8, FP32]
         return found
 
     @property
+    def forms(self) -> list[Form]:
+        """What may be inside a matrix; dense, in fp32, comes first."""
+        bits = (FP32, INT8) if self.settings.eight_bits else (FP32,)
+        shares = (0.0, *sorted(self.settings.zeros))
+        return [Form(zeros, num) for num, zeros in product(bits, shares)]
+
+    @property
     def size(self) -> int:
-        """How many different shapes there are."""
-        total = 1
+        """How many different shapes there are, but for zeros in what is gone."""
+        total = len(self.steps.get("bits", [FP32])) * (1 + len(self.settings.zeros)) ** 2
         for layer in range(len(self.heads)):
             names = (f"heads.{layer}", f"neurons.{layer}")
             inside = [len(self.steps[name]) for name in names if name in self.steps]
@@ -107,26 +162,47 @@ class Space:
             [chosen.get(f"heads.{layer}", self.heads[layer]) for layer in layers],
             [chosen.get(f"neurons.{layer}", self.neurons[layer]) for layer in layers],
             stays,
+            [chosen.get(f"zeros.{kind}", 0.0) for kind in KINDS],
+            chosen.get("bits", FP32),
         )
 
-    def clean(self, heads: Sequence[int], neurons: Sequence[int], stays: Sequence[bool]) -> Shape:
-        """A shape whose layers that are gone have no units."""
+    def clean(
+        self,
+        heads: Sequence[int],
+        neurons: Sequence[int],
+        stays: Sequence[bool],
+        zeros: Sequence[float] = (0.0, 0.0),
+        bits: int = FP32,
+    ) -> Shape:
+        """A shape whose layers that are gone have no units, and whose units that are gone have no
+        zeros.
+        """
+        counts = [
+            tuple(num * is_in for num, is_in in zip(units, stays, strict=True))
+            for units in (heads, neurons)
+        ]
+        attention, inner = (share * any(units) for share, units in zip(zeros, counts, strict=True))
         return Shape(
-            heads=tuple(num * is_in for num, is_in in zip(heads, stays, strict=True)),
-            neurons=tuple(num * is_in for num, is_in in zip(neurons, stays, strict=True)),
+            heads=counts[0],
+            neurons=counts[1],
             layers=tuple(stays),
+            zeros=(attention, inner),
+            bits=bits,
         )
 
     def params(self, shape: Shape) -> dict[str, int]:
         """The steps that stand for a shape; a layer that is gone has all of its units in them."""
-        found = {}
-        for name, steps in self.steps.items():
-            kind, _, number = name.partition(".")
-            layer = int(number)
-            values = {"layers": shape.layers, "heads": shape.heads, "neurons": shape.neurons}
-            is_in = kind == "layers" or shape.layers[layer]
-            found[name] = steps.index(int(values[kind][layer])) if is_in else len(steps) - 1
-        return found
+        values = dict(zip((f"zeros.{kind}" for kind in KINDS), shape.zeros, strict=True))
+        values["bits"] = shape.bits
+        of_layers = {"layers": shape.layers, "heads": shape.heads, "neurons": shape.neurons}
+        for kind, numbers in of_layers.items():
+            for layer, (value, stays) in enumerate(zip(numbers, shape.layers, strict=True)):
+                if kind == "layers" or stays:
+                    values[f"{kind}.{layer}"] = int(value)
+        return {
+            name: steps.index(values[name]) if name in values else len(steps) - 1
+            for name, steps in self.steps.items()
+        }
 
     @property
     def whole(self) -> Shape:
@@ -138,8 +214,8 @@ class Space:
         """Shapes whose layers keep the same share of heads and neurons: 1/8, 2/8, ..., 7/8."""
         found = []
         for part in range(1, EVEN):
-            inside = {n: s for n, s in self.steps.items() if not n.startswith("layers")}
-            chosen = {name: round(part / EVEN * (len(s) - 1)) for name, s in inside.items()}
+            units = {n: s for n, s in self.steps.items() if n.partition(".")[0] in KINDS}
+            chosen = {name: round(part / EVEN * (len(s) - 1)) for name, s in units.items()}
             found.append(self.shape(chosen))
         return list(dict.fromkeys(found))
 

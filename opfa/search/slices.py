@@ -6,12 +6,14 @@ matrix and its bias, fitted by least squares to the whole model's own inputs:
     W_K + D' with D = (X_K' X_K + ridge)^-1 X_K' X_R W_R'
 
 with X_K the inputs of units that stay, X_R of those that go. So a fit depends on one group and its
-count alone. All fits of the space are made once, and a slice costs nothing but what is cut.
+count alone. All fits of the space are made once, and a slice costs nothing but what is cut, and
+what its form has inside.
 """
 
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from opfa.models.refit import fitted
 from opfa.models.removal import groups_of, layers_of, tell_shapes
 from opfa.models.stepping import inputs_of
 from opfa.report.bars import Bar
-from opfa.search.shapes import Shape, Space
+from opfa.search import inside
+from opfa.search.shapes import INT8, Shape, Space
 from opfa.sparsity.units import HEADS, NEURONS, Units
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Batch
@@ -45,13 +48,14 @@ def in_order(model: PreTrainedModel, orders: Sequence[Tensor]) -> None:
 def write_fits(
     model: PreTrainedModel, task: Task, batches: Sequence[Batch], space: Space, path: Path
 ) -> None:
-    """Fit the output matrices of all slices, and write them: weights and biases by group and count.
+    """Fit the output matrices of all slices, and write them: weights and biases by group and count;
+    and what forms need.
 
     The model's units are in order. Batches are training examples.
     """
     groups = groups_of(model)
     grams = _grams(model, task, batches, groups)
-    found: dict[str, Tensor] = {}
+    found = inside.observed(model, task, batches, space)
     with Bar("fitting slices", len(groups)) as bar:
         for number, (units, gram) in enumerate(zip(groups, grams, strict=True)):
             layer, kind = divmod(number, 2)
@@ -128,9 +132,23 @@ class Slices:
                         name = f"{kind}.{layer}.{counts[kind]}"
                         if f"{name}.weight" in self._names:
                             _put(fits, name, units.out)
+            self._fill(model, shape, fits)
         drop_layers(model, [number for number, stays in enumerate(shape.layers) if stays])
         tell_shapes(model)
         return model
+
+    def _fill(self, model: PreTrainedModel, shape: Shape, fits: Any) -> None:  # Any: no types
+        """Put zeros and 8 bits into a slice all of whose layers are there."""
+        if any(shape.zeros):
+            paths = [name for name in self._names if name.endswith(inside.NORM)]
+            found = {path.removesuffix(inside.NORM): fits.get_tensor(path) for path in paths}
+            norms = {model.get_submodule(path): norm for path, norm in found.items()}
+            for units, form in zip(groups_of(model), cycle(shape.forms), strict=False):
+                inside.erase(units, form.zeros, norms)
+        if shape.bits == INT8:
+            ends = tuple(f".input_{end}" for end in ("low", "high"))
+            names = [name for name in self._names if name.endswith(ends)]
+            inside.to_8_bits(model, {name: fits.get_tensor(name) for name in names})
 
     def _opened(self) -> AbstractContextManager[Any]:  # Any: safetensors has no types
         """The fits, mapped for one slice: else all that were ever used would stay in memory."""

@@ -6,6 +6,7 @@ neuron  its row of the feed-forward's first matrix, in gated layers its rows of 
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -36,6 +37,14 @@ class Family:
     residual: str  # its input is what the output of neurons is added to
     activation: str
     keys: tuple[str, str]  # of heads and neurons in the configuration
+
+    def matrices(self, kind: str) -> str:
+        """A regular expression for the names of the layers that heads, or neurons, are lines of."""
+        rows, out = {HEADS: (self.heads, self.heads_out)}.get(
+            kind, (self.neurons, self.neurons_out)
+        )
+        paths = dict.fromkeys([*(row.path for row in rows), out])
+        return rf"{re.escape(self.stack)}\.\d+\.({'|'.join(map(re.escape, paths))})$"
 
 
 _BERT = Family(

@@ -19,7 +19,13 @@ def point(number: int, milliseconds: float, held_out: float, fresh: float) -> di
     share = milliseconds / 10
     return {
         "number": number,
-        "shape": {"heads": [4, 0], "neurons": [number, 0], "layers": [True, number == 0]},
+        "shape": {
+            "heads": [4, 0],
+            "neurons": [number, 0],
+            "layers": [True, number == 0],
+            "zeros": [0.5, 0.7],
+            "bits": 8,
+        },
         "held_out": held_out,
         "fresh": fresh,
         "costs": {"milliseconds": milliseconds, "macs": 1e9 * share**2, "bytes": 1e8 * share},
@@ -68,6 +74,7 @@ def test_points_show_their_shape_by_pointer_and_by_keys(
     page.keyboard.press("ArrowRight")
     assert shown()["milliseconds"] == "4 (40 %)"
     assert shown()["multiply-adds, millions"] == "160 (16 %)"
+    assert shown()["inside"] == "50 % + 70 % zeros, 8 bits"
     assert "gone" in page.locator("#shape .layers").inner_text()
     dots = page.locator("#plot circle.dot.blue")
     box = dots.nth(dots.count() - 1).bounding_box()  # the dearest of the front

@@ -1,6 +1,7 @@
 """A whole search on a tiny model: what it writes, what interrupts it, what it refuses."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,12 +19,15 @@ from transformers import AutoModelForSequenceClassification
 
 import opfa
 from opfa.commands import app as cli
+from opfa.compression import quant
 from opfa.errors import OpfaError, RunError
 from opfa.models.removal import groups_of
 from opfa.search.front import dominates
 from opfa.search.material import Material
+from opfa.search.recipe import Point, SearchRecipe
 from opfa.search.results import SearchResult
 from opfa.search.study import JOURNAL
+from opfa.weights.inspection import inspect
 
 pytest_plugins = ["searching"]
 pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
@@ -161,6 +165,33 @@ def test_a_points_recipe_makes_its_model(output: Path, found: SearchResult, tmp_
     assert (tmp_path / "point" / again.taken[0].run / "model/config.json").exists()
 
 
+def test_forms_are_searched_and_a_point_is_trained_into_its_form(
+    tuned: Path, questions: Path, tmp_path: Path
+) -> None:
+    space = {"neuron_steps": 4, "zeros": [0.5, 0.8], "eight_bits": True}
+    search = {"space": space, "engine": "runtime", "evaluations": 18}
+    recipe = search_recipe(tuned, questions, aims=["bytes"], **search)
+    found = opfa.search_models(recipe, tmp_path / "out", workers=1)
+    assert any(point.shape.inside for point in found.front)
+    assert found.table().head[-1] == "inside" and "8 bits" in found.table().markdown()
+    page = (tmp_path / "out/report/index.html").read_text()
+    (point,) = [each for each in found.front if each.shape.inside][:1]
+    assert f'"inside":"{point.shape.inside}"' in page.replace('": ', '":')
+    again = SearchRecipe.read(tmp_path / f"out/front/{point.number:04}.toml")
+    assert again.search.point == Point.model_validate_json(point.shape.model_dump_json())
+    whole = {"heads": [2, 1], "neurons": [32, 8], "layers": [True, True]}
+    of_point = {**search, "point": {**whole, "zeros": [0.5, 0.8], "bits": 8}}
+    made = opfa.search_models(search_recipe(tuned, questions, **of_point), tmp_path / "made")
+    run = tmp_path / "made" / made.taken[0].run
+    assert set(made.front[0].costs) == {"milliseconds", "macs", "bytes"}
+    report = inspect(run / "model")["tensors"]
+    for name, tensor in report.items():
+        share = 0.5 if "attention" in name else 0.8
+        assert tensor["zeros"] == round(share * math.prod(tensor["shape"])), name
+    assert len(report) == 12
+    assert quant.quant_layers(opfa.load(run))
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
@@ -199,7 +230,10 @@ def test_a_search_that_can_find_nothing_is_one_message(
         ({"search.aims": []}, "aims = []: give one or two of them"),
         ({"search.aims": ["macs", "macs"]}, "give one or two of them"),
         ({"search.aims": ["latency"]}, "search.aims.0: Input should be 'milliseconds', 'macs' or"),
-        ({"search.space": {"heads": False, "layers": False, "neuron_steps": 0}}, "nothing may go"),
+        (
+            {"search.space": {"heads": False, "layers": False, "neuron_steps": 0}},
+            "nothing may differ",
+        ),
         ({"sweep.learning_rate": [1e-3]}, "sweep: a search has no place for it"),
         ({"search": None}, "search: missing; this key is required"),
         (

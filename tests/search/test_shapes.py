@@ -6,7 +6,7 @@ import pytest
 from families import model_of
 
 from opfa.search.recipe import Space as Settings
-from opfa.search.shapes import Shape, Space
+from opfa.search.shapes import Form, Shape, Space
 
 SPACE = Space((2, 1), (5, 4), 1, Settings(neuron_steps=2))
 
@@ -72,3 +72,28 @@ def test_even_shapes_have_the_same_share_of_everything() -> None:
     assert [shape.neurons for shape in space.even] == [(8 * n, 8 * n) for n in range(1, 8)]
     assert all(all(shape.layers) for shape in space.even)
     assert 1 <= len(SPACE.even) < 7  # each one once
+
+
+def test_forms_are_steps_too_and_zeros_go_with_their_units() -> None:
+    space = Space((2,), (4,), 0, Settings(neuron_steps=2, zeros=(0.9, 0.5), eight_bits=True))
+    assert space.steps["zeros.heads"] == space.steps["zeros.neurons"] == [0.9, 0.5, 0.0]
+    assert space.steps["bits"] == [8, 32]
+    assert [str(form) for form in space.forms] == [
+        "0/32",
+        "0.5/32",
+        "0.9/32",
+        "0/8",
+        "0.5/8",
+        "0.9/8",
+    ]
+    assert [Form.read(str(form)) for form in space.forms] == space.forms
+    shapes = {space.shape(params) for params in all_params(space)}
+    assert all(space.shape(space.params(shape)) == shape for shape in shapes)
+    assert len(shapes) == 2 * (1 + 2 * 3) * (1 + 2 * 3) < space.size  # zeros of nothing are none
+    assert all(shape.zeros[0] == 0 for shape in shapes if shape.heads == (0,))
+    assert (space.whole.zeros, space.whole.bits) == ((0, 0), 32)
+    assert (space.least.zeros, space.least.bits) == ((0, 0), 8)  # without any unit
+    assert all(shape == shape.dense for shape in space.even)
+    both = space.shape({"zeros.heads": 1, "zeros.neurons": 0, "bits": 0})
+    assert str(both) == "2+4, 50 % + 90 % zeros, 8 bits"
+    assert both.forms == (Form(0.5, 8), Form(0.9, 8)) and both.dense == space.whole

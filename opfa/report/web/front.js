@@ -72,7 +72,7 @@ function show(isSpoken = false) {
   state.mark.replaceChildren(element("circle", { class: "chosen", cx: state.px[state.at], cy: state.py[state.at], r: 8 }));
   const facts = [["point", point.name], [`${DATA.metric}, held out`, number(point.held_out)], [`${DATA.metric}, fresh`, number(point.fresh)],
     ...DATA.costs.map((c, i) => [c.label, `${number(point.costs[i])} (${Math.round(100 * point.costs[i] / whole.costs[i])} %)`]),
-    ["milliseconds, measured", number(Number(point.measured.toPrecision(4)))]];
+    ["milliseconds, measured", number(Number(point.measured.toPrecision(4)))], ...(point.inside ? [["inside", point.inside]] : [])];
   $("shape").replaceChildren(element("dl", { class: "facts" }, ...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)])), shapeOf(point));
   if (isSpoken) $("said").textContent = facts.map(pair => pair.join(" ")).join(", ");
 }
