@@ -2,6 +2,7 @@
 
 Under each of several budgets, and with each number of layers gone, an exact choice says how many
 units of each group stay; the one with the least loss is taken. Losses are the quadratic model's.
+Where matrices may have zeros or 8 bits, every other one has.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ def greedy_front(space: Space, costs: Costs, worth: Worth, num: int) -> list[Sha
     """At most `num` shapes, from the whole model's cost down to the least."""
     least = costs.of(space.least.groups, space.least.gone)
     budgets = np.linspace(costs.whole, least, num + 1)[:-1]
-    found = (_best(space, costs, worth, budget) for budget in budgets)
+    found = [_best(space, costs, worth, budget) for budget in budgets]
+    if space.settings.has_forms:
+        found[1::2] = [shape and space.lighter(shape) for shape in found[1::2]]
     return list(dict.fromkeys(shape for shape in found if shape is not None))
 
 

@@ -140,6 +140,11 @@ class Space:
         shares = (0.0, *sorted(self.settings.zeros))
         return [Form(zeros, num) for num, zeros in product(bits, shares)]
 
+    def lighter(self, shape: Shape) -> Shape:
+        """A dense shape with the fewest zeros of the space in all matrices, in its fewest bits."""
+        zeros, bits = min(self.settings.zeros, default=0.0), self.steps.get("bits", [FP32])[0]
+        return self.clean(shape.heads, shape.neurons, shape.layers, [zeros] * 2, bits)
+
     @property
     def size(self) -> int:
         """How many different shapes there are, but for zeros in what is gone."""

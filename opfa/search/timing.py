@@ -1,5 +1,6 @@
 """Milliseconds of slices, measured: in torch, or in the CPU runtime of opfa."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from opfa.search.shapes import Form, Shape, Space
 from opfa.search.slices import Slices
 
 TOGETHER = 8  # models that take turns
-PARTS = 4  # widths of groups that the runtime is timed for; time is linear between two of them
+WIDTHS = (1 / 16, 1 / 4, 1 / 2, 1)  # of groups, that the runtime is timed for; linear between two
 
 
 def measured(slices: Slices, shapes: Sequence[Shape], search: Search, tokens: int) -> list[float]:
@@ -47,38 +48,50 @@ def in_kernels(
 ) -> tuple[Costs, dict[Form, list[Curve]]]:
     """Milliseconds in the runtime: of dense groups, and of groups in other forms.
 
-    Times of matrices add up there. So models are timed that have units of one kind alone, in each
-    form and of some widths, and a layer's share of them is that of its units. Raises `RunError`
+    Times of matrices add up there. So models are timed that have units of one kind alone, of some
+    widths and in each form, and a layer's part of their time is that of its units. All units
+    together may take a little less or more: by as much the parts are made so. Raises `RunError`
     where the runtime can't run.
     """
     if why := why_not():
         raise RunError(f'search.engine = "runtime": {why}')
     units = (space.heads, space.neurons)
-    nothing, stays = [0] * len(space.heads), [True] * len(space.heads)
-    steps = range(1, PARTS + 1)
+    stays = [True] * len(space.heads)
+    one = [number == space.kept for number in range(len(stays))]
 
-    def alone(kind: int, part: int, form: Form) -> Shape:
-        counts = [[-(-num * part // PARTS) for num in each] for each in units]
-        counts[1 - kind] = nothing
-        heads, neurons = counts
+    def some(shares: Sequence[float], form: Form) -> Shape:
+        heads, neurons = (
+            [math.ceil(num * share) for num in each]
+            for each, share in zip(units, shares, strict=True)
+        )
         return space.clean(heads, neurons, stays, [form.zeros] * 2, form.bits)
 
-    one = [number == space.kept for number in range(len(nothing))]
-    ends = [space.whole, space.clean(nothing, nothing, stays), space.clean(nothing, nothing, one)]
-    asked = [(form, kind, part) for form in space.forms for kind in range(2) for part in steps]
-    shapes = [alone(kind, part, form) for form, kind, part in asked]
-    whole, empty, least, *more = measured(Slices(model, space), [*ends, *shapes], search, tokens)
-    known = {each: max(0.0, time - empty) for each, time in zip(asked, more, strict=True)}
-    apart = sum(known[Form(), kind, PARTS] for kind in range(2))
-    share = max(0.0, whole - empty) / apart if apart else 1.0  # what they take together
-    forms: dict[Form, list[Curve]] = {form: [] for form in space.forms}
-    for form, curves in forms.items():
-        times = [[0.0, *(known[form, kind, part] for part in steps)] for kind in range(2)]
-        for layer in range(len(nothing)):
-            for line, counts in zip(times, units, strict=True):
-                count = counts[layer]
-                widths = [-(-count * part // PARTS) for part in range(PARTS + 1)]
-                height = np.maximum.accumulate(line) * share * count / max(1, sum(counts))
-                curves.append(np.interp(range(count + 1), widths, height))
-    of_layer = max(0.0, empty - least) / max(1, len(nothing) - 1)
-    return Costs(forms.pop(Form()), empty, (of_layer,) * len(nothing)), forms
+    nothing = some((0, 0), Form())
+    least = space.clean(nothing.heads, nothing.neurons, one)
+    alone = [(form, kind, width) for form in space.forms for kind in range(2) for width in WIDTHS]
+    shapes = [some([width * (kind == each) for each in range(2)], f) for f, kind, width in alone]
+    whole = [some((1, 1), form) for form in space.forms]
+    both = measured(Slices(model, space), [nothing, least, *whole, *shapes], search, tokens)
+    empty, rest = both[0], both[1]
+    more = [max(0.0, time - empty) for time in both[2:]]
+    together = dict(zip(space.forms, more, strict=False))
+    known = dict(zip(alone, more[len(together) :], strict=True))
+    found: dict[Form, list[Curve]] = {}
+    for form in space.forms:
+        apart = sum(known[form, kind, 1] for kind in range(2))
+        share = together[form] / apart if apart else 1.0
+        lines = [[share * known[form, kind, width] for width in WIDTHS] for kind in range(2)]
+        found[form] = [
+            _curve(counts[layer], np.maximum.accumulate(line) * counts[layer] / max(1, sum(counts)))
+            for layer in range(len(stays))
+            for counts, line in zip(units, lines, strict=True)
+        ]
+    of_layer = max(0.0, empty - rest) / max(1, len(stays) - 1)
+    return Costs(found.pop(Form()), empty, (of_layer,) * len(stays)), found
+
+
+def _curve(count: int, times: np.ndarray) -> Curve:
+    """Of 0, 1, ... units, by the times of some widths; fewer than the least take as long as it."""
+    curve = np.interp(range(count + 1), [math.ceil(count * width) for width in WIDTHS], times)
+    curve[0] = 0
+    return curve

@@ -14,6 +14,7 @@ from opfa.compression import quant
 from opfa.downstream.calibrate import observe
 from opfa.downstream.student import prepare_8_bits
 from opfa.errors import RecipeError
+from opfa.models import costs
 from opfa.models.removal import groups_of, layers_of
 from opfa.models.stepping import inputs_of
 from opfa.runtime.build import why_not
@@ -169,11 +170,21 @@ def test_times_too_short_to_be_told_apart_are_no_time(monkeypatch: pytest.Monkey
     search = Search(batch=1, tokens=8, engine="runtime", space=SETTINGS)
     prices = Prices.measured(model, search, 12)
     space = Space.of(model, SETTINGS, [1.0, 3.0, 2.0])
-    costs = [prices.of(shape)["milliseconds"] for shape in (space.whole, space.least)]
-    assert costs[0] >= costs[1] > 0
+    total = [prices.of(shape)["milliseconds"] for shape in (space.whole, space.least)]
+    assert total[0] >= total[1] > 0
     curves = prices.costs["milliseconds"].curves
     worth = Worth([np.linspace(1, 0, len(each)) for each in curves], [0, 1, 2, 3], [0, 2, 1])
     assert greedy_front(space, prices.costs["milliseconds"], worth, 5)
+
+
+def test_every_other_seed_has_zeros_and_8_bits() -> None:
+    model = model_of("bert")
+    space = Space.of(model, SETTINGS, [1.0, 3.0, 2.0])
+    parameters = costs.parameters(model)
+    worth = Worth([np.linspace(1, 0, len(c)) ** 2 for c in parameters.curves], [0] * 4, [0, 2, 1])
+    seeds = greedy_front(space, parameters, worth, 4)
+    assert [seed.bits for seed in seeds] == [32, 8, 32, 8]
+    assert seeds[1].zeros == (0.5, 0.5) and seeds[2] == seeds[2].dense
 
 
 def test_a_point_is_trained_towards_its_zeros_and_bits(tmp_path: Path) -> None:
