@@ -8,5 +8,7 @@ PIP_COMPILE=0 bash launch/install.sh dev # only what is imported is compiled, wh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/codespell
-.venv/bin/pyright --pythonpath .venv/bin/python
+.venv/bin/pyright --pythonpath .venv/bin/python & # beside the tests, which wait now and then
+types=$!
 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+wait "$types"

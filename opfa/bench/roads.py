@@ -11,12 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 from opfa.errors import RunError
+from opfa.serving import archive
 
 HOST = "127.0.0.1"
 START_SECONDS, STOP_SECONDS, ANSWER_SECONDS = 300, 60, 60
@@ -119,4 +122,71 @@ def _starts(process: "subprocess.Popen[str]", port: int) -> bool:
     return False
 
 
-ROADS: tuple[Road, ...] = (ServerRoad(),)
+class HandlerRoad:
+    """What `opfa pack RUN --output model.tar.gz` puts into an archive, in a process of its own. It
+    has one request at a time, as a worker of an endpoint's container; there is no HTTP.
+    """
+
+    name = "handler"
+
+    @contextlib.contextmanager
+    def open(self, model: str) -> Iterator[Door]:
+        """Export a model and start its handler; it stops with the block."""
+        with tempfile.TemporaryDirectory() as aside:
+            place = Path(aside, "model")
+            archive.fill(model, place)
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            command = [sys.executable, "-c", HANDLING]
+            with (
+                tempfile.TemporaryFile("w+") as said,
+                subprocess.Popen(command, cwd=place, stderr=said, **pipes) as process,
+            ):
+                try:
+                    yield _HandlerDoor(model, process, said, _columns(place / archive.TASK_FILE))
+                finally:
+                    process.kill()
+
+
+class _HandlerDoor:
+    """A process that answers each line with a line."""
+
+    def __init__(self, model: str, process: Any, said: IO[str], columns: Columns) -> None:
+        self.columns = columns
+        self._model, self._process, self._said = model, process, said
+        self._free = threading.Lock()
+
+    @contextlib.contextmanager
+    def line(self) -> Iterator[Ask]:
+        """Clients take turns."""
+
+        def ask(body: bytes) -> None:
+            with self._free, contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(body + b"\n")
+                self._process.stdin.flush()
+                if self._process.stdout.readline():
+                    return
+            self._said.seek(0)
+            lines = [line for line in self._said if line.strip()] or ["it has ended"]
+            raise RunError(f"the handler of {self._model}: {lines[-1].strip()}")
+
+        yield ask
+
+
+def _columns(file: Path) -> Columns:
+    """The columns of a row, by what an archive says of its task."""
+    task = json.loads(file.read_text(encoding="utf-8"))
+    choices = task["choices"]
+    texts = [task["text"], *filter(None, [task["text_pair"]])]
+    found = {name: {"type": "string"} for name in [*texts, *choices]}
+    return {**found, choices[0]: {"type": "array"}} if len(choices) == 1 else found
+
+
+HANDLING = """
+import sys
+sys.path.insert(0, "code")
+from inference import input_fn, model_fn, output_fn, predict_fn
+model, form = model_fn("."), "application/json"
+for line in sys.stdin:
+    print(output_fn(predict_fn(input_fn(line, form), model), form), flush=True)
+"""
+ROADS: dict[str, Road] = {road.name: road for road in (ServerRoad(), HandlerRoad())}

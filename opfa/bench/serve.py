@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from opfa.bench.roads import ROADS, Columns, Door, Road
+from opfa.bench.roads import Columns, Door, Road, ServerRoad
 from opfa.errors import RunError
 from opfa.report.tables import Result, Row, Table, column
 from opfa.training.machine import environment
@@ -84,7 +84,7 @@ def bench_serve(
     words: int = 24,
     rounds: int = 3,
     price: float | None = None,
-    roads: Sequence[Road] = ROADS,
+    roads: Sequence[Road] = (ServerRoad(),),
 ) -> Serving:
     """Load models on every road with so many clients at once, and say what a request takes.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,15 @@ from opfa.upstream.recipe import PretrainRecipe
 
 BENCH_MARK = "opfa bench train"  # `--write` replaces the text between marks of this name
 app = typer.Typer()
+
+
+class RoadName(StrEnum):
+    """How requests come to a model that is measured."""
+
+    SERVER = "server"
+    HANDLER = "handler"
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(bench, name="bench")
 
@@ -200,16 +210,34 @@ def bench_serve(
     requests: Annotated[int, Option(min=2, help="Of each model in a round.")] = 1_000,
     words: Annotated[int, Option(min=1, max=10_000, help="Words of a text.")] = 24,
     rounds: Annotated[int, Option(min=1, help="How often each model has its turn.")] = 3,
+    roads: Annotated[
+        list[RoadName] | None,
+        Option(
+            "--road",
+            help="How requests come: to `opfa serve`, or to the handler of `opfa pack`'s archive, "
+            "without HTTP; repeatable. Default: server.",
+        ),
+    ] = None,
     price: Annotated[
         float | None, Option(help="Of an hour of this machine, for the cost of a million requests.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a request to each model takes over HTTP, and what a million of them cost."""
-    require("opfa bench serve", "opfa[serve]", "fastapi", "uvicorn", "prometheus_client")
+    """Measure what a request to each model takes, and what a million of them cost."""
+    names = dict.fromkeys(roads or (RoadName.SERVER,))
+    if RoadName.SERVER in names:
+        require("opfa bench serve", "opfa[serve]", "fastapi", "uvicorn", "prometheus_client")
+    if RoadName.HANDLER in names:
+        require("opfa bench serve --road handler", "opfa[export]", "onnx", "onnxruntime")
+    from opfa.bench.roads import ROADS
     from opfa.bench.serve import bench_serve as execute
 
-    chosen = tuple(dict.fromkeys(clients or (1, 16)))
     execute(
-        models, clients=chosen, requests=requests, words=words, rounds=rounds, price=price
+        models,
+        clients=tuple(dict.fromkeys(clients or (1, 16))),
+        requests=requests,
+        words=words,
+        rounds=rounds,
+        price=price,
+        roads=[ROADS[name] for name in names],
     ).show(as_json=as_json)

@@ -39,7 +39,8 @@ def samplers_table(results: Mapping[str, Any]) -> str:
         found = [rows.get(name) for name in SAMPLERS]
         volumes = [f"{row['hypervolume']:.4f}" if row else "" for row in found]
         first = rows["NSGA-II"]
-        lines.append((str(seed), *volumes, str(first["points"]), f"{first['seconds'] / 60:.1f}"))
+        minutes = f"{first['seconds'] / 60:.1f}" if first["seconds"] else ""
+        lines.append((str(seed), *volumes, str(first["points"]), minutes))
     return _lines(lines)
 
 
@@ -147,9 +148,11 @@ def main(
     print(tables(json.loads(file.read_text())))
 
 
-def _searched(recipe: SearchRecipe, output: Path, first: Path) -> tuple[SearchResult, float]:
-    """A search whose costs are those of the first one with its seed; and how long it took."""
-    clock = output / "seconds.json"
+def _searched(recipe: SearchRecipe, output: Path, first: Path) -> tuple[SearchResult, float | None]:
+    """A search whose costs are those of the first one with its seed; and how long it took, unless
+    it was interrupted.
+    """
+    clock, is_whole = output / "seconds.json", not output.exists()
     if output != first and not output.exists():
         output.mkdir(parents=True)
         shutil.copytree(first / "prepared", output / "prepared")
@@ -158,7 +161,8 @@ def _searched(recipe: SearchRecipe, output: Path, first: Path) -> tuple[SearchRe
     start = time.perf_counter()
     found = opfa.search_models(recipe, output, resume=(output / "recipe.toml").exists())
     if not clock.exists():
-        clock.write_text(json.dumps(time.perf_counter() - start))
+        seconds = time.perf_counter() - start if is_whole else None
+        clock.write_text(json.dumps(seconds))
     return found, json.loads(clock.read_text())
 
 

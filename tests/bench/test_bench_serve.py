@@ -123,14 +123,45 @@ def test_a_model_that_stands_twice_is_refused() -> None:
         bench_serve(["a", "a"], roads=[SlowRoad({"a": 0.0})])
 
 
-def test_a_real_server_is_measured(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> str:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
     HEADS["SequenceClassification"].from_config(tiny()).save_pretrained(tmp_path / "model")
-    found = bench_serve([str(tmp_path / "model")], clients=(1, 4), requests=20, rounds=1)
-    assert [load.clients for load in found.loads] == [1, 4]
-    assert all(load.num_requests == 20 and load.road == "server" for load in found.loads)
+    return str(tmp_path / "model")
+
+
+def test_a_real_server_and_a_real_handler_are_measured(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--clients", "1", "--clients", "4", "--requests", "20", "--rounds", "1", "--json"]
+    command = ["bench", "serve", model, *words, "--road", "server", "--road", "handler"]
+    assert cli.run(command) == 0
+    loads = json.loads(capsys.readouterr().out)["loads"]
+    found = [(load["road"], load["clients"], load["num_requests"]) for load in loads]
+    assert found == [(road, n, 20) for n in (1, 4) for road in ("server", "handler")]
+
+
+def test_a_handler_answers_and_says_why_it_ended(model: str) -> None:
+    with roads.HandlerRoad().open(model) as door:
+        assert door.columns == TEXT
+        with door.line() as ask:
+            ask(b'{"inputs": {"text": "the cat"}}')
+            with pytest.raises(
+                RunError, match=f"the handler of {model}: ValueError: .*has no column 'text'"
+            ):
+                ask(b'{"inputs": {"other": "the cat"}}')
+            with pytest.raises(RunError, match=f"the handler of {model}: ValueError"):
+                ask(b'{"inputs": {"text": "the cat"}}')  # it is gone
+
+
+def test_columns_are_those_of_the_task(tmp_path: Path) -> None:
+    text, several = {"type": "string"}, {"type": "array"}
+    for choices, of_choices in ((["a", "b"], {"a": text, "b": text}), (["all"], {"all": several})):
+        file = tmp_path / "opfa.json"
+        file.write_text(json.dumps({"text": "q", "text_pair": None, "choices": choices}))
+        assert roads._columns(file) == {"q": text, **of_choices}
 
 
 def test_a_server_that_ends_before_it_answers_is_told_by_its_last_words(

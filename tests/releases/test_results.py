@@ -5,6 +5,7 @@ comes from a run whose files say so.
 import importlib
 import json
 import os
+import re
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
 
 WRITTEN = {  # by script: the page, and what its table stands between; results are of its name
     "gpu_minutes": (RECIPES / "README.md", "<!-- gpu-minutes -->", "<!-- /gpu-minutes -->"),
+    "tasks": (RECIPES / "README.md", "<!-- minilm-tasks -->", "<!-- /minilm-tasks -->"),
     "frontier": (RECIPES / "README.md", "<!-- minilm-frontier -->", "<!-- /minilm-frontier -->"),
     "scores": (RECIPES / "README.md", "<!-- minilm-scores -->", "<!-- /minilm-scores -->"),
     "score_costs": (
@@ -617,19 +619,29 @@ def test_the_released_sentence_encoders_keep_what_the_pages_say() -> None:
         assert weights == row["model_files_sha256"]
 
 
-def test_the_table_of_the_released_encoder_on_tasks_is_that_of_its_runs() -> None:
-    dense = json.loads((RESULTS / "gpu_minutes.json").read_text())
-    page = (RECIPES / "README.md").read_text()
-    for row in json.loads((RESULTS / "gpu_tasks.json").read_text()):
-        beside = dense[row["dense"]]
-        epochs = {w for words in (row["words"], beside["words"]) for w in words if "epochs" in w}
-        assert len({float(each.partition("=")[2]) for each in epochs}) == 1  # trained as long
-        value, other = (found[row["metric"]] for found in (row["metrics"], beside["evaluation"]))
-        digits = 2 if row["metric"] == "squad_f1" else 4
-        cells = f"{other:.{digits}f} | {value:.{digits}f} ({value / other:.1%})"
-        assert f"| {row['label']} | {cells} |" in page
-        (init,) = (word for word in row["words"] if word.startswith("model.init=minilm-sparse-"))
-        assert row["sparsity"] == pytest.approx(float(init[-2:]) / 100, abs=1e-6)
+def test_models_on_tasks_are_trained_as_long_and_have_their_zeros() -> None:
+    found = json.loads((RESULTS / "tasks.json").read_text())
+    gpu = json.loads((RESULTS / "gpu_minutes.json").read_text())
+    assert found["majority"] == {t: FOUND["tasks"][t]["majority"] for t in ("sst2", "mnli")}
+    epochs: dict[str, set[float]] = {}
+    for row in found["rows"]:
+        words = dict(word.partition("=")[::2] for word in row["words"])
+        recipe = FinetuneRecipe.read(RECIPES / f"minilm-{row['task']}.toml")
+        epochs.setdefault(row["task"], set()).add(
+            float(words.get("training.epochs", recipe.training.epochs))
+        )
+        zeros = re.search(r"sparse-(\d+)|(\d+) %", row["model"])
+        percent = int(zeros[1] or zeros[2]) if zeros else 0
+        assert row["sparsity"] == pytest.approx(percent / 100, abs=1e-6)
+        if row["model"].startswith("minilm-sparse"):
+            assert words["model.init"] == json.dumps(row["model"].partition(",")[0])
+        assert ("distillation.teacher" in words) == (
+            row["model"] != "dense" and "no teacher" not in row["model"]
+        )
+        if f"dense-{row['task']}-{row['seed']}" in gpu and row["model"] == "dense":
+            run = gpu[f"dense-{row['task']}-{row['seed']}"]["evaluation"]
+            assert row["value"] == run[row["metric"]]
+    assert all(len(each) == 1 for each in epochs.values())
 
 
 def test_the_table_of_a_sentence_encoders_speed_is_that_of_its_run() -> None:

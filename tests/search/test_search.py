@@ -169,7 +169,7 @@ def test_forms_are_searched_and_a_point_is_trained_into_its_form(
     tuned: Path, questions: Path, tmp_path: Path
 ) -> None:
     space = {"neuron_steps": 4, "zeros": [0.5, 0.8], "eight_bits": True}
-    search = {"space": space, "engine": "runtime", "evaluations": 18}
+    search = {"space": space, "engine": "runtime", "evaluations": 12}
     recipe = search_recipe(tuned, questions, aims=["bytes"], **search)
     found = opfa.search_models(recipe, tmp_path / "out", workers=1)
     assert any(point.shape.inside for point in found.front)
@@ -181,7 +181,10 @@ def test_forms_are_searched_and_a_point_is_trained_into_its_form(
     assert again.search.point == Point.model_validate_json(point.shape.model_dump_json())
     whole = {"heads": [2, 1], "neurons": [32, 8], "layers": [True, True]}
     of_point = {**search, "point": {**whole, "zeros": [0.5, 0.8], "bits": 8}}
-    made = opfa.search_models(search_recipe(tuned, questions, **of_point), tmp_path / "made")
+    recipe = search_recipe(tuned, questions, **of_point)
+    begun(tmp_path / "out", tmp_path / "made")  # with the same times
+    (tmp_path / "made/recipe.toml").write_text(recipe.to_toml())
+    made = opfa.search_models(recipe, tmp_path / "made", workers=1, resume=True)
     run = tmp_path / "made" / made.taken[0].run
     assert set(made.front[0].costs) == {"milliseconds", "macs", "bytes"}
     report = inspect(run / "model")["tensors"]

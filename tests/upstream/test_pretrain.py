@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import break_off, dense_labels, pretrain_recipe
+from conftest import TINY_BERT, break_off, dense_labels, pretrain_recipe
 from deepspeed.accelerator import get_accelerator
 from torch.nn import functional
 from transformers import AutoConfig, BertForPreTraining, BertModel
@@ -33,6 +33,7 @@ from opfa.upstream import pretrain as module
 from opfa.upstream.batches import Prepared, masker, training_steps
 from opfa.upstream.objective import Teacher
 from opfa.upstream.pretrain import pretrain
+from opfa.upstream.recipe import PretrainRecipe
 from opfa.upstream.student import load_teacher
 from opfa.weights.inspection import inspect
 
@@ -700,10 +701,11 @@ def test_loader_processes_ignore_signals_to_the_group(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_models_give_the_same_masks(prepared: Path, teacher: Path, tmp_path: Path) -> None:
+    values = student_recipe(prepared, teacher, training={"dropout": 0.0}).model_dump(mode="json")
+    values["model"] = {"config": {**TINY_BERT, "num_hidden_layers": 1}}  # each kernel is compiled
     for name, is_compiled in (("plain", False), ("compiled", True)):
-        launch = {"compile": is_compiled}
-        recipe = student_recipe(prepared, teacher, launch=launch, training={"dropout": 0.0})
-        pretrain(recipe, tmp_path / name)
+        values["launch"]["compile"] = is_compiled
+        pretrain(PretrainRecipe.check(values), tmp_path / name)
     plain, compiled = training_rows(tmp_path / "plain"), training_rows(tmp_path / "compiled")
     for one, other in zip(plain, compiled, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
