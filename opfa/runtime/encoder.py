@@ -29,6 +29,7 @@ from opfa.storage.foreign import PACKED
 
 Dtype = Literal["fp32", "bf16", "int8"]
 KEPT = ("embeddings", "pooler")  # modules of an encoder that stay in torch
+SLOW_WHEN_DENSE = ("plain", "neon")  # slower than torch in fp32, or not measured
 SMALL_HEAD = 1 << 22  # weights; torch gets one thread for it
 REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
@@ -141,23 +142,29 @@ def speed_up(model: PreTrainedModel) -> str:
     """Put a model's encoder into the kernels if that is faster, in place; says where it runs.
 
     A model whose layers are in 8 bits computes so there too. Nothing is changed where the kernels
-    can't run, for a model that they don't know, and if more than half of the weights live.
+    can't run, for a model that they don't know, and for a dense one in fp32 where dense products
+    are not known to be faster than torch's.
     """
-    encoder = encoder_of(model)
-    layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
-    num_live = sum(int(layer.weight.count_nonzero()) for layer in layers)
-    density = num_live / max(1, sum(layer.weight.numel() for layer in layers))
-    if density > MOST_DENSITY:
-        return f"torch ({density:.0%} of the weights live; at most {MOST_DENSITY:.0%} gain)"
-    if why := why_not():  # only now: it may have to compile them
+    if why := why_not():  # it may have to compile them
         return f"torch ({why})"
-    threads = num_threads(None)
+    encoder = encoder_of(model)
     dtype = "int8" if quant.quant_layers(encoder) else "fp32"
+    density = _density(encoder)
+    if dtype == "fp32" and density > MOST_DENSITY and level() in SLOW_WHEN_DENSE:
+        most = f"at most {MOST_DENSITY:.0%} gain with {level()} kernels"
+        return f"torch ({density:.0%} of the weights live; {most})"
     try:
-        with_kernels(model, threads, dtype)
+        with_kernels(model, num_threads(None), dtype)
     except ModelError as error:  # of its family, activation or heads; before anything is changed
         return f"torch ({error})"
     return runs_in(model)
+
+
+def _density(encoder: PreTrainedModel) -> float:
+    """The share of weights of linear layers that live."""
+    weights = [m.weight for m in encoder.modules() if isinstance(m, nn.Linear)]
+    num_live = sum(int(weight.count_nonzero()) for weight in weights)
+    return num_live / max(1, sum(weight.numel() for weight in weights))
 
 
 def runs_in(model: PreTrainedModel) -> str:

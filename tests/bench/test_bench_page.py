@@ -13,6 +13,7 @@ from opfa.bench import shapes, steps
 from opfa.bench.costs import Costs
 from opfa.bench.files import KINDS, Files
 from opfa.bench.finetune import Finetuning
+from opfa.bench.serve import Serving
 from opfa.bench.shapes import DENSE, LEAST, SMALL, Shapes, bench_shapes
 from opfa.bench.speed import Inference
 from opfa.bench.steps import MaskUpdates, TeacherSteps
@@ -28,6 +29,7 @@ MEASURED = {
     "finetune": Finetuning,
     "inference": Inference,
     "inference-amx": Inference,
+    "serve": Serving,
     "shapes": Shapes,
 }
 

@@ -19,6 +19,7 @@ from snippets import run_snippets
 from words import MODELS, write_models
 
 import opfa
+from opfa import runtime
 from opfa.commands import app as cli
 from opfa.downstream.evaluate import measure
 from opfa.errors import DataError, ModelError, OpfaError, Redacting, RunError
@@ -148,7 +149,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_those_of_evaluate(models: Path, tmp_path: Path, name: str) -> None:
+def test_answers_are_those_of_evaluate(
+    models: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "speed_up", lambda _: "torch")  # equal to the last bit
     task, examples = EXAMPLES[name]
     file = write_lines(tmp_path / "a.jsonl", *examples)
     recipe = finetune_recipe(models / name, tmp_path, task={**task, "validation": str(file)})

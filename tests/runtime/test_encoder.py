@@ -190,18 +190,26 @@ def test_what_the_kernels_do_not_know_stays_in_torch(config: Any, where: str) ->
     assert torch.equal(model(**inputs)[0], expected)
 
 
-def test_sparse_encoders_are_sped_up_and_dense_ones_stay_in_torch(
+def test_encoders_are_sped_up_but_dense_ones_only_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = sparse(AutoModel, CONFIGS["bert"])
-    assert runtime.speed_up(model).startswith("opfa's kernels (fp32, ")
+    monkeypatch.setattr(encoder, "SLOW_WHEN_DENSE", ())
+    for zeros in (0.9, 0.0):
+        model = sparse(AutoModel, CONFIGS["bert"], zeros)
+        assert runtime.speed_up(model).startswith("opfa's kernels (fp32, ")
     quantized = in_8_bits(sparse(AutoModel, CONFIGS["bert"]))
     assert runtime.speed_up(quantized).startswith("opfa's kernels (int8, ")
+    now = encoder.level()
+    monkeypatch.setattr(encoder, "SLOW_WHEN_DENSE", (now,))
+    model = sparse(AutoModel, CONFIGS["bert"])
+    assert runtime.speed_up(model).startswith("opfa's kernels (fp32, ")
+    quantized = in_8_bits(sparse(AutoModel, CONFIGS["bert"], 0.0))
+    assert runtime.speed_up(quantized).startswith("opfa's kernels (int8, ")
+    dense = sparse(AutoModel, CONFIGS["bert"], 0.0)
+    told = f"torch (100% of the weights live; at most 50% gain with {now} kernels)"
+    assert runtime.speed_up(dense) == told
     monkeypatch.setattr(encoder, "why_not", lambda: "no compiler")
     assert runtime.speed_up(sparse(AutoModel, CONFIGS["bert"])) == "torch (no compiler)"
-    monkeypatch.setattr(encoder, "why_not", pytest.fail)  # which may compile for seconds
-    dense = sparse(AutoModel, CONFIGS["bert"], 0.0)
-    assert runtime.speed_up(dense) == "torch (100% of the weights live; at most 50% gain)"
 
 
 def test_hidden_states_of_padding_are_zero_and_rows_of_padding_alone_too() -> None:
