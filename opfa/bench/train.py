@@ -79,10 +79,13 @@ def _summary(recipe: PretrainRecipe, found: dict[str, list[Results]], work: floa
     rate = max(r for runs in found.values() for run in runs for r in run["rates"])
     work *= real_tokens / (recipe.training.batch * recipe.corpus.sequence_tokens)
     every = ramp.every if (ramp := recipe.ramp()) else 0
+    model = recipe.model.model_dump(exclude_none=True)
+    if (init := Path(model.get("init", ""))).is_absolute():
+        model["init"] = init.name  # where it lies on this machine says nothing
     return Costs(
         machine=environment()["machine"],
         threads=torch.get_num_threads(),
-        model=recipe.model.model_dump(exclude_none=True),
+        model=model,
         batch=recipe.training.batch,
         sequence_tokens=recipe.corpus.sequence_tokens,
         real_tokens=real_tokens,

@@ -39,14 +39,13 @@ def main(model: str, results: str, *peers: str) -> None:
     """Measure, and write the results."""
     plan = Plan(rounds=ROUNDS, threads=1, peers=peers)
     plan = replace(plan, contestants=[n for n in plan.contestants if "AVX2" not in n])
-    times = {}
     with tempfile.TemporaryDirectory() as aside:
-        for tokens in TOKENS:  # some engines have a model for so many alone
-            directory = Path(aside, str(tokens))
+        places = {tokens: Path(aside, str(tokens)) for tokens in TOKENS}  # an engine's model may
+        for directory in places.values():  # be for so many tokens alone
             forms.write_given(model, directory)
-            times[tokens] = _medians(replace(plan, tokens=tokens), directory)
-        both = replace(plan, threads=CORES)
-        two_cores, streams = _medians(both, directory), figures(both, directory).streams
+        times = {n: _medians(replace(plan, tokens=n), place) for n, place in places.items()}
+        both, place = replace(plan, threads=CORES), places[plan.tokens]
+        two_cores, streams = _medians(both, place), figures(both, place).streams
     found = {
         "model": model,
         "processor": processor(),

@@ -135,6 +135,7 @@ def test_shares_and_ratios_follow_from_what_was_measured(result: dict[str, Any])
     rate = result["flops_per_step"] / seconds["ours"] / result["matrix_flops_per_second"]
     assert result["share_of_matrix_rate"] == pytest.approx(rate)
     assert 0 < result["real_tokens"] <= result["batch"] * result["sequence_tokens"]
+    assert result["model"]["init"] == "model"  # no path of the machine
 
 
 def test_the_loss_keeps_its_limit_of_memory(result: dict[str, Any]) -> None:
