@@ -10,5 +10,6 @@ PIP_COMPILE=0 bash launch/install.sh dev # only what is imported is compiled, wh
 .venv/bin/codespell
 .venv/bin/pyright --pythonpath .venv/bin/python & # beside the tests, which wait now and then
 types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT
 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 wait "$types"

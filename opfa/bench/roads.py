@@ -145,6 +145,9 @@ class HandlerRoad:
                     yield _HandlerDoor(model, process, said, _columns(place / archive.TASK_FILE))
                 finally:
                     process.kill()
+                    with contextlib.suppress(BrokenPipeError):  # of a body that it didn't read
+                        pipe: Any = process.stdin
+                        pipe.close()
 
 
 class _HandlerDoor:

@@ -141,8 +141,12 @@ def prepare(
     percentile: float | None = None,
     embeddings: bool = False,
 ) -> dict[str, QuantLinear]:
-    """Make masked layers `QuantLinear` that observe, and with `embeddings` embeddings too."""
+    """Make masked layers `QuantLinear` that observe, and with `embeddings` embeddings too. One
+    without any weight stays as it is.
+    """
     for layer in masked_layers(model).values():
+        if not layer.weight.numel():
+            continue
         layer.__class__ = QuantLinear
         assert isinstance(layer, QuantLinear)
         layer.momentum, layer.percentile, layer.scheme = momentum, percentile, weights

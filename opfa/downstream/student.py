@@ -32,6 +32,7 @@ def prepare_8_bits(model: nn.Module, settings: Quantization) -> dict[str, quant.
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name not in masked
+        and module.weight.numel()  # a layer may have lost all of its heads or neurons
         and part_of(f"{name}.weight", module.weight.shape) == "encoder"
     ]
     mask_layers(model, dense, is_pruned=False)

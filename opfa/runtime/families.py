@@ -229,3 +229,5 @@ def check_family(config: PretrainedConfig) -> None:
     if config.model_type not in BUILDERS:
         known = ", ".join(BUILDERS)
         raise ModelError(f"model_type {config.model_type!r}: the runtime runs {known}")
+    if getattr(config, "is_decoder", False):
+        raise ModelError("is_decoder = true: the runtime runs encoders")

@@ -44,6 +44,7 @@ class Prices:
         else:
             with threads(search.threads):
                 milliseconds = models.milliseconds(model, *size)
+            forms["milliseconds"] = dict.fromkeys(space.forms[1:], milliseconds.curves)
         costs = {"milliseconds": milliseconds, "macs": models.macs(model, *size)}
         return cls({**costs, "bytes": _bytes(model)}, forms)
 
@@ -51,8 +52,8 @@ class Prices:
         """What a shape costs."""
         found = {}
         for aim, costs in self.costs.items():
-            curves = self.forms.get(aim, {})
-            both = [curves.get(form, costs.curves) for form in shape.forms]
+            curves = {Form(): costs.curves, **self.forms.get(aim, {})}
+            both = [curves[form] for form in shape.forms]
             chosen = [each[group] for group, each in zip(range(len(costs.curves)), cycle(both))]
             found[aim] = replace(costs, curves=chosen).of(shape.groups, shape.gone)
         return found
@@ -85,7 +86,9 @@ class Prices:
                 for aim, each in values.items()
             },
             {
-                aim: {Form.read(form): curves(lists) for form, lists in each["forms"].items()}
+                aim: {
+                    Form.read(form): curves(lists) for form, lists in each.get("forms", {}).items()
+                }
                 for aim, each in values.items()
             },
         )

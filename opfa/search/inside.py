@@ -21,8 +21,6 @@ from opfa.downstream.student import prepare_8_bits
 from opfa.models.removal import groups_of
 from opfa.models.stepping import inputs_of
 from opfa.search.shapes import INT8, Space
-from opfa.sparsity.anatomy import part_of
-from opfa.sparsity.layers import mask_layers
 from opfa.sparsity.units import Units
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Batch
@@ -79,17 +77,9 @@ def to_8_bits(model: PreTrainedModel, ranges: Mapping[str, Tensor]) -> None:
     """Let a slice compute in 8 bits, in place, with ranges by the whole model's paths; without any,
     as one that is only timed has them, from 0 to 1.
     """
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.weight.numel()
-        and part_of(f"{name}.weight", module.weight.shape) == "encoder"
-    ]
-    if not linears:
+    if not any(linear.weight.numel() for units in groups_of(model) for linear in units.linears()):
         return
-    mask_layers(model, linears, is_pruned=False)
-    for layer in quant.prepare(model, SETTINGS.momentum, weights=SETTINGS.weights).values():
+    for layer in prepare_8_bits(model, SETTINGS).values():
         layer.high.fill_(1)
     if ranges:
         quant.set_ranges(model, dict(ranges))

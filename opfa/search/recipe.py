@@ -53,7 +53,7 @@ class Limits(Section):
     macs: Positive | None = None
     """At most so many multiply-adds."""
     bytes: Positive | None = None
-    """At most so large a file, in fp32."""
+    """At most so large a file: in fp32, or what zeros and 8 bits leave of it."""
 
     def of_costs(self) -> dict[str, float]:
         """The limits that costs have."""
@@ -159,7 +159,14 @@ class SearchRecipe(FinetuneRecipe):
     def _check_search(self) -> Self:
         if self.sweep is not None:
             raise ValueError("sweep: a search has no place for it; sweep what it has taken")
-        if zeros := self.search.space.zeros:
+        space = self.search.space
+        if space.eight_bits and self.training.precision != "fp32":
+            what = f'training.precision = "{self.training.precision}"'
+            raise ValueError(f"search.space.eight_bits: {what}: 8 bits are trained in fp32")
+        if space.eight_bits and self.training.gradient_checkpointing:
+            what = "training.gradient_checkpointing: not with 8 bits"
+            raise ValueError(f"search.space.eight_bits: {what}")
+        if zeros := space.zeros:
             what = f"search.space.zeros = {list(zeros)}"
             if self.model.zeros == "held":
                 raise ValueError(f"{what}: needs model.zeros = 'free'; held zeros never change")

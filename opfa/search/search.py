@@ -163,10 +163,11 @@ def hypervolume_of(
 def check_limits(recipe: SearchRecipe, prepared: Prepared) -> None:
     """Refuse limits that no shape of the space can keep to."""
     limits, metric = recipe.search.limits, recipe.task.metrics[0]
-    cheapest = prepared.prices.of(prepared.space.least)
+    least = (prepared.prices.of(shape) for shape in prepared.space.in_all_forms)
+    cheapest = [*least]
     for aim, most in limits.of_costs().items():
-        if cheapest[aim] > most:
-            what = f"the cheapest model of this space has {cheapest[aim]:.6g}"
+        if (cost := min(costs[aim] for costs in cheapest)) > most:
+            what = f"the cheapest model of this space has {cost:.6g}"
             raise RunError(f"search.limits.{aim} = {most:g}: {what}")
     if limits.metric is not None and limits.metric > prepared.whole[metric]:
         what = f"the whole model has only {prepared.whole[metric]:.4f} on the held-out examples"
@@ -187,6 +188,14 @@ def check_point(recipe: SearchRecipe, space: Space) -> None:
             if count > there:
                 what = f"layer {layer} of the model has only {there}"
                 raise RunError(f"search.point.{name}.{layer} = {count}: {what}")
+    bits = {form.bits for form in space.forms}
+    shares = {form.zeros for form in space.forms}
+    if point.bits not in bits:
+        raise RunError(f"search.point.bits = {point.bits}: needs search.space.eight_bits = true")
+    if other := set(point.zeros) - shares:
+        known = ", ".join(f"{share:g}" for share in sorted(shares))
+        what = f"{min(other):g} is none of 0 and search.space.zeros ({known})"
+        raise RunError(f"search.point.zeros = {list(point.zeros)}: {what}")
 
 
 @contextlib.contextmanager

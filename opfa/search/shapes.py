@@ -228,3 +228,10 @@ class Space:
     def least(self) -> Shape:
         """As little as there can be."""
         return self.shape(dict.fromkeys(self.steps, 0))
+
+    @property
+    def in_all_forms(self) -> list[Shape]:
+        """The least units in each form; zeros, or 8 bits, may cost more than they save."""
+        least = self.least
+        units = least.heads, least.neurons, least.layers
+        return [self.clean(*units, [form.zeros] * 2, form.bits) for form in self.forms]

@@ -26,6 +26,7 @@ from opfa.tasks import kinds as tasks
 
 FOLDER, SLICE, RUN = "taken", "slice", "run"
 SCHEDULE = {"start": 0.02, "end": 0.5, "every": 0.01}  # where the recipe has none
+OF_PRUNING = ("rewind_learning_rate", "cyclic_learning_rate", "sparse_kernels")  # need zeros
 QUANTIZATION = {"start": 0.7, "freeze": 0.9}
 
 
@@ -75,8 +76,9 @@ def write_slice(recipe: SearchRecipe, prepared: Prepared, shape: Shape, director
 
 
 def finetuning(recipe: SearchRecipe, shape: Shape, init: str) -> FinetuneRecipe:
-    """The recipe that trains a shape's model on, towards its zeros and in its bits. What the search
-    recipe says of pruning and of quantization holds, but for targets, and for models without them.
+    """The recipe that trains a shape's model on. Targets of `[pruning]` are the shape's zeros.
+
+    A shape without zeros isn't pruned, and one in fp32 isn't quantized.
     """
     values, space = recipe.model_dump(mode="json", exclude_none=True), recipe.search.space
     del values["search"]
@@ -86,6 +88,9 @@ def finetuning(recipe: SearchRecipe, shape: Shape, init: str) -> FinetuneRecipe:
         pruning = values.pop("pruning", {"schedule": SCHEDULE, "pattern": {}})
         if any(shape.zeros):
             values["pruning"] = _towards(shape, pruning, init)
+        else:
+            for key in OF_PRUNING:
+                values["training"].pop(key, None)
     if space.eight_bits:
         settings = values.pop("quantization", QUANTIZATION)
         if shape.bits == INT8:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opfa.compression.budget import Curve
-from opfa.errors import RunError
+from opfa.errors import RunError, blaming
 from opfa.models.costs import FIRST_ID, Costs, medians, threads
 from opfa.runtime.build import why_not
 from opfa.runtime.encoder import with_kernels
@@ -33,7 +33,8 @@ def measured(slices: Slices, shapes: Sequence[Shape], search: Search, tokens: in
         for number, shape in enumerate(shapes[start : start + TOGETHER]):
             model = slices.cut(shape)
             if search.engine == "runtime":
-                with_kernels(model, search.threads, bits_of(model))
+                with blaming("search.engine", "runtime"):
+                    with_kernels(model, search.threads, bits_of(model))
             encoder = model.base_model
             config: Any = encoder.config  # of a family
             ids = torch.randint(FIRST_ID, config.vocab_size, size)
@@ -50,7 +51,7 @@ def in_kernels(
 
     Times of matrices add up there. So models are timed that have units of one kind alone, of some
     widths and in each form, and a layer's part of their time is that of its units. All units
-    together may take a little less or more: by as much the parts are made so. Raises `RunError`
+    together may take a little less or more: the parts are scaled to that sum. Raises `RunError`
     where the runtime can't run.
     """
     if why := why_not():
@@ -91,7 +92,7 @@ def in_kernels(
 
 
 def _curve(count: int, times: np.ndarray) -> Curve:
-    """Of 0, 1, ... units, by the times of some widths; fewer than the least take as long as it."""
+    """Of 0, 1, ... units, by the times of some widths; fewer than the narrowest take as long."""
     curve = np.interp(range(count + 1), [math.ceil(count * width) for width in WIDTHS], times)
     curve[0] = 0
     return curve

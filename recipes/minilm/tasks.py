@@ -68,7 +68,10 @@ def measured(model: str, run: Path) -> dict[str, Any]:
     if recipe.task.validation != file:
         metrics = opfa.evaluate(run, recipe, {"task.validation": file}).metrics
     kept = {key: done[key] for key in ("seed", "sparsity", "recipe_sha256", "model_sha256")}
-    words = [f"{key}={json.dumps(value)}" for key, value in changes(recipe, usual)]
+    words = [
+        f"{key}={'' if value is None else json.dumps(value)}"
+        for key, value in changes(recipe, usual)
+    ]
     return {**_row(model, recipe.name, metrics), **kept, "words": words}
 
 
@@ -79,10 +82,11 @@ def _row(model: str, recipe: str, metrics: Mapping[str, float]) -> dict[str, Any
 
 
 def changes(recipe: FinetuneRecipe, usual: FinetuneRecipe) -> Iterator[tuple[str, Any]]:
-    """Each `section.key` with another value than usual."""
+    """Each `section.key` with another value than usual; None for one that it lacks."""
     both = [each.model_dump(mode="json", exclude_none=True) for each in (recipe, usual)]
     ours, theirs = (dict(_flat(values)) for values in both)
     yield from ((key, value) for key, value in ours.items() if theirs.get(key) != value)
+    yield from ((key, None) for key in theirs if key not in ours)
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,22 +116,26 @@ def main(results: str, *runs: str) -> None:
     gpu, tasks = beside
     majority = {task: tasks["tasks"][task]["majority"] for task in ABOVE}
     rows = json.loads(file.read_text())["rows"] if file.exists() else list(on_a_gpu(gpu))
+    found = {"majority": majority, "rows": _sorted(rows)}
     for each in runs:
         model, _, run = each.partition("=")
         rows.append(measured(model, Path(run)))
-        file.write_text(json.dumps({"majority": majority, "rows": _sorted(rows)}, indent=1) + "\n")
-    print(table(json.loads(file.read_text())))
+        found["rows"] = _sorted(rows)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
     """The last of each model, task and seed; dense first, then by zeros and name."""
     last = {(row["model"], row["task"], row["seed"]): row for row in rows}
-    tasks = [*TASKS]
+    tasks, least = [*TASKS], dict[str, float]()
+    for row in last.values():
+        least[row["model"]] = min(row["sparsity"], least.get(row["model"], 1.0))
     return sorted(
         last.values(),
         key=lambda row: (
             row["model"] != DENSE,
-            round(row["sparsity"], 3),
+            least[row["model"]],
             row["model"],
             tasks.index(row["task"]),
             row["seed"],

@@ -154,6 +154,8 @@ def test_a_handler_answers_and_says_why_it_ended(model: str) -> None:
                 ask(b'{"inputs": {"other": "the cat"}}')
             with pytest.raises(RunError, match=f"the handler of {model}: ValueError"):
                 ask(b'{"inputs": {"text": "the cat"}}')  # it is gone
+            with pytest.raises(RunError, match=f"the handler of {model}: ValueError"):
+                ask(b'{"inputs": {"text": "the cat"}}')
 
 
 def test_columns_are_those_of_the_task(tmp_path: Path) -> None:

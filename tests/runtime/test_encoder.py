@@ -179,6 +179,7 @@ def test_a_workspace_that_another_caller_took_is_made_anew() -> None:
     [
         (AlbertConfig(vocab_size=ENTRIES, hidden_size=32, num_attention_heads=2), "model_type"),
         (BertConfig(vocab_size=ENTRIES, num_hidden_layers=1, hidden_act="mish"), "activation 'mi"),
+        (BertConfig(vocab_size=ENTRIES, num_hidden_layers=1, is_decoder=True), "is_decoder = true"),
         (BertConfig(vocab_size=ENTRIES, num_hidden_layers=1, num_attention_heads=2), "768 chann"),
     ],
 )

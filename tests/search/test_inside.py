@@ -26,6 +26,7 @@ from opfa.search.recipe import Space as Settings
 from opfa.search.seeds import Worth, greedy_front
 from opfa.search.shapes import Form, Shape, Space
 from opfa.search.slices import Slices, write_fits
+from opfa.sparsity.layers import mask_layers
 
 pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 SETTINGS = Settings(neuron_steps=4, zeros=(0.5, 0.8), eight_bits=True)
@@ -177,6 +178,21 @@ def test_times_too_short_to_be_told_apart_are_no_time(monkeypatch: pytest.Monkey
     assert greedy_front(space, prices.costs["milliseconds"], worth, 5)
 
 
+def test_a_point_without_units_in_a_layer_is_trained_in_8_bits(family: str) -> None:
+    model = model_of(family)
+    space = Space.of(model, SETTINGS, [1.0, 3.0, 2.0])
+    shape = space.clean([0, 2, 4], [5, 0, 20], [True] * 3, [0.5, 0.5], 8)
+    small = copy.deepcopy(Slices(model, space).cut(shape.dense))
+    layers = [name for name, m in small.named_modules() if isinstance(m, torch.nn.Linear)]
+    mask_layers(small, layers)  # as a pruner does, empty ones too
+    prepare_8_bits(small, inside.SETTINGS)
+    small.train()
+    logits(small)
+    quant.start(small)
+    assert torch.isfinite(logits(small)).all()
+    assert all(layer.weight.numel() for layer in quant.quant_layers(small).values())
+
+
 def test_every_other_seed_has_zeros_and_8_bits() -> None:
     model = model_of("bert")
     space = Space.of(model, SETTINGS, [1.0, 3.0, 2.0])
@@ -224,6 +240,13 @@ def test_a_point_is_trained_towards_its_zeros_and_bits(tmp_path: Path) -> None:
         ),
         ({"search": {"space": {"zeros": [0.5, 0.5]}, "aims": ["bytes"]}}, "a share stands twice"),
         (
+            {
+                "search": {"space": {"eight_bits": True}, "aims": ["bytes"]},
+                "training": {"precision": "bf16"},
+            },
+            'eight_bits: training.precision = "bf16": 8 bits are trained in fp32',
+        ),
+        (
             {"search": {"space": {"zeros": [0.5]}, "aims": ["bytes"]}, "model": {"zeros": "held"}},
             "needs model.zeros = 'free'",
         ),
@@ -233,6 +256,7 @@ def test_what_makes_no_sense_is_refused(changes: dict, what: str) -> None:
     values = finetune_recipe(Path("m"), Path("d"), model={"zeros": "free"}).model_dump(
         mode="json", exclude_none=True
     )
-    values["model"] |= changes.get("model", {})
+    for section in ("model", "training"):
+        values[section] |= changes.get(section, {})
     with pytest.raises(RecipeError, match=what):
         SearchRecipe.check({**values, "search": changes["search"]})

@@ -215,6 +215,19 @@ def test_forms_are_searched_and_a_point_is_trained_into_its_form(
             {"point": {"heads": [3, 1], "neurons": [8, 8], "layers": [True, True]}},
             r"search.point.heads.0 = 3: layer 0 of the model has only 2",
         ),
+        (
+            {"point": {"heads": [2, 1], "neurons": [8, 8], "layers": [True, True], "bits": 8}},
+            "search.point.bits = 8: needs search.space.eight_bits = true",
+        ),
+        (
+            {
+                "point": {"heads": [2, 1], "neurons": [8, 8], "layers": [True, True]}
+                | {"zeros": [0.7, 0.0]},
+                "space": {"zeros": [0.5]},
+                "engine": "runtime",
+            },
+            r"search.point.zeros = \[0.7, 0.0\]: 0.7 is none of 0 and search.space.zeros",
+        ),
         ({"tokens": 99}, r"search.tokens = 99: this model has only 32 positions"),
     ],
 )

@@ -148,5 +148,8 @@ def test_predicted_bytes_and_multiply_adds_are_those_of_the_slice(family: str) -
         small, found = Slices(model, space).cut(shape), prices.of(shape)
         assert found["bytes"] == 4 * sum(each.numel() for each in small.parameters())
         assert found["macs"] == costs.macs(small, 2, 10).whole
-    again = Prices.read(prices.values())
+    values = prices.values()
+    for each in values.values():
+        del each["forms"]  # as searches had them before
+    again = Prices.read(values)
     assert all(again.of(drawn(space, s)) == prices.of(drawn(space, s)) for s in range(4))
