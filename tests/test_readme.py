@@ -169,6 +169,10 @@ def test_sentences_about_released_models_say_what_their_runs_found() -> None:
         assert verb.format(*ends) in text
     assert gpu["sparse-90"]["words"].count("training.steps=3600") == 1  # of 128 x 128 tokens
     assert round(3600 * 128 * 128 / 1e6) == 59 and "read 59 million tokens" in text
+    held = {row["model"]: row["held_out"] for row in tasks["rows"] if "held_out" in row}
+    kept = [f"{100 * held[f'minilm-sparse-{n}'] / held['dense']:.1f} %" for n in (85, 90)]
+    said = "On SST-2's training sentences held out, 85 and 90 % zeros keep {} and {}"
+    assert said.format(*kept) in text
     (row,) = (r for r in tasks["rows"] if (r["model"], r["task"]) == ("minilm-sparse-90", "mnli"))
     (rate,) = (word for word in row["words"] if word.startswith("training.learning_rate="))
     assert float(rate.partition("=")[2]) == 4.5e-4

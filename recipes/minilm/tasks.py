@@ -64,15 +64,16 @@ def measured(model: str, run: Path) -> dict[str, Any]:
     recipe = FinetuneRecipe.read(run / "recipe.toml")
     usual = FinetuneRecipe.read(HERE / f"{recipe.name}.toml")
     done, file = seal.read_json(run / "results.json"), usual.task.validation
-    metrics = done["metrics"]
+    metrics, held_out = done["metrics"], {}
     if recipe.task.validation != file:
+        held_out = {"held_out": next(iter(metrics.values()))}
         metrics = opfa.evaluate(run, recipe, {"task.validation": file}).metrics
     kept = {key: done[key] for key in ("seed", "sparsity", "recipe_sha256", "model_sha256")}
     words = [
         f"{key}={'' if value is None else json.dumps(value)}"
         for key, value in changes(recipe, usual)
     ]
-    return {**_row(model, recipe.name, metrics), **kept, "words": words}
+    return {**_row(model, recipe.name, metrics), **held_out, **kept, "words": words}
 
 
 def _row(model: str, recipe: str, metrics: Mapping[str, float]) -> dict[str, Any]:
