@@ -147,10 +147,8 @@ def speed_up(model: PreTrainedModel) -> str:
     """
     if why := why_not():  # it may have to compile them
         return f"torch ({why})"
-    encoder = encoder_of(model)
-    dtype = "int8" if quant.quant_layers(encoder) else "fp32"
-    density = _density(encoder)
-    if dtype == "fp32" and density > MOST_DENSITY and level() in SLOW_WHEN_DENSE:
+    dtype, is_slow = own_type(model), level() in SLOW_WHEN_DENSE
+    if dtype == "fp32" and is_slow and (density := _density(encoder_of(model))) > MOST_DENSITY:
         most = f"at most {MOST_DENSITY:.0%} gain with {level()} kernels"
         return f"torch ({density:.0%} of the weights live; {most})"
     try:
@@ -158,6 +156,11 @@ def speed_up(model: PreTrainedModel) -> str:
     except ModelError as error:  # of its family, activation or heads; before anything is changed
         return f"torch ({error})"
     return runs_in(model)
+
+
+def own_type(model: PreTrainedModel) -> Dtype:
+    """The type in which a model's encoder computes: int8 for layers in 8 bits, else fp32."""
+    return "int8" if quant.quant_layers(encoder_of(model)) else "fp32"
 
 
 def _density(encoder: PreTrainedModel) -> float:

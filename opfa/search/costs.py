@@ -4,7 +4,8 @@ A matrix with zeros has multiply-adds and bytes of its live weights, and one bit
 they are; one in 8 bits has a byte a weight.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Self
@@ -26,8 +27,8 @@ BYTE = 8  # bits
 
 @dataclass(frozen=True)
 class Prices:
-    """Costs of each kind, which are sums over groups and layers; and what groups cost in forms that
-    are not dense.
+    """Costs of each kind, which are sums over groups and layers. `forms` are the curves of groups
+    with zeros or in 8 bits.
     """
 
     costs: Mapping[str, Costs]
@@ -38,15 +39,21 @@ class Prices:
         """Of a model, for inputs as the recipe says. Times are measured on this machine."""
         size = search.batch, search.tokens or tokens
         space = Space.of(model, search.space, [0.0] * len(list(layers_of(model))))
-        forms = {"macs": _live(model, space, *size), "bytes": _stored(model, space)}
+        costs = {"macs": models.macs(model, *size), "bytes": _bytes(model)}
+        saved = {
+            "macs": lambda form: form.zeros * math.prod(size),
+            "bytes": lambda form: FP32 - _stored(form),
+        }
+        forms = {
+            aim: _in_forms(model, space, costs[aim].curves, each) for aim, each in saved.items()
+        }
         if search.engine == "runtime":
             milliseconds, forms["milliseconds"] = in_kernels(model, space, search, tokens)
         else:
             with threads(search.threads):
                 milliseconds = models.milliseconds(model, *size)
             forms["milliseconds"] = dict.fromkeys(space.forms[1:], milliseconds.curves)
-        costs = {"milliseconds": milliseconds, "macs": models.macs(model, *size)}
-        return cls({**costs, "bytes": _bytes(model)}, forms)
+        return cls({"milliseconds": milliseconds, **costs}, forms)
 
     def of(self, shape: Shape) -> dict[str, float]:
         """What a shape costs."""
@@ -94,33 +101,23 @@ class Prices:
         )
 
 
-def _live(model: PreTrainedModel, space: Space, batch: int, tokens: int) -> dict[Form, list[Curve]]:
-    """Multiply-adds of groups: those of zeros go."""
-    whole, tokens = models.macs(model, batch, tokens).curves, batch * tokens
+def _in_forms(
+    model: PreTrainedModel, space: Space, curves: list[Curve], saved: Callable[[Form], float]
+) -> dict[Form, list[Curve]]:
+    """Curves of groups in each form that isn't dense, which saves so much for each weight."""
     each = [models.weights(units) for units in groups_of(model)]
     return {
         form: [
-            curve - form.zeros * tokens * weights * np.arange(len(curve))
-            for curve, weights in zip(whole, each, strict=True)
+            curve - saved(form) * weights * np.arange(len(curve))
+            for curve, weights in zip(curves, each, strict=True)
         ]
         for form in space.forms[1:]
     }
 
 
-def _stored(model: PreTrainedModel, space: Space) -> dict[Form, list[Curve]]:
-    """Bytes of groups: of their live weights, of one bit a weight where there are zeros, and of
-    biases.
-    """
-    whole = [FP32 * curve for curve in models.parameters(model).curves]
-    each = [models.weights(units) for units in groups_of(model)]
-    found = {}
-    for form in space.forms[1:]:
-        size = (1 - form.zeros) * form.bits / BYTE + (1 / BYTE if form.zeros else 0.0)
-        found[form] = [
-            curve - (FP32 - size) * weights * np.arange(len(curve))
-            for curve, weights in zip(whole, each, strict=True)
-        ]
-    return found
+def _stored(form: Form) -> float:
+    """Bytes of a weight: live ones, and one bit for where they are if there are zeros."""
+    return (1 - form.zeros) * form.bits / BYTE + (1 / BYTE if form.zeros else 0.0)
 
 
 def _bytes(model: PreTrainedModel) -> Costs:

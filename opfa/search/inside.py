@@ -1,8 +1,8 @@
 """What is inside the matrices of a slice: zeros, and 8 bits.
 
 Nothing is trained. A matrix loses the weights with the least |w| times the norm of their input
-(Sun et al. 2024, "Wanda", here over a whole matrix), and 8 bits have the whole model's ranges, as
-`opfa calibrate` finds them. So a candidate is judged as it is before it is trained on.
+(Sun et al., 2023, eq. 1, here over a whole matrix). 8 bits have the whole model's ranges, as `opfa
+calibrate` finds them. So a candidate is judged as it is before it is trained on.
 """
 
 import copy
@@ -20,7 +20,7 @@ from opfa.downstream.recipe import Quantization
 from opfa.downstream.student import prepare_8_bits
 from opfa.models.removal import groups_of
 from opfa.models.stepping import inputs_of
-from opfa.search.shapes import INT8, Space
+from opfa.search.shapes import Space
 from opfa.sparsity.units import Units
 from opfa.tasks import kinds as tasks
 from opfa.tasks.features import Batch
@@ -85,8 +85,3 @@ def to_8_bits(model: PreTrainedModel, ranges: Mapping[str, Tensor]) -> None:
         quant.set_ranges(model, dict(ranges))
     quant.start(model)
     quant.freeze(model)
-
-
-def bits_of(model: PreTrainedModel) -> str:
-    """The type in which the runtime computes with a slice."""
-    return f"int{INT8}" if quant.quant_layers(model) else "fp32"

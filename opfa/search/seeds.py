@@ -2,7 +2,7 @@
 
 Under each of several budgets, and with each number of layers gone, an exact choice says how many
 units of each group stay; the one with the least loss is taken. Losses are the quadratic model's.
-Where matrices may have zeros or 8 bits, every other one has.
+In a space with zeros or 8 bits, every other shape has them.
 """
 
 from collections.abc import Sequence

@@ -141,7 +141,7 @@ class Space:
         return [Form(zeros, num) for num, zeros in product(bits, shares)]
 
     def lighter(self, shape: Shape) -> Shape:
-        """A dense shape with the fewest zeros of the space in all matrices, in its fewest bits."""
+        """The same units with the fewest zeros that the space has, and in 8 bits if it has them."""
         zeros, bits = min(self.settings.zeros, default=0.0), self.steps.get("bits", [FP32])[0]
         return self.clean(shape.heads, shape.neurons, shape.layers, [zeros] * 2, bits)
 
@@ -179,9 +179,7 @@ class Space:
         zeros: Sequence[float] = (0.0, 0.0),
         bits: int = FP32,
     ) -> Shape:
-        """A shape whose layers that are gone have no units, and whose units that are gone have no
-        zeros.
-        """
+        """A shape: no units in layers that are gone, and no zeros where no unit is left."""
         counts = [
             tuple(num * is_in for num, is_in in zip(units, stays, strict=True))
             for units in (heads, neurons)

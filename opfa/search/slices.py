@@ -6,8 +6,8 @@ matrix and its bias, fitted by least squares to the whole model's own inputs:
     W_K + D' with D = (X_K' X_K + ridge)^-1 X_K' X_R W_R'
 
 with X_K the inputs of units that stay, X_R of those that go. So a fit depends on one group and its
-count alone. All fits of the space are made once, and a slice costs nothing but what is cut, and
-what its form has inside.
+count alone. All fits of the space are made once. A slice costs what is cut, and the zeros and 8
+bits of its form.
 """
 
 import copy
@@ -48,8 +48,8 @@ def in_order(model: PreTrainedModel, orders: Sequence[Tensor]) -> None:
 def write_fits(
     model: PreTrainedModel, task: Task, batches: Sequence[Batch], space: Space, path: Path
 ) -> None:
-    """Fit the output matrices of all slices, and write them: weights and biases by group and count;
-    and what forms need.
+    """Fit the output matrices of all slices, and write them: weights and biases by group and count.
+    The file has what forms need to know, too.
 
     The model's units are in order. Batches are training examples.
     """

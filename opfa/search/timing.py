@@ -13,8 +13,7 @@ from opfa.compression.budget import Curve
 from opfa.errors import RunError, blaming
 from opfa.models.costs import FIRST_ID, Costs, medians, threads
 from opfa.runtime.build import why_not
-from opfa.runtime.encoder import with_kernels
-from opfa.search.inside import bits_of
+from opfa.runtime.encoder import own_type, with_kernels
 from opfa.search.recipe import Search
 from opfa.search.shapes import Form, Shape, Space
 from opfa.search.slices import Slices
@@ -34,7 +33,7 @@ def measured(slices: Slices, shapes: Sequence[Shape], search: Search, tokens: in
             model = slices.cut(shape)
             if search.engine == "runtime":
                 with blaming("search.engine", "runtime"):
-                    with_kernels(model, search.threads, bits_of(model))
+                    with_kernels(model, search.threads, own_type(model))
             encoder = model.base_model
             config: Any = encoder.config  # of a family
             ids = torch.randint(FIRST_ID, config.vocab_size, size)

@@ -174,6 +174,10 @@ def test_forms_are_searched_and_a_point_is_trained_into_its_form(
     found = opfa.search_models(recipe, tmp_path / "out", workers=1)
     assert any(point.shape.inside for point in found.front)
     assert found.table().head[-1] == "inside" and "8 bits" in found.table().markdown()
+    other = begun(tmp_path / "out", tmp_path / "other")
+    opfa.search_models(other / "recipe.toml", other, workers=2, resume=True)
+    fronts = [(tmp_path / name / "front.json").read_bytes() for name in ("out", "other")]
+    assert fronts[0] == fronts[1]
     page = (tmp_path / "out/report/index.html").read_text()
     (point,) = [each for each in found.front if each.shape.inside][:1]
     assert f'"inside":"{point.shape.inside}"' in page.replace('": ', '":')
